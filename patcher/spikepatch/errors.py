@@ -1,0 +1,30 @@
+"""What can go wrong, said to the user: what happened, where, why, and what to do about it."""
+
+from __future__ import annotations
+
+
+class SpikepatchError(Exception):
+    """A refusal or a bad input. The command prints it and exits with code 2; nothing has been written.
+
+    Args:
+        what: what is wrong, as one clause.
+        where: the file, model or parameter that it is about.
+        why: the reason, as far as it is known.
+        remedy: what the user can do.
+    """
+
+    def __init__(self, what: str, *, where: str, why: str, remedy: str) -> None:
+        self.what, self.where, self.why, self.remedy = what, where, why, remedy
+        super().__init__(f"{where}: {what}\n  why: {why}\n  remedy: {remedy}")
+
+
+class BadSource(SpikepatchError):
+    """The source cannot be read: missing, malformed, or of a kind that is never opened (pickles)."""
+
+
+class Refused(SpikepatchError):
+    """The input is fine, and what was asked of it is not possible or not safe."""
+
+
+class BadTarget(SpikepatchError):
+    """The output folder cannot be used."""
