@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, Node
 
 from spikepatch.errors import Refused
+from spikepatch.quiet import quiet
 
 #: Token positions in the traced example: more than one, and unlike the usual head counts and widths.
 TOKENS = 11
@@ -107,22 +106,6 @@ def _prefer_traceable_kernels(model: nn.Module) -> None:
             with contextlib.suppress(ValueError), quiet():
                 setter(choice)
                 break
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the chatter of dependencies (warnings, info logs) away from the user while they work for us."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "torch", "accelerate", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _flat(

@@ -1,0 +1,141 @@
+"""Which tensors a model is stored as, and what a plan writes into each: shared by the live and the on-disk applier.
+
+The canonical form of a model is what ``save_pretrained`` writes: names, order and shapes on disk differ from those in
+memory where transformers fuses weights (one 3-D parameter for all experts in memory, a matrix each on disk). Every
+random fill is keyed by the canonical name, so both appliers draw the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from spikepatch.errors import Refused
+from spikepatch.fill import gaussian, own_initialiser
+from spikepatch.plan import Fill, Plan
+
+
+@dataclass(frozen=True)
+class Target:
+    """One stored tensor: ``shape``, ``stride`` and ``offset`` place it inside the in-memory tensor ``owner``.
+
+    ``aliases`` are further names of the same owner in memory (tied parameters).
+    """
+
+    name: str
+    owner: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @property
+    def elements(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    def view(self, owner: torch.Tensor) -> torch.Tensor:
+        """The part of ``owner``'s memory that is stored under this name."""
+        return owner.as_strided(self.shape, self.stride, owner.storage_offset() + self.offset)
+
+
+def layout(skeleton: nn.Module) -> tuple[Target, ...]:
+    """The tensors that ``save_pretrained`` would write for the model, in its order; on the meta device, no data moves.
+
+    Raises:
+        Refused: a stored tensor is not a part of one in-memory tensor (a permutation that needs a copy).
+    """
+    state = {name: tensor.detach() for name, tensor in skeleton.state_dict(keep_vars=True).items()}
+    owners = {_storage(tensor): name for name, tensor in reversed(list(state.items()))}
+    owners |= {_storage(p): name for name, p in skeleton.named_parameters()}
+    if hasattr(skeleton, "save_pretrained"):
+        stored = _as_saved(skeleton, state)
+    else:
+        stored = {name: tensor for name, tensor in state.items() if owners[_storage(tensor)] == name}
+    targets = []
+    for name, tensor in stored.items():
+        owner = owners.get(_storage(tensor))
+        if owner is None:
+            raise Refused(
+                what="this model's checkpoint layout is not supported yet",
+                where=name,
+                why="transformers stores this tensor as a permuted copy of what it keeps in memory",
+                remedy="use --reinit none on a folder that transformers wrote, or report the architecture",
+            )
+        whole = state[owner]
+        offset = tensor.storage_offset() - whole.storage_offset()
+        targets.append(Target(name, owner, tuple(tensor.shape), tuple(tensor.stride()), offset, tensor.dtype))
+    return tuple(targets)
+
+
+class _NoCopies(TorchFunctionMode):
+    """``contiguous`` returns the view itself, so that what conversions return still lies in the parameter's storage."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
+
+
+def _as_saved(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The steps of transformers' ``save_pretrained`` between the state dict and the file."""
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    kept = {name: tensor for name, tensor in state.items() if name not in ignored}
+    kept = remove_tied_weights_from_state_dict(kept, model)
+    with _NoCopies():
+        converted: dict[str, torch.Tensor] = revert_weight_conversion(model, kept)
+    return converted
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def values(
+    plan: Plan, skeleton: nn.Module, buffers: Mapping[str, torch.Tensor]
+) -> Callable[[Target], torch.Tensor | None]:
+    """A function from a target to its new value in float32 (buffers: in their own dtype), or None where it is kept.
+
+    Args:
+        plan: what to write.
+        skeleton: the patched structure on the meta device.
+        buffers: persistent buffers as the constructor makes them.
+    """
+    fills = {edit.parameter: edit for edit in plan.edits if isinstance(edit, Fill)}
+    last: dict[str, dict[str, torch.Tensor]] = {}
+
+    def value(target: Target) -> torch.Tensor | None:
+        fill = fills.get(target.owner)
+        if fill is not None:
+            flat = gaussian(plan.seed, target.name, 0, target.elements, fill.std)
+            return flat.view(target.shape)
+        if plan.reinit != "all" and not _added(plan, target.owner):
+            return None
+        module = target.owner.rpartition(".")[0]
+        if module not in last:
+            last.clear()
+            last[module] = own_initialiser(skeleton, module, plan.seed, buffers)
+        return target.view(last[module][target.owner])
+
+    return value
+
+
+def _added(plan: Plan, owner: str) -> bool:
+    """The tensor is new with this plan (the norm behind an embedding), so there is no learned value to keep."""
+    return any(owner.startswith(f"{module}.norm.") for module in plan.record("")["embeddings"])
+
+
+def read_only_reason(model: nn.Module) -> Iterator[str]:
+    """Why a live model's tensors cannot be written in place, one sentence per reason."""
+    kinds = {type(p.data).__name__ for p in model.parameters()} - {"Tensor", "Parameter"}
+    if kinds:
+        yield f"its parameters are {', '.join(sorted(kinds))}, not plain tensors"
+    if any(not p.is_floating_point() for p in model.parameters()):
+        yield "it holds integer weights: it is quantised"
+    if not all(p.is_contiguous() for p in model.parameters()):
+        yield "some parameters are not contiguous in memory"

@@ -1,0 +1,144 @@
+"""The residual map: what the stream of a model is made of, as frozen data that travels as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SublayerKind = Literal["attention", "mlp", "moe", "mixer"]
+NormRole = Literal["embedding", "pre", "post", "branch", "final", "qk", "inner"]
+Placement = Literal["pre-norm", "post-norm", "branch-norm", "parallel", "no-norm", "mixed"]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A lookup table whose rows enter the stream.
+
+    Attributes:
+        module: path of the module that owns the table.
+        parameter: the table, (rows, width).
+        kind: ``token`` (indexed by the input ids), ``position``, or ``type`` (the same row at every position).
+        scale: std of what enters the stream over std of the rows looked up, measured on the traced graph.
+        normed: a norm stands between the lookup and the stream, so the scale of the table does not matter there.
+    """
+
+    module: str
+    parameter: str
+    kind: Literal["token", "position", "type"]
+    scale: float
+    normed: bool
+
+
+@dataclass(frozen=True)
+class ResidualProjection:
+    """A weight whose product is added to the stream: W_O, W_2, an expert's down projection, a mixer's output.
+
+    Attributes:
+        parameter: its name in ``named_parameters()``.
+        layer: index of the layer (the entry of the model's list of blocks) that holds it.
+        sublayer: index of its sub-layer, in the order of the additions; routed and shared experts share one.
+        kind: what the sub-layer computes.
+        branch_norm: module of a norm between the product and the addition, if any: it cancels the weight's scale.
+        multiplier: constant factor between the product and the addition (1.0: none).
+    """
+
+    parameter: str
+    layer: int | None
+    sublayer: int
+    kind: SublayerKind
+    branch_norm: str | None = None
+    multiplier: float = 1.0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of the model: ``role`` is its place on the stream, ``eps`` as in its forward pass."""
+
+    module: str
+    role: NormRole
+    kind: Literal["layernorm", "rmsnorm"]
+    eps: float
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last matmul before the output; ``tied`` when its weight is an embedding table as well."""
+
+    parameter: str
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matmul weight inside a sub-layer; ``reads_stream``: its input is the stream, normed or not."""
+
+    parameter: str
+    sublayer: int
+    kind: SublayerKind
+    reads_stream: bool
+
+
+@dataclass(frozen=True)
+class ResidualMap:
+    """Everything a plan needs to know of a model. The top level describes the stream that feeds the output.
+
+    Attributes:
+        source: where the model came from, as the user named it.
+        model_type: the config's type, "" for a plain module.
+        architecture: class of the model.
+        width: d, the length of one token's stream vector.
+        layers: N, number of blocks that hold residual projections.
+        sublayers: S, counted from the additions; 2 N in a classic decoder.
+        placement: where the norms stand.
+        proven: both sides of the proof hold; see ``residual/stream.py``.
+        leaks: why not, naming parameters; empty when proven.
+        streams: maps of further streams (an encoder's).
+    """
+
+    source: str
+    model_type: str
+    architecture: str
+    width: int
+    layers: int
+    sublayers: int
+    placement: Placement
+    proven: bool
+    leaks: tuple[str, ...]
+    embeddings: tuple[Embedding, ...]
+    residual_projections: tuple[ResidualProjection, ...]
+    norms: tuple[Norm, ...]
+    head: Head | None
+    matrices: tuple[Matrix, ...]
+    streams: tuple[ResidualMap, ...] = field(default=())
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ResidualMap:
+        """The inverse of ``json.loads(self.to_json())``."""
+
+        def many(kind: type[Any], items: Iterable[Mapping[str, Any]]) -> tuple[Any, ...]:
+            return tuple(kind(**item) for item in items)
+
+        return cls(
+            **{
+                **data,
+                "leaks": tuple(data["leaks"]),
+                "embeddings": many(Embedding, data["embeddings"]),
+                "residual_projections": many(ResidualProjection, data["residual_projections"]),
+                "norms": many(Norm, data["norms"]),
+                "head": Head(**data["head"]) if data["head"] else None,
+                "matrices": many(Matrix, data["matrices"]),
+                "streams": tuple(cls.from_dict(stream) for stream in data["streams"]),
+            }
+        )
+
+    @property
+    def token_embedding(self) -> Embedding | None:
+        """The table that the input ids index; the first one, where there are several."""
+        return next((e for e in self.embeddings if e.kind == "token"), None)

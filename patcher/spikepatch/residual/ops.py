@@ -1,0 +1,78 @@
+"""What each ATen op does to the residual stream: the tables that the analysis in ``stream.py`` is driven by.
+
+An op missing from every table is opaque: it ends the residual sum, is never zero, and depends on all its arguments.
+That is the safe direction: the proof can only fail for it, never succeed wrongly.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Node
+
+# Same values, rearranged or re-typed (or a subset of them): the first argument seen through.
+VIEWS = frozenset(
+    "view reshape _unsafe_view view_as transpose permute t movedim contiguous clone to _to_copy type_as alias detach"
+    " lift_fresh_copy expand expand_as unsqueeze squeeze flatten unflatten select slice narrow getitem split"
+    " split_with_sizes chunk unbind index index_select gather repeat repeat_interleave dropout native_dropout"
+    " constant_pad_nd pad roll flip numpy_T mT".split()
+)
+# Homogeneous linear in the first argument alone.
+LINEAR_FIRST = VIEWS | frozenset("neg sum mean cumsum tril triu conv1d conv2d convolution".split())
+ADDS = frozenset("add sub rsub".split())
+# Linear in all tensor arguments taken together: zero when all are.
+JOINS = ADDS | frozenset(
+    "cat stack concat index_add index_put index_copy scatter scatter_add scatter_reduce select_scatter slice_scatter"
+    " copy lerp where".split()
+)
+PRODUCTS = frozenset(["mul", "div", "true_divide"])
+# f(0) = 0, not linear.
+ZERO_AT_ZERO = frozenset(
+    "relu relu6 leaky_relu gelu silu mish tanh sin tan sinh asinh atan erf abs square sqrt expm1 log1p softsign sign"
+    " hardswish elu selu celu hardtanh masked_fill topk sort".split()
+)
+MATMULS = frozenset("linear addmm mm matmul bmm baddbmm mv dot _grouped_mm grouped_mm grouped_mm_fallback".split())
+CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution conv_transpose1d".split())
+NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm".split())
+FUSED_ATTENTION = frozenset(
+    "scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention"
+    " flex_attention".split()
+)
+LOOKUPS = frozenset(["embedding", "embedding_bag"])
+ZERO_FACTORIES = frozenset("zeros zeros_like new_zeros".split())
+# Pointwise in one tensor and reductions over its last axis: what the statistic of a norm is made of.
+STATISTIC = (
+    VIEWS
+    | PRODUCTS
+    | ADDS
+    | frozenset("pow square mean sum var std rsqrt sqrt reciprocal clamp clamp_min maximum linalg_vector_norm norm".split())
+)
+
+
+def op(node: object) -> str:
+    """The op's bare name: ``aten.add_.Tensor`` -> ``add``; empty for anything that is not a call."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return ""
+    if node.target is operator.getitem:
+        return "getitem"
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = str(getattr(packet, "__name__", packet))
+    return name.rstrip("_") if not name.startswith("__") else name.strip("_")
+
+
+def shape(node: object) -> tuple[int, ...]:
+    """Shape of the node's value; ``()`` for numbers, tuples and anything else without one."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def last(node: object) -> int:
+    """Length of the last axis; 0 for a scalar."""
+    s = shape(node)
+    return s[-1] if s else 0
+
+
+def operands(node: Node) -> list[Node]:
+    """The graph nodes among the arguments, in order, lists included."""
+    return list(node.all_input_nodes)
