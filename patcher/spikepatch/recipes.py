@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused
-from spikepatch.plan import Transform
+from spikepatch.plans import Transform
 
 
 @dataclass(frozen=True)

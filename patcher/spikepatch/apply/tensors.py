@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused
 from spikepatch.fill import gaussian, own_initialiser
-from spikepatch.plan import Fill, Plan
+from spikepatch.plans import Fill, Plan
 
 
 @dataclass(frozen=True)

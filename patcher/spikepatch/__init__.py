@@ -1,0 +1,69 @@
+"""spikepatch: the stable pre-training initialisation of "Spike No More" for any HuggingFace model or checkpoint.
+
+    residual = spikepatch.inspect(model)                             # find and prove the residual stream
+    plan     = spikepatch.plan(model, "scaled-embed", reinit="all")  # every change, as data
+    model    = spikepatch.patch(model, plan)                         # in place, on the live model
+    result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
+    spikepatch.save(model, "out/")
+
+Nothing heavy is imported before the first use of a name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from spikepatch.apply.module import patch, save
+    from spikepatch.conversion import Conversion, convert
+    from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
+    from spikepatch.planning import plan
+    from spikepatch.plans import Plan
+    from spikepatch.residual.inspect import inspect
+    from spikepatch.residual.map import ResidualMap
+
+_HOME = {
+    "inspect": "spikepatch.residual.inspect",
+    "ResidualMap": "spikepatch.residual.map",
+    "plan": "spikepatch.planning",
+    "Plan": "spikepatch.plans",
+    "patch": "spikepatch.apply.module",
+    "save": "spikepatch.apply.module",
+    "convert": "spikepatch.conversion",
+    "Conversion": "spikepatch.conversion",
+    "SpikepatchError": "spikepatch.errors",
+    "BadSource": "spikepatch.errors",
+    "BadTarget": "spikepatch.errors",
+    "Refused": "spikepatch.errors",
+}
+
+__all__ = [
+    "BadSource",
+    "BadTarget",
+    "Conversion",
+    "Plan",
+    "Refused",
+    "ResidualMap",
+    "SpikepatchError",
+    "convert",
+    "inspect",
+    "patch",
+    "plan",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'spikepatch' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

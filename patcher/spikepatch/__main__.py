@@ -1,0 +1,5 @@
+"""``python -m spikepatch``."""
+
+from spikepatch.cli import main
+
+main()
