@@ -16,13 +16,12 @@ from typing import Any, Literal, Protocol
 import torch
 
 from spikepatch import __version__, recipes
-from spikepatch.apply.kept import Match, match_source
+from spikepatch.apply.kept import Match, embedding_std, match_source
 from spikepatch.apply.module import restructure
 from spikepatch.apply.tensors import Target, layout, values
 from spikepatch.errors import BadSource, Refused, SpikepatchError
-from spikepatch.planning import checked_transforms, stored_std, tensor_names
+from spikepatch.planning import check_weights, checked_transforms, tensor_names
 from spikepatch.plans import Fill, NormEmbedding, Plan, Reinit, ScaleEmbedding, Untie, make_plan
-from spikepatch.quiet import quiet
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.trace import skeleton
@@ -118,13 +117,15 @@ def convert(
     found = open_source(source, revision=revision, trust_remote_code=trust_remote_code, weights=reinit != "all")
     folder = Path(out)
     check_target(folder, found.folder, overwrite=overwrite)
-    _check_source(found, reinit)
+    check_weights(found, reinit)
+    _check_source(found)
     found = dataclasses.replace(found, config=_with_dtype(found, dtype))
 
     report("mapping the residual stream", 0, 0)
     model = build_meta(found)
     residual = inspect(model, source=source)
-    std = None if reinit == "all" else stored_std(found, residual)
+    match = None if reinit == "all" else match_source(found, model)
+    std = None if match is None else embedding_std(match, residual)
     plan = make_plan(residual, tensor_names(model), recipe, transforms, reinit=reinit, seed=seed, embedding_std=std)
     route = _route(plan, storage)
     code = _generated_files(found, plan) if route == "code" else _Code({}, {})
@@ -132,7 +133,6 @@ def convert(
     twin = skeleton(model)
     restructure(twin, plan)
     targets = layout(twin)
-    match = None if reinit == "all" else match_source(found)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in set(model.state_dict())}
     planned = [Planned(t.name, _stored_dtype(t, plan, match, dtype), t.shape) for t in targets]
     files = _files(planned, match, found, max_shard_size)
@@ -204,9 +204,9 @@ def expected_initial_loss(plan: Plan, residual: ResidualMap) -> float | None:
     token = residual.token_embedding
     if not tied or not edits or token is None:
         return None
-    std = next(fill.std for fill in plan.select(Fill) if fill.parameter == token.parameter)
+    std: float = next(fill.std for fill in plan.select(Fill) if fill.parameter == token.parameter)
     edit = next(e for e in edits if e.module == token.module)
-    factor = edit.factor if isinstance(edit, ScaleEmbedding) else 1 / std
+    factor: float = edit.factor if isinstance(edit, ScaleEmbedding) else 1 / std
     return factor * residual.width * std**2 / math.sqrt((factor * std) ** 2 + 0.11)
 
 
@@ -217,21 +217,14 @@ class _Code:
 
 
 def _generated_files(source: Source, plan: Plan) -> _Code:
-    from spikepatch.apply.source_code import architecture_of, config_entries, render
+    from spikepatch.apply.source_code import config_entries, original_of, render
 
     del plan
-    architecture = architecture_of(source.model_class, type(source.config))
+    architecture = original_of(source.model_class, type(source.config))
     return _Code(render(architecture), config_entries(architecture))
 
 
-def _check_source(source: Source, reinit: Reinit) -> None:
-    if reinit != "all" and source.checkpoint is None:
-        raise BadSource(
-            "there are no learned weights to keep",
-            where=source.name,
-            why="it is an architecture without weights" if source.kind == "arch" else "the folder holds no safetensors",
-            remedy="use --reinit all for a fresh model, or a source with weights",
-        )
+def _check_source(source: Source) -> None:
     if not source.model_class.__module__.startswith("transformers.models."):
         raise Refused(
             what="models with their own modelling code are not converted yet",
@@ -365,7 +358,9 @@ def _verify(
     expected = {t.name: (t.shape, t.dtype) for t in planned}
     present = {n: (e.shape, getattr(torch, DTYPES[e.dtype][0])) for n, e in checkpoint.tensors.items()}
     if expected != present:
-        raise SpikepatchError("wrong tensors written", where=str(folder), why="not as planned", remedy="report this bug")
+        raise SpikepatchError(
+            "wrong tensors written", where=str(folder), why="not as planned", remedy="report this bug"
+        )
     fills = {fill.parameter: fill for fill in plan.select(Fill)}
     for name, entry in checkpoint.tensors.items():
         target, value = targets[name], read_tensor(entry)
@@ -396,7 +391,9 @@ def _notes(
 ) -> list[str]:
     if plan.reinit != "all":
         first = f"learned weights of {source.name}"
-        first += ", residual projections drawn afresh (the learned function is lost)" if plan.reinit == "residual" else ""
+        first += (
+            ", residual projections drawn afresh (the learned function is lost)" if plan.reinit == "residual" else ""
+        )
     elif source.has_weights:
         first = f"fresh weights: the learned weights of {source.name} are NOT used; --reinit none keeps them"
     else:
@@ -411,8 +408,8 @@ def _notes(
         notes.append("loads as the plain architecture; from_config would restore the architecture's own initialisation")
     if loss is not None and vocab is not None and loss > 1.1 * math.log(vocab):
         notes.append(
-            f"expected initial loss about {loss:.1f}, against log V = {math.log(vocab):.1f}: the head is tied, so a large"
-            " shortcut makes it predict the current token; --untie gives it its own matrix"
+            f"expected initial loss about {loss:.1f}, against log V = {math.log(vocab):.1f}: the head is tied, so a"
+            " large shortcut makes it predict the current token; --untie gives it its own matrix"
         )
     if match is not None and match.unused:
         notes.append(
@@ -456,5 +453,3 @@ def _command(
         words += [name, str(value)] if value is not None else []
     words += ["--positions"] * positions + ["--untie"] * untie
     return " ".join(words)
-
-

@@ -1,4 +1,4 @@
-"""Where new weights come from: block-seeded Gaussian fills, and the architecture's own initialiser, one module at a time.
+"""Where new weights come from: block-seeded Gaussian fills, and the architecture's own initialiser, module by module.
 
 Bits depend on (seed, tensor name, element index) only: not on shard order, chunking, thread count, device, or whether
 the tensor is part of a live model or of a file. They are drawn by numpy, whose scalar code gives the same bits on every
@@ -33,7 +33,9 @@ def gaussian(seed: int, name: str, start: int, stop: int, std: float) -> torch.T
         generator = np.random.Generator(np.random.SFC64(_entropy(seed, name, block)))
         skip = low - block * BLOCK
         if skip:
-            values[low - start : high - start] = generator.standard_normal(high - block * BLOCK, dtype=np.float32)[skip:]
+            values[low - start : high - start] = generator.standard_normal(high - block * BLOCK, dtype=np.float32)[
+                skip:
+            ]
         else:
             generator.standard_normal(dtype=np.float32, out=values[low - start : high - start])
     values *= np.float32(std)
@@ -104,9 +106,7 @@ def _initialisers(skeleton: nn.Module, module: str) -> Iterator[tuple[str, Calla
 
 
 @contextlib.contextmanager
-def _real(
-    target: nn.Module, prefix: str, buffers: Mapping[str, torch.Tensor]
-) -> Iterator[dict[str, torch.Tensor]]:
+def _real(target: nn.Module, prefix: str, buffers: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
     """Swap real tensors into ``target`` for the duration."""
     parameters, others = dict(target._parameters), dict(target._buffers)
     tensors: dict[str, torch.Tensor] = {}

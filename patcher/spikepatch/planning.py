@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from spikepatch import recipes
-from spikepatch.errors import Refused
-from spikepatch.plans import REINITS, Plan, Reinit, make_plan
+from spikepatch.errors import BadSource, Refused
+from spikepatch.plans import REINITS, Plan, Reinit, Transform, make_plan
 from spikepatch.residual.inspect import inspect
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from spikepatch.residual.map import ResidualMap
     from spikepatch.source import Source
 
 
@@ -48,18 +47,19 @@ def plan(
         SpikepatchError: the model cannot be read or mapped, or the recipe does not apply to it.
     """
     transforms = checked_transforms(recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, untie=untie)
+    std: float | None = None
     if isinstance(model, str):
+        from spikepatch.apply.kept import embedding_std, match_source
         from spikepatch.source import build_meta, open_source
 
-        source = open_source(
-            model, revision=revision, trust_remote_code=trust_remote_code, weights=reinit != "all"
-        )
+        source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=reinit != "all")
+        check_weights(source, reinit)
         built = build_meta(source)
         residual = inspect(built, source=model)
-        std = None if reinit == "all" else stored_std(source, residual)
+        if reinit != "all":
+            std = embedding_std(match_source(source, built), residual)
         return make_plan(residual, tensor_names(built), recipe, transforms, reinit=reinit, seed=seed, embedding_std=std)
     residual = inspect(model, example_inputs=example_inputs)
-    std = None
     token = residual.token_embedding
     if reinit != "all" and token is not None:
         std = float(model.get_parameter(token.parameter).detach().double().std())
@@ -68,7 +68,7 @@ def plan(
 
 def checked_transforms(
     recipe: str, *, reinit: str, seed: int, factor: float | None, positions: bool, untie: bool
-) -> tuple[recipes.Transform, ...]:
+) -> tuple[Transform, ...]:
     """The recipe's transforms, once all options are found to be sensible."""
     if reinit not in REINITS:
         raise Refused(
@@ -96,13 +96,12 @@ def tensor_names(model: nn.Module) -> tuple[str, ...]:
     return (*parameters, *(name for name in model.state_dict() if name not in everything))
 
 
-def stored_std(source: Source, residual: ResidualMap) -> float | None:
-    """std of all elements of the learned token embedding in the source's checkpoint; None without weights."""
-    from spikepatch.apply.kept import match_source
-    from spikepatch.storage.read import read_tensor
-
-    token = residual.token_embedding
-    if source.checkpoint is None or token is None:
-        return None
-    entry = match_source(source).owners.get(token.parameter)
-    return None if entry is None else float(read_tensor(entry).double().std())
+def check_weights(source: Source, reinit: Reinit) -> None:
+    """Refuse to keep weights that are not there."""
+    if reinit != "all" and source.checkpoint is None:
+        raise BadSource(
+            "there are no learned weights to keep",
+            where=source.name,
+            why="it is an architecture without weights" if source.kind == "arch" else "the folder holds no safetensors",
+            remedy="use --reinit all for a fresh model, or a source with weights",
+        )

@@ -148,13 +148,15 @@ class Plan:
                 embeddings[edit.module] = {"factor": "sqrt(width)" if edit.per_width else edit.factor}
             elif isinstance(edit, NormEmbedding):
                 embeddings[edit.module] = {"norm": "layernorm", "eps": edit.eps}
+        from spikepatch.runtime.embedding import pattern
+
         fills = self.select(Fill)
         init = None
         if self.reinit == "all" and fills:
             init = {
                 "width": self.width,
                 "count": len(self.sublayers),
-                "sublayers": list(dict.fromkeys(_pattern(name) for name in self.sublayers)),
+                "sublayers": list(dict.fromkeys(pattern(name) for name in self.sublayers)),
                 "fills": _by_pattern(fills),
             }
         return {
@@ -167,21 +169,18 @@ class Plan:
         }
 
 
-def _pattern(parameter: str) -> str:
-    """The name with every index of a list of modules replaced by ``*``: the same place in any layer."""
-    return ".".join("*" if part.isdigit() else part for part in parameter.split("."))
-
-
 def _by_pattern(fills: list[Fill]) -> list[dict[str, Any]]:
     """One entry per pattern where all layers agree, else one per parameter."""
+    from spikepatch.runtime.embedding import pattern
+
     groups: dict[str, list[Fill]] = {}
     for fill in fills:
-        groups.setdefault(_pattern(fill.parameter), []).append(fill)
+        groups.setdefault(pattern(fill.parameter), []).append(fill)
     entries: list[dict[str, Any]] = []
-    for pattern, group in groups.items():
+    for place, group in groups.items():
         agreed = len({(fill.std, fill.residual) for fill in group}) == 1
         for fill in group[:1] if agreed else group:
-            name = pattern if agreed else fill.parameter
+            name = place if agreed else fill.parameter
             entries.append({"parameter": name, "std": fill.std, "residual": fill.residual})
     return entries
 
@@ -254,7 +253,9 @@ def make_plan(
 
 
 def _guard_duplicates(edits: list[Edit], source: str) -> None:
-    targets = [edit.parameter if isinstance(edit, Fill) else edit.module for edit in edits if not isinstance(edit, Untie)]
+    targets = [
+        edit.parameter if isinstance(edit, Fill) else edit.module for edit in edits if not isinstance(edit, Untie)
+    ]
     twice = sorted({t for t in targets if targets.count(t) > 1})
     if twice:
         raise Refused(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from spikepatch.plan import Context, Edit, NormEmbedding, Skip
+from spikepatch.plans import Context, Edit, NormEmbedding, Skip
 from spikepatch.residual.map import ResidualMap
 from spikepatch_transforms.embed_scale import plain_embeddings
 

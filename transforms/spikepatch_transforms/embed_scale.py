@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused
-from spikepatch.plan import Context, Edit, ScaleEmbedding, Skip
+from spikepatch.plans import Context, Edit, ScaleEmbedding, Skip
 from spikepatch.residual.map import Embedding, ResidualMap
 
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from spikepatch.plan import Context, Edit, Fill, Skip, small_std
+from spikepatch.plans import Context, Edit, Fill, Skip, small_std
 from spikepatch.residual.map import ResidualMap
 
 

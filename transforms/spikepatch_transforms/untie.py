@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused
-from spikepatch.plan import Context, Edit, Skip, Untie
+from spikepatch.plans import Context, Edit, Skip, Untie
 from spikepatch.residual.map import ResidualMap
 
 

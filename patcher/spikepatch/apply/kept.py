@@ -4,16 +4,18 @@ code (a missing prefix, renamed modules), and transformers' own loading rules sa
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from spikepatch.apply.tensors import Target, layout
 from spikepatch.errors import BadSource
 from spikepatch.residual.trace import skeleton
 
 if TYPE_CHECKING:
+    from spikepatch.residual.map import ResidualMap
     from spikepatch.source import Source
     from spikepatch.storage.read import TensorEntry
 
@@ -33,17 +35,14 @@ class Match:
     unused: tuple[str, ...]
 
 
-@functools.lru_cache(maxsize=1)
-def match_source(source: Source) -> Match:
-    """Find every tensor of the source's architecture in its checkpoint.
+def match_source(source: Source, model: nn.Module) -> Match:
+    """Find every tensor of ``model``, the source's architecture, in its checkpoint.
 
     Raises:
         BadSource: tensors are missing, have another shape, or tied tensors are stored with different values.
     """
-    from spikepatch.source import build_meta
-
     assert source.checkpoint is not None
-    model = skeleton(build_meta(source))
+    model = skeleton(model)
     entries = source.checkpoint.tensors
     targets = layout(model)
     renamed = _in_memory_names(model, entries)
@@ -60,7 +59,9 @@ def match_source(source: Source) -> Match:
             found[target.name] = entry
     used = {entry.name for entry in found.values()}
     spare = [name for name in entries if name not in used]
-    findings += _tied_apart(model, {t.owner: found[t.name] for t in targets if t.name in found}, spare, entries, renamed)
+    findings += _tied_apart(
+        model, {t.owner: found[t.name] for t in targets if t.name in found}, spare, entries, renamed
+    )
     if findings:
         raise BadSource(
             "the checkpoint does not fit the architecture",
@@ -101,7 +102,7 @@ def _tied_apart(
     entries: Mapping[str, TensorEntry],
     renamed: Mapping[str, str],
 ) -> list[str]:
-    """Spare tensors that are the second name of a tied one: equal bytes are taken out of ``spare``, others a finding."""
+    """Second names of tied tensors: equal bytes are taken out of ``spare``, others are a finding."""
     import torch
 
     from spikepatch.storage.read import read_tensor
@@ -118,3 +119,12 @@ def _tied_apart(
         else:
             findings.append(f"{name} and {owners[owner].name} are tied by the config but hold different values")
     return findings
+
+
+def embedding_std(match: Match, residual: ResidualMap) -> float | None:
+    """std of all elements of the learned token embedding, in float64; None where there is none."""
+    from spikepatch.storage.read import read_tensor
+
+    token = residual.token_embedding
+    entry = match.owners.get(token.parameter) if token is not None else None
+    return None if entry is None else float(read_tensor(entry).double().std())

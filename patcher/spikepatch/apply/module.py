@@ -111,7 +111,10 @@ def save(model: nn.Module, out: str | os.PathLike[str]) -> Path:
     with publishing(folder) as scratch, quiet():
         write(scratch)
         storage = "code" if plan.structural else "plain"
-        write_text(scratch / "README.md", model_card(plan, storage, auto_class=type(model)._auto_class or "AutoModelForCausalLM"))
+        write_text(
+            scratch / "README.md",
+            model_card(plan, storage, auto_class=getattr(type(model), "_auto_class", None) or "AutoModelForCausalLM"),
+        )
         hashes = {path.name: file_hash(path) for path in sorted(scratch.iterdir())}
         write_text(scratch / MANIFEST, manifest(plan, storage, {"kind": "live"}, "spikepatch.save(model, OUT)", hashes))
     return folder
@@ -144,7 +147,7 @@ def _untie(model: Any, edit: Untie) -> None:
     table = model.get_parameter(edit.embedding)
     setattr(model.get_submodule(owner), name, nn.Parameter(table.detach().clone(), requires_grad=table.requires_grad))
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
     if hasattr(model, "all_tied_weights_keys"):
@@ -158,7 +161,9 @@ def _check(model: nn.Module, plan: Plan) -> None:
     if plan.architecture != type(model).__name__:
         problems.append(f"the plan is for {plan.architecture}, the model is a {type(model).__name__}")
     missing = [f.parameter for f in plan.select(Fill) if f.parameter not in names]
-    missing += [e.module for e in plan.edits if isinstance(e, (ScaleEmbedding, NormEmbedding)) and e.module not in modules]
+    missing += [
+        e.module for e in plan.edits if isinstance(e, (ScaleEmbedding, NormEmbedding)) and e.module not in modules
+    ]
     if missing:
         problems.append("it has no " + ", ".join(missing[:3]))
     if any(p.is_meta for p in names.values()):

@@ -165,7 +165,9 @@ class _Naming:
     def _norms(self) -> tuple[Norm, ...]:
         projected = {m for t in self.stream.terms for m, _ in t.projections}
         between = {n for t in self.stream.terms for m, _ in t.projections for n in _chain(self.facts, t.node, m)}
-        attention = {n for t, kind in zip(self.stream.terms, self.kinds, strict=True) if kind == "attention" for n in t.interior}
+        attention = {
+            n for t, kind in zip(self.stream.terms, self.kinds, strict=True) if kind == "attention" for n in t.interior
+        }
         on_stream = [n.output for n in self.stream.norms if n.output in self.stream.spine]
         start = self.facts.order[self.stream.start]
         last_add = max((self.facts.order[n] for n in self.stream.spine if op(n) in ops.ADDS), default=0)

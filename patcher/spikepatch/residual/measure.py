@@ -16,7 +16,8 @@ from spikepatch.residual.ops import op, operands, shape
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace
 
-ROWS = 4096  # of each table: the example's ids are small, and learned positions start at small offsets
+#: Rows of each stand-in table: the example's ids are below 64, and learned positions start at small offsets.
+ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,8 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
     result: dict[Node, Measured] = {}
     for lookup in stream.lookups:
         first, second = (_rows(trace, lookup, seeds) for seeds in ids)
-        if not torch.equal(first, second):
-            kind = "token"
-        else:
-            kind = "position" if first.unique().numel() > 1 else "type"
+        moves = bool((first != first.flatten()[0]).any())
+        kind = "token" if not torch.equal(first, second) else "position" if moves else "type"
         silent = _start(trace, stream, lookup, 0.0)
         once = _start(trace, stream, lookup, 1.0) - silent
         twice = _start(trace, stream, lookup, 2.0) - silent
@@ -53,20 +52,19 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
 
 
 def _rows(trace: Trace, lookup: Node, seeds: Mapping[Node, int]) -> torch.Tensor:
-    return run(trace, [operands(lookup)[1]], {}, seeds)[operands(lookup)[1]].cpu()
+    ids: torch.Tensor = run(trace, [operands(lookup)[1]], {}, seeds)[operands(lookup)[1]]
+    return ids
 
 
 def _table(trace: Trace, lookup: Node, factor: float) -> torch.Tensor:
     rows, width = shape(operands(lookup)[0])
     generator = torch.Generator().manual_seed(0)
-    return factor * torch.randn(min(rows, ROWS), width, generator=generator)
+    return factor * torch.randn(max(64, min(rows, ROWS)), width, generator=generator)
 
 
 def _start(trace: Trace, stream: Stream, lookup: Node, factor: float) -> torch.Tensor:
     """The first point of the stream, with this lookup's table random and every other table zero."""
-    values = {
-        operands(other)[0]: _table(trace, other, factor if other is lookup else 0.0) for other in stream.lookups
-    }
+    values = {operands(other)[0]: _table(trace, other, factor if other is lookup else 0.0) for other in stream.lookups}
     result = run(trace, [stream.start], values, dict.fromkeys(trace.inputs, 0))[stream.start]
     assert isinstance(result, torch.Tensor)
     return result.float()
@@ -90,21 +88,28 @@ def run(
         if node in values:
             results[node] = values[node]
         elif node in trace.buffers:
-            results[node] = trace.buffers[node].cpu()
+            buffer = trace.buffers[node].cpu()
+            results[node] = buffer.float() if buffer.is_floating_point() else buffer
         elif node in trace.inputs:
             results[node] = _input(trace.inputs[node], seeds[node])
         elif node in trace.parameters:
             results[node] = torch.ones(shape(node))
         elif op(node):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: results[n])
-            kwargs = {k: torch.device("cpu") if isinstance(v, torch.device) else v for k, v in kwargs.items()}
-            args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in args)
-            skip = op(node) == "assert_tensor_metadata"
-            results[node] = None if skip else _call(node, args, kwargs)
+            if op(node) != "assert_tensor_metadata":
+                results[node] = _call(node, [_exact(a) for a in args], {k: _exact(v) for k, v in kwargs.items()})
     return {node: results[node] for node in wanted}
 
 
-def _call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _exact(argument: Any) -> Any:
+    """On the CPU and in float32, whatever the model's device and precision: a factor is not to be rounded."""
+    if isinstance(argument, torch.device):
+        return torch.device("cpu")
+    reduced = isinstance(argument, torch.dtype) and argument in {torch.bfloat16, torch.float16}
+    return torch.float32 if reduced else argument
+
+
+def _call(node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     if node.target is operator.getitem:
         return args[0][args[1]]
     assert callable(node.target)

@@ -46,7 +46,9 @@ STATISTIC = (
     VIEWS
     | PRODUCTS
     | ADDS
-    | frozenset("pow square mean sum var std rsqrt sqrt reciprocal clamp clamp_min maximum linalg_vector_norm norm".split())
+    | frozenset(
+        "pow square mean sum var std rsqrt sqrt reciprocal clamp clamp_min maximum linalg_vector_norm norm".split()
+    )
 )
 
 

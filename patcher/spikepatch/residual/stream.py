@@ -365,13 +365,17 @@ def _prove(facts: Analysis, spine: set[Node], terms: list[Term], suffix: set[Nod
         alive[node] = None if node in cut else _value(facts, node, alive, bit)
 
     allowed_nodes = facts.behind([facts.trace.output], stop={t.node for t in terms})
-    allowed = sum(bit[name] for name in {facts.trace.parameters[n] for n in allowed_nodes if n in facts.trace.parameters})
+    allowed = sum(
+        bit[name] for name in {facts.trace.parameters[n] for n in allowed_nodes if n in facts.trace.parameters}
+    )
     offsets = {n for t in terms for node in t.path for n in operands(node) if n in facts.trace.parameters}
     lookups = [n for n in spine if op(n) in ops.LOOKUPS]
     allowed |= sum(bit[n.name] for n in lookups)
     live = alive[facts.trace.output] or 0
     permitted = allowed | sum({name: bit[name] for name in (facts.trace.parameters[n] for n in offsets)}.values())
-    leaks += [f"{name}: still reaches the output with all residual projections cut" for name in spelled(live & ~permitted)]
+    leaks += [
+        f"{name}: still reaches the output with all residual projections cut" for name in spelled(live & ~permitted)
+    ]
     leaks += [f"{name}: is on the stream but silenced by the cut" for name in spelled(allowed & ~live)]
     if not any(live & bit[n.name] for n in lookups):
         leaks.append("the token embedding does not reach the output with all residual projections cut")

@@ -100,9 +100,15 @@ def _prefer_traceable_kernels(model: nn.Module) -> None:
         return
     if hasattr(config, "use_cache"):
         config.use_cache = False
-    for method, choices in (("set_attn_implementation", ("sdpa", "eager")), ("set_experts_implementation", ("grouped_mm",))):
+    choices: tuple[str, ...]
+    for method, choices in (
+        ("set_attn_implementation", ("sdpa", "eager")),
+        ("set_experts_implementation", ("grouped_mm",)),
+    ):
         setter = getattr(model, method, None)
-        for choice in choices if setter is not None else ():
+        if setter is None:
+            continue
+        for choice in choices:
             with contextlib.suppress(ValueError), quiet():
                 setter(choice)
                 break
@@ -151,11 +157,11 @@ def _inline(module: torch.fx.GraphModule, graph: Graph, copies: dict[Node, Node]
             inner = getattr(module, str(body.target))
             arguments = node.args[node.args.index(body) + 1 :]
             holes = [n for n in inner.graph.nodes if n.op == "placeholder"]
-            inside: dict[Node, Node] = {hole: copies[a] for hole, a in zip(holes, arguments, strict=False) if a in copies}
+            inside: dict[Node, Node] = {
+                hole: copies[a] for hole, a in zip(holes, arguments, strict=False) if a in copies
+            }
             regions[node] = _inline(inner, graph, inside)
-        elif node.op == "placeholder" and node in copies:
-            continue
-        elif node.op == "get_attr" and _is_graph(module, node):
+        elif (node.op == "placeholder" and node in copies) or (node.op == "get_attr" and _is_graph(module, node)):
             continue
         elif node.op == "call_function" and node.args and node.args[0] in regions:  # getitem of a region's results
             copies[node] = regions[node.args[0]][node.args[1]]
@@ -175,5 +181,6 @@ def _redirect_writes(graph: Graph) -> None:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], Node):
             continue
-        written = node.args[0]
-        written.replace_all_uses_with(node, delete_user_cb=lambda user, at=order[node]: order[user] > at)
+        written, position = node.args[0], order[node]
+        for user in [user for user in written.users if order[user] > position]:
+            user.replace_input_with(written, node)

@@ -15,9 +15,7 @@ from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 MANIFEST = "spikepatch.json"
 
 
-def manifest(
-    plan: Plan, storage: str, source: Mapping[str, Any], command: str, hashes: Mapping[str, str]
-) -> str:
+def manifest(plan: Plan, storage: str, source: Mapping[str, Any], command: str, hashes: Mapping[str, str]) -> str:
     """The manifest's JSON text; without times or paths, so that the same command writes the same bytes.
 
     Args:

@@ -1,0 +1,180 @@
+"""The Hugging Face Hub: what a repository holds, and only the files that are needed. Its errors, in our words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spikepatch.errors import BadSource
+from spikepatch.quiet import quiet
+
+_REQUEST_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One commit of a repository in the local Hub cache.
+
+    Attributes:
+        commit: the commit's hash.
+        folder: holds what has been fetched of it so far.
+        files: everything the commit holds; what the cache holds when the Hub could not be asked.
+        online: the Hub could be asked.
+    """
+
+    repository: str
+    commit: str
+    folder: Path
+    files: frozenset[str]
+    online: bool
+
+
+def locate(repository: str, revision: str | None) -> Snapshot:
+    """Resolve a revision, list its files with one request, and fetch its config.json. Without the Hub, use the cache.
+
+    Raises:
+        BadSource: no such repository or revision, no access, no config.json, or neither Hub nor cache has it.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    listing: frozenset[str] | None = None
+    unreachable: Exception | None = None
+    with _silent():
+        try:
+            info = HfApi().model_info(repository, revision=revision, timeout=_REQUEST_SECONDS)
+            listing = frozenset(sibling.rfilename for sibling in info.siblings or ())
+        except HFValidationError as error:
+            raise BadSource(
+                "is neither a folder nor a model id",
+                where=repository,
+                why=str(error).splitlines()[0],
+                remedy="give a folder that exists, a hub id such as org/name, or arch:TYPE",
+            ) from error
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500:
+                raise _refusal(error, repository, revision) from error
+            unreachable = error
+        except Exception as error:  # of httpx or requests, whichever this huggingface_hub is built on
+            unreachable = error
+        try:
+            config = hf_hub_download(
+                repository, "config.json", revision=revision, local_files_only=unreachable is not None
+            )
+        except EntryNotFoundError as error:
+            if unreachable is not None or listing is None or "config.json" in listing:
+                raise not_reachable(repository, unreachable or error) from error
+            raise no_config(listing, repository) from error
+        except HfHubHTTPError as error:
+            raise _refusal(error, repository, revision) from error
+    folder = Path(config).parent
+    cached = frozenset(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return Snapshot(repository, folder.name, folder, listing or cached, online=listing is not None)
+
+
+def fetch(snapshot: Snapshot, files: Sequence[str]) -> None:
+    """Bring ``files`` of the snapshot into its folder.
+
+    Raises:
+        BadSource: the Hub became unreachable, or refuses a file.
+    """
+    if not snapshot.online or not files:
+        return
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with _silent():
+        try:
+            snapshot_download(snapshot.repository, revision=snapshot.commit, allow_patterns=list(files))
+        except HfHubHTTPError as error:
+            raise _refusal(error, snapshot.repository, snapshot.commit) from error
+        except Exception as error:
+            raise not_reachable(snapshot.repository, error) from error
+
+
+def no_config(names: Iterable[str], where: str) -> BadSource:
+    """The error for a folder or repository without config.json, told from its other files."""
+    present = set(names)
+    if "adapter_config.json" in present:
+        return BadSource(
+            "is an adapter, not a model",
+            where=where,
+            why="it has adapter_config.json and no config.json: its weights are a difference to a base model",
+            remedy="merge it into its base model with peft's merge_and_unload and save_pretrained, or give the base",
+        )
+    return BadSource(
+        "has no config.json",
+        where=where,
+        why="the architecture of a transformers model is read from it"
+        + ("; this is a diffusers pipeline" if "model_index.json" in present else ""),
+        remedy="give the folder that save_pretrained wrote",
+    )
+
+
+def not_reachable(repository: str, error: Exception | None, what: str = "cannot be fetched, and is not") -> BadSource:
+    """The error for what neither the Hub nor the local cache can give."""
+    from huggingface_hub import constants
+
+    state = f"HF_ENDPOINT is {os.environ.get('HF_ENDPOINT') or 'not set'}"
+    state += f", HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE') or 'not set'}"
+    why = "the Hub is switched off" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+    if error is not None and not constants.HF_HUB_OFFLINE:
+        why += f": {_first_line(error)}"
+    return BadSource(
+        f"{what} in the local cache",
+        where=repository,
+        why=f"{why} ({state})",
+        remedy="check the connection; or use arch:TYPE, a default configuration that needs no download (arch:gpt2), "
+        "or a local folder with the model's config.json",
+    )
+
+
+def _refusal(error: Exception, repository: str, revision: str | None) -> BadSource:
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, GatedRepoError):
+        return BadSource(
+            "is gated, and access was refused",
+            where=repository,
+            why="its owner grants access to logged-in users who accept its terms",
+            remedy=f"accept the terms on the model's page, then {log_in}",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return BadSource(
+            f"has no revision {revision!r}",
+            where=repository,
+            why="it is not a branch, tag or commit of the repository",
+            remedy="check --revision against the branches and tags on the model's page",
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return BadSource(
+            "is not a model on the Hub, or is private",
+            where=repository,
+            why="the Hub does not tell a missing repository from a private one, and no folder has this name",
+            remedy=f"check the spelling; if it is private, {log_in}",
+        )
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return BadSource("access was refused", where=repository, why=_first_line(error), remedy=log_in)
+    return not_reachable(repository, error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    with quiet():
+        disable_progress_bars()
+        try:
+            yield
+        finally:
+            if shown:
+                enable_progress_bars()

@@ -1,0 +1,83 @@
+"""A model on the meta device with real buffers, at any size: only the Python objects take time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
+
+from spikepatch.errors import Refused
+from spikepatch.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+#: Elements. Buffers (rotary frequencies, statistics, masks of usual length) stay below, fused experts are above.
+_LARGE = 1 << 24
+
+_FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn))
+
+
+class _TensorsWithoutMemory(TorchFunctionMode):
+    """New tensors that are large, or that have no values yet, are made on meta: they are to become parameters.
+
+    ``init_empty_weights`` moves a parameter to meta only after it has been allocated, and filled by ``torch.zeros``:
+    140 s for a default llama4, and out of memory for a layer of 256 experts.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES and kwargs.get("device") is None and kwargs.get("generator") is None:
+            on_meta = func(*args, **{**kwargs, "device": "meta"})
+            if func is torch.empty or on_meta.numel() >= _LARGE:
+                return on_meta
+        return func(*args, **kwargs)
+
+
+def build_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig, *, where: str) -> PreTrainedModel:
+    """A ``model_class`` in eval mode: parameters on meta in the config's dtype, buffers real, tied weights tied.
+
+    Args:
+        config: is not changed.
+        where: the source, for the error.
+
+    Raises:
+        Refused: the model cannot be built from its config.
+    """
+    with quiet():
+        try:
+            model = _build(model_class, config, _TensorsWithoutMemory())
+            if any(buffer.is_meta for buffer in model.buffers()):  # a buffer was large: build as transformers does
+                model = _build(model_class, config, contextlib.nullcontext())
+        except Exception as error:
+            raise not_buildable(where, error) from error
+    return model.eval()
+
+
+def _build(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, mode: contextlib.AbstractContextManager[Any]
+) -> PreTrainedModel:
+    with init_empty_weights(include_buffers=False), mode:
+        model = model_class._from_config(copy.deepcopy(config))
+    model.tie_weights()  # init_empty_weights has made two parameters of each tied one
+    return model
+
+
+def not_buildable(where: str, error: Exception) -> Refused:
+    """The error for a config, default or given, that transformers does not build a model from."""
+    reason = " ".join(str(error).split()) or "no reason given"
+    return Refused(
+        "the default config cannot be built" if where.startswith("arch:") else "the model cannot be built",
+        where=where,
+        why=f"{type(error).__name__}: {reason[:300]}",
+        remedy="give a real model: a hub id, or a folder with its config.json"
+        if where.startswith("arch:")
+        else "check the values in config.json, and that this version of transformers has the model",
+    )

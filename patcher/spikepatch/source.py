@@ -1,0 +1,206 @@
+"""Where a model comes from: a hub id, a local folder, or ``arch:TYPE``."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from spikepatch import hub
+from spikepatch.architecture import default_architecture, read_architecture
+from spikepatch.errors import BadSource
+from spikepatch.storage.formats import (
+    INDEX_FILE,
+    LFS_POINTER,
+    PICKLES,
+    SINGLE_FILE,
+    check_names,
+    foreign_weights,
+    parse_json,
+)
+from spikepatch.storage.read import Checkpoint, read_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+#: What goes into an output byte for byte. An allow-list: code and pickles have no way in.
+_COPIED = (
+    "tokenizer*.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as it was found; nothing of it is loaded but the config.
+
+    Attributes:
+        name: as the user gave it.
+        folder: the local folder, or the Hub snapshot; None for ``arch:TYPE``.
+        model_class: takes ``config``.
+        auto_class: name of the class in transformers whose ``from_pretrained`` gives a ``model_class``.
+        revision: as the user gave it, for a hub id.
+        commit: the Hub's commit hash that it stands for.
+        checkpoint: the checked headers of the weights; None when they were not asked for or there are none.
+        has_weights: there are learned weights, fetched or not; taken for granted for a Hub model out of the cache.
+        copied_files: tokenizer, generation config, chat templates and licence, all below ``folder``.
+    """
+
+    name: str
+    kind: Literal["hub", "folder", "arch"]
+    folder: Path | None
+    config: PreTrainedConfig
+    model_class: type[PreTrainedModel]
+    auto_class: str
+    revision: str | None = None
+    commit: str | None = None
+    checkpoint: Checkpoint | None = None
+    has_weights: bool = False
+    copied_files: tuple[Path, ...] = ()
+
+
+def open_source(spec: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool) -> Source:
+    """Find a model, and check all that can be checked without loading it.
+
+    Args:
+        spec: ``arch:TYPE``, a folder, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: the Python files that come with the model may be run.
+        weights: fetch the weights and check their headers. Without it no weight file is requested or opened.
+
+    Raises:
+        BadSource: the source is missing, malformed, out of reach, or of a kind that is never opened.
+        Refused: it needs code that is not trusted, is quantised, or is no architecture that can be built.
+    """
+    is_arch = spec.startswith("arch:")
+    path = Path(spec).expanduser()
+    is_path = not is_arch and (spec.startswith(("/", ".", "~")) or spec.endswith("/") or not spec or path.exists())
+    if revision is not None and (is_arch or is_path):
+        raise BadSource(
+            f"has no revision {revision!r}",
+            where=spec,
+            why="only models on the Hub have revisions",
+            remedy="leave out --revision, or give a hub id",
+        )
+    if is_arch:
+        found = default_architecture(spec.removeprefix("arch:"), where=spec)
+        return Source(spec, "arch", None, found.config, found.model_class, found.auto_class)
+    if is_path:
+        return _local_folder(spec, path, trust_remote_code, weights)
+    return _hub_model(spec, revision, trust_remote_code, weights)
+
+
+def build_meta(source: Source) -> PreTrainedModel:
+    """The source's model in eval mode: parameters on meta in the config's dtype, buffers real, tied weights tied.
+
+    Raises:
+        Refused: the model cannot be built from its config.
+    """
+    from spikepatch import meta
+
+    return meta.build_meta(source.model_class, source.config, where=source.name)
+
+
+def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool) -> Source:
+    if not folder.is_dir():
+        raise BadSource(
+            "is a file, not a folder" if folder.exists() else "does not exist",
+            where=spec,
+            why="a local source is a folder as save_pretrained writes it",
+            remedy="give that folder, a hub id such as org/name, or arch:TYPE",
+        )
+    names = {path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*.jinja"))}
+    if "config.json" not in names:
+        raise hub.no_config(names, spec)
+    found = read_architecture(folder, where=spec, trusted=trusted)
+    has_weights = _has_weights(names)
+    return Source(
+        spec,
+        "folder",
+        folder,
+        found.config,
+        found.model_class,
+        found.auto_class,
+        checkpoint=read_checkpoint(folder) if weights and has_weights else None,
+        has_weights=has_weights,
+        copied_files=_copied_files(folder, names),
+    )
+
+
+def _hub_model(spec: str, revision: str | None, trusted: bool, weights: bool) -> Source:
+    snapshot = hub.locate(spec, revision)
+    names = snapshot.files
+    if trusted:
+        hub.fetch(snapshot, [name for name in names if name.endswith(".py")])
+    found = read_architecture(snapshot.folder, where=spec, trusted=trusted)
+    has_weights = _has_weights(names) or not snapshot.online
+    if weights and has_weights:
+        if not snapshot.online and not _has_weights(names):
+            raise hub.not_reachable(spec, None, "its weights cannot be fetched, and are not")
+        check_names(names, spec)
+    hub.fetch(snapshot, _to_copy(names))
+    if weights and has_weights:
+        _fetch_weights(snapshot)
+    return Source(
+        spec,
+        "hub",
+        snapshot.folder,
+        found.config,
+        found.model_class,
+        found.auto_class,
+        revision,
+        snapshot.commit,
+        checkpoint=read_checkpoint(snapshot.folder) if weights and has_weights else None,
+        has_weights=has_weights,
+        copied_files=_copied_files(snapshot.folder, names),
+    )
+
+
+def _fetch_weights(snapshot: hub.Snapshot) -> None:
+    """The single file; or the index, and those of the shards it names that the repository has."""
+    if SINGLE_FILE in snapshot.files:
+        hub.fetch(snapshot, [SINGLE_FILE])
+        return
+    hub.fetch(snapshot, [INDEX_FILE])
+    try:
+        named = set(parse_json((snapshot.folder / INDEX_FILE).read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # read_checkpoint says what is wrong with the index
+    hub.fetch(snapshot, sorted(snapshot.files & named))
+
+
+def _has_weights(names: Iterable[str]) -> bool:
+    top_level = {name for name in names if "/" not in name}
+    return bool({SINGLE_FILE, INDEX_FILE} & top_level) or bool(foreign_weights(top_level))
+
+
+def _to_copy(names: Iterable[str]) -> list[str]:
+    def wanted(name: str) -> bool:
+        return any(name.count("/") == p.count("/") and fnmatch.fnmatchcase(name, p) for p in _COPIED)
+
+    return sorted(filter(wanted, names))
+
+
+def _copied_files(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    files, pointers = [], []
+    for path in (folder / name for name in _to_copy(names)):
+        if not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            head = file.read(len(LFS_POINTER))
+        if head == LFS_POINTER:
+            pointers.append(path.name)
+        elif not head.startswith(PICKLES):  # `*.model` is a sentencepiece vocabulary, and sometimes is not
+            files.append(path)
+    if pointers:
+        raise BadSource(
+            f"holds git-lfs pointers in place of files: {', '.join(pointers)}",
+            where=str(folder),
+            why="the repository was cloned without git-lfs",
+            remedy="run `git lfs pull` in the folder",
+        )
+    return tuple(files)

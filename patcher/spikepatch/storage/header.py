@@ -1,0 +1,131 @@
+"""The header of one safetensors file, parsed by hand with every check; no tensor is read.
+
+A file is a little-endian u64 N, a JSON header of N bytes, and the tensors' bytes; offsets in the header count from its
+end (https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spikepatch.storage.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
+
+#: The format's own limit, checked before the header is allocated.
+MAX_HEADER_BYTES = 100_000_000
+
+#: safetensors dtype -> (name in torch, bytes per element). Narrower floats are quantised weights, never read.
+DTYPES = {
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "U16": ("uint16", 2), "I16": ("int16", 2),
+    "U32": ("uint32", 4), "I32": ("int32", 4), "U64": ("uint64", 8), "I64": ("int64", 8), "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2), "F32": ("float32", 4), "F64": ("float64", 8), "C64": ("complex64", 8),
+}  # fmt: skip
+
+DEQUANTISE = "use the unquantised original, or dequantise the model and save it with save_pretrained"
+_QUANTISED_FLOATS = ("F4", "F6_", "F8_")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``. ``dtype`` is a key of ``DTYPES``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+
+class MalformedError(Exception):
+    """What is wrong with one file."""
+
+    def __init__(self, problem: str, remedy: str = DOWNLOAD_AGAIN) -> None:
+        super().__init__(problem)
+        self.problem, self.remedy = problem, remedy
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors of a file, in the order of their bytes, and its ``__metadata__``.
+
+    Raises:
+        MalformedError: the first thing that is wrong with the file; problems of single tensors are listed together.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(64)
+            length = int.from_bytes(head[:8], "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise MalformedError(*recognise(head) or (_bad_length(size, length),))
+            file.seek(8)
+            data = file.read(length)
+    except OSError as error:
+        raise MalformedError(
+            f"cannot be read: {error.strerror}", "check the file's permissions and the disk"
+        ) from error
+    try:
+        header = parse_json(data)
+    except ValueError as error:
+        raise MalformedError(*recognise(head) or (f"the header is not JSON: {error}",)) from error
+    if not isinstance(header, dict):
+        raise MalformedError("the header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise MalformedError("__metadata__ is not a map from strings to strings")
+    return _entries(path, header, start=8 + length, size=size), metadata
+
+
+def _bad_length(size: int, length: int) -> str:
+    if size < 8:
+        return f"is truncated: {size} bytes are no safetensors file"
+    if length > MAX_HEADER_BYTES:
+        return f"is no safetensors file: its header would have {length} bytes"
+    return f"is truncated: the header has {length} bytes, the file {size}"
+
+
+def _entries(path: Path, header: dict[str, Any], start: int, size: int) -> dict[str, TensorEntry]:
+    """The header's tensors in the order of their bytes, which must fill the file from ``start`` without a gap."""
+    quantised = [f"{name!r} ({f['dtype']})" for name, f in header.items() if _is_quantised_float(f)]
+    if quantised:
+        raise MalformedError(f"holds quantised weights: {some(quantised)}", DEQUANTISE)
+    if wrong := [f"{name!r} {problem}" for name, fields in header.items() if (problem := _field_problem(fields))]:
+        raise MalformedError(f"the header is wrong: {some(wrong)}")
+    entries = [
+        TensorEntry(name, f["dtype"], tuple(f["shape"]), path, *(start + offset for offset in f["data_offsets"]))
+        for name, f in header.items()
+    ]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    position = start
+    for entry in entries:
+        if entry.begin != position:
+            relation = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
+            raise MalformedError(f"the header is wrong: {entry.name!r} {relation}")
+        position = entry.end
+    if position > size:
+        raise MalformedError(f"is truncated: its tensors end at byte {position}, the file at {size}")
+    if position < size:
+        raise MalformedError(f"has {size - position} bytes after its last tensor")
+    return {entry.name: entry for entry in entries}
+
+
+def _is_quantised_float(fields: Any) -> bool:
+    return isinstance(fields, dict) and str(fields.get("dtype")).startswith(_QUANTISED_FLOATS)
+
+
+def _field_problem(fields: Any) -> str | None:
+    def naturals(value: Any) -> bool:
+        return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+        return "does not have dtype, shape and data_offsets"
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"has the unknown dtype {dtype!r}"
+    if not naturals(shape) or not naturals(offsets) or len(offsets) != 2:
+        return "has a shape or offsets that are not lists of natural numbers"
+    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype][1]:
+        return f"has {offsets[1] - offsets[0]} bytes, which is not what {dtype} {shape} takes"
+    return None

@@ -1,0 +1,44 @@
+"""Tiny configs of real architectures, shared by the tests. Names of architectures belong here, never in the engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+#: Decoder-only language models of every structure that the first version supports.
+TYPES = (
+    "gpt2", "gpt_neox", "gptj", "falcon", "llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "opt", "bloom",
+    "phi", "stablelm", "mamba", "mixtral", "granite",
+)  # fmt: skip
+
+#: Types whose embedding already meets the large-shortcut condition, so that scaled-embed refuses them.
+SCALED_ALREADY = ("gemma2", "bloom")
+
+_SMALL = {
+    "hidden_size": 64, "n_embd": 64, "intermediate_size": 96, "ffn_dim": 128, "num_hidden_layers": 3, "n_layer": 3,
+    "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8, "state_size": 8,
+    "vocab_size": 500, "max_position_embeddings": 64, "n_positions": 64, "word_embed_proj_dim": 64,
+    "num_local_experts": 4, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
+    """The architecture's default config, cut to a width of 64 and three layers."""
+    default = AutoConfig.for_model(model_type)
+    known = set(default.to_dict()) | set(getattr(default, "attribute_map", {}))
+    return AutoConfig.for_model(model_type, **{k: v for k, v in _SMALL.items() if k in known} | changes)
+
+
+def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
+    """A tiny model with the architecture's own initialisation, seed 0, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).eval()
+
+
+def ids(model: PreTrainedModel, tokens: int = 12) -> torch.Tensor:
+    """Token ids in the tiny vocabulary; (1, tokens)."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(5, model.config.vocab_size, (1, tokens), generator=generator)

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+
+from spikepatch.runtime.embedding import initialise, install, norm_output, pattern, scale_output
+
+IDS = torch.tensor([[3, 1, 4, 1, 5]])
+WIDTH = 16
+
+
+def token_embedding() -> nn.Embedding:
+    return nn.Embedding(10, WIDTH, padding_idx=1)
+
+
+def scaled_by_its_own_class() -> nn.Embedding:
+    return BartScaledWordEmbedding(10, WIDTH, 1, embed_scale=3.0)  # type: ignore[no-any-return]
+
+
+def learned_positions() -> nn.Embedding:
+    return OPTLearnedPositionalEmbedding(100, WIDTH)  # type: ignore[no-any-return]
+
+
+KINDS = pytest.mark.parametrize("build", [token_embedding, scaled_by_its_own_class, learned_positions])
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_scale_multiplies_the_output_in_place(build: Callable[[], nn.Embedding], dtype: torch.dtype) -> None:
+    module = build().to(dtype)
+    original, weight, before = type(module), module.weight, module(IDS)
+    seen: list[Any] = []
+    module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+
+    scale_output(module, math.sqrt(WIDTH))
+
+    assert torch.equal(module(IDS), before * 4.0)  # a power of two: exact in every dtype
+    assert module.weight is weight
+    assert [name for name, _ in module.named_parameters()] == ["weight"]
+    assert isinstance(module, original)
+    assert len(seen) == 1
+
+
+@KINDS
+def test_norm_normalises_every_token(build: Callable[[], nn.Embedding]) -> None:
+    module = build().double()
+    before = module(IDS)
+    norm_output(module, eps=1e-5)
+    after = module(IDS)
+    assert torch.equal(after, nn.functional.layer_norm(before, (WIDTH,), eps=1e-5))
+    assert [(n, tuple(p.shape), p.dtype) for n, p in module.named_parameters()] == [
+        ("weight", tuple(module.weight.shape), torch.float64),
+        ("norm.weight", (WIDTH,), torch.float64),
+        ("norm.bias", (WIDTH,), torch.float64),
+    ]
+
+
+def test_the_factor_is_where_peft_looks_for_it() -> None:
+    module = token_embedding()
+    scale_output(module, 7.35)
+    assert module.embed_scale == 7.35
+    assert isinstance(module.embed_scale, float)
+
+
+@KINDS
+@pytest.mark.parametrize("second", [lambda module: scale_output(module, 2.0), lambda module: norm_output(module, 1e-5)])
+@pytest.mark.parametrize("first", [lambda module: scale_output(module, 2.0), lambda module: norm_output(module, 1e-5)])
+def test_a_second_patch_is_refused(
+    build: Callable[[], nn.Embedding], first: Callable[[nn.Module], None], second: Callable[[nn.Module], None]
+) -> None:
+    module = build()
+    first(module)
+    with pytest.raises(ValueError, match="patched already"):
+        second(module)
+
+
+def test_a_patch_that_would_have_no_effect_is_refused() -> None:
+    module = token_embedding()
+    module.forward = module.forward  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="before the model is dispatched"):
+        scale_output(module, 2.0)
+
+
+def test_only_embeddings_can_be_patched() -> None:
+    with pytest.raises(ValueError, match=r"not an nn\.Embedding"):
+        scale_output(nn.Linear(2, 2), 2.0)  # type: ignore[arg-type]
+
+
+@KINDS
+@pytest.mark.parametrize("patch", [lambda module: scale_output(module, 2.0), lambda module: norm_output(module, 1e-5)])
+def test_a_patched_module_copies_and_exports(
+    build: Callable[[], nn.Embedding], patch: Callable[[nn.Module], None]
+) -> None:
+    module = build()
+    patch(module)
+    expected = module(IDS)
+    twin = copy.deepcopy(module)
+    assert twin.weight is not module.weight
+    assert torch.equal(twin(IDS), expected)
+    assert torch.equal(torch.export.export(module, (IDS,), strict=False).module()(IDS), expected)
+
+
+@pytest.mark.parametrize("patch", [lambda module: scale_output(module, 2.0), lambda module: norm_output(module, 1e-5)])
+def test_a_patched_plain_embedding_pickles(patch: Callable[[nn.Module], None]) -> None:
+    module = token_embedding()
+    patch(module)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(IDS), module(IDS))
+
+
+def tiny(layers: int = 2, width: int = WIDTH) -> GPT2Config:
+    return GPT2Config(n_layer=layers, n_embd=width, n_head=2, vocab_size=50, n_positions=8)
+
+
+def record(**embeddings: Any) -> dict[str, Any]:
+    return {
+        "version": "0.1.0",
+        "recipe": "test",
+        "reinit": "all",
+        "seed": 0,
+        "embeddings": {f"transformer.{name}": edit for name, edit in embeddings.items()},
+        "init": None,
+    }
+
+
+FILLS: dict[str, Any] = {
+    "width": 64,
+    "sublayers": ["transformer.h.*.attn.c_proj.weight", "transformer.h.*.mlp.c_proj.weight"],
+    "count": 4,
+    "fills": [
+        {"parameter": "transformer.wte.weight", "std": 0.5, "residual": False},
+        {"parameter": "transformer.h.*.mlp.c_fc.weight", "std": 0.5, "residual": False},
+        {"parameter": "transformer.h.*.mlp.c_proj.weight", "std": 0.25, "residual": True},
+    ],
+}
+
+
+def test_install_names_modules_as_the_full_model_does() -> None:
+    edits = record(wte={"factor": "sqrt(width)"}, wpe={"norm": "layernorm", "eps": 1e-5})
+    full, base = GPT2LMHeadModel(tiny()), GPT2Model(tiny())
+    install(full, edits)
+    install(base, edits)
+    for transformer in (full.transformer, base):
+        assert transformer.wte.embed_scale == 4.0
+        assert transformer.wpe.norm.eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"wte": {"factor": 2.0}, "nowhere": {"factor": 2.0}}, "no module transformer.nowhere"),
+        ({"wte": {"factor": 2.0}, "ln_f": {"factor": 2.0}}, r"not an nn\.Embedding"),
+        ({"wte": {"factor": 2.0}, "wpe": {"norm": "rmsnorm", "eps": 1e-5}}, "does not know"),
+        ({"wte": {"factor": 2.0}, "wpe": {"gain": 1.0}}, "does not know"),
+    ],
+)
+def test_install_checks_everything_before_it_changes_anything(edits: dict[str, Any], message: str) -> None:
+    model = GPT2LMHeadModel(tiny())
+    with pytest.raises(ValueError, match=message):
+        install(model, record(**edits))
+    assert type(model.transformer.wte) is nn.Embedding
+
+
+def test_a_model_without_a_record_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"config\.spikepatch"):
+        install(GPT2LMHeadModel(tiny()), None)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("patch", [{"factor": 4.0}, {"norm": "layernorm", "eps": 1e-5}])
+def test_resizing_and_checkpointing_keep_the_patch(patch: dict[str, Any]) -> None:
+    model = GPT2LMHeadModel(tiny())
+    plain = copy.deepcopy(model)
+    install(model, record(wte=patch))
+    for each in (model, plain):
+        torch.manual_seed(0)
+        each.resize_token_embeddings(60)
+    rows = plain.transformer.wte(IDS)
+    expected = rows * 4.0 if "factor" in patch else nn.functional.layer_norm(rows, (WIDTH,), eps=1e-5)
+    assert torch.equal(model.transformer.wte(IDS), expected)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+    model.train()
+    gradients = []
+    for switch in (lambda: None, model.gradient_checkpointing_enable):
+        switch()
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert len(gradients[0]) > 20
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("cls", [GPT2LMHeadModel, GPT2Model])
+@pytest.mark.parametrize(("layers", "width"), [(2, 64), (8, 64), (8, 256)])
+def test_initialise_follows_depth_and_width(cls: type, layers: int, width: int) -> None:
+    model = cls(tiny(layers, width))
+    attention = {name: p.clone() for name, p in model.named_parameters() if "attn" in name}
+    initialise(model, record() | {"init": FILLS})
+    wide, deep = math.sqrt(64 / width), math.sqrt(4 / (2 * layers))
+    transformer = model.base_model
+    expected = {transformer.wte.weight: 0.5 * wide}
+    expected |= {block.mlp.c_fc.weight: 0.5 * wide for block in transformer.h}
+    expected |= {block.mlp.c_proj.weight: 0.25 * wide * deep for block in transformer.h}
+    for parameter, std in expected.items():  # the standard error of a std is std / sqrt(2 n); 5 of them
+        assert parameter.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * parameter.numel()))
+    untouched = {name: p for name, p in model.named_parameters() if name in attention}
+    assert len(untouched) == 4 * layers
+    assert all(torch.equal(p, attention[name]) for name, p in untouched.items())
+
+
+def test_initialise_respects_loaded_tensors_and_draws_once() -> None:
+    model = GPT2LMHeadModel(tiny())
+    loaded = model.transformer.h[0].mlp.c_fc.weight
+    loaded._is_hf_initialized = True
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    initialise(model, record() | {"init": FILLS})
+    once = {name: p.clone() for name, p in model.named_parameters()}
+    initialise(model, record() | {"init": FILLS})
+    assert torch.equal(loaded, before["transformer.h.0.mlp.c_fc.weight"])
+    changed = {name for name in once if not torch.equal(once[name], before[name])}
+    assert changed == {"transformer.wte.weight"} | {
+        f"transformer.h.{n}" for n in ("0.mlp.c_proj.weight", "1.mlp.c_fc.weight", "1.mlp.c_proj.weight")
+    }
+    assert all(torch.equal(p, once[name]) for name, p in model.named_parameters())
+
+
+def test_initialise_refuses_patterns_that_match_nothing() -> None:
+    stale = FILLS | {"sublayers": ["model.layers.*.mlp.down_proj.weight"]}
+    with pytest.raises(ValueError, match="matches the patterns"):
+        initialise(GPT2LMHeadModel(tiny()), record() | {"init": stale})
+
+
+def test_the_fill_of_one_parameter_wins_over_that_of_its_pattern() -> None:
+    model = GPT2LMHeadModel(tiny(layers=2, width=64))
+    first = {"parameter": "transformer.h.0.mlp.c_fc.weight", "std": 2.0, "residual": False}
+    initialise(model, record() | {"init": FILLS | {"fills": [first, *FILLS["fills"]]}})
+    stds = [block.mlp.c_fc.weight.std().item() for block in model.transformer.h]
+    assert stds == pytest.approx([2.0, 0.5], rel=0.05)
+
+
+def test_nothing_is_asked_of_a_model_whose_tensors_are_all_loaded() -> None:
+    model = nn.Linear(2, 2)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    initialise(model, record() | {"init": FILLS})
+
+
+def test_pattern_replaces_whole_numbers_only() -> None:
+    assert pattern("model.layers.10.mlp.experts.3.w2.weight") == "model.layers.*.mlp.experts.*.w2.weight"
