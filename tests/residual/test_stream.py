@@ -37,18 +37,22 @@ def test_json_round_trip(mapped: tuple[PreTrainedModel, ResidualMap]) -> None:
     assert ResidualMap.from_dict(json.loads(residual.to_json())) == residual
 
 
-def test_agrees_with_tensor_parallel_plan(mapped: tuple[PreTrainedModel, ResidualMap]) -> None:
+def test_agrees_with_tensor_parallel_plans() -> None:
     """transformers' own tensor-parallel plans name row-wise layers: where there is one, they are our projections."""
-    model, residual = mapped
-    rowwise = {name for name, kind in (model.tp_plan or {}).items() if kind.startswith("rowwise")}
-    if not rowwise:
-        pytest.skip("no tensor-parallel plan")
-    starred = {
-        ".".join("*" if p.isdigit() else p for p in r.parameter.split(".")) for r in residual.residual_projections
-    }
-    checked = {name for name in starred if name.endswith(".weight")}
-    assert checked
-    assert {f"{name}.weight" for name in rowwise if "experts" not in name} == checked
+    checked = 0
+    for model_type in TYPES:
+        model = tiny_model(model_type)
+        rowwise = {name for name, kind in (model.tp_plan or {}).items() if kind.startswith("rowwise")}
+        if not rowwise:
+            continue
+        found = {
+            ".".join("*" if part.isdigit() else part for part in projection.parameter.split("."))
+            for projection in spikepatch.inspect(model).residual_projections
+        }
+        modules = {name.removesuffix(".weight") for name in found if name.endswith(".weight")}
+        assert {name for name in rowwise if "experts" not in name} == modules, model_type
+        checked += 1
+    assert checked >= 9
 
 
 def test_numeric_oracle(mapped: tuple[PreTrainedModel, ResidualMap]) -> None:
@@ -222,6 +226,33 @@ def test_gated_skip_is_refused() -> None:
     """A data-dependent factor on the skip breaks the sum: nothing that is an embedding's reaches the last addition."""
     with pytest.raises(Refused, match="no residual stream"):
         spikepatch.inspect(Model(gated_skip=True), example_inputs=EXAMPLE)
+
+
+class Writer(nn.Module):
+    """A sub-layer whose output is written in place, position by position, into a tensor of zeros."""
+
+    def __init__(self, *, projected: bool) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(50, 16), nn.Linear(16, 50, bias=False)
+        self.value, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.projected = projected
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids)
+        y = torch.zeros_like(x)
+        for i in range(ids.shape[1]):
+            y[:, i] = torch.sigmoid(self.value(x[:, i]))
+        logits: torch.Tensor = self.head(x + (self.out(y) if self.projected else y))
+        return logits
+
+
+def test_writes_in_place_are_seen() -> None:
+    residual = spikepatch.inspect(Writer(projected=True), example_inputs=EXAMPLE)
+    assert residual.proven
+    assert [p.parameter for p in residual.residual_projections] == ["out.weight"]
+    leaking = spikepatch.inspect(Writer(projected=False), example_inputs=EXAMPLE)
+    assert not leaking.proven
+    assert any("value.weight" in leak for leak in leaking.leaks)
 
 
 def test_unproven_map_is_not_planned() -> None:

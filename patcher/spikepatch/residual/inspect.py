@@ -192,7 +192,7 @@ class _Naming:
                 role = "qk" if norm.output in attention and _heads(norm.output) else "inner"
             module = _module(norm.output)
             layer = self._layer(module)
-            found.setdefault((module, role), Norm(module, role, _norm_kind(norm.kind), norm.eps, layer))
+            found.setdefault((module, role), Norm(module, role, norm.kind, norm.eps, layer))
         return tuple(found.values())
 
     def _placement(self, norms: tuple[Norm, ...]) -> Placement:
@@ -219,7 +219,15 @@ class _Naming:
         return placements.pop() if len(placements) == 1 else "mixed"
 
     def _embeddings(self) -> tuple[Embedding, ...]:
-        measured = measure(self.graph, self.stream)
+        try:
+            measured = measure(self.graph, self.stream)
+        except (IndexError, RuntimeError) as error:
+            raise Refused(
+                what="the embedding path cannot be run, so the factor that it applies is not known",
+                where=type(self.model).__name__,
+                why=str(error).splitlines()[0],
+                remedy="please report the architecture",
+            ) from error
         found: dict[str, Embedding] = {}
         for lookup in self.stream.lookups:
             parameter = self.facts.weight.get(operands(lookup)[0])
@@ -239,10 +247,6 @@ class _Naming:
         return None
 
 
-def _norm_kind(kind: str) -> Any:
-    return kind
-
-
 def _kind(facts: Analysis, term: Term) -> SublayerKind:
     """What a sub-layer computes, from its operations."""
     inside = [n for n in term.interior if n in facts.varies]
@@ -250,7 +254,7 @@ def _kind(facts: Analysis, term: Term) -> SublayerKind:
     products = [n for n in inside if op(n) in ops.MATMULS and len(facts.data(n)) > 1]
     if names & ops.FUSED_ATTENTION or any(_weighs(facts, n, term.interior) for n in inside if op(n) == "softmax"):
         return "attention"
-    if products or names & (ops.CONVOLUTIONS | {"cumsum", "cumprod", "associative_scan", "scan"}) - {"cumsum"}:
+    if products or names & (ops.CONVOLUTIONS | ops.SCANS):
         return "mixer"
     return "moe" if "topk" in names else "mlp"
 

@@ -24,7 +24,7 @@ ADDS = frozenset("add sub rsub".split())
 # Linear in all tensor arguments taken together: zero when all are.
 JOINS = ADDS | frozenset(
     "cat stack concat index_add index_put index_copy scatter scatter_add scatter_reduce select_scatter slice_scatter"
-    " copy lerp where".split()
+    " copy lerp where overwritten".split()
 )
 PRODUCTS = frozenset(["mul", "div", "true_divide"])
 # f(0) = 0, not linear.
@@ -39,6 +39,7 @@ FUSED_ATTENTION = frozenset(
     "scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention"
     " flex_attention".split()
 )
+SCANS = frozenset(["associative_scan", "scan", "cumprod"])
 LOOKUPS = frozenset(["embedding", "embedding_bag"])
 ZERO_FACTORIES = frozenset("zeros zeros_like new_zeros".split())
 # Pointwise in one tensor and reductions over its last axis: what the statistic of a norm is made of.

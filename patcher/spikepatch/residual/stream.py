@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.fx import Node
@@ -31,7 +32,7 @@ class NormNode:
 
     output: Node
     input: Node
-    kind: str  # "layernorm" | "rmsnorm"
+    kind: Literal["layernorm", "rmsnorm"]
     eps: float
 
 
@@ -129,9 +130,9 @@ class Analysis:
         """Recognise a norm, fused or written out: ``x * f(mean(x^2))`` with f made of pointwise ops and numbers."""
         name = op(node)
         if name in ops.NORMS:
-            kind = "rmsnorm" if "rms" in name else "layernorm"
+            fused: Literal["layernorm", "rmsnorm"] = "rmsnorm" if "rms" in name else "layernorm"
             numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
-            return NormNode(node, operands(node)[0], kind, numbers[-1] if numbers else 0.0)
+            return NormNode(node, operands(node)[0], fused, numbers[-1] if numbers else 0.0)
         if name not in ops.PRODUCTS or len(operands(node)) != 2 or last(node) < 2 or node not in self.varies:
             return None
         first, second = operands(node)
@@ -173,7 +174,7 @@ def _narrows(node: Node) -> bool:
     return op(node) in {"slice", "select", "narrow", "index_select", "gather"} and last(node) != last(source)
 
 
-def _statistic_of(statistic: Node, value: Node) -> tuple[Node, str, float] | None:
+def _statistic_of(statistic: Node, value: Node) -> tuple[Node, Literal["layernorm", "rmsnorm"], float] | None:
     """Is ``statistic`` a per-token reduction of ``value`` (or of what ``value`` is a cast or the centred form of)?"""
     roots = [value]
     centred = False
@@ -434,7 +435,7 @@ def _value(facts: Analysis, node: Node, alive: Mapping[Node, int | None], bit: M
     if name == "mul" and None in values:
         return None
     if name in (ops.JOINS | ops.ADDS):
-        data = [a for a in arguments if a.meta.get("val") is None or a.meta["val"].is_floating_point()]
+        data = [a for a in arguments if _floating(a)]
         numbers = [a for a in node.args if isinstance(a, (int, float)) and a != 0] if name in ops.ADDS else []
         return None if not numbers and data and all(alive[a] is None for a in data) else union
     if name in ops.PRODUCTS | ops.LINEAR_FIRST | ops.ZERO_AT_ZERO or (name == "pow" and _positive(node)):

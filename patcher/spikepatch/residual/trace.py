@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch.fx import Graph, Node
 
 from spikepatch.errors import Refused
 from spikepatch.quiet import quiet
+from spikepatch.residual.ops import VIEWS, op
 
 #: Token positions in the traced example: more than one, and unlike the usual head counts and widths.
 TOKENS = 11
@@ -64,7 +66,8 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
     twin = skeleton(model)
     example = dict(example_inputs) if example_inputs is not None else _language_model_inputs(twin)
     _prefer_traceable_kernels(twin)
-    with quiet():
+    # On failure torch prints the graph so far, thousands of lines.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
             program = torch.export.export(twin, (), {k: v.to("meta") for k, v in example.items()}, strict=False)
         except Exception as error:
@@ -95,11 +98,12 @@ def _language_model_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _prefer_traceable_kernels(model: nn.Module) -> None:
     """On the meta twin only: no cache, fused attention, and experts as grouped matmuls (no loop over data)."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return
-    if hasattr(config, "use_cache"):
-        config.use_cache = False
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        parts: tuple[Any, ...] = (config, getattr(config, "text_config", None))
+        for part in parts:
+            if getattr(part, "use_cache", False):
+                part.use_cache = False
     choices: tuple[str, ...]
     for method, choices in (
         ("set_attn_implementation", ("sdpa", "eager")),
@@ -174,13 +178,37 @@ def _is_graph(module: nn.Module, node: Node) -> bool:
     return isinstance(getattr(module, str(node.target), None), torch.fx.GraphModule)
 
 
+def overwritten(value: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+    """Stands in the graph for ``value`` after ``written``, which shares memory with it, was written in place."""
+    raise NotImplementedError("a marker for the analysis, never executed")
+
+
 def _redirect_writes(graph: Graph) -> None:
-    """After an in-place op, readers of the written tensor read the op's result."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
+    """Make in-place ops visible as data: whoever reads the written memory later reads it through the write.
+
+    The written tensor itself is replaced by the op's result, every other view of the same memory by ``overwritten``.
+    """
+    order: dict[Node, float] = {node: i for i, node in enumerate(graph.nodes)}
+    base: dict[Node, Node] = {}
+    family: dict[Node, list[Node]] = {}
+    for node in list(graph.nodes):
         schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], Node):
+        first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        writes = first is not None and schema is not None and schema.is_mutable
+        if first is not None and (writes or op(node) in VIEWS):
+            base[node] = base.get(first, first)
+            family.setdefault(base[node], [base[node]]).append(node)
+        if not writes or first is None:
             continue
-        written, position = node.args[0], order[node]
-        for user in [user for user in written.users if order[user] > position]:
-            user.replace_input_with(written, node)
+        for alias in family[base[node]]:
+            later = [user for user in alias.users if order.get(user, -1.0) > order[node]]
+            if not later or alias is node:
+                continue
+            seen = node
+            if alias is not first:
+                with graph.inserting_after(node):
+                    seen = graph.call_function(overwritten, (alias, node))
+                seen.meta = dict(alias.meta)
+                order[seen] = order[node] + 0.5
+            for user in later:
+                user.replace_input_with(alias, seen)
