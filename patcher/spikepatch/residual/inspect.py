@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ from spikepatch.residual.map import (
 from spikepatch.residual.measure import measure
 from spikepatch.residual.ops import op, operands
 from spikepatch.residual.stream import Analysis, Stream, Term, find
-from spikepatch.residual.trace import Trace, trace
+from spikepatch.residual.trace import TOKENS, trace
 
 
 def inspect(
@@ -45,46 +46,37 @@ def inspect(
         Refused: the forward pass cannot be traced, or there is no residual sum in it.
     """
     name = type(model).__name__
-    graph = trace(model, example_inputs)
-    if len(graph.inputs) > 1:
-        raise Refused(
-            what="models with more than one residual stream (an encoder and a decoder) are not mapped yet",
-            where=source or name,
-            why="the forward pass takes several token inputs: " + ", ".join(n.name for n in graph.inputs),
-            remedy="use a decoder-only or encoder-only model",
-        )
-    stream = find(graph)
-    if isinstance(stream, str):
+    streams = find(trace(model, example_inputs))
+    if isinstance(streams, str):
         raise Refused(
             what="no residual stream found",
             where=source or name,
-            why=stream,
+            why=streams,
             remedy="if the model does add sub-layer outputs to a stream, please report its architecture",
         )
-    return _Naming(model, graph, stream).map(source or name, getattr(getattr(model, "config", None), "model_type", ""))
+    main, *others = (_Naming(model, stream).map(source or name) for stream in streams)
+    return dataclasses.replace(main, streams=tuple(others))
 
 
 class _Naming:
     """Turns nodes into names: modules from the trace's call stack, layers from the model's lists of blocks."""
 
-    def __init__(self, model: nn.Module, graph: Trace, stream: Stream) -> None:
-        self.model, self.graph, self.stream = model, graph, stream
-        self.facts = Analysis(graph)
+    def __init__(self, model: nn.Module, stream: Stream) -> None:
+        self.model, self.stream, self.facts = model, stream, stream.facts
         self.kinds = [_kind(self.facts, term) for term in stream.terms]
         self.sublayer = self._number_sublayers()
         parameters = [parameter for term in stream.terms for _, parameter in term.projections]
-        self.blocks = list(dict.fromkeys(b for p in parameters if (b := _block(model, p)) is not None))
+        self.layers = _layers(model, list(dict.fromkeys(parameters)))
 
-    def map(self, source: str, model_type: str) -> ResidualMap:
-        matrices = self._matrices()
+    def map(self, source: str) -> ResidualMap:
         norms = self._norms()
         embeddings = self._embeddings()
         return ResidualMap(
             source=source,
-            model_type=model_type,
+            model_type=getattr(getattr(self.model, "config", None), "model_type", ""),
             architecture=type(self.model).__name__,
             width=ops.last(self.stream.end),
-            layers=len(self.blocks),
+            layers=len(set(self.layers.values())),
             sublayers=len(set(self.sublayer)),
             placement=self._placement(norms),
             proven=not self.stream.leaks,
@@ -93,14 +85,13 @@ class _Naming:
             residual_projections=self._projections(),
             norms=norms,
             head=self._head(embeddings),
-            matrices=matrices,
+            matrices=self._matrices(),
         )
 
     def _number_sublayers(self) -> list[int]:
         """Terms that read the same point and are both feed-forward (routed and shared experts) are one sub-layer."""
         keys = []
         for term, kind in zip(self.stream.terms, self.kinds, strict=True):
-            assert term.reads is not None
             keys.append((self._point(term.reads), "feed-forward" if kind in {"mlp", "moe"} else kind))
         order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         return [order[key] for key in keys]
@@ -111,7 +102,7 @@ class _Naming:
         return node
 
     def _layer(self, path: str) -> int | None:
-        return next((i for i, block in enumerate(self.blocks) if path.startswith(block + ".") or path == block), None)
+        return next((i for block, i in self.layers.items() if path == block or path.startswith(block + ".")), None)
 
     def _projections(self) -> tuple[ResidualProjection, ...]:
         found: dict[str, ResidualProjection] = {}
@@ -140,8 +131,8 @@ class _Naming:
                 continue
             for argument in node.args:
                 value: Any = argument
-                if isinstance(argument, Node) and argument in self.graph.buffers:
-                    value = self.graph.buffers[argument]
+                if isinstance(argument, Node) and argument in self.facts.trace.buffers:
+                    value = self.facts.trace.buffers[argument]
                     value = value.item() if value.numel() == 1 else None
                 if isinstance(value, (int, float)):
                     factor = factor * value if op(node) == "mul" else factor / value
@@ -168,12 +159,16 @@ class _Naming:
         attention = {
             n for t, kind in zip(self.stream.terms, self.kinds, strict=True) if kind == "attention" for n in t.interior
         }
-        on_stream = [n.output for n in self.stream.norms if n.output in self.stream.spine]
+        stream = self.stream
+        region = set(stream.spine | stream.suffix | self.facts.behind([stream.start]))
+        region.update(*(term.interior for term in stream.terms))
+        here = [norm for node, norm in self.facts.norm_at.items() if node in region]
+        on_stream = [norm.output for norm in here if norm.output in stream.spine]
         start = self.facts.order[self.stream.start]
         last_add = max((self.facts.order[n] for n in self.stream.spine if op(n) in ops.ADDS), default=0)
         after_start = [n for n in on_stream if self.facts.order[n] > start]
         found: dict[tuple[str, str], Norm] = {}
-        for norm in self.stream.norms:
+        for norm in here:
             role: NormRole
             if norm.output in self.stream.spine:
                 if self.facts.order[norm.output] <= start:
@@ -197,7 +192,7 @@ class _Naming:
 
     def _placement(self, norms: tuple[Norm, ...]) -> Placement:
         placements: set[Placement] = set()
-        points = [self._point(t.reads) for t in self.stream.terms if t.reads is not None]
+        points = [self._point(t.reads) for t in self.stream.terms]
         normed_inputs = {
             s
             for t, s in zip(self.stream.terms, self.sublayer, strict=True)
@@ -220,8 +215,8 @@ class _Naming:
 
     def _embeddings(self) -> tuple[Embedding, ...]:
         try:
-            measured = measure(self.graph, self.stream)
-        except (IndexError, RuntimeError) as error:
+            measured = measure(self.facts.trace, self.stream)
+        except (IndexError, RuntimeError, NotImplementedError) as error:
             raise Refused(
                 what="the embedding path cannot be run, so the factor that it applies is not known",
                 where=type(self.model).__name__,
@@ -229,12 +224,11 @@ class _Naming:
                 remedy="please report the architecture",
             ) from error
         found: dict[str, Embedding] = {}
-        for lookup in self.stream.lookups:
-            parameter = self.facts.weight.get(operands(lookup)[0])
-            if parameter is None:
-                continue  # a fixed table, such as sinusoidal positions kept in a buffer
-            m = measured[lookup]
-            found.setdefault(parameter, Embedding(_module(lookup), parameter, m.kind, m.scale, m.normed))  # type: ignore[arg-type]
+        for table in self.stream.tables:
+            parameter = self.facts.weight.get(operands(table)[0] if op(table) in ops.LOOKUPS else table)
+            if parameter is not None:  # None: a fixed table, such as sinusoidal positions kept in a buffer
+                kind, scale, normed = measured[table]
+                found.setdefault(parameter, Embedding(_module(table) or parameter, parameter, kind, scale, normed))
         return tuple(found.values())
 
     def _head(self, embeddings: tuple[Embedding, ...]) -> Head | None:
@@ -251,10 +245,11 @@ def _kind(facts: Analysis, term: Term) -> SublayerKind:
     """What a sub-layer computes, from its operations."""
     inside = [n for n in term.interior if n in facts.varies]
     names = {op(n) for n in inside}
-    products = [n for n in inside if op(n) in ops.MATMULS and len(facts.data(n)) > 1]
     if names & ops.FUSED_ATTENTION or any(_weighs(facts, n, term.interior) for n in inside if op(n) == "softmax"):
-        return "attention"
-    if products or names & (ops.CONVOLUTIONS | ops.SCANS):
+        return "cross-attention" if term.crosses else "attention"
+    products = any(op(n) in ops.MATMULS and len(facts.data(n)) > 1 for n in inside)
+    unrolled = sum(op(n) == "select" for n in inside) >= TOKENS  # a loop over the positions
+    if products or unrolled or names & (ops.CONVOLUTIONS | ops.SCANS):
         return "mixer"
     return "moe" if "topk" in names else "mlp"
 
@@ -318,8 +313,23 @@ def _heads(node: Node) -> bool:
     return len(ops.shape(node)) >= 3
 
 
+def _layers(model: nn.Module, parameters: list[str]) -> dict[str, int]:
+    """Path of each block that holds one of ``parameters`` -> its layer.
+
+    A block is an entry of the outermost list of modules on the parameter's path. Where one layer is spread over several
+    lists (all attentions in one, all MLPs in another), equal indices are one layer.
+    """
+    blocks = list(dict.fromkeys(block for name in parameters if (block := _block(model, name)) is not None))
+    indices = [block.rpartition(".")[2] for block in blocks]
+    lists = {block.rpartition(".")[0] for block in blocks}
+    if len(lists) > 1 and all(i.isdigit() for i in indices):
+        numbers = [int(i) for i in indices]
+        if numbers == sorted(numbers):
+            return dict(zip(blocks, numbers, strict=True))
+    return {block: i for i, block in enumerate(blocks)}
+
+
 def _block(model: nn.Module, parameter: str) -> str | None:
-    """Path of the block that holds ``parameter``: the entry of the outermost list of modules on its path."""
     parts = parameter.split(".")
     for i in range(1, len(parts)):
         holder = model.get_submodule(".".join(parts[: i - 1]))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-SublayerKind = Literal["attention", "mlp", "moe", "mixer"]
+SublayerKind = Literal["attention", "cross-attention", "mlp", "moe", "mixer"]
 NormRole = Literal["embedding", "pre", "post", "branch", "final", "qk", "inner"]
 Placement = Literal["pre-norm", "post-norm", "branch-norm", "parallel", "no-norm", "mixed"]
 

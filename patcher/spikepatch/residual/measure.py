@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.fx import Node
 
-from spikepatch.residual.ops import op, operands, shape
+from spikepatch.residual.ops import LOOKUPS, op, operands, shape
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace
 
@@ -20,11 +19,10 @@ from spikepatch.residual.trace import Trace
 ROWS = 4096
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """``kind`` from how the row numbers move; ``scale`` and ``normed`` as in ``residual.map.Embedding``."""
 
-    kind: str
+    kind: Literal["token", "position", "type"]
     scale: float
     normed: bool
 
@@ -36,19 +34,23 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
     """
     ids = [dict.fromkeys(trace.inputs, seed) for seed in (0, 1)]
     result: dict[Node, Measured] = {}
-    for lookup in stream.lookups:
-        first, second = (_rows(trace, lookup, seeds) for seeds in ids)
-        moves = bool((first != first.flatten()[0]).any())
-        kind = "token" if not torch.equal(first, second) else "position" if moves else "type"
+    for lookup in stream.tables:
+        kind = _kind(*(_rows(trace, lookup, seeds) for seeds in ids)) if op(lookup) in LOOKUPS else "position"
         silent = _start(trace, stream, lookup, 0.0)
         once = _start(trace, stream, lookup, 1.0) - silent
         twice = _start(trace, stream, lookup, 2.0) - silent
         linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
-        table = _table(trace, lookup, 1.0)
-        looked_up = table[first.flatten()]
+        looked_up = _looked_up(trace, lookup, ids[0])
         scale = float(once.std() / looked_up.std()) if linear else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
     return result
+
+
+def _kind(first: torch.Tensor, second: torch.Tensor) -> Literal["token", "position", "type"]:
+    """From the row numbers that two different texts look up; (batch, tokens) each."""
+    if not torch.equal(first, second):
+        return "token"
+    return "position" if bool((first != first.flatten()[0]).any()) else "type"
 
 
 def _rows(trace: Trace, lookup: Node, seeds: Mapping[Node, int]) -> torch.Tensor:
@@ -56,15 +58,28 @@ def _rows(trace: Trace, lookup: Node, seeds: Mapping[Node, int]) -> torch.Tensor
     return ids
 
 
-def _table(trace: Trace, lookup: Node, factor: float) -> torch.Tensor:
-    rows, width = shape(operands(lookup)[0])
+def _source(node: Node) -> Node:
+    """The node whose value stands for the table: the weight of a lookup, or learned rows themselves."""
+    return operands(node)[0] if op(node) in LOOKUPS else node
+
+
+def _table(node: Node, factor: float) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return factor * torch.randn(max(64, min(rows, ROWS)), width, generator=generator)
+    *rows, width = shape(_source(node))
+    if op(node) in LOOKUPS:
+        rows = [max(64, min(rows[0], ROWS))]
+    return factor * torch.randn(*rows, width, generator=generator)
+
+
+def _looked_up(trace: Trace, node: Node, seeds: Mapping[Node, int]) -> torch.Tensor:
+    table = _table(node, 1.0)
+    return table[_rows(trace, node, seeds).flatten() % len(table)] if op(node) in LOOKUPS else table
 
 
 def _start(trace: Trace, stream: Stream, lookup: Node, factor: float) -> torch.Tensor:
-    """The first point of the stream, with this lookup's table random and every other table zero."""
-    values = {operands(other)[0]: _table(trace, other, factor if other is lookup else 0.0) for other in stream.lookups}
+    """The first point of the stream, with this table random and every other zero."""
+    values = {_source(other): _table(other, 0.0) for other in stream.tables}
+    values[_source(lookup)] = _table(lookup, factor)
     result = run(trace, [stream.start], values, dict.fromkeys(trace.inputs, 0))[stream.start]
     assert isinstance(result, torch.Tensor)
     return result.float()
@@ -73,7 +88,8 @@ def _start(trace: Trace, stream: Stream, lookup: Node, factor: float) -> torch.T
 def run(
     trace: Trace, wanted: list[Node], values: Mapping[Node, torch.Tensor], seeds: Mapping[Node, int]
 ) -> dict[Node, Any]:
-    """Execute the graph up to ``wanted``, on the CPU; parameters not in ``values`` are ones (gains, biases: zero)."""
+    """Execute the graph up to ``wanted``, on the CPU; parameters not in ``values`` are gains of one
+    or random matrices."""
     needed: set[Node] = set()
     todo = list(wanted)
     while todo:
@@ -93,12 +109,19 @@ def run(
         elif node in trace.inputs:
             results[node] = _input(trace.inputs[node], seeds[node])
         elif node in trace.parameters:
-            results[node] = torch.ones(shape(node))
+            results[node] = _parameter(shape(node))
         elif op(node):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: results[n])
             if op(node) != "assert_tensor_metadata":
                 results[node] = _call(node, [_exact(a) for a in args], {k: _exact(v) for k, v in kwargs.items()})
     return {node: results[node] for node in wanted}
+
+
+def _parameter(size: tuple[int, ...]) -> torch.Tensor:
+    """A gain of one, or a matrix that keeps the size of what it multiplies."""
+    if len(size) < 2:
+        return torch.ones(size)
+    return torch.randn(size, generator=torch.Generator().manual_seed(1)) / size[-1] ** 0.5
 
 
 def _exact(argument: Any) -> Any:
@@ -112,12 +135,14 @@ def _exact(argument: Any) -> Any:
 def _call(node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     if node.target is operator.getitem:
         return args[0][args[1]]
+    if op(node) in LOOKUPS:
+        args[1] = args[1] % len(args[0])  # the stand-in table is shorter
     assert callable(node.target)
     return node.target(*args, **kwargs)
 
 
 def _input(example: torch.Tensor, seed: int) -> torch.Tensor:
-    if example.is_floating_point():
-        return example
     generator = torch.Generator().manual_seed(seed)
+    if example.is_floating_point():
+        return torch.randn(example.shape, generator=generator)
     return torch.randint(5, 64, example.shape, generator=generator, dtype=example.dtype)

@@ -32,7 +32,9 @@ ZERO_AT_ZERO = frozenset(
     "relu relu6 leaky_relu gelu silu mish tanh sin tan sinh asinh atan erf abs square sqrt expm1 log1p softsign sign"
     " hardswish elu selu celu hardtanh masked_fill topk sort".split()
 )
-MATMULS = frozenset("linear addmm mm matmul bmm baddbmm mv dot _grouped_mm grouped_mm grouped_mm_fallback".split())
+MATMULS = frozenset(
+    "linear addmm mm matmul bmm baddbmm mv dot einsum _grouped_mm grouped_mm grouped_mm_fallback".split()
+)
 CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution conv_transpose1d".split())
 NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm".split())
 FUSED_ATTENTION = frozenset(

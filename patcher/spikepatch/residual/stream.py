@@ -44,21 +44,27 @@ class Term:
     projections: tuple[tuple[Node, str], ...]  # (matmul, parameter)
     path: frozenset[Node]  # nodes between the projections and the addition
     interior: frozenset[Node]  # what computes it, back to the stream
-    reads: Node | None  # the latest point of the stream that it reads
+    reads: Node  # the latest point of the stream that it reads
+    crosses: bool  # it reads another stream as well
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The analysed stream: ``start`` is its first point (all embeddings summed), ``end`` its last."""
+    """One analysed stream: ``start`` is its first point (all embeddings summed), ``end`` its last.
 
+    ``tables`` are the nodes at which tables of rows enter: lookups, and learned positions sliced from a parameter.
+    ``suffix`` holds what lies between ``end`` (exclusive) and the output: the head. ``leaks`` says why the map is not
+    proven; empty: proven.
+    """
+
+    facts: Analysis
     start: Node
     end: Node
     spine: frozenset[Node]
     terms: tuple[Term, ...]
-    lookups: tuple[Node, ...]
-    norms: tuple[NormNode, ...]
-    suffix: frozenset[Node]  # from ``end`` (exclusive) to the output: the head
-    leaks: tuple[str, ...]  # why the map is not proven; empty: proven
+    tables: tuple[Node, ...]
+    suffix: frozenset[Node]
+    leaks: tuple[str, ...]
 
 
 class Analysis:
@@ -69,9 +75,9 @@ class Analysis:
         self.nodes = list(trace.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.weight = self._weight_views()
-        self.varies = self._token_dependent()
-        self.norm_at: dict[Node, NormNode] = {}
-        self.carries = self._carriers()
+        self.varies = self._input_dependent()
+        self.norm_at = {node: norm for node in self.nodes if (norm := self._norm(node)) is not None}
+        self.carries = self.carriers(None)
 
     def _weight_views(self) -> dict[Node, str]:
         """Nodes that are one parameter, seen through views, casts, gathers and constant factors -> its name."""
@@ -85,9 +91,9 @@ class Analysis:
                 weight[node] = names.pop()
         return weight
 
-    def _token_dependent(self) -> set[Node]:
-        """Nodes computed from an embedding lookup: everything but weights, constants, positions, masks and gains."""
-        varies: set[Node] = set()
+    def _input_dependent(self) -> set[Node]:
+        """Nodes computed from embedded tokens or real-valued inputs: all but weights, constants, positions, masks."""
+        varies = {node for node in self.trace.inputs if _floating(node)}
         for node in self.nodes:
             if op(node) in ops.LOOKUPS or (node not in self.weight and any(a in varies for a in operands(node))):
                 varies.add(node)
@@ -98,30 +104,27 @@ class Analysis:
         arguments = operands(node)[:1] if op(node) in ops.VIEWS else operands(node)  # type_as reads a dtype only
         return [a for a in arguments if a in self.varies and _floating(a)]
 
-    def _carriers(self) -> dict[Node, list[Node]]:
-        """Nodes that carry the stream -> the operands through which they do (none for a lookup)."""
+    def carriers(self, root: Node | None) -> dict[Node, list[Node]]:
+        """Nodes that carry the stream -> the operands through which they do (none for a lookup or the ``root``)."""
         carries: dict[Node, list[Node]] = {}
         for node in self.nodes:
             name = op(node)
-            if name in ops.LOOKUPS:
-                carries[node] = []
-                continue
-            norm = self._norm(node)
-            if norm is not None:
-                self.norm_at[node] = norm
-                if norm.input in carries:
-                    carries[node] = [norm.input]
-                continue
             arguments = operands(node)
-            if name in ops.ADDS:
+            moving = self.data(node)
+            through: list[Node] = []
+            if name in ops.LOOKUPS or node is root:
+                carries[node] = []
+            elif node in self.norm_at:
+                through = [a for a in (self.norm_at[node].input,) if a in carries]
+            elif name in ops.ADDS:
                 through = [a for a in arguments if a in carries]
             elif name in ops.VIEWS and not _narrows(node):
                 through = [a for a in arguments[:1] if a in carries]
             elif name in ops.PRODUCTS or name in {"masked_fill", "where"}:
-                moving = self.data(node)
-                through = moving if len(moving) == 1 and moving[0] in carries and last(node) == last(moving[0]) else []
-            else:
-                through = []
+                alone = len(moving) == 1 and moving[0] in carries and last(node) == last(moving[0])
+                through = moving if alone else []
+            elif name == "cat" and moving and all(a in carries and last(a) == last(node) for a in moving):
+                through = moving
             if through:
                 carries[node] = list(dict.fromkeys(through))
         return carries
@@ -218,30 +221,122 @@ def _uncast(node: Node) -> Node:
     return node
 
 
-def find(trace: Trace) -> Stream | str:
-    """The stream of ``trace``, with its leaks; a sentence where there is no residual sum at all."""
+def find(trace: Trace) -> tuple[Stream, ...] | str:
+    """The stream that feeds the output, then those that feed it (an encoder's); or why there is no residual sum."""
     facts = Analysis(trace)
-    frontier = _first_carriers(facts, trace.output)
-    if not frontier:
-        return "no sum of embedding and sub-layer outputs reaches the output: the stream is not a residual sum"
-    end = max(frontier, key=facts.order.__getitem__)
+    main = _locate(facts, trace.output, frozenset())
+    if isinstance(main, str):
+        return main
+    source = _foreign_output(main)
+    if source is None:
+        return (main,)
+    other = _locate(Analysis(trace), source, frozenset())
+    if isinstance(other, str):
+        return (main,)
+    again = _at(facts, trace.output, other.spine | {source})  # sub-layers end where the other stream begins
+    return (main if isinstance(again, str) else again, other)
 
+
+def _locate(facts: Analysis, output: Node, beyond: frozenset[Node]) -> Stream | str:
+    """The stream that ends before ``output``; where no lookup begins it, a projected embedding or patches may."""
+    found = _at(facts, output, beyond)
+    if isinstance(found, Stream) and not found.leaks:
+        return found
+    for root in _possible_roots(facts, output):
+        facts.carries = facts.carriers(root)
+        rooted = _at(facts, output, beyond)
+        if isinstance(rooted, Stream) and not rooted.leaks and root in rooted.spine:
+            return rooted
+    facts.carries = facts.carriers(None)
+    return found
+
+
+def _at(facts: Analysis, output: Node, beyond: frozenset[Node]) -> Stream | str:
+    frontier = _first_carriers(facts, output)
+    if not frontier:
+        return _no_sum(facts, output)
+    end = max(frontier, key=facts.order.__getitem__)
     spine, entries = _spine(facts, end)
-    terms = [term for node in entries if (term := _term(facts, node, spine)) is not None]
-    lookups = sorted((n for n in spine if op(n) in ops.LOOKUPS), key=facts.order.__getitem__)
+    found = {node: _term(facts, node, spine, beyond) for nodes in entries.values() for node in nodes}
+    terms = sorted((t for t in found.values() if t is not None), key=lambda t: facts.order[t.node])
     if not terms:
-        return "the output is reached from the embedding without any sub-layer added to it: no residual sum"
-    suffix = facts.behind([trace.output], stop=spine)
+        return _no_sum(facts, output)
+    if copies := _copies(spine):
+        return copies
+    start = _start(facts, spine, {add for add, nodes in entries.items() if any(found[n] for n in nodes)}, end)
+    suffix = facts.behind([output], stop=spine)
     return Stream(
-        start=_start(facts, spine, end),
+        facts=facts,
+        start=start,
         end=end,
         spine=frozenset(spine),
         terms=tuple(terms),
-        lookups=tuple(lookups),
-        norms=tuple(facts.norm_at.values()),
+        tables=tuple(_tables(facts, spine, facts.behind([start]))),
         suffix=frozenset(suffix),
-        leaks=tuple(_prove(facts, spine, terms, suffix)),
+        leaks=tuple(_prove(facts, output, spine, start, terms)),
     )
+
+
+def _no_sum(facts: Analysis, output: Node) -> str:
+    return _copies(facts.behind([output]) & facts.carries.keys()) or (
+        "no sum of an embedding and sub-layer outputs reaches the output: the stream is not a residual sum"
+    )
+
+
+def _copies(carriers: Iterable[Node]) -> str | None:
+    """The reason to refuse a stream that is kept in several copies, broadcast from the embedding along a new axis."""
+    for node in carriers:
+        if op(node) not in {"expand", "repeat", "repeat_interleave"}:
+            continue
+        before, after = shape(operands(node)[0]), shape(node)
+        along_width = len(after) > 2 and after[-1] > before[-1]
+        new_axis = len(after) > 3 and after[-1] == before[-1] and after[-2] > before[-2] == 1
+        if along_width or new_axis:
+            count = after[-1] // before[-1] if along_width else after[-2]
+            return f"hyper-connections: the stream is a set of {count} mixed copies, not a sum"
+    return None
+
+
+def _possible_roots(facts: Analysis, output: Node) -> list[Node]:
+    """Products with a weight whose input is computed without attention or additions of its own: in execution order."""
+    roots = []
+    plain: set[Node] = set()
+    cone = facts.behind([output])
+    for node in facts.nodes:
+        if node not in facts.varies or node not in cone:
+            continue
+        data = facts.data(node)
+        mixing = len(data) > 1 and op(node) not in ops.ADDS | {"cat"}
+        skip = (
+            op(node) in ops.ADDS
+            and len(data) > 1
+            and any(a in facts.behind([b]) for a in data for b in data if a is not b)
+        )
+        if all(a in plain for a in data) and not (mixing or skip or op(node) in {"softmax"} | ops.FUSED_ATTENTION):
+            plain.add(node)
+            if op(node) in ops.MATMULS | ops.CONVOLUTIONS:
+                roots.append(node)
+    return roots[:24]
+
+
+def _foreign_output(main: Stream) -> Node | None:
+    """What sub-layers of ``main`` read beside the stream itself and that is computed from other inputs, if anything."""
+    facts = main.facts
+    own = (facts.behind([main.start]) | main.spine) & facts.varies
+    for node in facts.nodes:
+        if node in facts.varies and any(a in own for a in operands(node)):
+            own.add(node)
+    fed = set(facts.trace.inputs)  # position biases are looked up as well, but by constants
+    for node in facts.nodes:
+        if any(a in fed for a in operands(node)):
+            fed.add(node)
+    inside = {n for term in main.terms for n in term.interior}
+    foreign = inside & facts.varies & fed - own
+    edge = [n for n in foreign if any(user in own for user in n.users)]
+    if len(edge) < 2:
+        return None
+    common = set.intersection(*(facts.behind([n]) for n in edge)) & foreign
+    return max(common, key=facts.order.__getitem__, default=None)
 
 
 def _first_carriers(facts: Analysis, output: Node) -> set[Node]:
@@ -260,10 +355,10 @@ def _first_carriers(facts: Analysis, output: Node) -> set[Node]:
     return found
 
 
-def _spine(facts: Analysis, end: Node) -> tuple[set[Node], list[Node]]:
-    """The stream's own nodes back from ``end``, and the operands added to it, latest first."""
+def _spine(facts: Analysis, end: Node) -> tuple[set[Node], dict[Node, list[Node]]]:
+    """The stream's own nodes back from ``end``; and for each of its additions the summands that are no skip."""
     spine: set[Node] = set()
-    entries: list[Node] = []
+    entries: dict[Node, list[Node]] = {}
     todo = [end]
     while todo:
         node = todo.pop()
@@ -272,9 +367,17 @@ def _spine(facts: Analysis, end: Node) -> tuple[set[Node], list[Node]]:
         spine.add(node)
         todo.extend(facts.carries[node])
         if op(node) in ops.ADDS:
-            entries += [leaf for a in operands(node) if a not in facts.carries for leaf in _summands(facts, a)]
-    entries = sorted(set(entries), key=facts.order.__getitem__)
+            entries[node] = [x for a in operands(node) if a not in facts.carries for x in _summands(facts, a)]
     return spine, entries
+
+
+def _tables(facts: Analysis, spine: set[Node], path: set[Node]) -> list[Node]:
+    """Lookups on the way to the stream, and learned rows that are added to it without a lookup."""
+    both = spine | path
+    tables = [n for n in both if op(n) in ops.LOOKUPS]
+    added = (a for n in both if op(n) in ops.ADDS and n in facts.varies for a in operands(n) if a in facts.weight)
+    tables += [a for a in added if len(shape(a)) > 1 and shape(a)[-2] > 1]
+    return sorted(set(tables), key=facts.order.__getitem__)
 
 
 def _summands(facts: Analysis, node: Node) -> list[Node]:
@@ -289,18 +392,19 @@ def _summands(facts: Analysis, node: Node) -> list[Node]:
     return [node]
 
 
-def _term(facts: Analysis, node: Node, spine: set[Node]) -> Term | None:
-    projections = _projections(facts, node, set())
-    interior = facts.behind([node], stop=spine)
+def _term(facts: Analysis, node: Node, spine: set[Node], beyond: frozenset[Node]) -> Term | None:
+    interior = facts.behind([node], stop=spine | beyond)
     reads = {a for n in interior for a in operands(n) if a in spine}
     if not reads:
-        return None  # made of constants: not a sub-layer
+        return None  # it reads nothing of the stream: part of the embedding, not a sub-layer
+    crosses = any(a in beyond for n in interior for a in operands(n))
+    projections = _projections(facts, node, set())
     path: set[Node] = set()
     for inner in sorted(interior, key=facts.order.__getitem__):
         if inner in projections or any(a in path for a in operands(inner)):
             path.add(inner)
     latest = max(reads, key=facts.order.__getitem__)
-    return Term(node, tuple(projections.items()), frozenset(path), frozenset(interior), latest)
+    return Term(node, tuple(projections.items()), frozenset(path), frozenset(interior), latest, crosses)
 
 
 def _projections(facts: Analysis, node: Node, seen: set[Node]) -> dict[Node, str]:
@@ -333,18 +437,16 @@ def _projections(facts: Analysis, node: Node, seen: set[Node]) -> dict[Node, str
     return {}
 
 
-def _start(facts: Analysis, spine: set[Node], end: Node) -> Node:
+def _start(facts: Analysis, spine: set[Node], additions: set[Node], end: Node) -> Node:
     """The first point of the stream: what the earliest sub-layer's output is added to."""
-    for node in sorted(spine, key=facts.order.__getitem__):
-        if op(node) in ops.ADDS and any(a not in facts.carries for a in facts.data(node)):
-            return max(facts.carries[node], key=facts.order.__getitem__)
-    return end
+    first = min(additions, key=facts.order.__getitem__, default=None)
+    return end if first is None else max(facts.carries[first], key=facts.order.__getitem__)
 
 
 # --- the proof ---------------------------------------------------------------------------------------------------
 
 
-def _prove(facts: Analysis, spine: set[Node], terms: list[Term], suffix: set[Node]) -> list[str]:
+def _prove(facts: Analysis, output: Node, spine: set[Node], start: Node, terms: list[Term]) -> list[str]:
     """Both sides of the proof; the reasons why it fails, naming parameters."""
     names = sorted(set(facts.trace.parameters.values()))
     bit = {name: 1 << i for i, name in enumerate(names)}
@@ -365,20 +467,20 @@ def _prove(facts: Analysis, spine: set[Node], terms: list[Term], suffix: set[Nod
     for node in facts.nodes:
         alive[node] = None if node in cut else _value(facts, node, alive, bit)
 
-    allowed_nodes = facts.behind([facts.trace.output], stop={t.node for t in terms})
+    allowed_nodes = facts.behind([output], stop={t.node for t in terms})
     allowed = sum(
         bit[name] for name in {facts.trace.parameters[n] for n in allowed_nodes if n in facts.trace.parameters}
     )
     offsets = {n for t in terms for node in t.path for n in operands(node) if n in facts.trace.parameters}
-    lookups = [n for n in spine if op(n) in ops.LOOKUPS]
+    lookups = [n for n in facts.behind([start]) | spine if op(n) in ops.LOOKUPS]
     allowed |= sum(bit[n.name] for n in lookups)
-    live = alive[facts.trace.output] or 0
+    live = alive[output] or 0
     permitted = allowed | sum({name: bit[name] for name in (facts.trace.parameters[n] for n in offsets)}.values())
     leaks += [
         f"{name}: still reaches the output with all residual projections cut" for name in spelled(live & ~permitted)
     ]
     leaks += [f"{name}: is on the stream but silenced by the cut" for name in spelled(allowed & ~live)]
-    if not any(live & bit[n.name] for n in lookups):
+    if not any(live & bit[n.name] for n in lookups) and not any(n in facts.trace.inputs for n in facts.behind([start])):
         leaks.append("the token embedding does not reach the output with all residual projections cut")
     leaks += [
         f"{parameter}: given back, its sub-layer stays silent (not a residual projection)"

@@ -64,7 +64,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
         Refused: ``torch.export`` cannot follow the forward pass.
     """
     twin = skeleton(model)
-    example = dict(example_inputs) if example_inputs is not None else _language_model_inputs(twin)
+    example = dict(example_inputs) if example_inputs is not None else _example_of(twin)
     _prefer_traceable_kernels(twin)
     # On failure torch prints the graph so far, thousands of lines.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
@@ -80,9 +80,9 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
     return _flat(program, model, twin, example)
 
 
-def _language_model_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    ids = torch.arange(5, 5 + TOKENS).unsqueeze(0)  # (batch, tokens)
-    config = getattr(model, "config", None)
+def _example_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a transformers model takes, by its declared main input: token ids, an image, a spectrogram or a wave."""
+    config: Any = getattr(model, "config", None)
     if config is None:
         raise Refused(
             what="no example inputs for a plain module",
@@ -90,7 +90,17 @@ def _language_model_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
             why="only a transformers model tells by its config what its forward takes",
             remedy="pass example_inputs={'name of the argument': tensor}",
         )
-    example = {getattr(model, "main_input_name", "input_ids"): ids}
+    ids = torch.arange(5, 5 + TOKENS).unsqueeze(0)  # (batch, tokens)
+    name = getattr(model, "main_input_name", "input_ids")
+    example = {name: ids}
+    if name == "pixel_values":
+        size = config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        example = {name: torch.zeros(1, config.num_channels, height, width)}
+    elif name == "input_features":
+        example = {name: torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)}
+    elif name == "input_values":
+        example = {name: torch.zeros(1, 8000)}
     if getattr(config, "is_encoder_decoder", False):
         example["decoder_input_ids"] = ids.clone()
     return example
