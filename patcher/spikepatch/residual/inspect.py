@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from spikepatch.errors import Refused
 from spikepatch.residual import ops
+from spikepatch.residual.facts import Facts
 from spikepatch.residual.map import (
     Embedding,
     Head,
@@ -25,7 +26,8 @@ from spikepatch.residual.map import (
 )
 from spikepatch.residual.measure import measure
 from spikepatch.residual.ops import op, operands
-from spikepatch.residual.stream import Analysis, Stream, Term, find
+from spikepatch.residual.proof import Term
+from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.trace import TOKENS, trace
 
 
@@ -241,7 +243,7 @@ class _Naming:
         return None
 
 
-def _kind(facts: Analysis, term: Term) -> SublayerKind:
+def _kind(facts: Facts, term: Term) -> SublayerKind:
     """What a sub-layer computes, from its operations."""
     inside = [n for n in term.interior if n in facts.varies]
     names = {op(n) for n in inside}
@@ -254,7 +256,7 @@ def _kind(facts: Analysis, term: Term) -> SublayerKind:
     return "moe" if "topk" in names else "mlp"
 
 
-def _weighs(facts: Analysis, softmax: Node, interior: frozenset[Node]) -> bool:
+def _weighs(facts: Facts, softmax: Node, interior: frozenset[Node]) -> bool:
     """The softmax's result is multiplied, as a matrix, with another activation: attention, not routing."""
     todo = [softmax]
     while todo:
@@ -269,7 +271,7 @@ def _weighs(facts: Analysis, softmax: Node, interior: frozenset[Node]) -> bool:
     return False
 
 
-def _reads_stream(facts: Analysis, node: Node) -> bool:
+def _reads_stream(facts: Facts, node: Node) -> bool:
     """The node is a copy of the stream: normed, cast, gathered or scaled, but not multiplied by a matrix."""
     while node not in facts.carries:
         if op(node) not in ops.VIEWS or _parts(node):
@@ -282,7 +284,7 @@ def _parts(node: Node) -> bool:
     return op(node) in {"split", "chunk", "split_with_sizes"}
 
 
-def _chain(facts: Analysis, term: Node, matmul: Node) -> list[Node]:
+def _chain(facts: Facts, term: Node, matmul: Node) -> list[Node]:
     """Nodes from the addition's operand back to the projection (exclusive), along the data."""
     back: dict[Node, Node] = {}
     todo = [term]

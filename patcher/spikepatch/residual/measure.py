@@ -4,6 +4,7 @@ the stream is run on real numbers, at full width, so a factor is found whatever 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -121,7 +122,7 @@ def _parameter(size: tuple[int, ...]) -> torch.Tensor:
     """A gain of one, or a matrix that keeps the size of what it multiplies."""
     if len(size) < 2:
         return torch.ones(size)
-    return torch.randn(size, generator=torch.Generator().manual_seed(1)) / size[-1] ** 0.5
+    return torch.randn(size, generator=torch.Generator().manual_seed(1)) / math.sqrt(size[-1])
 
 
 def _exact(argument: Any) -> Any:

@@ -1,0 +1,180 @@
+"""Facts about the nodes of one traced graph: what depends on the input, what is a weight, what is a norm, and which
+values carry the residual stream. Each is computed in a single pass in execution order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.fx import Node
+
+from spikepatch.residual import ops
+from spikepatch.residual.ops import last, op, operands
+from spikepatch.residual.trace import Trace
+
+
+@dataclass(frozen=True)
+class NormNode:
+    """A norm in the graph: ``output`` is the node behind the division by the statistic, before any gain."""
+
+    output: Node
+    input: Node
+    kind: Literal["layernorm", "rmsnorm"]
+    eps: float
+
+
+class Facts:
+    """The facts of one graph; ``carries`` may be computed anew for another root of the stream."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.nodes = list(trace.graph.nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.weight = self._weight_views()
+        self.varies = self._input_dependent()
+        self.norm_at = {node: norm for node in self.nodes if (norm := self._norm(node)) is not None}
+        self.carries = self.carriers(None)
+
+    def _weight_views(self) -> dict[Node, str]:
+        """Nodes that are one parameter, seen through views, casts, gathers and constant factors -> its name."""
+        weight: dict[Node, str] = dict(self.trace.parameters)
+        for node in self.nodes:
+            arguments = operands(node)
+            constant = all(a in weight or a in self.trace.buffers for a in arguments)
+            seen_through = op(node) in ops.VIEWS or (op(node) in ops.PRODUCTS and constant)
+            names = {weight[a] for a in arguments if a in weight}
+            if seen_through and len(names) == 1 and arguments[0] in weight:
+                weight[node] = names.pop()
+        return weight
+
+    def _input_dependent(self) -> set[Node]:
+        """Nodes computed from embedded tokens or real-valued inputs: all but weights, constants, positions, masks."""
+        varies = {node for node in self.trace.inputs if floating(node)}
+        for node in self.nodes:
+            if op(node) in ops.LOOKUPS or (node not in self.weight and any(a in varies for a in operands(node))):
+                varies.add(node)
+        return varies
+
+    def data(self, node: Node) -> list[Node]:
+        """The operands whose values depend on the tokens; indices and offsets that do are control, not data."""
+        arguments = operands(node)[:1] if op(node) in ops.VIEWS else operands(node)  # type_as reads a dtype only
+        return [a for a in arguments if a in self.varies and floating(a)]
+
+    def carriers(self, root: Node | None) -> dict[Node, list[Node]]:
+        """Nodes that carry the stream -> the operands through which they do (none for a lookup or the ``root``)."""
+        carries: dict[Node, list[Node]] = {}
+        for node in self.nodes:
+            name = op(node)
+            arguments = operands(node)
+            moving = self.data(node)
+            through: list[Node] = []
+            if name in ops.LOOKUPS or node is root:
+                carries[node] = []
+            elif node in self.norm_at:
+                through = [a for a in (self.norm_at[node].input,) if a in carries]
+            elif name in ops.ADDS:
+                through = [a for a in arguments if a in carries]
+            elif name in ops.VIEWS and not narrows(node):
+                through = [a for a in arguments[:1] if a in carries]
+            elif name in ops.PRODUCTS or name in {"masked_fill", "where"}:
+                alone = len(moving) == 1 and moving[0] in carries and last(node) == last(moving[0])
+                through = moving if alone else []
+            elif name == "cat" and moving and all(a in carries and last(a) == last(node) for a in moving):
+                through = moving
+            if through:
+                carries[node] = list(dict.fromkeys(through))
+        return carries
+
+    def _norm(self, node: Node) -> NormNode | None:
+        """Recognise a norm, fused or written out: ``x * f(mean(x^2))`` with f made of pointwise ops and numbers."""
+        name = op(node)
+        if name in ops.NORMS:
+            fused: Literal["layernorm", "rmsnorm"] = "rmsnorm" if "rms" in name else "layernorm"
+            numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
+            return NormNode(node, operands(node)[0], fused, numbers[-1] if numbers else 0.0)
+        if name not in ops.PRODUCTS or len(operands(node)) != 2 or last(node) < 2 or node not in self.varies:
+            return None
+        first, second = operands(node)
+        for value, statistic in ((first, second), (second, first)):
+            if name != "mul" and value is second:
+                break
+            if last(value) != last(node) or statistic not in self.varies:
+                continue
+            found = _statistic_of(statistic, value)
+            if found is not None:
+                source, kind, eps = found
+                return NormNode(node, source, kind, eps)
+        return None
+
+    def behind(self, ends: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
+        """Backward cone of ``ends``; nodes in ``stop`` are reached but not entered, and not returned."""
+        barrier = set(stop)
+        seen: set[Node] = set()
+        todo = [n for n in ends if n not in barrier]
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            todo.extend(a for a in operands(node) if a not in seen and a not in barrier)
+        return seen
+
+
+def floating(node: Node) -> bool:
+    value = node.meta.get("val")
+    return value.is_floating_point() if isinstance(value, torch.Tensor) else True
+
+
+def narrows(node: Node) -> bool:
+    """A view that leaves out a part of the stream's last axis (a split of heads keeps the number of elements)."""
+    if op(node) in {"getitem", "split", "chunk", "unbind", "split_with_sizes"}:
+        return True
+    source = operands(node)[0]
+    return op(node) in {"slice", "select", "narrow", "index_select", "gather"} and last(node) != last(source)
+
+
+def _statistic_of(statistic: Node, value: Node) -> tuple[Node, Literal["layernorm", "rmsnorm"], float] | None:
+    """Is ``statistic`` a per-token reduction of ``value`` (or of what ``value`` is a cast or the centred form of)?"""
+    roots = [value]
+    centred = False
+    while True:  # through casts, and one subtraction of the mean
+        node = roots[-1]
+        if op(node) in {"to", "_to_copy", "alias", "clone", "detach", "contiguous", "type_as"}:
+            roots.append(operands(node)[0])
+        elif op(node) == "sub" and len(operands(node)) == 2 and op(_uncast(operands(node)[1])) == "mean":
+            centred = True
+            roots.append(operands(node)[0])
+        else:
+            break
+    seen: set[Node] = set()
+    todo = [statistic]
+    reduced = squared = False
+    eps = 0.0
+    while todo:
+        node = todo.pop()
+        if node in roots or node in seen:
+            continue
+        seen.add(node)
+        if op(node) not in ops.STATISTIC or len(seen) > 40:
+            return None
+        moment = op(node) in {"var", "std", "linalg_vector_norm", "norm"}
+        reduced |= moment or op(node) in {"mean", "sum"}
+        squared |= moment or op(node) in {"pow", "square"} or (op(node) == "mul" and len(operands(node)) == 1)
+        numbers = [a for a in node.args[1:] if isinstance(a, float)]
+        if op(node) in {"add", "clamp", "clamp_min", "maximum"} and numbers:
+            eps = numbers[0]
+        if not operands(node):
+            return None
+        todo.extend(operands(node))
+    if not (reduced and squared):
+        return None
+    return roots[-1], "layernorm" if centred else "rmsnorm", eps
+
+
+def _uncast(node: Node) -> Node:
+    while op(node) in {"to", "_to_copy", "expand", "unsqueeze"}:
+        node = operands(node)[0]
+    return node

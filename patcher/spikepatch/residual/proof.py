@@ -1,0 +1,146 @@
+"""The two-sided proof that the residual projections of a stream were found, all of them and nothing else.
+
+*Cut*: with every residual projection's output set to zero and zeros propagated by a rule per op, the parameters that
+the output still depends on must be exactly those reached without entering a term, and the input must be among what it
+depends on. *Minimality*: give any one projection back and its own weight is live again. Both take one pass over the
+graph together.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from spikepatch.residual import ops
+from spikepatch.residual.facts import Facts, floating
+from spikepatch.residual.ops import op, operands
+
+
+@dataclass(frozen=True)
+class Term:
+    """One operand of a residual addition that is no skip, and the weights whose products it is made of."""
+
+    node: Node
+    projections: tuple[tuple[Node, str], ...]  # (matmul, parameter)
+    path: frozenset[Node]  # nodes between the projections and the addition
+    interior: frozenset[Node]  # what computes it, back to the stream
+    reads: Node  # the latest point of the stream that it reads
+    crosses: bool  # it reads another stream as well
+
+
+def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list[Term]) -> list[str]:
+    """Both sides of the proof; the reasons why it fails, naming parameters."""
+    names = sorted(set(facts.trace.parameters.values()))
+    bit = {name: 1 << i for i, name in enumerate(names)}
+    for i, lookup in enumerate(n for n in facts.nodes if op(n) in ops.LOOKUPS):
+        bit[lookup.name] = 1 << (len(names) + i)  # a tied head must not stand in for the lookup itself
+
+    def spelled(mask: int) -> list[str]:
+        return [name for name in names if mask & bit[name]]
+
+    leaks = [
+        f"{term.node.name}: no projection found for this part of the sum, which holds {_sample(facts, term)}"
+        for term in terms
+        if not term.projections
+    ]
+    cut = {matmul for term in terms for matmul, _ in term.projections}
+    alive: dict[Node, int | None] = {}  # None: zero; else the parameters it depends on
+    for node in facts.nodes:
+        alive[node] = None if node in cut else _value(facts, node, alive, bit)
+
+    allowed_nodes = facts.behind([output], stop={t.node for t in terms})
+    allowed = _mask(bit, {facts.trace.parameters[n] for n in allowed_nodes if n in facts.trace.parameters})
+    # Biases of norms between a projection and its addition stay, as constants.
+    between = {n for t in terms for node in t.path for n in operands(node) if n in facts.trace.parameters}
+    lookups = [n for n in facts.behind([start]) | spine if op(n) in ops.LOOKUPS]
+    allowed |= _mask(bit, {n.name for n in lookups})
+    live = alive[output] or 0
+    permitted = allowed | _mask(bit, {facts.trace.parameters[n] for n in between})
+    leaks += [
+        f"{name}: still reaches the output with all residual projections cut" for name in spelled(live & ~permitted)
+    ]
+    leaks += [f"{name}: is on the stream but silenced by the cut" for name in spelled(allowed & ~live)]
+    if not any(live & bit[n.name] for n in lookups) and not any(n in facts.trace.inputs for n in facts.behind([start])):
+        leaks.append("the token embedding does not reach the output with all residual projections cut")
+    leaks += [
+        f"{parameter}: given back, its sub-layer stays silent (not a residual projection)"
+        for term in terms
+        for matmul, parameter in term.projections
+        if not _given_back(facts, term, matmul, cut, alive, bit) & bit[parameter]
+    ]
+    return leaks
+
+
+def _mask(bit: Mapping[str, int], names: set[str]) -> int:
+    return sum(bit[name] for name in names)
+
+
+def _sample(facts: Facts, term: Term) -> str:
+    held = sorted({facts.trace.parameters[n] for n in term.interior if n in facts.trace.parameters})
+    return ", ".join(held[:3]) + (" ..." if len(held) > 3 else "")
+
+
+def _given_back(
+    facts: Facts, term: Term, matmul: Node, cut: set[Node], alive: dict[Node, int | None], bit: Mapping[str, int]
+) -> int:
+    """Parameters that the term depends on when only ``matmul`` is not cut: local, so the whole proof stays linear."""
+    local = ChainMap({}, alive)
+    for node in sorted(term.path, key=facts.order.__getitem__):
+        local[node] = None if node in cut and node is not matmul else _value(facts, node, local, bit)
+    return local[term.node] or 0
+
+
+def _value(facts: Facts, node: Node, alive: Mapping[Node, int | None], bit: Mapping[str, int]) -> int | None:
+    """Zero (None), or the set of parameters (a bit mask) that the node's value depends on."""
+    if node in facts.trace.parameters:
+        return bit[facts.trace.parameters[node]]
+    name = op(node)
+    arguments = operands(node)
+    values = [alive[a] for a in arguments]
+    union = 0
+    for value in values:
+        union |= value or 0
+    if name in ops.LOOKUPS:
+        return union | bit[node.name]
+    if name in ops.ZERO_FACTORIES:
+        return None
+    if not values:
+        return 0
+    if name in ops.MATMULS or name in ops.CONVOLUTIONS:
+        bias, factors = _bias(node, arguments)
+        if any(alive[f] is None for f in factors):
+            return alive[bias] if bias is not None else None
+        return union
+    if name in ops.NORMS:
+        if alive[arguments[0]] is not None:
+            return union
+        biased = "layer_norm" in name and len(arguments) > 2
+        return alive[arguments[2]] if biased else None
+    if name in ops.FUSED_ATTENTION:
+        return None if alive[arguments[2]] is None else union
+    if name == "mul" and None in values:
+        return None
+    if name in (ops.JOINS | ops.ADDS):
+        data = [a for a in arguments if floating(a)]
+        numbers = [a for a in node.args if isinstance(a, (int, float)) and a != 0] if name in ops.ADDS else []
+        return None if not numbers and data and all(alive[a] is None for a in data) else union
+    if name in ops.PRODUCTS | ops.LINEAR_FIRST | ops.ZERO_AT_ZERO or (name == "pow" and _positive(node)):
+        return None if values[0] is None else union
+    return union
+
+
+def _positive(node: Node) -> bool:
+    exponent = node.args[1] if len(node.args) > 1 else 0
+    return isinstance(exponent, (int, float)) and exponent > 0
+
+
+def _bias(node: Node, arguments: list[Node]) -> tuple[Node | None, list[Node]]:
+    """(bias, factors) of a matmul or convolution."""
+    if op(node) in {"addmm", "baddbmm"}:
+        return arguments[0], arguments[1:3]
+    if op(node) in ops.CONVOLUTIONS or op(node) == "linear":
+        return (arguments[2] if len(arguments) > 2 else None), arguments[:2]
+    return None, arguments[:2]
