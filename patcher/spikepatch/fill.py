@@ -1,8 +1,10 @@
 """Where new weights come from: block-seeded Gaussian fills, and the architecture's own initialiser, module by module.
 
-Bits depend on (seed, tensor name, element index) only: not on shard order, chunking, thread count, device, or whether
-the tensor is part of a live model or of a file. They are drawn by numpy, whose scalar code gives the same bits on every
-processor, where torch's vectorised ``normal_`` does not; tests pin them with a golden vector.
+The bits of a Gaussian depend on (seed, tensor name, element index) only: not on shard order, chunking, thread count,
+device, or whether the tensor is part of a live model or of a file. They are drawn by numpy, whose code for them is
+scalar, where torch's vectorised ``normal_`` differs between processors; of the platform only the C library's ``expf``
+and ``log1pf`` have a part, in the tails. A golden vector pins the bits. The architecture's own initialiser is torch's
+code, so its random draws are the same everywhere on one machine, but not from one kind of processor to another.
 """
 
 from __future__ import annotations
@@ -32,12 +34,8 @@ def gaussian(seed: int, name: str, start: int, stop: int, std: float) -> torch.T
         low, high = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
         generator = np.random.Generator(np.random.SFC64(_entropy(seed, name, block)))
         skip = low - block * BLOCK
-        if skip:
-            values[low - start : high - start] = generator.standard_normal(high - block * BLOCK, dtype=np.float32)[
-                skip:
-            ]
-        else:
-            generator.standard_normal(dtype=np.float32, out=values[low - start : high - start])
+        generator.standard_normal(skip, dtype=np.float32)
+        generator.standard_normal(dtype=np.float32, out=values[low - start : high - start])
     values *= np.float32(std)
     return torch.from_numpy(values)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,9 +23,11 @@ REINITS: tuple[Reinit, ...] = ("all", "residual", "none")
 
 @dataclass(frozen=True)
 class Fill:
-    """Draw ``parameter`` afresh from N(0, ``std``^2); see ``fill.py`` for the bits.
+    """Draw every element of ``parameter`` afresh from N(0, ``std``^2); see ``fill.py`` for the bits.
 
-    ``residual`` marks a std that falls with the number of sub-layers (as 1/sqrt(S)).
+    ``residual`` marks a std that falls with the number of sub-layers (as 1/sqrt(S)). An embedding's padding row is a
+    row like the others, here and in a generated class, though transformers' own initialiser zeroes it: a zero row has
+    no large shortcut, the norm that reads it multiplies gradients by 1/sqrt(eps).
     """
 
     parameter: str
@@ -253,10 +256,8 @@ def make_plan(
 
 
 def _guard_duplicates(edits: list[Edit], source: str) -> None:
-    targets = [
-        edit.parameter if isinstance(edit, Fill) else edit.module for edit in edits if not isinstance(edit, Untie)
-    ]
-    twice = sorted({t for t in targets if targets.count(t) > 1})
+    targets = Counter(_target(edit) for edit in edits)
+    twice = [f"{name} ({kind})" for (kind, name), count in targets.items() if count > 1]
     if twice:
         raise Refused(
             what="two transforms of the recipe edit the same tensor",
@@ -264,6 +265,16 @@ def _guard_duplicates(edits: list[Edit], source: str) -> None:
             why=", ".join(twice[:5]),
             remedy="keep one of them",
         )
+
+
+def _target(edit: Edit) -> tuple[str, str]:
+    match edit:
+        case Fill(parameter=name):
+            return "values", name
+        case Untie(head=name):
+            return "head", name
+        case ScaleEmbedding(module=name) | NormEmbedding(module=name):
+            return "embedding", name
 
 
 def small_std(width: int) -> float:

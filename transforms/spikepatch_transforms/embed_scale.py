@@ -4,7 +4,8 @@ c = sqrt(d) for a fresh model (with E ~ N(0, 2 / (5 d)) the stream starts at sqr
 weights that are kept, or a given number. The factor is applied to the output of the lookup, so a tied head keeps its
 logits' scale, and Adam's relative step on a row is the unscaled table's.
 
-Refuses: a model that already multiplies or normalises its embedding, and one whose table is not as wide as the stream.
+Refuses: a model that already multiplies or normalises its embedding, one whose table is not as wide as the stream, a
+post-norm model, and learned embeddings without a finite, positive std.
 Preserves: with kept weights the tables exactly; the function only approximately (the stream's start is another one).
 Source: "Scaled Embed" in Takase et al., arXiv 2312.16903.
 """
@@ -32,9 +33,20 @@ class EmbedScale:
             if self.factor is not None:
                 yield ScaleEmbedding(embedding.module, self.factor)
             elif context.embedding_std is not None:
-                yield ScaleEmbedding(embedding.module, 1 / context.embedding_std)
+                yield ScaleEmbedding(embedding.module, _reciprocal(context.embedding_std, residual.source))
             else:
                 yield ScaleEmbedding(embedding.module, math.sqrt(residual.width), per_width=True)
+
+
+def _reciprocal(std: float, source: str) -> float:
+    if not 0 < std < math.inf:
+        raise Refused(
+            what="the learned embedding has no usable scale",
+            where=source,
+            why=f"the std of its elements is {std}",
+            remedy="give the factor with --factor, or use --reinit all",
+        )
+    return 1 / std
 
 
 def plain_embeddings(residual: ResidualMap, *, positions: bool) -> Iterator[Embedding]:
@@ -51,8 +63,8 @@ def plain_embeddings(residual: ResidualMap, *, positions: bool) -> Iterator[Embe
         raise Refused(
             what="no token embedding enters the stream",
             where=residual.source,
-            why="none of its lookups is indexed by the input ids",
-            remedy="this recipe is for language models",
+            why=f"no table of the stream's width, {residual.width}, is indexed by the input ids",
+            remedy="use the recipe vanilla; a large shortcut is made on a language model's own embedding",
         )
     if token.normed:
         raise Refused(

@@ -1,6 +1,6 @@
 """Residual scaling: residual projections ~ N(0, (s / (m sqrt(S)))^2) with s = sqrt(2 / (5 d)).
 
-S is the number of sub-layers, counted from the map (2 N in a classic decoder of N layers), and m a constant factor
+S is the number of sub-layers, counted from the map (2 N in a classic decoder of N layers), and m the size of a factor
 that the architecture itself applies between the product and the addition: it is divided out, so that the branch ends
 at the recipe's scale and the two are not applied on top of each other.
 
@@ -29,7 +29,7 @@ class ResidualInit:
         std = small_std(residual.width)
         for projection in residual.residual_projections:
             if projection.branch_norm is None:
-                scaled = std / (projection.multiplier * math.sqrt(residual.sublayers))
+                scaled = std / (abs(projection.multiplier) * math.sqrt(residual.sublayers))
                 yield Fill(projection.parameter, scaled, residual=True)
             else:
                 yield Fill(projection.parameter, std)

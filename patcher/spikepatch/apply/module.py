@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from spikepatch import __version__
-from spikepatch.apply.tensors import layout, read_only_reason, values
+from spikepatch.apply.tensors import layout, values
 from spikepatch.errors import Refused
+from spikepatch.planning import plan as make_plan
+from spikepatch.planning import tensor_names
 from spikepatch.plans import Fill, NormEmbedding, Plan, Reinit, ScaleEmbedding, Untie
 from spikepatch.quiet import quiet
 from spikepatch.residual.trace import skeleton
+from spikepatch.runtime.embedding import check_patchable, install
 
 
 def patch(
@@ -46,6 +49,7 @@ def patch(
     Raises:
         Refused: the plan does not fit, or the model cannot be written. The model is then as it was.
     """
+    _check_unpatched(model)
     if isinstance(plan, str):
         if reinit is None:
             raise Refused(
@@ -54,9 +58,7 @@ def patch(
                 why="whether learned weights are to be replaced is not guessed",
                 remedy='reinit="all": a fresh model; "residual" or "none": learned weights are kept',
             )
-        from spikepatch.planning import plan as make
-
-        plan = make(
+        plan = make_plan(
             model,
             plan,
             reinit=reinit,
@@ -71,11 +73,14 @@ def patch(
     restructure(twin, plan)
     targets = layout(twin)
     value = values(plan, twin, _constructed_buffers(model, plan))
+    fills = {fill.parameter for fill in plan.select(Fill)}
+    for target in targets:
+        if target.owner not in fills:
+            value(target)  # may refuse, which is too late once something has changed
 
+    _record(model, plan)
     for edit in plan.select(Untie):
         _untie(model, edit)
-    if plan.structural:
-        _embed(model, plan)
     model._spikepatch_plan = plan  # type: ignore[assignment]
     state = model.state_dict(keep_vars=True)
     with torch.no_grad():
@@ -108,13 +113,10 @@ def save(model: nn.Module, out: str | os.PathLike[str]) -> Path:
         )
     folder = Path(out)
     check_target(folder, None, overwrite=False)
+    storage = "code" if plan.structural else "plain"
     with publishing(folder) as scratch, quiet():
         write(scratch)
-        storage = "code" if plan.structural else "plain"
-        write_text(
-            scratch / "README.md",
-            model_card(plan, storage, auto_class=getattr(type(model), "_auto_class", None) or "AutoModelForCausalLM"),
-        )
+        write_text(scratch / "README.md", model_card(plan, storage, auto_class=_auto_class(model)))
         hashes = {path.name: file_hash(path) for path in sorted(scratch.iterdir())}
         write_text(scratch / MANIFEST, manifest(plan, storage, {"kind": "live"}, "spikepatch.save(model, OUT)", hashes))
     return folder
@@ -122,24 +124,35 @@ def save(model: nn.Module, out: str | os.PathLike[str]) -> Path:
 
 def restructure(twin: nn.Module, plan: Plan) -> None:
     """The plan's changes of structure on a model of one's own, usually on the meta device."""
-    from spikepatch.runtime.embedding import install
-
     for edit in plan.select(Untie):
         _untie(twin, edit)
     if plan.structural:
         install(twin, plan.record(__version__))
 
 
-def _embed(model: nn.Module, plan: Plan) -> None:
+def _record(model: Any, plan: Plan) -> None:
+    """Change the embeddings, and leave the record of the plan in the config; a refusal changes nothing."""
     record = plan.record(__version__)
-    if hasattr(model, "save_pretrained"):
+    if not hasattr(model, "save_pretrained"):
+        install(model, record)
+    elif plan.structural:
         from spikepatch.apply.generated import adopt
 
         adopt(model, record)
     else:
-        from spikepatch.runtime.embedding import install
+        model.config.spikepatch = record
 
-        install(model, record)
+
+def _auto_class(model: Any) -> str:
+    """Name of the class of transformers that loads what ``model`` saves."""
+    from spikepatch.apply.source_code import original_of
+
+    if type(model)._auto_class is not None:
+        return str(type(model)._auto_class)
+    try:
+        return original_of(type(model), type(model.config)).auto_class
+    except Refused:
+        return "AutoModel"
 
 
 def _untie(model: Any, edit: Untie) -> None:
@@ -154,20 +167,19 @@ def _untie(model: Any, edit: Untie) -> None:
         model.all_tied_weights_keys.pop(edit.head, None)
 
 
+def _check_unpatched(model: nn.Module) -> None:
+    patched = [name for name, module in model.named_modules() if hasattr(module, "is_spikepatched")]
+    if patched:
+        raise Refused(
+            what="the model is patched already",
+            where=type(model).__name__,
+            why=f"the factor or norm of {', '.join(patched)} would be applied twice",
+            remedy="start from the model that it was made from",
+        )
+
+
 def _check(model: nn.Module, plan: Plan) -> None:
-    problems = list(read_only_reason(model))
-    names = dict(model.named_parameters(remove_duplicate=False))
-    modules = dict(model.named_modules())
-    if plan.architecture != type(model).__name__:
-        problems.append(f"the plan is for {plan.architecture}, the model is a {type(model).__name__}")
-    missing = [f.parameter for f in plan.select(Fill) if f.parameter not in names]
-    missing += [
-        e.module for e in plan.edits if isinstance(e, (ScaleEmbedding, NormEmbedding)) and e.module not in modules
-    ]
-    if missing:
-        problems.append("it has no " + ", ".join(missing[:3]))
-    if any(p.is_meta for p in names.values()):
-        problems.append("its parameters are on the meta device: there is nothing to write to")
+    problems = [*_read_only(model), *_misfits(model, plan)]
     if problems:
         raise Refused(
             what="the plan cannot be applied to this model",
@@ -175,6 +187,52 @@ def _check(model: nn.Module, plan: Plan) -> None:
             why="; ".join(problems),
             remedy="make the plan from this very model with spikepatch.plan, before it is sharded or quantised",
         )
+
+
+def _read_only(model: nn.Module) -> Iterator[str]:
+    """Why the model's tensors cannot be written in place, one sentence per reason."""
+    parameters = list(model.parameters())
+    kinds = {type(p.data).__name__ for p in parameters} - {"Tensor"}
+    if kinds:
+        yield f"its parameters are {', '.join(sorted(kinds))}, not plain tensors"
+    if any(not p.is_floating_point() for p in parameters):
+        yield "it holds integer weights: it is quantised"
+    if any(p.is_meta for p in parameters):
+        yield "its parameters are on the meta device: there is nothing to write to"
+    if not all(p.is_contiguous() for p in parameters):
+        yield "some parameters are not contiguous in memory"
+
+
+def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
+    """Where the plan was made for another model, one sentence per reason."""
+    if plan.architecture != type(model).__name__:
+        yield f"the plan is for {plan.architecture}, the model is a {type(model).__name__}"
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules())
+    tensors = set(tensor_names(model))
+    fills = {fill.parameter for fill in plan.select(Fill)}
+    heads = {edit.head for edit in plan.select(Untie)}
+    embeddings = [edit.module for edit in plan.edits if isinstance(edit, (ScaleEmbedding, NormEmbedding))]
+    missing = [*sorted(fills - tensors - heads), *(name for name in embeddings if name not in modules)]
+    if missing:
+        yield f"it has no {', '.join(missing[:3])}"
+    unplanned = sorted(tensors - fills - {skip.target for skip in plan.skips})
+    if unplanned:
+        yield f"the plan does not mention {', '.join(unplanned[:3])}"
+    for name in plan.sublayers:
+        if name in parameters and plan.width not in parameters[name].shape:
+            yield f"{name} is {tuple(parameters[name].shape)}, the plan is for a stream of width {plan.width}"
+            break
+    for edit in plan.select(Untie):
+        if edit.head not in parameters or parameters[edit.head] is not parameters.get(edit.embedding):
+            yield f"{edit.head} is not tied to {edit.embedding}"
+    for name in embeddings:
+        if name in modules:
+            try:
+                check_patchable(modules[name], name)
+            except ValueError as error:
+                yield str(error)
 
 
 def _constructed_buffers(model: Any, plan: Plan) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ random fill is keyed by the canonical name, so both appliers draw the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,14 @@ from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused
 from spikepatch.fill import gaussian, own_initialiser
-from spikepatch.plans import Fill, Plan
+from spikepatch.plans import Fill, NormEmbedding, Plan
 
 
 @dataclass(frozen=True)
 class Target:
     """One stored tensor: ``shape``, ``stride`` and ``offset`` place it inside the in-memory tensor ``owner``.
 
-    ``aliases`` are further names of the same owner in memory (tied parameters).
+    Of tied parameters ``owner`` is the first name.
     """
 
     name: str
@@ -101,12 +101,14 @@ def values(
 ) -> Callable[[Target], torch.Tensor | None]:
     """A function from a target to its new value in float32 (buffers: in their own dtype), or None where it is kept.
 
+    The function raises Refused where the architecture's own initialiser cannot give a value; a Gaussian always can.
+
     Args:
         plan: what to write.
         skeleton: the patched structure on the meta device.
         buffers: persistent buffers as the constructor makes them.
     """
-    fills = {edit.parameter: edit for edit in plan.edits if isinstance(edit, Fill)}
+    fills: dict[str, Fill] = {edit.parameter: edit for edit in plan.select(Fill)}
     last: dict[str, dict[str, torch.Tensor]] = {}
 
     def value(target: Target) -> torch.Tensor | None:
@@ -127,15 +129,4 @@ def values(
 
 def _added(plan: Plan, owner: str) -> bool:
     """The tensor is new with this plan (the norm behind an embedding), so there is no learned value to keep."""
-    return any(owner.startswith(f"{module}.norm.") for module in plan.record("")["embeddings"])
-
-
-def read_only_reason(model: nn.Module) -> Iterator[str]:
-    """Why a live model's tensors cannot be written in place, one sentence per reason."""
-    kinds = {type(p.data).__name__ for p in model.parameters()} - {"Tensor", "Parameter"}
-    if kinds:
-        yield f"its parameters are {', '.join(sorted(kinds))}, not plain tensors"
-    if any(not p.is_floating_point() for p in model.parameters()):
-        yield "it holds integer weights: it is quantised"
-    if not all(p.is_contiguous() for p in model.parameters()):
-        yield "some parameters are not contiguous in memory"
+    return any(owner.startswith(f"{edit.module}.norm.") for edit in plan.select(NormEmbedding))

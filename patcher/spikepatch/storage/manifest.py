@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from spikepatch import __version__
 from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
+
+if TYPE_CHECKING:
+    from spikepatch.source import Source
 
 MANIFEST = "spikepatch.json"
 
 
 def manifest(plan: Plan, storage: str, source: Mapping[str, Any], command: str, hashes: Mapping[str, str]) -> str:
-    """The manifest's JSON text; without times or paths, so that the same command writes the same bytes.
+    """The manifest's JSON text; without times or the output's path, so that a command writes the same bytes twice.
 
     Args:
-        source: fingerprint of the source.
+        source: see ``fingerprint``.
         hashes: file name -> SHA-256 of every other file of the folder.
     """
     from spikepatch.fill import gaussian
@@ -38,21 +43,71 @@ def manifest(plan: Plan, storage: str, source: Mapping[str, Any], command: str, 
     return json.dumps(data, indent=2) + "\n"
 
 
+def fingerprint(source: Source) -> dict[str, Any]:
+    """What was read: the config, and the weights where any were."""
+    data: dict[str, Any] = {
+        "name": source.short_name,
+        "kind": source.kind,
+        "commit": source.commit,
+        "config": hashlib.sha256(source.config.to_json_string().encode()).hexdigest(),
+    }
+    if source.checkpoint is not None:
+        data["weights"] = {shard: file_hash(source.checkpoint.folder / shard) for shard in source.checkpoint.shards}
+    return data
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_card(plan: Plan, storage: str, *, auto_class: str, base_model: str | None = None) -> str:
-    """README.md of the output: front matter by the hub's rules, and how to load it."""
+def inherited_metadata(card: Path | None, hub_id: str | None) -> dict[str, Any]:
+    """What the front matter of an output takes over: the licence of the source's card, and the base model.
+
+    Args:
+        card: README.md of the source, if it has one; a malformed one counts for nothing.
+        hub_id: of the source, which is then the base model itself.
+    """
+    from huggingface_hub.repocard import metadata_load
+
+    data: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # written by hand: anything may be in there, or nothing
+        data = metadata_load(card) or {} if card is not None else {}
+    licence = {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
+    bases = [hub_id] if hub_id is not None else data.get("base_model")
+    bases = [base for base in (bases if isinstance(bases, list) else [bases]) if _is_repository(base)]
+    return licence | ({"base_model": bases[0] if len(bases) == 1 else bases} if bases else {})
+
+
+def _is_repository(name: object) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)  # type: ignore[arg-type]  # it checks the type too
+    except HFValidationError:
+        return False
+    return True
+
+
+def model_card(
+    plan: Plan,
+    storage: str,
+    *,
+    auto_class: str,
+    title: str | None = None,
+    inherited: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """README.md of the output: front matter by the hub's rules, and how to load it.
+
+    Args:
+        title: name of the source; by default as in the plan.
+        inherited: see ``inherited_metadata``.
+    """
     from huggingface_hub import ModelCardData
 
-    data = ModelCardData(
-        library_name="transformers",
-        tags=["spikepatch", plan.recipe],
-        base_model=base_model,
-    )
+    data = ModelCardData(library_name="transformers", tags=["spikepatch", plan.recipe], **inherited)
     trust = ", trust_remote_code=True" if storage == "code" else ""
     weights = {
         "all": "**Fresh weights**: a model to pre-train. Learned weights of the source are not in it.",
@@ -64,7 +119,7 @@ def model_card(plan: Plan, storage: str, *, auto_class: str, base_model: str | N
 {data.to_yaml()}
 ---
 
-# {plan.source}, patched with spikepatch ({plan.recipe})
+# {title or plan.source}, patched with spikepatch ({plan.recipe})
 
 {weights}
 

@@ -18,9 +18,9 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
     Raises:
         BadTarget: with the reason.
     """
-    real = out.resolve()
+    real = Path(os.path.realpath(out))  # unlike the methods of Path, os.path has an answer where access is denied
     if source is not None:
-        origin = source.resolve()
+        origin = Path(os.path.realpath(source))
         relation = "is" if real == origin else "lies inside" if origin in real.parents else "contains"
         if real == origin or origin in real.parents or real in origin.parents:
             raise BadTarget(
@@ -29,21 +29,14 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
                 why=f"the source {source} is never written to",
                 remedy="choose another output folder",
             )
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if os.path.islink(out) or (os.path.exists(out) and not os.path.isdir(out)):
         raise BadTarget(
             "the output path is a file or a link",
             where=str(out),
             why="a folder is to be put there",
             remedy="choose another output folder",
         )
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise BadTarget(
-            "the output folder is not empty",
-            where=str(out),
-            why="stale shards among new ones would be loaded without a word",
-            remedy="choose an empty or new folder, or give --overwrite to replace this one",
-        )
-    parent = next(p for p in real.parents if p.exists())
+    parent = next(p for p in real.parents if os.path.exists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise BadTarget(
             "the output folder cannot be made",
@@ -51,45 +44,78 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
             why=f"{parent} is not a folder that this user may write to",
             remedy="choose another place, or change its permissions",
         )
+    if _occupant(out) is not None and not overwrite:
+        raise BadTarget(
+            "the output folder is not empty",
+            where=str(out),
+            why="stale shards among new ones would be loaded without a word",
+            remedy="choose an empty or new folder, or give --overwrite to replace this one",
+        )
 
 
 @contextlib.contextmanager
 def publishing(out: Path) -> Iterator[Path]:
     """Yield a new folder beside ``out``; when the block ends well it becomes ``out``, else nothing of it stays.
 
-    An existing ``out`` is moved aside first and deleted last, so at every moment one of the two is whole on disk.
+    A folder that is at ``out`` when the block begins is replaced: moved aside first and deleted last, so that at every
+    moment one of the two is whole on disk. Files get the permissions that the umask gives, whatever wrote them.
+
+    Raises:
+        BadTarget: meanwhile another run has put its own folder there; that one stays.
     """
-    out = out.absolute()
+    out = Path(os.path.abspath(out))
+    before = _occupant(out)
     made = _make_parents(out.parent)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".spikepatch", dir=out.parent))
+    scratch: Path | None = None
     try:
-        scratch.chmod(0o777 & ~_umask())
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".spikepatch", dir=out.parent))
         yield scratch
-        for path in sorted(scratch.rglob("*")):
+        for path in (scratch, *sorted(scratch.rglob("*"))):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
             _sync(path)
-        _sync(scratch)
+        if _occupant(out) != before:
+            raise BadTarget(
+                "another run has written the output folder",
+                where=str(out),
+                why="it was not there, or was another one, when this run began",
+                remedy="give every run a folder of its own",
+            )
         _exchange(scratch, out)
         _sync(out.parent)
     except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
 
 
+def _occupant(out: Path) -> tuple[int, int] | None:
+    """Identity of the folder at ``out``; None where there is none, or an empty one."""
+    if not os.path.isdir(out) or not os.listdir(out):
+        return None
+    status = out.stat()
+    return status.st_dev, status.st_ino
+
+
 def _exchange(scratch: Path, out: Path) -> None:
-    if not out.exists() or not any(out.iterdir()):
+    if _occupant(out) is None:
         os.replace(scratch, out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    os.replace(out, old)
     try:
-        os.replace(scratch, out)
+        os.replace(out, old)
+        try:
+            os.replace(scratch, out)
+        except BaseException:
+            os.replace(old, out)
+            raise
     except BaseException:
-        os.replace(old, out)
+        with contextlib.suppress(OSError):  # gone where it has been moved back
+            old.rmdir()
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _make_parents(folder: Path) -> list[Path]:

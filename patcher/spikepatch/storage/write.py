@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,9 @@ from spikepatch.storage.header import DTYPES
 if TYPE_CHECKING:
     import torch
 
+#: Within a file safetensors sorts by dtype, so that tensors are aligned, and then by name.
+_ORDER = ("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -26,15 +29,16 @@ class Planned:
     shape: tuple[int, ...]
 
     @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
-        elements = 1
-        for length in self.shape:
-            elements *= length
-        return elements * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize
 
 
 def split(tensors: Sequence[Planned], max_shard_size: str | int) -> dict[str, list[str]]:
-    """File name -> tensor names, as transformers would distribute them; a single file where all fit."""
+    """File name -> tensor names, distributed and called as transformers does it; a single file where all fit."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -64,9 +68,11 @@ def write_checkpoint(
     for file, names in files.items():
         hashes[file] = _write_shard(folder / file, [by_name[name] for name in names], produce, advance)
     if len(files) > 1:
-        elements = sum(t.bytes // t.dtype.itemsize for t in tensors)
         index = {
-            "metadata": {"total_parameters": elements, "total_size": sum(t.bytes for t in tensors)},
+            "metadata": {
+                "total_parameters": sum(t.elements for t in tensors),
+                "total_size": sum(t.bytes for t in tensors),
+            },
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -87,7 +93,7 @@ def _write_shard(
     import torch
 
     names = {getattr(torch, torch_name): name for name, (torch_name, _) in DTYPES.items()}
-    tensors = sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.name))  # aligned, as safetensors itself orders them
+    tensors = sorted(tensors, key=lambda t: (_ORDER.index(names[t.dtype]), t.name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
@@ -111,6 +117,4 @@ def _write_shard(
             file.write(raw)
             digest.update(raw)
             advance(tensor.bytes)
-        file.flush()
-        os.fsync(file.fileno())
     return digest.hexdigest()

@@ -1,0 +1,207 @@
+"""The output folder appears whole or not at all, with the permissions that the umask gives."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spikepatch.errors import BadTarget
+from spikepatch.storage.publish import check_target, publishing
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every path below, hidden ones too; the content of files."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+class Boom(BaseException):
+    """As KeyboardInterrupt: no Exception."""
+
+
+def publish_and_fail(out: Path, error: BaseException) -> None:
+    with publishing(out) as scratch:
+        (scratch / "new").write_bytes(b"1")
+        raise error
+
+
+def test_a_folder_appears_at_the_end(tmp_path: Path) -> None:
+    out = tmp_path / "a/b/out"
+    with publishing(out) as scratch:
+        (scratch / "sub").mkdir()
+        (scratch / "sub/file").write_bytes(b"1")
+        assert scratch.parent == out.parent
+        assert not out.exists()
+    assert tree(tmp_path) == {"a": None, "a/b": None, "a/b/out": None, "a/b/out/sub": None, "a/b/out/sub/file": b"1"}
+
+
+@pytest.mark.parametrize("error", [Boom(), OSError(28, "disk full"), BadTarget("x", where="", why="", remedy="")])
+def test_nothing_is_left_after_an_error(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        publish_and_fail(tmp_path / "a/b/out", error)
+    assert tree(tmp_path) == {}
+
+
+def test_parents_that_others_use_stay(tmp_path: Path) -> None:
+    def share(out: Path) -> None:
+        with publishing(out):
+            (tmp_path / "a/other").write_bytes(b"2")
+            raise Boom
+
+    with pytest.raises(Boom):
+        share(tmp_path / "a/b/out")
+    assert tree(tmp_path) == {"a": None, "a/other": b"2"}
+
+
+def test_an_existing_folder_survives_an_error(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").write_bytes(b"0")
+    with pytest.raises(Boom):
+        publish_and_fail(tmp_path / "out", Boom())
+    assert tree(tmp_path) == {"out": None, "out/old": b"0"}
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_an_existing_folder_survives_a_failing_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    """Of the two renames of a replacement, the first or the second fails."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_bytes(b"0")
+    rename, calls = os.replace, []
+
+    def replace(a: Path, b: Path) -> None:
+        calls.append(a)
+        if len(calls) == fails:
+            raise OSError("rename failed")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="rename failed"), publishing(out) as scratch:
+        (scratch / "new").write_bytes(b"1")
+    assert len(calls) >= fails
+    assert tree(tmp_path) == {"out": None, "out/old": b"0"}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_existing_folder_is_replaced(tmp_path: Path, full: bool) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if full:
+        (out / "old").write_bytes(b"0")
+    with publishing(out) as scratch:
+        (scratch / "new").write_bytes(b"1")
+    assert tree(tmp_path) == {"out": None, "out/new": b"1"}
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_two_runs_to_one_folder(tmp_path: Path, existing: bool) -> None:
+    """The first one to end wins; the other says so, and leaves nothing."""
+    out = tmp_path / "out"
+    if existing:
+        out.mkdir()
+        (out / "old").write_bytes(b"0")
+
+    def two_runs() -> None:
+        with publishing(out) as first:
+            (first / "file").write_bytes(b"first")
+            with publishing(out) as second:
+                (second / "file").write_bytes(b"second")
+
+    with pytest.raises(BadTarget, match="another run"):
+        two_runs()
+    assert tree(tmp_path) == {"out": None, "out/file": b"second"}
+
+
+@pytest.mark.usefixtures("umask")
+def test_permissions(tmp_path: Path) -> None:
+    """Also those of files that a library wrote as 0600, which nobody else could read."""
+    out = tmp_path / "out"
+    with publishing(out) as scratch:
+        (scratch / "sub").mkdir()
+        for name in ("private", "sub/open"):
+            (scratch / name).write_bytes(b"")
+        (scratch / "private").chmod(0o600)
+        (scratch / "sub/open").chmod(0o777)
+        assert mode(scratch) & 0o077 == 0
+    assert [mode(out), mode(out / "sub")] == [0o750, 0o750]
+    assert [mode(out / "private"), mode(out / "sub/open")] == [0o640, 0o640]
+
+
+# Targets.
+
+
+def refused(out: Path, source: Path | None, message: str, *, overwrite: bool = False) -> None:
+    with pytest.raises(BadTarget, match=message) as caught:
+        check_target(out, source, overwrite=overwrite)
+    assert caught.value.where == str(out)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_source_is_never_touched(tmp_path: Path, overwrite: bool) -> None:
+    source = tmp_path / "models/source"
+    source.mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "models")
+    refused(source, source, "is the source", overwrite=overwrite)
+    refused(source / ".." / "source", source, "is the source", overwrite=overwrite)
+    refused(link / "source", source, "is the source", overwrite=overwrite)
+    refused(source / "a/b", source, "lies inside the source", overwrite=overwrite)
+    refused(link / "source/a", source, "lies inside the source", overwrite=overwrite)
+    refused(tmp_path / "models", source, "contains the source", overwrite=overwrite)
+    check_target(tmp_path / "models/source2", source, overwrite=overwrite)
+    assert list(source.iterdir()) == []
+
+
+def test_files_and_links(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link", "dangling"):
+        refused(tmp_path / name, None, "file or a link", overwrite=True)
+    refused(tmp_path / "file/out", None, "cannot be made")
+    check_target(tmp_path / "link/out", None, overwrite=False)
+
+
+def test_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    check_target(tmp_path / "out", None, overwrite=False)
+    (tmp_path / "out/.hidden").write_bytes(b"")
+    refused(tmp_path / "out", None, "not empty")
+    check_target(tmp_path / "out", None, overwrite=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir()
+    for permissions in (0o500, 0o000):
+        (tmp_path / "closed").chmod(permissions)
+        try:
+            refused(tmp_path / "closed/a/out", None, "cannot be made")
+        finally:
+            (tmp_path / "closed").chmod(0o700)
+
+
+def test_no_permission_as_asked_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, flags: Path(path) != tmp_path)
+    refused(tmp_path / "a/out", None, "cannot be made")

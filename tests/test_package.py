@@ -1,0 +1,173 @@
+"""The package as a whole: what imports what, what stays unimported, and that no architecture is named in the engine."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+ROOT = Path(__file__).parents[1]
+ENGINE, TRANSFORMS = ROOT / "patcher/spikepatch", ROOT / "transforms/spikepatch_transforms"
+
+
+def module_name(path: Path) -> str:
+    """``patcher/spikepatch/plans.py`` -> ``spikepatch.plans``."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts[1:]).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sorted([*ENGINE.rglob("*.py"), *TRANSFORMS.rglob("*.py")])}
+
+#: Run with modules' names; every one is imported in a fork of a process that has imported torch and transformers, but
+#: nothing of ours. Prints what failed, as JSON.
+IMPORT_EACH = """
+import json, os, sys, traceback
+import torch, transformers, libcst, click, rich, accelerate
+failed = {}
+for name in sys.argv[1:]:
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            __import__(name)
+            report = ""
+        except BaseException:
+            report = traceback.format_exc()
+        os.write(write, report.encode()[-4000:])
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        report = pipe.read().decode()
+    if report or os.waitpid(child, 0)[1]:
+        failed[name] = report
+print(json.dumps(failed))
+"""
+
+
+def python(code: str, *arguments: str) -> str:
+    """Output of ``code`` in a fresh interpreter."""
+    paths = f"import sys; sys.path[:0] = {[str(ENGINE.parent), str(TRANSFORMS.parent)]!r}\n"
+    command = [sys.executable, "-W", "ignore", "-c", paths + code, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+def test_every_module_imports_first() -> None:
+    """No cycle of imports depends on who comes first."""
+    names = [name for name in MODULES if not name.endswith("__main__") and name != "spikepatch.runtime.template"]
+    assert len(names) > 30
+    assert json.loads(python(IMPORT_EACH, *names)) == {}
+
+
+def test_import_is_light() -> None:
+    code = "import sys, spikepatch, spikepatch.cli; spikepatch.__version__, dir(spikepatch); print(*sys.modules)"
+    loaded = set(python(code).split())
+    assert "spikepatch" in loaded
+    assert not loaded & {"torch", "transformers", "numpy", "libcst", "accelerate", "huggingface_hub", "safetensors"}
+
+
+def test_public_names_resolve() -> None:
+    import spikepatch
+
+    assert len(spikepatch.__all__) >= 12
+    for name in spikepatch.__all__:
+        assert getattr(spikepatch, name).__module__ == spikepatch._HOME[name], name
+    assert set(spikepatch.__all__) <= set(dir(spikepatch))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = spikepatch.nothing
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Our modules that a module imports, wherever in it; not those for type checkers alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
+        found: list[str] = []
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [name if name in MODULES else node.module for name in inside]
+        yield from (name for name in found if name in MODULES and name != "spikepatch")
+
+
+GRAPH = {name: set(imports(path)) for name, path in MODULES.items()}
+
+#: From left to right; a module imports its own rank and those to its left.
+RANKS = (
+    ("errors", "quiet"),
+    ("meta", "architecture", "hub", "storage.formats", "storage.header", "storage.read", "source"),
+    ("residual",),
+    ("runtime",),
+    ("plans", "fill", "storage"),
+    ("spikepatch_transforms",),
+    ("recipes",),
+    ("apply", "planning"),
+    ("drift", "conversion", "architectures"),
+    ("cli",),
+    ("__main__",),
+)
+
+
+def rank(module: str) -> int:
+    local = module.removeprefix("spikepatch.")
+    places = {name: i for i, names in enumerate(RANKS) for name in names}
+    parts = local.split(".")
+    found = [places[place] for n in (2, 1) if (place := ".".join(parts[:n])) in places]
+    assert found, f"{module} has no place in RANKS"
+    return found[0]
+
+
+def test_imports_go_one_way() -> None:
+    assert sum(map(len, GRAPH.values())) > 50
+    for module, imported in GRAPH.items():
+        if module != "spikepatch":
+            assert not {other for other in imported if rank(other) > rank(module)}, module
+
+
+def test_no_cycles() -> None:
+    """Not even through imports inside functions."""
+    left = {module: set(imported) for module, imported in GRAPH.items() if module != "spikepatch"}
+    while left:
+        free = [module for module, imported in left.items() if not imported & left.keys()]
+        assert free, left
+        for module in free:
+            del left[module]
+
+
+def test_what_transforms_import() -> None:
+    """What anyone's own transform needs, too."""
+    allowed = {"spikepatch.plans", "spikepatch.residual.map", "spikepatch.errors"}
+    checked = 0
+    for module, imported in GRAPH.items():
+        if module.startswith("spikepatch_transforms"):
+            assert {name for name in imported if not name.startswith("spikepatch_transforms")} <= allowed, module
+            checked += bool(imported)
+    assert checked >= 5
+
+
+def test_transforms_are_short() -> None:
+    assert all(len(path.read_text().splitlines()) <= 150 for path in TRANSFORMS.glob("*.py"))
+
+
+def test_no_architecture_is_named() -> None:
+    """No model type of transformers is a string in the code; in docstrings they may be, as examples."""
+    types, checked = set(CONFIG_MAPPING.keys()), 0
+    assert {"gpt2", "llama"} < types
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        checked += len(strings)
+        assert not types.intersection(strings), module
+    assert checked > 1000

@@ -1,0 +1,120 @@
+"""Scaled embedding: x = c E[token], to the last bit; where it applies, and where it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import spikepatch
+from spikepatch.errors import Refused
+from spikepatch.plans import Context, Plan, ScaleEmbedding
+from spikepatch_transforms.embed_scale import EmbedScale
+from tests.architectures import ids, tiny_model
+
+
+def token_embedding(model: Any, plan: Plan) -> tuple[torch.nn.Embedding, float]:
+    (edit,) = plan.select(ScaleEmbedding)
+    return model.get_submodule(edit.module), edit.factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mamba", "opt"])
+def test_output_is_the_plain_embedding_times_c(model_type: str, dtype: torch.dtype) -> None:
+    """One multiplication: the rounding error is at most eps / 2 of the result."""
+    model = tiny_model(model_type).to(dtype)
+    plan = spikepatch.plan(model, "scaled-embed", reinit="all")
+    spikepatch.patch(model, plan)
+    table, factor = token_embedding(model, plan)
+    assert factor == 8.0
+    tokens = ids(model)
+    exact = math.sqrt(64) * torch.nn.functional.embedding(tokens, table.weight.detach().double())
+    error = (table(tokens).detach().double() - exact).abs()
+    assert bool((error <= torch.finfo(dtype).eps / 2 * exact.abs()).all())
+
+
+def test_stream_starts_at_the_papers_std() -> None:
+    """sqrt(2/5) = 0.632 at every width, within 6 standard errors of 500 x 64 values."""
+    model = tiny_model("llama")
+    spikepatch.patch(model, "scaled-embed", reinit="all")
+    with torch.no_grad():
+        start = model(torch.arange(500)[None], output_hidden_states=True).hidden_states[0]
+    assert abs(float(start.std()) / math.sqrt(2 / 5) - 1) < 6 / math.sqrt(2 * start.numel())
+
+
+def test_kept_weights_start_at_std_one() -> None:
+    model = tiny_model("llama")
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    spikepatch.patch(model, "scaled-embed", reinit="none")
+    assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
+    with torch.no_grad():
+        start = model(torch.arange(500)[None], output_hidden_states=True).hidden_states[0]
+    assert float(start.double().std()) == pytest.approx(1, abs=64 * torch.finfo(torch.float32).eps)
+
+
+def test_gradient_is_scaled_too() -> None:
+    """d(c E)/dE = c: the gradient on a row is c times that of the plain embedding, for the same gradient above."""
+    model = tiny_model("llama")
+    spikepatch.patch(model, "scaled-embed", reinit="all", factor=3.0)
+    table: Any = model.get_input_embeddings()
+    above = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(1, 13)  # row 0 is for padding, which torch gives no gradient
+    (ours,) = torch.autograd.grad(table(tokens), table.weight, above)
+    expected = torch.zeros_like(table.weight).index_put_((tokens,), 3.0 * above)
+    assert torch.equal(ours, expected)
+
+
+def test_positions() -> None:
+    residual = spikepatch.inspect(tiny_model("gpt2"))
+    scaled = [e for e in EmbedScale(positions=True)(residual, Context("all")) if isinstance(e, ScaleEmbedding)]
+    assert [edit.module for edit in scaled] == ["transformer.wte", "transformer.wpe"]
+    rotary = spikepatch.inspect(tiny_model("llama"))
+    assert len(list(EmbedScale(positions=True)(rotary, Context("all")))) == 1
+
+
+def test_already_multiplied() -> None:
+    with pytest.raises(Refused, match=r"already multiplied by 8(.|\n)*embed_tokens(.|\n)*vanilla"):
+        spikepatch.plan(tiny_model("gemma2"), "scaled-embed", reinit="all")
+    with pytest.raises(Refused, match="already multiplied by 12"):
+        spikepatch.plan(tiny_model("granite", embedding_multiplier=12.0), "scaled-embed", reinit="all")
+
+
+def test_already_normed() -> None:
+    with pytest.raises(Refused, match=r"already normalised(.|\n)*cancels any factor"):
+        spikepatch.plan(tiny_model("bloom"), "scaled-embed", reinit="all")
+
+
+def test_a_table_narrower_than_the_stream() -> None:
+    with pytest.raises(Refused, match="token embedding"):
+        spikepatch.plan(tiny_model("opt", word_embed_proj_dim=32), "scaled-embed", reinit="all")
+
+
+def test_post_norm() -> None:
+    with pytest.raises(Refused, match="post-norm"):
+        spikepatch.plan(tiny_model("opt", do_layer_norm_before=False), "scaled-embed", reinit="all")
+
+
+@pytest.mark.parametrize("std", [0.0, math.nan, math.inf])
+def test_learned_embedding_without_scale(std: float) -> None:
+    residual = spikepatch.inspect(tiny_model("gpt2"))
+    with pytest.raises(Refused, match="no usable scale"):
+        list(EmbedScale()(residual, Context("none", std)))
+    assert list(EmbedScale(2.0)(residual, Context("none", std))) == [ScaleEmbedding("transformer.wte", 2.0)]
+
+
+def test_twice() -> None:
+    model = tiny_model("gpt2")
+    spikepatch.patch(model, "scaled-embed", reinit="none", factor=1.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(Refused, match=r"patched already(.|\n)*transformer\.wte"):
+        spikepatch.patch(model, "scaled-embed", reinit="all")
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_not_a_language_model() -> None:
+    residual = dataclasses.replace(spikepatch.inspect(tiny_model("gpt2")), embeddings=())
+    with pytest.raises(Refused, match="no token embedding"):
+        list(EmbedScale()(residual, Context("all")))
