@@ -64,7 +64,9 @@ def build_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig, *, 
 def _build(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, mode: contextlib.AbstractContextManager[Any]
 ) -> PreTrainedModel:
-    with init_empty_weights(include_buffers=False), mode:
+    # A constructor that draws a buffer draws the same one every time.
+    with init_empty_weights(include_buffers=False), mode, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         model = model_class._from_config(copy.deepcopy(config))
     model.tie_weights()  # init_empty_weights has made two parameters of each tied one
     return model

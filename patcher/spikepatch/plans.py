@@ -219,6 +219,13 @@ def make_plan(
             why="; ".join(residual.leaks[:5]) + (f"; and {len(residual.leaks) - 5} more" if residual.leaks[5:] else ""),
             remedy="run `spikepatch inspect` for the whole list; a model whose sum cannot be followed is left alone",
         )
+    if residual.streams:
+        raise Refused(
+            what="models with an encoder and a decoder are mapped, but not patched yet",
+            where=residual.source,
+            why=f"they have {1 + len(residual.streams)} residual streams, and recipes are worked out for one",
+            remedy="use a decoder-only model; `spikepatch inspect` shows the streams",
+        )
     edits: list[Edit] = []
     skips: list[Skip] = []
     context = Context(reinit, embedding_std, residual.head is None or not residual.head.tied)

@@ -188,6 +188,8 @@ def test_not_empty(tmp_path: Path) -> None:
     check_target(tmp_path / "out", None, overwrite=False)
     (tmp_path / "out/.hidden").write_bytes(b"")
     refused(tmp_path / "out", None, "not empty")
+    refused(tmp_path / "out", None, "does not hold a model", overwrite=True)
+    (tmp_path / "out/config.json").write_text("{}")
     check_target(tmp_path / "out", None, overwrite=True)
 
 

@@ -66,6 +66,13 @@ def plain_embeddings(residual: ResidualMap, *, positions: bool) -> Iterator[Embe
             why=f"no table of the stream's width, {residual.width}, is indexed by the input ids",
             remedy="use the recipe vanilla; a large shortcut is made on a language model's own embedding",
         )
+    if token.width != residual.width:
+        raise Refused(
+            what=f"the token embedding is {token.width} wide, the stream {residual.width}",
+            where=residual.source,
+            why=f"a projection stands between {token.parameter} and the stream, and sets its size",
+            remedy="use the recipe vanilla for the small sub-layers alone",
+        )
     if token.normed:
         raise Refused(
             what="the token embedding is already normalised",

@@ -167,7 +167,7 @@ class _Naming:
         here = [norm for node, norm in self.facts.norm_at.items() if node in region]
         on_stream = [norm.output for norm in here if norm.output in stream.spine]
         start = self.facts.order[self.stream.start]
-        last_add = max((self.facts.order[n] for n in self.stream.spine if op(n) in ops.ADDS), default=0)
+        last_add = max(self.facts.order[n] for n in stream.additions)
         after_start = [n for n in on_stream if self.facts.order[n] > start]
         found: dict[tuple[str, str], Norm] = {}
         for norm in here:
@@ -230,7 +230,9 @@ class _Naming:
             parameter = self.facts.weight.get(operands(table)[0] if op(table) in ops.LOOKUPS else table)
             if parameter is not None:  # None: a fixed table, such as sinusoidal positions kept in a buffer
                 kind, scale, normed = measured[table]
-                found.setdefault(parameter, Embedding(_module(table) or parameter, parameter, kind, scale, normed))
+                module = _module(table) or parameter.rpartition(".")[0]
+                width = ops.last(table)
+                found.setdefault(parameter, Embedding(module, parameter, kind, scale, normed, width))
         return tuple(found.values())
 
     def _head(self, embeddings: tuple[Embedding, ...]) -> Head | None:

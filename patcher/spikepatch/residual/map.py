@@ -23,6 +23,7 @@ class Embedding:
         kind: ``token`` (indexed by the input ids), ``position``, or ``type`` (the same row at every position).
         scale: std of what enters the stream over std of the rows looked up, measured on the traced graph.
         normed: a norm stands between the lookup and the stream, so the scale of the table does not matter there.
+        width: length of a row; where it is not the stream's, a projection stands between them.
     """
 
     module: str
@@ -30,6 +31,7 @@ class Embedding:
     kind: Literal["token", "position", "type"]
     scale: float
     normed: bool
+    width: int
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,16 @@ from spikepatch.residual.trace import Trace
 class Stream:
     """One analysed stream: ``start`` is its first point (all embeddings summed), ``end`` its last.
 
-    ``tables`` are the nodes at which tables of rows enter: lookups, and learned positions sliced from a parameter.
-    ``suffix`` holds what lies between ``end`` (exclusive) and the output: the head. ``leaks`` says why the map is not
-    proven; empty: proven.
+    ``additions`` are the nodes of the spine that add a sub-layer's output, ``tables`` those at which tables of rows
+    enter: lookups, and learned positions sliced from a parameter. ``suffix`` holds what lies between ``end`` (exclusive)
+    and the output: the head. ``leaks`` says why the map is not proven; empty: proven.
     """
 
     facts: Facts
     start: Node
     end: Node
     spine: frozenset[Node]
+    additions: frozenset[Node]
     terms: tuple[Term, ...]
     tables: tuple[Node, ...]
     suffix: frozenset[Node]
@@ -83,13 +84,15 @@ def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
         return _no_sum(facts, output)
     if copies := _copies(spine):
         return copies
-    start = _start(facts, spine, {add for add, nodes in entries.items() if any(found[n] for n in nodes)}, end)
+    additions = {add for add, nodes in entries.items() if any(found[n] for n in nodes)}
+    start = max(facts.carries[min(additions, key=facts.order.__getitem__)], key=facts.order.__getitem__)
     suffix = facts.behind([output], stop=spine)
     return Stream(
         facts=facts,
         start=start,
         end=end,
         spine=frozenset(spine),
+        additions=frozenset(additions),
         terms=tuple(terms),
         tables=tuple(_tables(facts, spine, facts.behind([start]))),
         suffix=frozenset(suffix),
@@ -255,9 +258,3 @@ def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
         if parts and all(parts):
             return {matmul: parameter for part in parts for matmul, parameter in part.items()}
     return {}
-
-
-def _start(facts: Facts, spine: set[Node], additions: set[Node], end: Node) -> Node:
-    """The first point of the stream: what the earliest sub-layer's output is added to."""
-    first = min(additions, key=facts.order.__getitem__, default=None)
-    return end if first is None else max(facts.carries[first], key=facts.order.__getitem__)

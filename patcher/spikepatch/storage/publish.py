@@ -51,6 +51,13 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
             why="stale shards among new ones would be loaded without a word",
             remedy="choose an empty or new folder, or give --overwrite to replace this one",
         )
+    if _occupant(out) is not None and not os.path.exists(out / "config.json"):
+        raise BadTarget(
+            "the folder to overwrite does not hold a model",
+            where=str(out),
+            why="it has no config.json, and --overwrite deletes the whole folder that it replaces",
+            remedy="choose another output folder, or remove this one yourself",
+        )
 
 
 @contextlib.contextmanager
