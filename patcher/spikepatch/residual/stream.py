@@ -27,8 +27,8 @@ class Stream:
     """One analysed stream: ``start`` is its first point (all embeddings summed), ``end`` its last.
 
     ``additions`` are the nodes of the spine that add a sub-layer's output, ``tables`` those at which tables of rows
-    enter: lookups, and learned positions sliced from a parameter. ``suffix`` holds what lies between ``end`` (exclusive)
-    and the output: the head. ``leaks`` says why the map is not proven; empty: proven.
+    enter: lookups, and learned positions sliced from a parameter. ``suffix`` lies between ``end`` (exclusive) and the
+    output: the head. ``leaks`` says why the map is not proven; empty: proven.
     """
 
     facts: Facts
