@@ -392,7 +392,7 @@ def test_trusted_code_gives_its_own_class(tmp_path: Path, hub: LocalHub) -> None
 def test_the_hub(tmp_path: Path, hub: LocalHub, save_tiny: Callable[..., Path], gpt2_tokenizer: Path) -> None:
     sharded, small = save_tiny("llama", max_shard_size="2KB", **TINY), save_tiny("llama", **{**TINY, "hidden_size": 4})
     shutil.copytree(gpt2_tokenizer, sharded, dirs_exist_ok=True)
-    for name in ("consolidated.safetensors", "pytorch_model.bin", "README.md", "modeling_x.py"):
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "modeling_x.py"):
         (sharded / name).write_text("not to be fetched")
     pickled = write_config(tmp_path / "pickled", {"model_type": "gpt2"})
     (pickled / "pytorch_model.bin").touch()
@@ -413,7 +413,7 @@ def test_the_hub(tmp_path: Path, hub: LocalHub, save_tiny: Callable[..., Path], 
     )
     assert "HEAD /org/model/resolve/main/config.json" in hub.requests
     assert any(request.endswith("/tokenizer.json") for request in hub.requests)
-    for suffix in (".safetensors", ".safetensors.index.json", ".bin", ".md", ".py"):
+    for suffix in (".safetensors", ".safetensors.index.json", ".bin", ".py"):
         assert not [request for request in hub.requests if request.endswith(suffix)]
     assert (fresh["kind"], fresh["commit"], fresh["hidden_size"]) == ("hub", main, 8)
     assert (fresh["has_weights"], fresh["tensors"]) == (True, None)

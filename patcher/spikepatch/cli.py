@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +18,7 @@ from spikepatch.errors import SpikepatchError
 
 if TYPE_CHECKING:
     from spikepatch.conversion import Conversion, Progress
+    from spikepatch.plans import Plan
     from spikepatch.residual.map import ResidualMap
 
 _SOURCE_HELP = """
@@ -29,7 +30,7 @@ _SOURCE_HELP = """
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Errors that are the user's to mend: one message, exit code 2. Our own: exit code 3."""
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             return super().invoke(ctx)
         except SpikepatchError as error:
@@ -39,8 +40,13 @@ class _Group(click.Group):
             raise
         except Exception:
             click.echo(traceback.format_exc(), err=True)
-            click.echo("error: this is a bug in spikepatch; nothing was written. Please report it.", err=True)
+            click.echo(
+                "error: this is a bug in spikepatch; nothing was written. Please report it with the lines above.",
+                err=True,
+            )
             ctx.exit(3)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -111,7 +117,7 @@ def convert(source: str, out: str, *, as_json: bool, dry_run: bool, **options: A
 @click.option("--json", "as_json", is_flag=True, help="Print the map as one JSON object, and nothing else, on stdout.")
 def inspect(source: str, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
     with _progress() as progress:
-        progress("mapping the residual stream", 0, 0)
+        progress("mapping the residual stream")
         from spikepatch.residual.inspect import inspect as run
         from spikepatch.source import build_meta, open_source
 
@@ -126,95 +132,116 @@ def inspect(source: str, revision: str | None, trust_remote_code: bool, as_json:
 @main.command()
 def recipes() -> None:
     """List the recipes: equation, the paper's two conditions, source."""
-    from rich.console import Console
-    from rich.table import Table
-
     from spikepatch.recipes import DEFAULT, RECIPES
 
-    table = Table("recipe", "equation", "small sub-layers", "large shortcut", "source")
     for recipe in RECIPES.values():
-        name = f"{recipe.name} (default)" if recipe.name == DEFAULT else recipe.name
-        marks = ["yes" if met else "no" for met in (recipe.small_sublayers, recipe.large_shortcut)]
-        table.add_row(name, recipe.equation, *marks, recipe.source)
-    console = Console()
-    console.print(table)
-    console.print(
-        "d: width of the residual stream. S: number of sub-layers, counted from the map (2N in a classic decoder)."
-    )
+        conditions = [
+            f"{name}: {'yes' if met else 'no'}"
+            for name, met in (("small sub-layers", recipe.small_sublayers), ("large shortcut", recipe.large_shortcut))
+        ]
+        click.echo(f"{recipe.name}{' (default)' if recipe.name == DEFAULT else ''}")
+        click.echo(f"    {recipe.equation}")
+        click.echo(f"    {', '.join(conditions)}")
+        click.echo(f"    {recipe.source}\n")
+    click.echo("W: sub-layer matrices. E: embeddings. d: width of the residual stream.")
+    click.echo("S: number of sub-layers, counted from the map (2N in a classic decoder of N layers).")
 
 
 def _print_conversion(result: Conversion, *, dry_run: bool) -> None:
-    from spikepatch.plans import Fill, NormEmbedding, ScaleEmbedding, Untie
-
     plan = result.plan
     for note in result.notes:
         click.echo(note)
-    click.echo(
-        f"{plan.architecture}: d = {plan.width}, S = {len(plan.sublayers)} sub-layers, proven;"
-        f" {len(plan.select(Fill))} parameters drawn, {len(plan.skips)} left as they are"
-    )
+    click.echo(f"{plan.architecture}: width d = {plan.width}, S = {len(plan.sublayers)} sub-layers, proven")
+    for line in _changes(plan):
+        click.echo(f"  {line}")
+    if result.loss_before is not None:
+        click.echo(
+            f"loss on a sample text: {result.loss_before:.3f} before, {result.loss_after:.3f} after;"
+            f" log V = {result.log_vocab:.1f}, KL divergence {result.kl:.3f}"
+        )
+    size = f"{result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, {result.dtype}, storage {result.storage}"
+    if dry_run:
+        click.echo(f"dry run, nothing written: {size}")
+        _print_columns([("left alone:", "")] + [(f"  {skip.target}", skip.reason) for skip in plan.skips])
+        return
+    click.echo(f"wrote {result.out}: {size}")
+    trust = ", trust_remote_code=True" if result.storage == "code" else ""
+    click.echo(f'load it with {result.auto_class}.from_pretrained("{result.out}"{trust})')
+
+
+def _changes(plan: Plan) -> Iterator[str]:
+    from spikepatch.plans import Fill, NormEmbedding, ScaleEmbedding, Untie
+
     for edit in plan.edits:
         if isinstance(edit, ScaleEmbedding):
-            click.echo(f"  {edit.module}: output * {edit.factor:.6g}" + (" = sqrt(d)" if edit.per_width else ""))
+            yield f"{edit.module}: output * {edit.factor:.6g}" + (" = sqrt(d)" if edit.per_width else "")
         elif isinstance(edit, NormEmbedding):
-            click.echo(f"  {edit.module}: output through a LayerNorm")
+            yield f"{edit.module}: output through a LayerNorm"
         elif isinstance(edit, Untie):
-            click.echo(f"  {edit.head}: its own matrix")
-    for std in sorted({fill.std for fill in plan.select(Fill)}):
-        names = [fill.parameter for fill in plan.select(Fill) if fill.std == std]
-        click.echo(f"  std {std:.6g}: {len(names)} parameters, such as {names[-1]}")
-    if result.loss_before is not None and result.loss_after is not None:
-        click.echo(f"loss on a sample text: {result.loss_before:.3f} before, {result.loss_after:.3f} after")
-    size = f"{result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, {result.dtype}, storage {result.storage}"
-    click.echo(f"{'dry run, nothing written: ' if dry_run else f'wrote {result.out}: '}{size}")
-    if dry_run:
-        for skip in plan.skips:
-            click.echo(f"  left: {skip.target} ({skip.reason})")
+            yield f"{edit.head}: its own matrix"
+    fills = plan.select(Fill)
+    for std in sorted({fill.std for fill in fills}):
+        names = [fill.parameter for fill in fills if fill.std == std]
+        yield f"std {std:.6g}: {len(names)} parameters, such as {names[-1]}"
+    others = {skip.target for skip in plan.skips} - {fill.parameter for fill in fills}
+    yield f"{len(others)} other tensors: " + (
+        "by the architecture's own initialiser" if plan.reinit == "all" else "kept as learned"
+    )
 
 
 def _print_map(residual: ResidualMap) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
     state = "proven" if residual.proven else "NOT proven"
-    console.print(
-        f"{residual.architecture} ({residual.model_type}): {residual.placement}, d = {residual.width},"
+    click.echo(
+        f"{residual.architecture} ({residual.model_type}): {residual.placement}, width d = {residual.width},"
         f" N = {residual.layers} layers, S = {residual.sublayers} sub-layers, {state}"
     )
     for leak in residual.leaks:
-        console.print(f"  leak: {leak}", highlight=False)
-    table = Table("part", "name", "detail", title="residual stream")
-    for e in residual.embeddings:
-        applied = "normed" if e.normed else f"x {e.scale:g}"
-        table.add_row("embedding", e.parameter, f"{e.kind}, {applied}")
-    for name, kinds, layers, detail in _by_place(residual):
-        table.add_row(kinds, name, f"layers {layers}{detail}")
+        click.echo(f"  leak: {leak}")
+    rows = [
+        ("embedding", e.parameter, "", f"{e.kind}, {'normed' if e.normed else f'times {e.scale:g}'}")
+        for e in residual.embeddings
+    ]
+    rows += _by_place(residual)
     if residual.head is not None:
-        table.add_row("head", residual.head.parameter, "tied" if residual.head.tied else "own matrix")
-    console.print(table)
+        rows.append(("head", residual.head.parameter, "", "tied" if residual.head.tied else "its own matrix"))
+    _print_columns(rows)
 
 
 def _by_place(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
-    """(name with * for the layer, part, layers, detail) of projections and norms, equal ones of all layers together."""
-    rows: dict[tuple[str, str, str], list[int]] = {}
+    """(part, name with * for the layer, layers, detail) of projections and norms, equal ones of all layers together."""
+    rows: dict[tuple[str, str, str], list[int | None]] = {}
     for p in residual.residual_projections:
-        detail = f", branch norm {p.branch_norm.rpartition('.')[2]}" if p.branch_norm else ""
-        detail += f", x {p.multiplier:g}" if p.multiplier != 1 else ""
-        rows.setdefault((_starred(p.parameter), f"residual projection ({p.kind})", detail), []).append(p.layer or 0)
+        detail: list[str] = [p.kind]
+        detail += [f"then the norm {p.branch_norm.rpartition('.')[2]}"] if p.branch_norm else []
+        detail += [f"times {p.multiplier:g}"] if p.multiplier != 1 else []
+        rows.setdefault(("residual projection", _starred(p.parameter), ", ".join(detail)), []).append(p.layer)
     for n in residual.norms:
-        if n.layer is not None:
-            key = (_starred(n.module), f"norm ({n.role})", f", {n.kind}, eps {n.eps:g}")
-            rows.setdefault(key, []).append(n.layer)
-    for (name, part, detail), layers in rows.items():
-        yield name, part, f"{min(layers)}-{max(layers)}" if len(layers) > 1 else str(layers[0]), detail
-    for n in residual.norms:
-        if n.layer is None:
-            yield n.module, f"norm ({n.role})", "-", f", {n.kind}, eps {n.eps:g}"
+        key = (f"{n.role} norm", _starred(n.module), f"{n.kind}, eps {n.eps:.6g}")
+        rows.setdefault(key, []).append(n.layer)
+    for (part, name, details), layers in rows.items():
+        yield part, name, _ranges(sorted({layer for layer in layers if layer is not None})), details
 
 
 def _starred(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _ranges(layers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` -> ``layers 0-2, 5``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return "layers " + ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) if runs else ""
+
+
+def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:
+    """Rows of plain text, each column as wide as its longest entry: names are there to be copied, so none is cut."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)).rstrip())
 
 
 @contextlib.contextmanager
@@ -223,7 +250,7 @@ def _progress() -> Iterator[Progress]:
     if not sys.stderr.isatty():
         seen: set[str] = set()
 
-        def line(step: str, done: int, total: int) -> None:
+        def line(step: str, done: int = 0, total: int = 0) -> None:
             if step not in seen:
                 seen.add(step)
                 click.echo(f"{step} ...", err=True)
@@ -231,13 +258,13 @@ def _progress() -> Iterator[Progress]:
         yield line
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
-        def update(step: str, done: int, total: int) -> None:
+        def update(step: str, done: int = 0, total: int = 0) -> None:
             bar.update(task, description=step, completed=done, total=total or None)
 
         yield update

@@ -25,6 +25,9 @@ from spikepatch.storage.read import Checkpoint, read_checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+#: Not copied: the output has a card of its own, which inherits from the source's.
+MODEL_CARD = "README.md"
+
 #: What goes into an output byte for byte. An allow-list: code and pickles have no way in.
 _COPIED = (
     "tokenizer*.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
@@ -61,6 +64,11 @@ class Source:
     checkpoint: Checkpoint | None = None
     has_weights: bool = False
     copied_files: tuple[Path, ...] = ()
+
+    @property
+    def short_name(self) -> str:
+        """The name without the folders that lead to it, which are nobody else's business."""
+        return self.folder.resolve().name if self.kind == "folder" and self.folder else self.name
 
 
 def open_source(spec: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool) -> Source:
@@ -142,7 +150,7 @@ def _hub_model(spec: str, revision: str | None, trusted: bool, weights: bool) ->
         if not snapshot.online and not _has_weights(names):
             raise hub.not_reachable(spec, None, "its weights cannot be fetched, and are not")
         check_names(names, spec)
-    hub.fetch(snapshot, _to_copy(names))
+    hub.fetch(snapshot, [*_to_copy(names), *({MODEL_CARD} & names)])
     if weights and has_weights:
         _fetch_weights(snapshot)
     return Source(

@@ -4,20 +4,21 @@ code (a missing prefix, renamed modules), and transformers' own loading rules sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from spikepatch.apply.tensors import Target, layout
+from spikepatch.apply.tensors import layout
 from spikepatch.errors import BadSource
 from spikepatch.residual.trace import skeleton
+from spikepatch.storage.read import TensorEntry, read_tensor
 
 if TYPE_CHECKING:
     from spikepatch.residual.map import ResidualMap
     from spikepatch.source import Source
-    from spikepatch.storage.read import TensorEntry
 
 
 @dataclass(frozen=True)
@@ -39,29 +40,34 @@ def match_source(source: Source, model: nn.Module) -> Match:
     """Find every tensor of ``model``, the source's architecture, in its checkpoint.
 
     Raises:
-        BadSource: tensors are missing, have another shape, or tied tensors are stored with different values.
+        BadSource: tensors are missing, have another shape, or are stored twice with different values; all are named.
     """
     assert source.checkpoint is not None
     model = skeleton(model)
     entries = source.checkpoint.tensors
-    targets = layout(model)
-    renamed = _in_memory_names(model, entries)
-    by_owner: dict[str, TensorEntry] = {renamed[name]: entry for name, entry in entries.items() if name in renamed}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    owners = _owners(model, entries)
+    stored = {owners[name]: name for name in reversed(list(entries)) if name in owners}
     found: dict[str, TensorEntry] = {}
+    whole: dict[str, TensorEntry] = {}
     findings: list[str] = []
-    for target in targets:
-        entry = entries.get(target.name) or by_owner.get(target.owner)
+    for target in layout(model):
+        entry = entries.get(target.name) or entries.get(stored.get(target.owner, ""))
         if entry is None:
             findings.append(f"{target.name} is missing")
         elif entry.shape != target.shape:
             findings.append(f"{target.name} has shape {entry.shape}, the architecture {target.shape}")
         else:
             found[target.name] = entry
-    used = {entry.name for entry in found.values()}
-    spare = [name for name in entries if name not in used]
-    findings += _tied_apart(
-        model, {t.owner: found[t.name] for t in targets if t.name in found}, spare, entries, renamed
-    )
+            if target.shape == shapes[target.owner]:
+                whole[target.owner] = entry
+    spare = entries.keys() - {entry.name for entry in found.values()}
+    second_copies = {name: whole[owners[name]] for name in entries if name in spare and owners.get(name) in whole}
+    findings += [
+        f"{name} and {first.name} are one tensor of the model but hold different values"
+        for name, first in second_copies.items()
+        if not torch.equal(read_tensor(entries[name]), read_tensor(first))
+    ]
     if findings:
         raise BadSource(
             "the checkpoint does not fit the architecture",
@@ -69,62 +75,33 @@ def match_source(source: Source, model: nn.Module) -> Match:
             why="; ".join(findings[:8]) + (f"; and {len(findings) - 8} more" if findings[8:] else ""),
             remedy="check that config.json belongs to these weights; --reinit all does not need them",
         )
-    whole = {t.owner: found[t.name] for t in targets if _is_whole(t, model)}
-    return Match(found, whole, tuple(spare))
+    return Match(found, whole, tuple(name for name in entries if name in spare and name not in second_copies))
 
 
-def _is_whole(target: Target, model: Any) -> bool:
-    tensor = model.state_dict()[target.owner]
-    return target.shape == tuple(tensor.shape)
+def _owners(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Checkpoint name -> in-memory name by transformers' renaming rules, where no weights are fused on the way.
 
-
-def _in_memory_names(model: Any, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
-    """Checkpoint name -> in-memory name by transformers' renaming rules, where no weights are fused on the way."""
+    Of tied tensors it is the first name, whichever of them the checkpoint stores.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict()
-    names = {}
-    for name in entries:
-        new, fused = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if fused is None and new in state:
-            names[name] = new
-    return names
-
-
-def _tied_apart(
-    model: Any,
-    owners: Mapping[str, TensorEntry],
-    spare: list[str],
-    entries: Mapping[str, TensorEntry],
-    renamed: Mapping[str, str],
-) -> list[str]:
-    """Second names of tied tensors: equal bytes are taken out of ``spare``, others are a finding."""
-    import torch
-
-    from spikepatch.storage.read import read_tensor
-
-    first = {id(p): name for name, p in model.named_parameters()}
-    alias = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    findings = []
-    for name in list(spare):
-        owner = alias.get(renamed.get(name, name))
-        if owner is None or owner not in owners:
-            continue
-        if torch.equal(read_tensor(entries[name]), read_tensor(owners[owner])):
-            spare.remove(name)
-        else:
-            findings.append(f"{name} and {owners[owner].name} are tied by the config but hold different values")
-    return findings
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    aliases = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    owners = {}
+    for name in names:
+        renamed, fused = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if fused is None and renamed in state:
+            owners[name] = aliases.get(renamed, renamed)
+    return owners
 
 
 def embedding_std(match: Match, residual: ResidualMap) -> float | None:
     """std of all elements of the learned token embedding, in float64; None where there is none."""
-    from spikepatch.storage.read import read_tensor
-
     token = residual.token_embedding
     entry = match.owners.get(token.parameter) if token is not None else None
     return None if entry is None else float(read_tensor(entry).double().std())

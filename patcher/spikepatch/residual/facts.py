@@ -130,9 +130,11 @@ def floating(node: Node) -> bool:
 
 def narrows(node: Node) -> bool:
     """A view that leaves out a part of the stream's last axis (a split of heads keeps the number of elements)."""
-    if op(node) in {"getitem", "split", "chunk", "unbind", "split_with_sizes"}:
-        return True
     source = operands(node)[0]
+    if op(node) == "getitem":
+        return op(source) not in ops.NORMS
+    if op(node) in {"split", "chunk", "unbind", "split_with_sizes"}:
+        return True
     return op(node) in {"slice", "select", "narrow", "index_select", "gather"} and last(node) != last(source)
 
 

@@ -28,7 +28,7 @@ from spikepatch.residual.measure import measure
 from spikepatch.residual.ops import op, operands
 from spikepatch.residual.proof import Term
 from spikepatch.residual.stream import Stream, find
-from spikepatch.residual.trace import TOKENS, trace
+from spikepatch.residual.trace import TOKENS, Trace, trace
 
 
 def inspect(
@@ -47,16 +47,20 @@ def inspect(
     Raises:
         Refused: the forward pass cannot be traced, or there is no residual sum in it.
     """
-    name = type(model).__name__
-    streams = find(trace(model, example_inputs))
+    return map_of(model, trace(model, example_inputs), source or type(model).__name__)
+
+
+def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
+    """The map of ``model`` from its traced forward pass; see ``inspect``."""
+    streams = find(graph)
     if isinstance(streams, str):
         raise Refused(
             what="no residual stream found",
-            where=source or name,
+            where=source,
             why=streams,
             remedy="if the model does add sub-layer outputs to a stream, please report its architecture",
         )
-    main, *others = (_Naming(model, stream).map(source or name) for stream in streams)
+    main, *others = (_Naming(model, stream).map(source) for stream in streams)
     return dataclasses.replace(main, streams=tuple(others))
 
 
@@ -249,7 +253,7 @@ def _kind(facts: Facts, term: Term) -> SublayerKind:
     """What a sub-layer computes, from its operations."""
     inside = [n for n in term.interior if n in facts.varies]
     names = {op(n) for n in inside}
-    if names & ops.FUSED_ATTENTION or any(_weighs(facts, n, term.interior) for n in inside if op(n) == "softmax"):
+    if names & ops.FUSED_ATTENTION or any(_weighs(facts, n, term.interior) for n in inside if op(n) in ops.SOFTMAX):
         return "cross-attention" if term.crosses else "attention"
     products = any(op(n) in ops.MATMULS and len(facts.data(n)) > 1 for n in inside)
     unrolled = sum(op(n) == "select" for n in inside) >= TOKENS  # a loop over the positions

@@ -41,6 +41,7 @@ FUSED_ATTENTION = frozenset(
     "scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention"
     " flex_attention".split()
 )
+SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax"])
 SCANS = frozenset(["associative_scan", "scan", "cumprod"])
 LOOKUPS = frozenset(["embedding", "embedding_bag"])
 ZERO_FACTORIES = frozenset("zeros zeros_like new_zeros".split())

@@ -135,7 +135,7 @@ def _possible_roots(facts: Facts, output: Node) -> list[Node]:
             and len(data) > 1
             and any(a in facts.behind([b]) for a in data for b in data if a is not b)
         )
-        if all(a in plain for a in data) and not (mixing or skip or op(node) in {"softmax"} | ops.FUSED_ATTENTION):
+        if all(a in plain for a in data) and not (mixing or skip or op(node) in ops.SOFTMAX | ops.FUSED_ATTENTION):
             plain.add(node)
             if op(node) in ops.MATMULS | ops.CONVOLUTIONS:
                 roots.append(node)

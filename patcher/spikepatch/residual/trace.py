@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
 
 from spikepatch.errors import Refused
 from spikepatch.quiet import quiet
 from spikepatch.residual.ops import VIEWS, op
+from spikepatch.residual.record import record
 
 #: Token positions in the traced example: more than one, and unlike the usual head counts and widths.
 TOKENS = 11
@@ -65,19 +67,27 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
     """
     twin = skeleton(model)
     example = dict(example_inputs) if example_inputs is not None else _example_of(twin)
-    _prefer_traceable_kernels(twin)
+    _prefer_traceable_kernels(twin, "grouped_mm")  # no loop over data
     # On failure torch prints the graph so far, thousands of lines.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
             program = torch.export.export(twin, (), {k: v.to("meta") for k, v in example.items()}, strict=False)
-        except Exception as error:
-            raise Refused(
-                what="the forward pass cannot be traced, so its residual stream cannot be found",
-                where=type(model).__name__,
-                why=f"torch.export stopped: {str(error).strip().splitlines()[0] if str(error) else type(error)}",
-                remedy="check that the model runs on integer token ids without data-dependent Python branches",
-            ) from error
+        except Exception as not_exported:
+            try:
+                return recorded(model, example)
+            except Exception as error:
+                raise Refused(
+                    what="the forward pass cannot be traced, so its residual stream cannot be found",
+                    where=type(model).__name__,
+                    why=f"torch.export stopped: {_line(not_exported)}; and a recorded run: {_line(error)}",
+                    remedy="check that the model runs on integer token ids without branches on the data",
+                ) from error
     return _flat(program, model, twin, example)
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _example_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -106,8 +116,8 @@ def _example_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return example
 
 
-def _prefer_traceable_kernels(model: nn.Module) -> None:
-    """On the meta twin only: no cache, fused attention, and experts as grouped matmuls (no loop over data)."""
+def _prefer_traceable_kernels(model: nn.Module, experts: str) -> None:
+    """On the meta twin only: no cache, fused attention, and experts as ``experts`` says."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         parts: tuple[Any, ...] = (config, getattr(config, "text_config", None))
@@ -117,7 +127,7 @@ def _prefer_traceable_kernels(model: nn.Module) -> None:
     choices: tuple[str, ...]
     for method, choices in (
         ("set_attn_implementation", ("sdpa", "eager")),
-        ("set_experts_implementation", ("grouped_mm",)),
+        ("set_experts_implementation", (experts,)),
     ):
         setter = getattr(model, method, None)
         if setter is None:
@@ -186,6 +196,24 @@ def _inline(module: torch.fx.GraphModule, graph: Graph, copies: dict[Node, Node]
 
 def _is_graph(module: nn.Module, node: Node) -> bool:
     return isinstance(getattr(module, str(node.target), None), torch.fx.GraphModule)
+
+
+def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None) -> Trace:
+    """Trace ``model`` by running it once on the meta device: see ``record.py``. For what export cannot follow."""
+    twin = skeleton(model)
+    example = dict(example) if example is not None else _example_of(twin)
+    _prefer_traceable_kernels(twin, "eager")  # a loop is no obstacle here
+    for name, buffer in model.named_buffers():
+        owner, _, own = name.rpartition(".")
+        twin.get_submodule(owner)._buffers[own] = buffer.detach().cpu()
+    recorder, result = record(twin, example)
+    output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
+    recorder.graph.output(recorder.node(output))
+    _redirect_writes(recorder.graph)
+    parameters = {recorder.node(p): name for name, p in twin.named_parameters()}
+    buffers = {recorder.node(b): b for _, b in twin.named_buffers()} | recorder.constants
+    inputs = {recorder.node(t): t for t in example.values()}
+    return Trace(recorder.graph, parameters, buffers, inputs, recorder.node(output))
 
 
 def overwritten(value: torch.Tensor, written: torch.Tensor) -> torch.Tensor:

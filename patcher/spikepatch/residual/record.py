@@ -1,0 +1,121 @@
+"""The second tracer, for forward passes that ``torch.export`` cannot follow: run once, and write down what was called.
+
+Parameters and all data lie on the meta device, at full width. Control tensors (ids, masks, positions, and what is
+computed from them alone) are real, so Python branches on them run. Where control is computed from data, such as the
+expert that a token is routed to, a stand-in takes its place: row numbers 0, 1, 2, ... for integers, True for
+conditions, so that as many branches as possible are entered.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Appends every ATen call to ``graph``. Tensors that no recorded call made become placeholders: ``constants``."""
+
+    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = Graph()
+        self.path: list[str] = [""]
+        self.constants: dict[Node, torch.Tensor] = {}
+        self._known: dict[int, tuple[torch.Tensor, Node]] = {}  # holds the tensors, so that their ids stay theirs
+        for name, tensor in named.items():
+            self._introduce(tensor, name)
+
+    def node(self, tensor: torch.Tensor) -> Node:
+        """The node whose value ``tensor`` is."""
+        if id(tensor) not in self._known:
+            self.constants[self._introduce(tensor, f"constant_{len(self.constants)}")] = tensor
+        return self._known[id(tensor)][1]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        as_data = any(t.is_meta for t in tensors)
+        if func is torch.ops.aten._local_scalar_dense.default and as_data:
+            return True if args[0].dtype == torch.bool else 1  # a Python branch on data
+        run_args, run_kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta") if as_data else t, (args, kwargs))
+        if not as_data and run_kwargs.get("device") == torch.device("meta"):
+            wanted = run_kwargs.get("dtype") or (tensors[0].dtype if tensors else None)
+            if wanted is None or not wanted.is_floating_point:  # control stays real, wherever it is asked for
+                run_kwargs = {**run_kwargs, "device": torch.device("cpu")}
+        try:
+            result = func(*run_args, **run_kwargs)
+        except (RuntimeError, NotImplementedError):  # an op that the CPU lacks for this dtype
+            if as_data:
+                raise
+            as_data = True
+            result = func(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), run_args), **run_kwargs)
+        if func._schema.is_mutable and tensors and args and isinstance(args[0], torch.Tensor):
+            result = args[0]
+        elif as_data:
+            choices = args[0].shape[-1] if args and isinstance(args[0], torch.Tensor) and args[0].ndim else 1
+            result = tree_map_only(torch.Tensor, lambda t: _stand_in(t, choices), result)
+        self._append(func, args, kwargs, result)
+        return result
+
+    def _introduce(self, tensor: torch.Tensor, name: str) -> Node:
+        first = next(iter(self.graph.nodes), None)
+        with self.graph.inserting_before(first) if first is not None else self.graph.inserting_after():
+            node = self.graph.placeholder(name.replace(".", "_"))
+        node.meta["val"] = tensor
+        self._known[id(tensor)] = (tensor, node)
+        return node
+
+    def _append(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        node_args, node_kwargs = tree_map_only(torch.Tensor, self.node, (args, kwargs))
+        node = self.graph.call_function(func, tuple(node_args), dict(node_kwargs))
+        node.meta["nn_module_stack"] = {self.path[-1]: (self.path[-1], nn.Module)}
+        parts = enumerate(result) if isinstance(result, (tuple, list)) else ()
+        for i, item in parts:
+            if isinstance(item, torch.Tensor):
+                part = self.graph.call_function(operator.getitem, (node, i))
+                part.meta.update(node.meta, val=item)
+                self._known[id(item)] = (item, part)
+        if isinstance(result, torch.Tensor):
+            node.meta["val"] = result
+            self._known[id(result)] = (result, node)
+
+
+def _stand_in(tensor: torch.Tensor, choices: int) -> torch.Tensor:
+    """Data stays on meta; integers (indices into ``choices`` things) and conditions computed from data become real."""
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or not tensor.is_meta:
+        return tensor
+    if tensor.dtype == torch.bool:
+        return torch.ones(tensor.shape, dtype=torch.bool)
+    return (torch.arange(tensor.numel()) % max(choices, 1)).reshape(tensor.shape).to(tensor.dtype)
+
+
+def record(model: nn.Module, example: Mapping[str, torch.Tensor]) -> tuple[Recorder, Any]:
+    """Run ``model`` (parameters on meta, buffers real) once on a real ``example``: the recorder, and the output."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers()), **example}
+    recorder = Recorder(named)
+    with torch.no_grad(), _paths(model, recorder.path), recorder:
+        result = model(**example)
+    return recorder, result
+
+
+@contextmanager
+def _paths(model: nn.Module, path: list[str]) -> Iterator[None]:
+    """Keep the path of the module whose forward is running on top of ``path``."""
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
+        hooks.append(module.register_forward_hook(lambda *_: path.__delitem__(-1)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

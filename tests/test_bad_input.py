@@ -1,0 +1,274 @@
+"""Whatever is wrong with the input: one message with the remedy, exit code 2, nothing written, nothing touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from spikepatch.cli import main
+from tests.architectures import tiny_config, tiny_model
+from tests.folders import hashes
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """``prepare`` makes the folder "source"; ``words`` follow SOURCE and OUT; the message holds all of ``message``."""
+
+    prepare: Callable[[Path], None]
+    message: tuple[str, ...]
+    words: tuple[str, ...] = ()
+    source: str = "source"
+    out: str = "out"
+
+
+def config(folder: Path) -> None:
+    tiny_config("gpt2").save_pretrained(folder)
+
+
+def weights(folder: Path) -> None:
+    tiny_model("gpt2").save_pretrained(folder)
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def empty(folder: Path) -> None:
+    folder.mkdir()
+
+
+def other_type(folder: Path) -> None:
+    config(folder)
+    edit_config(folder, model_type="gtp2", architectures=None)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def quantised_config(folder: Path) -> None:
+    weights(folder)
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+def quantised_tensors(folder: Path) -> None:
+    weights(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {
+        "transformer.h.0.x.qweight": torch.ones(2, 2, dtype=torch.int32),
+        "transformer.h.0.x.scales": torch.ones(2),
+    }
+    save_file(tensors, folder / "model.safetensors")
+
+
+def truncated(folder: Path) -> None:
+    tiny_model("gpt2").save_pretrained(folder, max_shard_size="200KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    os.truncate(shard, shard.stat().st_size - 10)
+
+
+def pointing_outside(folder: Path) -> None:
+    config(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+
+
+def pickled(folder: Path) -> None:
+    config(folder)
+    torch.save(tiny_model("gpt2").state_dict(), folder / "pytorch_model.bin")
+
+
+def remote_code(folder: Path) -> None:
+    """Its file would leave a trace beside the source."""
+    config(folder)
+    (folder / "modeling_own.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w')")
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.Own", "AutoConfig": "modeling_own.OwnConfig"})
+
+
+def out_is_a_file(folder: Path) -> None:
+    config(folder)
+    (folder.parent / "out").write_text("x")
+
+
+def out_is_used(folder: Path) -> None:
+    config(folder)
+    (folder.parent / "out").mkdir()
+    (folder.parent / "out" / "x").write_text("x")
+
+
+def out_is_a_link_to_the_source(folder: Path) -> None:
+    config(folder)
+    (folder.parent / "out").symlink_to(folder, target_is_directory=True)
+
+
+def config_of(model_type: str) -> Callable[[Path], None]:
+    return lambda folder: tiny_config(model_type).save_pretrained(folder)
+
+
+def not_json(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text("<!DOCTYPE html>")
+
+
+CASES = {
+    "missing folder": Case(nothing, ("does not exist", "arch:TYPE"), source="./source"),
+    "no config": Case(empty, ("has no config.json", "save_pretrained")),
+    "config not JSON": Case(not_json, ("config.json is not JSON", "download the file again")),
+    "unknown type": Case(other_type, ("the model type 'gtp2' is unknown", "near misses: gpt2", "update transformers")),
+    "unknown arch": Case(
+        nothing, ("the model type 'lama' is unknown", "llama", "correct the type"), source="arch:lama"
+    ),
+    "no weights to keep": Case(config, ("no learned weights to keep", "--reinit all"), ("--reinit", "none")),
+    "pickles": Case(pickled, ("pytorch_model.bin (PyTorch pickles)", "save_pretrained"), ("--reinit", "none")),
+    "truncated shard": Case(
+        truncated, ("model-00002-of-", "is truncated", "download the file again"), ("--reinit", "residual")
+    ),
+    "index outside": Case(pointing_outside, (INDEX, "points outside the folder", "do not trust"), ("--reinit", "none")),
+    "quantised": Case(quantised_config, ("is quantised", "quantization_config", "unquantised original")),
+    "packed tensors": Case(quantised_tensors, ("quantised weights", "qweight", "dequantise"), ("--reinit", "none")),
+    "remote code": Case(remote_code, ("needs code that comes with the model", "--trust-remote-code")),
+    "scaled already": Case(config_of("gemma2"), ("already multiplied by 8", "recipe vanilla")),
+    "normed already": Case(config_of("bloom"), ("already normalised", "recipe vanilla")),
+    "OUT not empty": Case(out_is_used, ("is not empty", "--overwrite")),
+    "OUT a file": Case(out_is_a_file, ("is a file or a link", "another output folder")),
+    "OUT a file, overwritten": Case(out_is_a_file, ("is a file or a link", "another"), ("--overwrite",)),
+    "OUT below a file": Case(out_is_a_file, ("cannot be made", "another place"), out="out/below"),
+    "OUT = SOURCE": Case(config, ("is the source", "another output folder"), ("--overwrite",), out="source"),
+    "OUT = SOURCE, spelt otherwise": Case(
+        config, ("is the source", "never written to"), ("--overwrite",), out="source/../source/."
+    ),
+    "OUT inside SOURCE": Case(config, ("lies inside the source", "another output folder"), out="source/out"),
+    "OUT around SOURCE": Case(config, ("contains the source", "another output folder"), ("--overwrite",), out="."),
+    "OUT a link to SOURCE": Case(out_is_a_link_to_the_source, ("is the source", "another"), ("--overwrite",)),
+    "misspelt recipe": Case(
+        config, ("no recipe 'scaled-embedd'", "did you mean scaled-embed?"), ("--recipe", "scaled-embedd")
+    ),
+    "factor 0": Case(config, ("must be a positive number", "leave it out"), ("--factor", "0")),
+    "factor nan": Case(config, ("must be a positive number", "leave it out"), ("--factor", "nan")),
+    "factor inf": Case(config, ("must be a positive number", "leave it out"), ("--factor", "inf")),
+    "factor of embed-ln": Case(
+        config, ("are for the recipe scaled-embed", "leave them out"), ("--factor", "2", "--recipe", "embed-ln")
+    ),
+    "dtype int8": Case(config, ("'int8' is no dtype to store weights in", "--dtype bfloat16"), ("--dtype", "int8")),
+    "dtype nonsense": Case(config, ("'nn' is no dtype", "--dtype bfloat16"), ("--dtype", "nn")),
+    "shard size": Case(config, ("'much' is no shard size", "a number with a unit"), ("--max-shard-size", "much")),
+    "shard size of nothing": Case(
+        config, ("'0GB' is no shard size", "a number with a unit"), ("--max-shard-size", "0GB")
+    ),
+    "shard size without end": Case(
+        config, ("'infGB' is no shard size", "a number with a unit"), ("--max-shard-size", "infGB")
+    ),
+    "plain": Case(config, ("--storage plain cannot hold", "--storage code"), ("--storage", "plain")),
+    "nothing to untie": Case(config_of("gpt_neox"), ("no tied head", "leave --untie out"), ("--untie",)),
+    "nothing to change": Case(
+        weights, ("changes nothing", "scaled-embed"), ("--recipe", "vanilla", "--reinit", "none")
+    ),
+    "revision of a folder": Case(config, ("has no revision 'v1'", "leave out --revision"), ("--revision", "v1")),
+}
+
+
+def everything(folder: Path) -> tuple[list[str], dict[str, str]]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")), hashes(folder)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_refused(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    case.prepare(tmp_path / "source")
+    before = everything(tmp_path)
+    done = CliRunner().invoke(main, ["convert", case.source, case.out, *case.words])
+
+    assert done.exit_code == 2, done.output
+    assert done.output.count("error: ") == done.output.count("\n  why: ") == done.output.count("\n  remedy: ") == 1
+    for part in case.message:
+        assert part in done.output
+    assert "Traceback" not in done.output
+    assert everything(tmp_path) == before
+
+
+def test_a_real_bert(minilm: Path, tmp_path: Path) -> None:
+    before = hashes(minilm)
+    command = [sys.executable, "-m", "spikepatch", "convert", str(minilm), str(tmp_path / "out")]
+    for words in ([], ["--reinit", "none", "--json"]):
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert f"error: {minilm}: a large shortcut does not apply to a post-norm model" in done.stderr
+        assert "  why: " in done.stderr
+        assert "  remedy: use the recipe on a pre-norm model" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert hashes(minilm) == before
+
+
+@pytest.mark.parametrize("option", [("--seed", "-1"), ("--seed", "x"), ("--factor", "x"), ("--reinit", "some")])
+def test_nonsense_is_refused_by_the_parser(option: tuple[str, str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["convert", "arch:gpt2", str(tmp_path / "out"), *option])
+
+    assert done.exit_code == 2
+    assert f"Invalid value for '{option[0]}'" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_patched_folder_is_not_patched_again(tmp_path: Path) -> None:
+    config(tmp_path / "source")
+    assert CliRunner().invoke(main, ["convert", str(tmp_path / "source"), str(tmp_path / "out")]).exit_code == 0
+    for words in ([], ["--trust-remote-code"]):
+        line = ["convert", str(tmp_path / "out"), str(tmp_path / "again"), *words]
+        done = CliRunner().invoke(main, line)
+        assert done.exit_code == 2
+        assert "already patched" in done.output or "own modelling code" in done.output
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    done = CliRunner().invoke(main, ["convert", "arch:gpt2", str(tmp_path / "locked" / "out")])
+
+    assert done.exit_code == 2
+    assert "cannot be made" in done.output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a limit on file sizes")
+def test_a_full_disk(tmp_path: Path) -> None:
+    config(tmp_path / "source")
+    before = everything(tmp_path)
+    script = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from spikepatch.cli import main
+main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", script, "convert", str(tmp_path / "source"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert "the output cannot be written" in done.stderr
+    assert "free space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert everything(tmp_path) == before
+
+
+def test_the_remains_of_nothing(tmp_path: Path) -> None:
+    """The helper that the other tests rely on sees a leftover."""
+    config(tmp_path / "source")
+    before = everything(tmp_path)
+    shutil.copytree(tmp_path / "source", tmp_path / ".out.abc.spikepatch")
+
+    assert everything(tmp_path) != before
