@@ -309,3 +309,16 @@ def test_save_refuses_a_plain_module(tmp_path: Path) -> None:
     spikepatch.patch(model, "vanilla", reinit="residual", example_inputs=EXAMPLE)
     with pytest.raises(Refused, match="no save_pretrained"):
         spikepatch.save(model, tmp_path / "out")
+
+
+def test_loading_keeps_what_was_drawn(tmp_path: Path) -> None:
+    """transformers divides mamba's output projections by sqrt(N) whenever it loads them, unless a flag is off."""
+    model = tiny_model("mamba", rescale_prenorm_residual=True)
+    spikepatch.patch(model, "vanilla", reinit="all")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    checked = 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+        checked += 1
+    assert checked > 10

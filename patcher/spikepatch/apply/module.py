@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from spikepatch import __version__
+from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.tensors import layout, values
 from spikepatch.errors import Refused
 from spikepatch.planning import plan as make_plan
@@ -78,7 +79,11 @@ def patch(
         if target.owner not in fills:
             value(target)  # may refuse, which is too late once something has changed
 
+    settings = {} if plan.structural else stable_settings(model, plan)
+
     _record(model, plan)
+    for name, setting in settings.items():
+        setattr(model.config, name, setting)
     for edit in plan.select(Untie):
         _untie(model, edit)
     model._spikepatch_plan = plan  # type: ignore[assignment]

@@ -54,7 +54,8 @@ class Facts:
         """Nodes computed from embedded tokens or real-valued inputs: all but weights, constants, positions, masks."""
         varies = {node for node in self.trace.inputs if floating(node)}
         for node in self.nodes:
-            if op(node) in ops.LOOKUPS or (node not in self.weight and any(a in varies for a in operands(node))):
+            computed = node not in self.weight and op(node) not in ops.FACTORIES
+            if op(node) in ops.LOOKUPS or (computed and any(a in varies for a in operands(node))):
                 varies.add(node)
         return varies
 

@@ -45,6 +45,8 @@ SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax"])
 SCANS = frozenset(["associative_scan", "scan", "cumprod"])
 LOOKUPS = frozenset(["embedding", "embedding_bag"])
 ZERO_FACTORIES = frozenset("zeros zeros_like new_zeros".split())
+# They take a tensor for its shape and dtype alone.
+FACTORIES = ZERO_FACTORIES | frozenset("ones_like empty_like full_like new_ones new_empty new_full".split())
 # Pointwise in one tensor and reductions over its last axis: what the statistic of a norm is made of.
 STATISTIC = (
     VIEWS
