@@ -254,3 +254,12 @@ def test_a_terminal_gets_a_bar_and_whole_lines(source: str, tmp_path: Path) -> N
     assert any(line.startswith("load it with AutoModelForCausalLM") for line in result)
     assert not any("━" in line for line in result[1:])
     assert "it/s]" not in text
+
+
+def test_architectures() -> None:
+    result = CliRunner().invoke(main, ["architectures", "--filter", "openai-gpt", "--json"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert (row["type"], row["proven"], row["placement"]) == ("openai-gpt", True, "post-norm")
+    table = CliRunner().invoke(main, ["architectures", "--filter", "openai-gpt"]).stdout
+    assert "1 of 1 proven" in table

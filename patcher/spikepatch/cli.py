@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spikepatch import __version__
+from spikepatch.architectures import architectures_command
 from spikepatch.errors import SpikepatchError
 
 if TYPE_CHECKING:
@@ -127,6 +128,9 @@ def inspect(source: str, revision: str | None, trust_remote_code: bool, as_json:
         click.echo(residual.to_json())
     else:
         _print_map(residual)
+
+
+main.add_command(architectures_command)
 
 
 @main.command()

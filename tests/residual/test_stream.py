@@ -228,6 +228,28 @@ def test_gated_skip_is_refused() -> None:
         spikepatch.inspect(Model(gated_skip=True), example_inputs=EXAMPLE)
 
 
+class Deaf(Model):
+    """Its stream starts from learned positions, the tokens only steer a sub-layer; the head is tied to their table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(6, 16)
+        self.head.weight = self.tokens.weight
+        self.mix, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.positions(torch.arange(6, device=ids.device)[None])
+        x = x + self.out(torch.relu(self.mix(x) * self.tokens(ids)))
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+def test_the_tokens_must_reach_the_output() -> None:
+    residual = spikepatch.inspect(Deaf(), example_inputs=EXAMPLE)
+    assert not residual.proven
+    assert any("token embedding does not reach" in leak for leak in residual.leaks)
+
+
 class Writer(nn.Module):
     """A sub-layer whose output is written in place, position by position, into a tensor of zeros."""
 

@@ -34,6 +34,7 @@ class Facts:
         self.nodes = list(trace.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.weight = self._weight_views()
+        self.fed = self._fed()
         self.varies = self._input_dependent()
         self.norm_at = {node: norm for node in self.nodes if (norm := self._norm(node)) is not None}
         self.carries = self.carriers(None)
@@ -49,6 +50,14 @@ class Facts:
             if seen_through and len(names) == 1 and arguments[0] in weight:
                 weight[node] = names.pop()
         return weight
+
+    def _fed(self) -> set[Node]:
+        """Nodes computed from the inputs, as data or as control: not what is looked up by constant positions."""
+        fed = set(self.trace.inputs)
+        for node in self.nodes:
+            if any(a in fed for a in operands(node)):
+                fed.add(node)
+        return fed
 
     def _input_dependent(self) -> set[Node]:
         """Nodes computed from embedded tokens or real-valued inputs: all but weights, constants, positions, masks."""

@@ -63,7 +63,9 @@ def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list
         f"{name}: still reaches the output with all residual projections cut" for name in spelled(live & ~permitted)
     ]
     leaks += [f"{name}: is on the stream but silenced by the cut" for name in spelled(allowed & ~live)]
-    if not any(live & bit[n.name] for n in lookups) and not any(n in facts.trace.inputs for n in facts.behind([start])):
+    # A tied head keeps the table alive, so the lookups themselves are asked.
+    read = [n for n in lookups if n in facts.fed]
+    if not any(live & bit[n.name] for n in read) and not any(floating(n) for n in facts.trace.inputs):
         leaks.append("the token embedding does not reach the output with all residual projections cut")
     leaks += [
         f"{parameter}: given back, its sub-layer stays silent (not a residual projection)"

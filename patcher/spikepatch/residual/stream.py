@@ -149,12 +149,8 @@ def _foreign_output(main: Stream) -> Node | None:
     for node in facts.nodes:
         if node in facts.varies and any(a in own for a in operands(node)):
             own.add(node)
-    fed = set(facts.trace.inputs)  # position biases are looked up as well, but by constants
-    for node in facts.nodes:
-        if any(a in fed for a in operands(node)):
-            fed.add(node)
     inside = {n for term in main.terms for n in term.interior}
-    foreign = inside & facts.varies & fed - own
+    foreign = inside & facts.varies & facts.fed - own  # position biases are looked up by constants
     edge = [n for n in foreign if any(user in own for user in n.users)]
     if len(edge) < 2:
         return None
