@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spikepatch
 from spikepatch.plans import Fill, ScaleEmbedding
@@ -25,6 +25,18 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     for name in a:
         assert a[name].dtype == b[name].dtype, name
         assert torch.equal(a[name], b[name]), name
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """By the same kernels, on equally aligned weights: a file that is mapped at an odd address is summed in another
+    order, and some versions of transformers choose another implementation of experts for a class that they load.
+    """
+    model.set_experts_implementation("eager")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(ids(model)).logits
+    return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,8 +68,7 @@ def test_fresh_weights(model_type: str, dtype: torch.dtype, tmp_path: Path) -> N
     if dtype == torch.bfloat16:
         # transformers makes some non-persistent buffers in another precision when it loads than when it builds.
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "live", trust_remote_code=True, dtype=dtype).eval()
-    with torch.no_grad():
-        assert torch.equal(loaded.eval()(ids(model)).logits, model(ids(model)).logits)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("reinit", ["residual", "none"])

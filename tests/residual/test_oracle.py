@@ -1,0 +1,330 @@
+"""The map against real gradients, with no graph in between: what autograd reaches is what the map says, exactly.
+
+With every residual projection (and its bias) zero and all else drawn non-zero, the parameters with gradient are the
+ones on the stream and the projections; with a sub-layer's projections given back, its own weights join them, and no
+others do. A gradient behind a zero factor is exactly zero, so there is no tolerance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import spikepatch
+from spikepatch.errors import SpikepatchError
+from spikepatch.residual.map import ResidualMap
+from tests.residual import configs
+from tests.residual.configs import model_class, tiny_config_for
+from tests.residual.test_golden import golden
+
+#: Structurally different types, in the default suite; the others are slow.
+DEFAULT = (
+    "bert", "bloom", "falcon", "gemma2", "glm4_moe", "gpt2", "granite", "jamba", "llama", "mamba2", "nemotron_h",
+    "olmo2",
+)  # fmt: skip
+
+#: On the stream by the architecture's own design, and not named by the map: gains on the skip path, what lies between a
+#: table and the stream, an MLM head's own layers, a bias kept apart. Taken from what the gradients reach, and checked
+#: against the modelling code for some.
+ON_STREAM: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        "bert big_bird deberta deberta-v2 ernie layoutlm megatron-bert nomic_bert nystromformer roformer yoso".split(),
+        ("cls.predictions.transform.*",),
+    ),
+    **dict.fromkeys(
+        "camembert data2vec-text esmc gte ibert jina_embeddings_v3 longformer luke mpnet roberta"
+        " roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split(),
+        ("lm_head.dense.*", "lm_head.layer_norm.*"),
+    ),
+    "albert": ("predictions.*", "albert.embeddings.LayerNorm.*", "albert.encoder.embedding_hidden_mapping_in.*"),
+    "convbert": ("generator_predictions.*",),
+    "distilbert": ("vocab_transform.*", "vocab_layer_norm.*"),
+    "doge": ("*.input_residual", "*.post_attention_residual"),
+    "electra": ("generator_predictions.*",),
+    "encoder-decoder": ("decoder.cls.predictions.transform.*",),
+    "esm": ("lm_head.*",),
+    "gpt_neox_japanese": ("*.attention.dense_bias",),
+    "jetmoe": ("*.mlp.bias", "*.self_attention.experts.bias"),
+    "mobilebert": ("cls.predictions.*", "mobilebert.embeddings.*", "*.output.bottleneck.LayerNorm.*"),
+    "modernbert": ("head.*",),
+    "modernbert-decoder": ("lm_head.dense.*", "lm_head.norm.*"),
+    "modernvbert": ("projection_head.*",),
+    "neomme": ("model.embed_tokens.embedding_projection.weight",),
+    "rembert": ("cls.predictions.*", "rembert.embeddings.LayerNorm.*", "rembert.encoder.embedding_hidden_mapping_in.*"),
+    "roc_bert": ("cls.predictions.transform.*", "roc_bert.embeddings.map_inputs_layer.*"),
+    "ultrabert": ("head.linear?.weight",),
+    "ultravbert": ("projection_head.linear?.weight",),
+    "zaya": ("model.input_hidden_states_*", "*_residual_scale.*"),
+}
+
+#: Weights that only choose what a sub-layer attends to or which expert it asks: without gradient, by design.
+NO_GRADIENT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        "axk2 deepseek_v32 dots3_note dots3_note_text glm_moe_dsa minimax_m3_vl_text".split(), ("*.indexer.*",)
+    ),
+    "phimoe": ("*.mlp.router.weight",),
+    "switch_transformers": ("decoder.block.1.layer.2.mlp.experts.expert_1.*",),  # no token of the example asks it
+}
+
+#: Weights that several sub-layers compute with; the map names the first.
+SHARED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text"),
+        (
+            "*.per_layer_model_projection.weight",
+            "*.embed_tokens_per_layer.weight",
+            "*.per_layer_projection_norm.weight",
+        ),
+    ),
+    **dict.fromkeys(
+        ("longt5", "mt5", "switch_transformers", "t5"),
+        ("*.block.0.layer.0.*SelfAttention.relative_attention_bias.weight",),
+    ),
+    "cpmant": ("cpmant.position_bias.relative_attention_bias",),
+    "mpnet": ("mpnet.encoder.relative_attention_bias.weight",),
+    "neomme": ("model.value_embeddings.weight",),
+    "zamba": ("*.shared_transf.*",),
+    "zamba2": ("*.shared_transformer.*",),
+    # A router's state goes on to the next layer's.
+    "zaya": ("model.layers.0.mlp.gate.down_proj.*", "model.layers.0.post_attention_layernorm.weight"),
+}
+
+#: Types whose masks hold single precision's lowest value, which is none of double precision.
+SINGLE = ("fsmt", "led", "longformer", "xglm")
+
+#: Types that run the same blocks several times: the map counts every pass, and names a weight for its first.
+REPEATED = ("albert", "hrm_text")
+
+#: Proven maps that say less than is there: to be emptied.
+INCOMPLETE = {
+    "inkling_text": "the short convolution beside the experts is counted as a sub-layer of its own",
+    "prophetnet": "the embedding of the n-gram streams is on the stream, and in no part of the map",
+}
+
+#: Type -> the mapping that it is built for; a type of several mappings once.
+CASES: dict[str, configs.Mapping] = {
+    t: mapping for mapping, t in reversed(list(configs.entries())) if mapping != "tower"
+}
+
+
+def oracle_parameters() -> list[Any]:
+    return [
+        pytest.param(
+            model_type,
+            marks=[
+                *([] if model_type in DEFAULT else [pytest.mark.slow]),
+                *([pytest.mark.xfail(reason=INCOMPLETE[model_type], strict=True)] if model_type in INCOMPLETE else []),
+            ],
+        )
+        for model_type in sorted(CASES)
+    ]
+
+
+@pytest.mark.parametrize("model_type", oracle_parameters())
+def test_numeric_oracle(model_type: str) -> None:
+    try:
+        model = tiny_model(model_type, CASES[model_type])
+        residual = spikepatch.inspect(model)
+    except (SpikepatchError, ValueError) as refused:
+        pytest.skip(f"no map: {refused}")
+    if not residual.proven:
+        pytest.skip("not proven: nothing is claimed")
+    draw_all(model, torch.float32 if model_type in SINGLE else torch.float64)
+    problems = disagreements(model, residual, model_type)
+    assert not problems, "\n".join(problems)
+
+
+def test_covers_enough() -> None:
+    """The types whose maps are proven at full width are the ones that the oracle does not skip."""
+    proven = {key.partition("/")[2] for key, value in golden().items() if value.get("proven")}
+    assert len(proven & CASES.keys()) >= 120
+
+
+def tiny_model(model_type: str, mapping: configs.Mapping) -> PreTrainedModel:
+    """Eager attention and eager experts: every operation has a derivative in float64."""
+    model: PreTrainedModel = model_class(model_type, mapping)._from_config(tiny_config_for(model_type, mapping))
+    for setter in ("set_attn_implementation", "set_experts_implementation"):
+        with contextlib.suppress(ValueError):
+            getattr(model, setter)("eager")
+    return model.eval()
+
+
+def draw_all(model: PreTrainedModel, dtype: torch.dtype = torch.float64) -> None:
+    """To ``dtype``, with every parameter drawn away from zero: gains and gates too."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.to(dtype).parameters():
+        size = 0.1 + 0.2 * torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+        sign = 1.0 - 2.0 * torch.randint(0, 2, parameter.shape, generator=generator)
+        parameter.data.copy_(size * sign)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A model whose residual projections can be silenced. Names are those of ``named_parameters()``."""
+
+    model: PreTrainedModel
+    model_type: str
+    parameters: Mapping[str, nn.Parameter]
+    alias: Mapping[str, str]  # every name of a parameter -> its first
+    drawn: Mapping[str, torch.Tensor]
+    biases: Mapping[str, str]  # projection -> the bias that is added with its product
+
+    def hear(self, silent: Iterable[str]) -> set[str]:
+        """Parameters with gradient while the projections ``silent``, and their biases, are zero."""
+        parts = {part for name in silent for part in (name, self.biases.get(name, name))}
+        for name in {*self.biases, *self.biases.values(), *parts}:
+            self.parameters[name].data.copy_(self.drawn[name])
+        for name in parts:
+            self.parameters[name].data.zero_()
+        found = gradients(self.model)
+        for name in parts:
+            self.parameters[name].data.copy_(self.drawn[name])
+        return found
+
+    def listed(self, table: Mapping[str, tuple[str, ...]]) -> set[str]:
+        return _matching(table.get(self.model_type, ()), self.parameters)
+
+
+def disagreements(model: PreTrainedModel, residual: ResidualMap, model_type: str) -> list[str]:
+    """How autograd and ``residual`` differ, in sentences. Changes the model's gradients only."""
+    parameters = dict(model.named_parameters())
+    alias = {name: own for name, p in model.named_parameters(remove_duplicate=False) for own in _names(parameters, p)}
+    projections = [p.parameter for stream in (residual, *residual.streams) for p in stream.residual_projections]
+    biases = {name: bias for name in projections if (bias := _bias(name, parameters)) is not None}
+    drawn = {name: p.detach().clone() for name, p in parameters.items()}
+    lab = Lab(model, model_type, parameters, alias, drawn, biases)
+
+    trained = lab.hear(())
+    others: set[str] = set()
+    for stream in residual.streams:
+        others |= _on_stream(lab, stream)
+    problems, claimed = _of_one(lab, residual, trained, projections, others)
+    for stream in residual.streams:  # heard through the main stream, which all speaks
+        silent = [p.parameter for p in stream.residual_projections]
+        more, found = _of_one(lab, stream, trained - claimed - _on_stream(lab, residual), silent, set())
+        problems += more
+        claimed |= found
+    problems += [f"{name}: trained by the model, and in no part of the map" for name in trained - claimed - others]
+    listed = lab.listed(ON_STREAM)
+    problems += [f"{name}: listed beside the map, and never trained" for name in listed - trained]
+    return sorted(problems)
+
+
+def _of_one(
+    lab: Lab, residual: ResidualMap, trained: set[str], silent: Iterable[str], others: set[str]
+) -> tuple[list[str], set[str]]:
+    """What is wrong with one stream's map, and the parameters that it accounts for.
+
+    Args:
+        trained: the parameters in question.
+        silent: projections that are zero when this stream is to be silent.
+        others: what is on the streams that this one's cross-attention reads.
+    """
+    projections = {p.parameter: p for p in residual.residual_projections}
+    named = _on_stream(lab, residual)
+    live = lab.hear(silent) & trained
+    problems = [
+        f"{name}: has gradient with every residual projection zero, and is not on the stream by the map"
+        for name in live - named - lab.listed(ON_STREAM)
+    ]
+    problems += [f"{name}: on the stream by the map, without gradient" for name in (named & trained) - live]
+
+    ignored = lab.listed(NO_GRADIENT) | lab.listed(SHARED)
+    matrices = {lab.alias[m.parameter]: m for m in residual.matrices}
+    matrices = {name: m for name, m in matrices.items() if name not in live and name not in ignored}
+    problems += [
+        f"{name}: of sub-layer {matrix.sublayer} by the map, never trained"
+        for name, matrix in matrices.items()
+        if name not in trained
+    ]
+    sublayers = sorted({p.sublayer for p in projections.values()})
+    if lab.model_type not in REPEATED and sublayers != list(range(residual.sublayers)):
+        problems.append(f"{residual.sublayers} sub-layers by the map, and projections for {sublayers} only")
+    claimed = set(live)
+    for sublayer in sublayers:
+        mine = [name for name, p in projections.items() if p.sublayer == sublayer]
+        own = {name for name, m in matrices.items() if m.sublayer == sublayer and name in trained}
+        gained = (lab.hear(set(silent) - set(mine)) & trained) - live
+        if projections[mine[0]].kind == "cross-attention":
+            missed = (others & trained) - live - gained
+            problems += [f"{name}: on another stream, silent when {sublayer} reads that" for name in missed]
+            gained -= others
+        claimed |= gained
+        problems += [f"{name}: of sub-layer {sublayer} by the map, silent when it speaks" for name in own - gained]
+        blocks = {_block(name) for name in own | set(mine)}
+        problems += [
+            f"{name}: not of sub-layer {sublayer} by the map, heard when that speaks"
+            for name in gained - own - ignored
+            if name in matrices or _block(name) not in blocks
+        ]
+        for name in mine:
+            alone = (lab.hear(set(silent) - {name}) & trained) - live
+            if own and not alone & own:
+                problems.append(f"{name}: given back alone, none of its sub-layer's weights has gradient")
+            problems += [f"{name}: given back alone, reaches {other} beyond" for other in alone - gained - others]
+    return problems, claimed
+
+
+def _block(name: str) -> str:
+    """Path of the layer that holds the parameter: through the first number in its name."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else ""
+
+
+def _matching(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
+    return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+
+
+def _names(parameters: Mapping[str, nn.Parameter], wanted: nn.Parameter) -> list[str]:
+    return [name for name, parameter in parameters.items() if parameter is wanted]
+
+
+def _bias(name: str, parameters: Mapping[str, nn.Parameter]) -> str | None:
+    candidates = (name.removesuffix(".weight") + ".bias", f"{name}_bias")
+    return next((c for c in candidates if c in parameters and c != name), None)
+
+
+def _on_stream(lab: Lab, residual: ResidualMap) -> set[str]:
+    """What the map itself says is on the stream: embeddings, norms, the head, projections; biases of branch norms."""
+    named = {lab.alias[e.parameter] for e in residual.embeddings}
+    for projection in residual.residual_projections:
+        named |= {projection.parameter, lab.biases.get(projection.parameter, projection.parameter)}
+    for norm in residual.norms:
+        inside = {name for name in lab.parameters if name.rpartition(".")[0] == norm.module}
+        if norm.role in {"embedding", "post", "final"}:
+            named |= inside
+        elif norm.role == "branch":
+            named |= {name for name in inside if name.endswith("bias")}
+    if residual.head is not None:
+        head = residual.head.parameter
+        named |= {lab.alias[name] for name in (head, head.removesuffix("weight") + "bias") if name in lab.alias}
+    return named
+
+
+def gradients(model: PreTrainedModel) -> set[str]:
+    """Parameters with non-zero gradient of a random projection of the output."""
+    model.zero_grad()
+    output = model(**example(model), use_cache=False)[0]
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=output.dtype)
+    (output * direction).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(bool(grad.isfinite().all()) for grad in found.values())
+    return {name for name, grad in found.items() if bool(grad.ne(0).any())}
+
+
+def example(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(5, min(rows, 300) - 5, (1, 12), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids.flip(1)
+    return inputs
