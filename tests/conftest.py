@@ -20,6 +20,11 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
+
+# A slow or shared machine is no failure.
+settings.register_profile("spikepatch", deadline=None)
+settings.load_profile("spikepatch")
 
 CACHE = Path(os.environ.get("SPIKEPATCH_TEST_CACHE") or Path.home() / ".cache" / "spikepatch-tests")
 
