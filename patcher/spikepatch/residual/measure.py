@@ -113,8 +113,7 @@ def run(
             results[node] = _parameter(shape(node))
         elif op(node):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: results[n])
-            if op(node) != "assert_tensor_metadata":
-                results[node] = _call(node, [_exact(a) for a in args], {k: _exact(v) for k, v in kwargs.items()})
+            results[node] = _call(node, [_exact(a) for a in args], {k: _exact(v) for k, v in kwargs.items()})
     return {node: results[node] for node in wanted}
 
 

@@ -4,8 +4,10 @@ The stream is a sum. A value *carries* the stream when it is an embedding lookup
 additions, views, casts, norms and token-independent factors only. Walking back from the output, the first carrying
 value is the last point of the stream; expanding it back through its carrying operands gives the *spine*, and every
 other operand of a spine addition is a *term*: the output of a sub-layer. From each term a walk back through linear ops
-meets the nearest matmuls with a parameter: the residual projections. ``proof.py`` then shows that the
-projections are all there.
+meets the nearest matmuls with a parameter: the residual projections. ``proof.py`` then shows that they are all there.
+
+Where no lookup begins the stream itself (projected embeddings, image patches), products with a weight that come before
+any attention are tried as its beginning, in execution order; the proof decides.
 """
 
 from __future__ import annotations
