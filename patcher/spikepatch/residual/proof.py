@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts, floating
-from spikepatch.residual.ops import op, operands
+from spikepatch.residual.ops import op, operands, place
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,7 @@ def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list
     def spelled(mask: int) -> list[str]:
         return [name for name in names if mask & bit[name]]
 
-    leaks = [
-        f"{term.node.name}: no projection found for this part of the sum, which holds {_sample(facts, term)}"
-        for term in terms
-        if not term.projections
-    ]
+    leaks = [_without_projection(facts, term) for term in terms if not term.projections]
     cut = {matmul for term in terms for matmul, _ in term.projections}
     alive: dict[Node, int | None] = {}  # None: zero; else the parameters it depends on
     for node in facts.nodes:
@@ -62,7 +58,14 @@ def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list
     leaks += [
         f"{name}: still reaches the output with all residual projections cut" for name in spelled(live & ~permitted)
     ]
-    leaks += [f"{name}: is on the stream but silenced by the cut" for name in spelled(allowed & ~live)]
+    if unheard := spelled(allowed & ~live):
+        heard = _uncut(facts, output, bit)
+        leaks += [
+            f"{name}: is on the stream but silenced by the cut"
+            if heard & bit[name]
+            else f"{name}: never reaches the output, even with nothing cut: the forward pass, as it runs here, is deaf to it"
+            for name in unheard
+        ]
     # A tied head keeps the table alive, so the lookups themselves are asked.
     read = [n for n in lookups if n in facts.fed]
     if not any(live & bit[n.name] for n in read) and not any(floating(n) for n in facts.trace.inputs):
@@ -76,13 +79,25 @@ def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list
     return leaks
 
 
+def _uncut(facts: Facts, output: Node, bit: Mapping[str, int]) -> int:
+    """The parameters that reach the output of the model as it is."""
+    alive: dict[Node, int | None] = {}
+    for node in facts.nodes:
+        alive[node] = _value(facts, node, alive, bit)
+    return alive[output] or 0
+
+
 def _mask(bit: Mapping[str, int], names: set[str]) -> int:
     return sum(bit[name] for name in names)
 
 
-def _sample(facts: Facts, term: Term) -> str:
+def _without_projection(facts: Facts, term: Term) -> str:
     held = sorted({facts.trace.parameters[n] for n in term.interior if n in facts.trace.parameters})
-    return ", ".join(held[:3]) + (" ..." if len(held) > 3 else "")
+    where = place(term.node) or term.node.name
+    if not held:
+        return f"{where}: this part of the sum is computed without any weight, so there is no projection to scale"
+    sample = ", ".join(held[:3]) + (" ..." if len(held) > 3 else "")
+    return f"{where}: no projection found for this part of the sum, which holds {sample}"
 
 
 def _given_back(
