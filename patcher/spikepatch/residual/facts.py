@@ -99,9 +99,9 @@ class Facts:
             elif name in ops.PRODUCTS or name in {"masked_fill", "where"}:
                 alone = len(moving) == 1 and moving[0] in carries and last(node) == last(moving[0])
                 through = moving if alone else []
-            elif name in ops.POOLS and last(node) == last(arguments[0]):
-                through = [a for a in arguments[:1] if a in carries]
-            elif name in ops.REPLACED_ROWS and len(moving) == 1:  # by rows that do not depend on the input
+            elif (name in ops.POOLS and last(node) == last(arguments[0])) or (
+                name in ops.REPLACED_ROWS and len(moving) == 1  # by rows that do not depend on the input
+            ):
                 through = [a for a in arguments[:1] if a in carries]
             elif name == "cat" and moving and all(a in carries for a in moving):
                 through = moving  # along the tokens, or two tracks of a reversible stream side by side

@@ -87,6 +87,7 @@ class _Naming:
             placement=self._placement(norms),
             proven=not self.stream.leaks,
             leaks=self.stream.leaks,
+            reaches=self.stream.reaches,
             embeddings=embeddings,
             residual_projections=self._projections(),
             norms=norms,
@@ -114,7 +115,7 @@ class _Naming:
         found: dict[str, ResidualProjection] = {}
         feed_forward = {s for s, kind in zip(self.sublayer, self.kinds, strict=True) if kind == "moe"}
         for term, kind, sublayer in zip(self.stream.terms, self.kinds, self.sublayer, strict=True):
-            for matmul, parameter in term.projections:
+            for (matmul, parameter), biases in zip(term.projections, term.biases, strict=True):
                 between = _chain(self.facts, term.node, matmul)
                 norm = next((n for n in between if n in self.facts.norm_at), None)
                 found.setdefault(
@@ -126,6 +127,7 @@ class _Naming:
                         kind="moe" if sublayer in feed_forward else kind,
                         branch_norm=_module(norm) if norm is not None else None,
                         multiplier=self._multiplier(between),
+                        biases=biases,
                     ),
                 )
         return tuple(found.values())

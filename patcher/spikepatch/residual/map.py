@@ -45,6 +45,7 @@ class ResidualProjection:
         kind: what the sub-layer computes.
         branch_norm: module of a norm between the product and the addition, if any: it cancels the weight's scale.
         multiplier: constant factor between the product and the addition (1.0: none).
+        biases: parameters that are added to the product before it is added to the stream; cut with it in the proof.
     """
 
     parameter: str
@@ -53,6 +54,7 @@ class ResidualProjection:
     kind: SublayerKind
     branch_norm: str | None = None
     multiplier: float = 1.0
+    biases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class ResidualMap:
         placement: where the norms stand.
         proven: both sides of the proof hold; see ``residual/stream.py``.
         leaks: why not, naming parameters; empty when proven.
+        reaches: the parameters that the output still depends on with every residual projection (and its bias) cut: the
+            embedding path, norms and gains on the stream, the head.
         streams: maps of further streams (an encoder's).
     """
 
@@ -110,6 +114,7 @@ class ResidualMap:
     placement: Placement
     proven: bool
     leaks: tuple[str, ...]
+    reaches: tuple[str, ...]
     embeddings: tuple[Embedding, ...]
     residual_projections: tuple[ResidualProjection, ...]
     norms: tuple[Norm, ...]
@@ -131,8 +136,12 @@ class ResidualMap:
             **{
                 **data,
                 "leaks": tuple(data["leaks"]),
+                "reaches": tuple(data["reaches"]),
                 "embeddings": many(Embedding, data["embeddings"]),
-                "residual_projections": many(ResidualProjection, data["residual_projections"]),
+                "residual_projections": tuple(
+                    ResidualProjection(**{**item, "biases": tuple(item["biases"])})
+                    for item in data["residual_projections"]
+                ),
                 "norms": many(Norm, data["norms"]),
                 "head": Head(**data["head"]) if data["head"] else None,
                 "matrices": many(Matrix, data["matrices"]),

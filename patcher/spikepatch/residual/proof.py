@@ -24,15 +24,24 @@ class Term:
     """One operand of a residual addition that is no skip, and the weights whose products it is made of."""
 
     node: Node
-    projections: tuple[tuple[Node, str], ...]  # (matmul, parameter)
+    projections: tuple[tuple[Node, str], ...]  # (matmul, or the sum with its bias; parameter)
+    biases: tuple[tuple[str, ...], ...]  # of each projection: what is cut with it
     path: frozenset[Node]  # nodes between the projections and the addition
     interior: frozenset[Node]  # what computes it, back to the stream
     reads: Node  # the latest point of the stream that it reads
     crosses: bool  # it reads another stream as well
 
 
-def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list[Term]) -> list[str]:
-    """Both sides of the proof; the reasons why it fails, naming parameters."""
+@dataclass(frozen=True)
+class Proof:
+    """``leaks``: why it fails, naming parameters; empty: proven. ``reaches``: the parameters that the cut leaves."""
+
+    leaks: tuple[str, ...]
+    reaches: tuple[str, ...]
+
+
+def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list[Term]) -> Proof:
+    """Both sides of the proof."""
     names = sorted(set(facts.trace.parameters.values()))
     bit = {name: 1 << i for i, name in enumerate(names)}
     for i, lookup in enumerate(n for n in facts.nodes if op(n) in ops.LOOKUPS):
@@ -63,7 +72,7 @@ def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list
         leaks += [
             f"{name}: is on the stream but silenced by the cut"
             if heard & bit[name]
-            else f"{name}: never reaches the output, even with nothing cut: the forward pass, as it runs here, is deaf to it"
+            else f"{name}: never reaches the output, with nothing cut either: the forward pass ignores it here"
             for name in unheard
         ]
     # A tied head keeps the table alive, so the lookups themselves are asked.
@@ -76,7 +85,7 @@ def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list
         for matmul, parameter in term.projections
         if not _given_back(facts, term, matmul, cut, alive, bit) & bit[parameter]
     ]
-    return leaks
+    return Proof(tuple(leaks), tuple(spelled(live)))
 
 
 def _uncut(facts: Facts, output: Node, bit: Mapping[str, int]) -> int:
@@ -127,7 +136,7 @@ def _value(facts: Facts, node: Node, alive: Mapping[Node, int | None], bit: Mapp
     if not values:
         return 0
     if name in ops.MATMULS or name in ops.CONVOLUTIONS:
-        bias, factors = _bias(node, arguments)
+        bias, factors = bias_and_factors(node, arguments)
         if any(alive[f] is None for f in factors):
             return alive[bias] if bias is not None else None
         return union
@@ -154,7 +163,7 @@ def _positive(node: Node) -> bool:
     return isinstance(exponent, (int, float)) and exponent > 0
 
 
-def _bias(node: Node, arguments: list[Node]) -> tuple[Node | None, list[Node]]:
+def bias_and_factors(node: Node, arguments: list[Node]) -> tuple[Node | None, list[Node]]:
     """(bias, factors) of a matmul or convolution."""
     if op(node) in {"addmm", "baddbmm"}:
         return arguments[0], arguments[1:3]

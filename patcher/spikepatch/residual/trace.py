@@ -235,8 +235,8 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None
 
 
 def overwritten(value: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """Stands in the graph for ``value`` after ``written``, which shares memory with it, was written in place."""
-    raise NotImplementedError("a marker for the analysis, never executed")
+    """``value`` after ``written``, which shares its memory, was written in place: executed, it has changed already."""
+    return value
 
 
 def _redirect_writes(graph: Graph) -> None:
