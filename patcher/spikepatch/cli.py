@@ -97,6 +97,7 @@ def main() -> None:
 @click.option("--max-shard-size", metavar="SIZE", help="Such as 2GB.  [default: the source's shards, or 5GB]")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow the Python code that comes with SOURCE to run.")
+@click.option("--allow-nonfinite", is_flag=True, help="Keep learned weights that are NaN or infinite.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder at OUT, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Plan and check everything, print the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")

@@ -10,7 +10,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -29,10 +29,12 @@ from spikepatch.plans import Plan, Reinit, Untie, make_plan
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source import MODEL_CARD, Source, build_meta, open_source
+from spikepatch.storage.formats import some
 from spikepatch.storage.header import DTYPES
 from spikepatch.storage.manifest import MANIFEST, file_hash, fingerprint, inherited_metadata, manifest, model_card
-from spikepatch.storage.publish import check_target, publishing
-from spikepatch.storage.write import Planned, split, write_checkpoint, write_text
+from spikepatch.storage.publish import check_space, check_target, publishing
+from spikepatch.storage.read import check_unchanged
+from spikepatch.storage.write import Planned, Written, split, write_checkpoint, write_text
 
 Storage = Literal["auto", "plain", "code"]
 Route = Literal["plain", "code"]
@@ -59,6 +61,7 @@ class Conversion:
         loss_before, loss_after: on the sample text, for learned weights; None where not measured.
         kl: of the two models' predictions on it, KL(before || after) per token.
         notes: what the user should know, one sentence each; the first says whose the weights are.
+        casts: tensor name -> how many learned values overflowed and underflowed in the dtype asked for, where any did.
     """
 
     out: Path
@@ -75,9 +78,11 @@ class Conversion:
     loss_before: float | None = None
     loss_after: float | None = None
     kl: float | None = None
+    casts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data["casts"] = {name: dict(counts) for name, counts in self.casts.items()}
         return data | {"out": str(self.out), "plan": self.plan.to_dict(), "residual": dataclasses.asdict(self.residual)}
 
 
@@ -96,6 +101,7 @@ def convert(
     max_shard_size: str | int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -111,6 +117,7 @@ def convert(
         dtype: of the float weights, as torch names it; by default the source's, else float32.
         max_shard_size: such as "5GB"; by default the source's own shards for kept weights, 5 GB for fresh ones.
         revision, trust_remote_code: of a hub id, of a source with its own code.
+        allow_nonfinite: keep learned weights that are NaN or infinite, instead of refusing them.
         overwrite: replace a folder at ``out``.
         dry_run: plan and check everything, write nothing.
         progress: told of long steps.
@@ -177,13 +184,19 @@ def convert(
         max_shard_size=max_shard_size,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        allow_nonfinite=allow_nonfinite,
     )
+    check_space(folder, shards.bytes)
     try:
-        with publishing(folder) as scratch:
-            hashes = _write(scratch, shards, texts, found, report)
-            write_text(scratch / MANIFEST, manifest(plan, route, fingerprint(found), command, hashes))
+        with publishing(folder, overwrite=overwrite) as scratch:
+            written = _write(scratch, shards, texts, found, report)
             report("checking what was written")
-            check_shards(scratch, shards)
+            check_shards(scratch, shards, written, allow_nonfinite=allow_nonfinite)
+            origin = fingerprint(found, written.copies)
+            if found.checkpoint is not None:
+                check_unchanged(found.checkpoint)
+            write_text(scratch / MANIFEST, manifest(plan, route, origin, command, written.hashes))
+            result = _with_losses(result, written)
             return _measured(result, found, scratch, report)
     except OSError as error:
         raise BadTarget(
@@ -298,8 +311,8 @@ def _texts(source: Source, plan: Plan, route: Route, settings: Mapping[str, Any]
     return texts
 
 
-def _write(scratch: Path, shards: Shards, texts: Mapping[str, str], source: Source, report: Progress) -> dict[str, str]:
-    """Everything but the manifest; returns file name -> SHA-256."""
+def _write(scratch: Path, shards: Shards, texts: Mapping[str, str], source: Source, report: Progress) -> Written:
+    """Everything but the manifest."""
     done = 0
 
     def advance(count: int) -> None:
@@ -307,15 +320,15 @@ def _write(scratch: Path, shards: Shards, texts: Mapping[str, str], source: Sour
         done += count
         report("writing weights", done, shards.bytes)
 
-    hashes = write_checkpoint(scratch, shards.tensors, shards.files, shards.produce, advance)
-    hashes |= {name: write_text(scratch / name, text) for name, text in texts.items()}
+    written = write_checkpoint(scratch, shards.tensors, shards.files, shards.produce, advance)
+    written.hashes.update({name: write_text(scratch / name, text) for name, text in texts.items()})
     for path in source.copied_files:
         assert source.folder is not None
         name = path.relative_to(source.folder).as_posix()
         (scratch / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, scratch / name)
-        hashes[name] = file_hash(scratch / name)
-    return hashes
+        written.hashes[name] = file_hash(scratch / name)
+    return written
 
 
 def _measured(result: Conversion, source: Source, folder: Path, report: Progress) -> Conversion:
@@ -341,6 +354,17 @@ def _measured(result: Conversion, source: Source, folder: Path, report: Progress
             " embedding makes it predict the current token",
         )
     return dataclasses.replace(result, loss_before=drift.before, loss_after=drift.after, kl=drift.kl)
+
+
+def _with_losses(result: Conversion, written: Written) -> Conversion:
+    """What the cast did, and what is not finite."""
+    casts = {n: {"overflow": t.overflow, "underflow": t.underflow} for n, t in written.tallies.items()}
+    casts = {name: counts for name, counts in casts.items() if any(counts.values())}
+    lost = [f"{name!r} ({counts['underflow']})" for name, counts in casts.items()]
+    nonfinite = [f"{name!r} ({tally.nonfinite})" for name, tally in written.tallies.items() if tally.nonfinite]
+    notes = [f"values that became 0 in {result.dtype}, too small for it: {some(lost)}"] * bool(lost)
+    notes += [f"NaN or infinite values, as in the source: {some(nonfinite)}"] * bool(nonfinite)
+    return dataclasses.replace(_noted(result, *notes), casts=casts)
 
 
 def _noted(result: Conversion, *notes: str) -> Conversion:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from spikepatch.errors import BadTarget
-from spikepatch.storage.publish import check_target, publishing
+from spikepatch.storage import publish
+from spikepatch.storage.publish import check_space, check_target, publishing
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -37,7 +40,7 @@ class Boom(BaseException):
 
 
 def publish_and_fail(out: Path, error: BaseException) -> None:
-    with publishing(out) as scratch:
+    with publishing(out, overwrite=True) as scratch:
         (scratch / "new").write_bytes(b"1")
         raise error
 
@@ -82,7 +85,7 @@ def test_an_existing_folder_survives_an_error(tmp_path: Path) -> None:
 def test_an_existing_folder_survives_a_failing_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
-    """Of the two renames of a replacement, the first or the second fails."""
+    """Where folders cannot be exchanged: of the two renames of a replacement, the first or the second fails."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_bytes(b"0")
@@ -94,41 +97,103 @@ def test_an_existing_folder_survives_a_failing_rename(
             raise OSError("rename failed")
         rename(a, b)
 
+    monkeypatch.setattr(publish, "_exchange", lambda a, b: False)
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match="rename failed"), publishing(out) as scratch:
+    with pytest.raises(OSError, match="rename failed"), publishing(out, overwrite=True) as scratch:
         (scratch / "new").write_bytes(b"1")
     assert len(calls) >= fails
     assert tree(tmp_path) == {"out": None, "out/old": b"0"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_folders_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not publish._exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this filesystem cannot")
+    assert tree(tmp_path) == {"a": None, "a/b": b"", "b": None, "b/a": b""}
+    with pytest.raises(FileNotFoundError):
+        publish._exchange(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
 @pytest.mark.parametrize("full", [False, True])
-def test_an_existing_folder_is_replaced(tmp_path: Path, full: bool) -> None:
+def test_an_existing_folder_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool, exchanged: bool
+) -> None:
+    if not exchanged:
+        monkeypatch.setattr(publish, "_exchange", lambda a, b: False)
     out = tmp_path / "out"
     out.mkdir()
     if full:
         (out / "old").write_bytes(b"0")
-    with publishing(out) as scratch:
+    with publishing(out, overwrite=full) as scratch:
         (scratch / "new").write_bytes(b"1")
     assert tree(tmp_path) == {"out": None, "out/new": b"1"}
 
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_two_runs_to_one_folder(tmp_path: Path, existing: bool) -> None:
-    """The first one to end wins; the other says so, and leaves nothing."""
+    """The second one is refused, and takes nothing from the first."""
     out = tmp_path / "out"
     if existing:
         out.mkdir()
         (out / "old").write_bytes(b"0")
+    with publishing(out, overwrite=True) as first:
+        (first / "file").write_bytes(b"first")
+        with pytest.raises(BadTarget, match="another run is writing"), publishing(out, overwrite=True):
+            pass
+    assert tree(tmp_path) == {"out": None, "out/file": b"first"}
 
-    def two_runs() -> None:
-        with publishing(out) as first:
-            (first / "file").write_bytes(b"first")
-            with publishing(out) as second:
-                (second / "file").write_bytes(b"second")
 
-    with pytest.raises(BadTarget, match="another run"):
-        two_runs()
-    assert tree(tmp_path) == {"out": None, "out/file": b"second"}
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    """Put there by a program that knows nothing of the lock, or by a run that ended before this one began to write."""
+    out = tmp_path / "out"
+
+    def two_programs() -> None:
+        with publishing(out, overwrite=True) as scratch:
+            (scratch / "new").write_bytes(b"1")
+            out.mkdir()
+            (out / "other").write_bytes(b"2")
+
+    with pytest.raises(BadTarget, match="another program has written"):
+        two_programs()
+    assert tree(tmp_path) == {"out": None, "out/other": b"2"}
+    with pytest.raises(BadTarget, match="is not empty"), publishing(out):
+        pass
+    assert tree(tmp_path) == {"out": None, "out/other": b"2"}
+
+
+def test_the_remains_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    """Its lock file says that they are its own."""
+    out = tmp_path / "out"
+    for name in (".out.lock.spikepatch", ".out.new.spikepatch/x", ".out.old.spikepatch/x", ".other.new.spikepatch/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(BadTarget, match="is not empty"), publishing(out):  # it had been moved aside
+        pass
+    assert tree(tmp_path) == {".other.new.spikepatch": None, ".other.new.spikepatch/x": b"", "out": None, "out/x": b""}
+
+
+@pytest.mark.parametrize("name", [".out.new.spikepatch", ".out.old.spikepatch"])
+def test_a_folder_without_a_lock_file_is_not_ours(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "x").write_bytes(b"")
+    before = tree(tmp_path)
+    for _ in range(2):
+        with pytest.raises(BadTarget, match="is in the way") as caught, publishing(tmp_path / "out"):
+            pass
+        assert "move it away" in caught.value.remedy
+        assert tree(tmp_path) == before
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"x")
+    (tmp_path / ".out.lock.spikepatch").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"), publishing(tmp_path / "out"):
+        pass
+    assert (tmp_path / "precious").read_bytes() == b"x"
 
 
 @pytest.mark.usefixtures("umask")
@@ -207,3 +272,20 @@ def test_no_permission(tmp_path: Path) -> None:
 def test_no_permission_as_asked_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, flags: Path(path) != tmp_path)
     refused(tmp_path / "a/out", None, "cannot be made")
+
+
+def test_all_reasons_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_bytes(b"")
+    monkeypatch.setattr(os, "access", lambda path, flags: False)
+    for message in ("not empty", "does not hold a model", "cannot be made"):
+        refused(tmp_path / "out", None, message)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    check_space(tmp_path / "a/out", free // 2)
+    with pytest.raises(BadTarget, match="too full") as caught:
+        check_space(tmp_path / "a/out", 2 * free)
+    assert f"take {2 * free / 1e9:.1f} GB" in caught.value.why
+    assert "--dtype" in caught.value.remedy

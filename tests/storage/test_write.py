@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ def planned(tensors: dict[str, torch.Tensor]) -> list[Planned]:
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], files: dict[str, list[str]]) -> tuple[dict[str, str], int]:
     steps: list[int] = []
-    hashes = write_checkpoint(folder, planned(tensors), files, tensors.__getitem__, steps.append)
-    return hashes, sum(steps)
+    written = write_checkpoint(folder, planned(tensors), files, tensors.__getitem__, steps.append)
+    return written.hashes, sum(steps)
 
 
 def examples() -> dict[str, torch.Tensor]:
@@ -85,12 +86,11 @@ def test_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
-def test_a_value_unlike_its_plan_is_our_own_bug(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [torch.ones(3), lambda start, stop: torch.ones(1)], ids=["value", "computed"])
+def test_a_value_unlike_its_plan_is_our_own_bug(tmp_path: Path, content: Any) -> None:
     wanted = [Planned("a", torch.float32, (2,))]
     with pytest.raises(AssertionError):
-        write_checkpoint(
-            tmp_path, wanted, {"f": ["a"]}, lambda name: torch.ones(2, dtype=torch.float64), lambda n: None
-        )
+        write_checkpoint(tmp_path, wanted, {"f": ["a"]}, lambda name: content, lambda n: None)
 
 
 @pytest.mark.parametrize(("model_type", "size"), [("gpt2", "20KB"), ("gpt2", "5GB"), ("mixtral", "5GB")])

@@ -4,6 +4,7 @@ code (a missing prefix, renamed modules), and transformers' own loading rules sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,9 @@ from torch import nn
 from spikepatch.apply.tensors import layout
 from spikepatch.errors import BadSource
 from spikepatch.residual.trace import skeleton
-from spikepatch.storage.read import TensorEntry, read_tensor
+from spikepatch.storage.header import DTYPES
+from spikepatch.storage.pieces import pieces
+from spikepatch.storage.read import TensorEntry
 
 if TYPE_CHECKING:
     from spikepatch.residual.map import ResidualMap
@@ -57,6 +60,8 @@ def match_source(source: Source, model: nn.Module) -> Match:
             findings.append(f"{target.name} is missing")
         elif entry.shape != target.shape:
             findings.append(f"{target.name} has shape {entry.shape}, the architecture {target.shape}")
+        elif getattr(torch, DTYPES[entry.dtype][0]).is_floating_point != target.dtype.is_floating_point:
+            findings.append(f"{target.name} is {entry.dtype}, the architecture's is {target.dtype}")
         else:
             found[target.name] = entry
             if target.shape == shapes[target.owner]:
@@ -66,7 +71,7 @@ def match_source(source: Source, model: nn.Module) -> Match:
     findings += [
         f"{name} and {first.name} are one tensor of the model but hold different values"
         for name, first in second_copies.items()
-        if not torch.equal(read_tensor(entries[name]), read_tensor(first))
+        if not _equal(entries[name], first)
     ]
     if findings:
         raise BadSource(
@@ -100,8 +105,37 @@ def _owners(model: Any, names: Iterable[str]) -> dict[str, str]:
     return owners
 
 
+def _equal(a: TensorEntry, b: TensorEntry) -> bool:
+    return a.shape == b.shape and all(torch.equal(x, y) for x, y in zip(pieces(a), pieces(b), strict=True))
+
+
 def embedding_std(match: Match, residual: ResidualMap) -> float | None:
-    """std of all elements of the learned token embedding, in float64; None where there is none."""
+    """std of all elements of the learned token embedding, in float64; None where there is none.
+
+    Raises:
+        BadSource: it is not finite, so nothing can be derived from it.
+    """
     token = residual.token_embedding
     entry = match.owners.get(token.parameter) if token is not None else None
-    return None if entry is None else float(read_tensor(entry).double().std())
+    if entry is None:
+        return None
+    std = _std(entry)
+    if not math.isfinite(std):
+        raise BadSource(
+            f"{entry.name} holds NaN or infinite values",
+            where=str(entry.file),
+            why="the source's weights are not finite, and a learned embedding's factor is worked out from its std",
+            remedy="use a sound checkpoint; --reinit all does not need it",
+        )
+    return std
+
+
+def _std(entry: TensorEntry) -> float:
+    """By deviations from the first piece's mean, so that nothing cancels."""
+    count, total, squares, middle = 0, 0.0, 0.0, None
+    for piece in pieces(entry):
+        wide = piece.double()
+        middle = wide.mean() if middle is None else middle
+        wide -= middle
+        count, total, squares = count + wide.numel(), total + float(wide.sum()), squares + float(wide.square().sum())
+    return math.sqrt((squares - total**2 / count) / (count - 1)) if count > 1 else math.nan

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,12 +15,16 @@ from spikepatch.apply.kept import Match
 from spikepatch.apply.module import restructure
 from spikepatch.apply.tensors import Target, layout, values
 from spikepatch.errors import BadSource
+from spikepatch.fill import gaussian
 from spikepatch.plans import Fill, Plan, Untie
 from spikepatch.residual.trace import skeleton
-from spikepatch.storage.formats import SINGLE_FILE
+from spikepatch.storage.formats import SINGLE_FILE, some
 from spikepatch.storage.header import DTYPES
-from spikepatch.storage.read import Checkpoint, TensorEntry, read_checkpoint, read_tensor
-from spikepatch.storage.write import Planned, split
+from spikepatch.storage.read import Checkpoint, TensorEntry, read_checkpoint
+from spikepatch.storage.write import Planned, Tally, Written, split
+
+if TYPE_CHECKING:
+    from spikepatch.storage.write import Content
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -33,14 +38,14 @@ class Shards:
         files: file name -> names of its tensors.
         fills: tensor name -> std, for those drawn from a Gaussian.
         kept: tensor name -> the source's tensor that it is a copy of.
-        produce: tensor name -> its value; Refused where the architecture's own initialiser cannot give one.
+        produce: tensor name -> what it is to hold; Refused where the architecture's own initialiser cannot give it.
     """
 
     tensors: tuple[Planned, ...]
     files: Mapping[str, Sequence[str]]
     fills: Mapping[str, float]
     kept: Mapping[str, TensorEntry]
-    produce: Callable[[str], torch.Tensor]
+    produce: Callable[[str], Content]
 
     @property
     def fresh(self) -> list[str]:
@@ -78,15 +83,18 @@ def plan_shards(
     targets = {target.name: target for target in layout(twin)}
     originals = {} if match is None else _originals(plan, targets.values(), match)
     tensors = tuple(Planned(n, _dtype(t, originals.get(n), dtype), t.shape) for n, t in targets.items())
-    stds = {fill.parameter: fill.std for fill in plan.select(Fill)}
+    fills: dict[str, Fill] = {fill.parameter: fill for fill in plan.select(Fill)}
     persistent = set(model.state_dict())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     fresh = values(plan, twin, buffers)
-    dtypes = {tensor.name: tensor.dtype for tensor in tensors}
 
-    def produce(name: str) -> torch.Tensor:
+    def produce(name: str) -> Content:
+        fill = fills.get(targets[name].owner)
+        if fill is not None:
+            std = fill.std
+            return lambda start, stop: gaussian(plan.seed, name, start, stop, std)
         value = fresh(targets[name])
-        return (read_tensor(originals[name]) if value is None else value).to(dtypes[name])
+        return originals[name] if value is None else value
 
     if checkpoint is None or max_shard_size is not None:
         files: Mapping[str, Sequence[str]] = split(tensors, max_shard_size or DEFAULT_SHARD_SIZE)
@@ -95,40 +103,54 @@ def plan_shards(
     return Shards(
         tensors,
         files,
-        fills={name: stds[target.owner] for name, target in targets.items() if target.owner in stds},
-        kept={name: entry for name, entry in originals.items() if targets[name].owner not in stds},
+        fills={name: fills[target.owner].std for name, target in targets.items() if target.owner in fills},
+        kept={name: entry for name, entry in originals.items() if targets[name].owner not in fills},
         produce=produce,
     )
 
 
-def check_shards(folder: Path, shards: Shards) -> None:
-    """Re-open what was written: all tensors are there, finite, kept ones equal the source's, drawn ones have their std.
+def check_shards(folder: Path, shards: Shards, written: Written, *, allow_nonfinite: bool = False) -> None:
+    """Compare what was written with what was planned: headers, finite values, and the std of what was drawn.
 
     Raises:
-        BadSource: NaN or infinite values, from the source or by overflow of the dtype.
+        BadSource: NaN or infinite values, from the source (unless they are allowed) or by overflow of the dtype; all
+            tensors are named.
         RuntimeError: anything else is a bug of ours.
     """
-    written = read_checkpoint(folder).tensors
     expected = {t.name: (t.shape, t.dtype) for t in shards.tensors}
-    present = {name: (e.shape, getattr(torch, DTYPES[e.dtype][0])) for name, e in written.items()}
+    entries = read_checkpoint(folder).tensors
+    present = {name: (e.shape, getattr(torch, DTYPES[e.dtype][0])) for name, e in entries.items()}
     if present != expected:
         differing = sorted(n for n in present.keys() | expected.keys() if present.get(n) != expected.get(n))
         raise RuntimeError(f"tensors were not written as planned: {', '.join(differing[:5])}")
-    for name, entry in written.items():
-        value, original = read_tensor(entry), shards.kept.get(name)
-        kept = read_tensor(original) if original is not None else None
-        if not _finite(value):
-            unsound = original is not None and kept is not None and not _finite(kept)
-            raise BadSource(
-                f"{name} holds NaN or infinite values",
-                where=str(original.file) if original is not None else name,
-                why="the source's weights are not finite" if unsound else f"a value is too large for {value.dtype}",
-                remedy="use a sound checkpoint; --reinit all does not need it" if unsound else "choose a wider --dtype",
-            )
-        if kept is not None and not torch.equal(value, kept.to(value.dtype)):
-            raise RuntimeError(f"{name} was to be kept, and differs from the source's")
-        if name in shards.fills:
-            _check_fill(name, value, shards.fills[name])
+    _check_finite(shards, written, allow_nonfinite)
+    for tensor in shards.tensors:
+        if tensor.name in shards.fills:
+            _check_fill(tensor, written.tallies.get(tensor.name, Tally()), shards.fills[tensor.name])
+
+
+def _check_finite(shards: Shards, written: Written, allowed: bool) -> None:
+    unsound, overflown = [], []
+    for tensor in shards.tensors:
+        found = written.tallies.get(tensor.name, Tally())
+        if found.overflow or (found.nonfinite and tensor.name not in shards.kept):
+            overflown.append(f"{tensor.name} ({found.nonfinite} values too large for {tensor.dtype})")
+        elif found.nonfinite and not allowed:
+            unsound.append(f"{tensor.name} ({found.nonfinite} of {tensor.elements} values)")
+    if not unsound and not overflown:
+        return
+    names = [item.partition(" (")[0] for item in (*unsound, *overflown)]
+    why = [f"the source's weights are not finite: {some(unsound, 8)}"] * bool(unsound)
+    why += [f"values are too large for the dtype: {some(overflown, 8)}"] * bool(overflown)
+    remedy = ["use a sound checkpoint, or --allow-nonfinite; --reinit all does not need it"] * bool(unsound)
+    remedy += ["choose a wider --dtype"] * bool(overflown)
+    file = next((str(shards.kept[name].file) for name in names if name in shards.kept), names[0])
+    raise BadSource(
+        f"{names[0]} holds NaN or infinite values" if len(names) == 1 else f"{len(names)} tensors hold NaN or infinity",
+        where=file,
+        why="; ".join(why),
+        remedy="; ".join(remedy),
+    )
 
 
 def _originals(plan: Plan, targets: Iterable[Target], match: Match) -> dict[str, TensorEntry]:
@@ -163,18 +185,13 @@ def _as_in(
     return used
 
 
-def _finite(tensor: torch.Tensor) -> bool:
-    """``isfinite(...).all()``, a hundred times as fast on two-byte floats: the extremes of a NaN are NaN."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
-
-
-def _check_fill(name: str, value: torch.Tensor, std: float) -> None:
+def _check_fill(tensor: Planned, found: Tally, std: float) -> None:
     """Mean and std within 7 standard errors, and the rounding of the dtype."""
-    if value.numel() < 1000:
+    count = tensor.elements
+    if count < 1000:
         return
-    slack = 7 / math.sqrt(value.numel()) + torch.finfo(value.dtype).eps
-    found, mean = (float(x) for x in torch.std_mean(value.float()))
-    if abs(mean) > slack * std or abs(found / std - 1) > slack:
-        raise RuntimeError(f"{name} was drawn with std {found:g} and mean {mean:g}, planned were {std:g} and 0")
+    slack = 7 / math.sqrt(count) + torch.finfo(tensor.dtype).eps
+    mean = found.total / count
+    actual = math.sqrt(max(found.squares / count - mean**2, 0.0))
+    if abs(mean) > slack * std or abs(actual / std - 1) > slack:
+        raise RuntimeError(f"{tensor.name} was drawn with std {actual:g} and mean {mean:g}, planned were {std:g} and 0")

@@ -43,8 +43,12 @@ def manifest(plan: Plan, storage: str, source: Mapping[str, Any], command: str, 
     return json.dumps(data, indent=2) + "\n"
 
 
-def fingerprint(source: Source) -> dict[str, Any]:
-    """What was read: the config, and the weights where any were."""
+def fingerprint(source: Source, known: Mapping[Path, str] = MappingProxyType({})) -> dict[str, Any]:
+    """What was read: the config, and the weights where any were.
+
+    Args:
+        known: SHA-256 of files that need not be read again.
+    """
     data: dict[str, Any] = {
         "name": source.short_name,
         "kind": source.kind,
@@ -52,7 +56,8 @@ def fingerprint(source: Source) -> dict[str, Any]:
         "config": hashlib.sha256(source.config.to_json_string().encode()).hexdigest(),
     }
     if source.checkpoint is not None:
-        data["weights"] = {shard: file_hash(source.checkpoint.folder / shard) for shard in source.checkpoint.shards}
+        paths = [source.checkpoint.folder / shard for shard in source.checkpoint.shards]
+        data["weights"] = {path.name: known.get(path) or file_hash(path) for path in paths}
     return data
 
 

@@ -1,101 +1,149 @@
-"""The output folder appears whole or not at all: written beside the target under another name, renamed at the end."""
+"""The output folder appears whole or not at all: written beside the target under another name, renamed at the end.
+
+Beside ``OUT`` a run has ``.OUT.lock.spikepatch``, a file that it keeps locked; ``.OUT.new.spikepatch``, where it
+writes; and where the system cannot exchange two folders, for a moment, ``.OUT.old.spikepatch``. All are gone when it
+ends. A lock file that nobody holds marks the other two as the remains of a run that was killed: the next run to ``OUT``
+puts a folder back that had been moved aside, and deletes the rest. Without the lock file, folders of these names are
+not ours.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from spikepatch.errors import BadTarget
+from spikepatch.storage.write import sync
+
+#: Debug messages name the steps of the protocol, each just before it is done.
+_log = logging.getLogger(__name__)
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
 def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
     """Refuse a target that would touch the source or somebody's files; before anything is written.
 
     Raises:
-        BadTarget: with the reason.
+        BadTarget: with every reason that there is.
     """
     real = Path(os.path.realpath(out))  # unlike the methods of Path, os.path has an answer where access is denied
+    findings: list[tuple[str, str, str]] = []
     if source is not None:
         origin = Path(os.path.realpath(source))
         relation = "is" if real == origin else "lies inside" if origin in real.parents else "contains"
         if real == origin or origin in real.parents or real in origin.parents:
-            raise BadTarget(
-                f"the output folder {relation} the source",
-                where=str(out),
-                why=f"the source {source} is never written to",
-                remedy="choose another output folder",
+            findings.append(
+                (
+                    f"the output folder {relation} the source",
+                    f"the source {source} is never written to",
+                    "choose another output folder",
+                )
             )
     if os.path.islink(out) or (os.path.exists(out) and not os.path.isdir(out)):
-        raise BadTarget(
-            "the output path is a file or a link",
-            where=str(out),
-            why="a folder is to be put there",
-            remedy="choose another output folder",
+        findings.append(
+            ("the output path is a file or a link", "a folder is to be put there", "choose another output folder")
         )
+    elif _occupant(out) is not None and not findings:
+        if not overwrite:
+            findings.append(_NOT_EMPTY)
+        if not os.path.exists(out / "config.json"):
+            findings.append(
+                (
+                    "the folder there does not hold a model",
+                    "it has no config.json, and --overwrite would delete the whole folder that it replaces",
+                    "choose another output folder, or remove this one yourself",
+                )
+            )
     parent = next(p for p in real.parents if os.path.exists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadTarget(
-            "the output folder cannot be made",
-            where=str(out),
-            why=f"{parent} is not a folder that this user may write to",
-            remedy="choose another place, or change its permissions",
+        findings.append(
+            (
+                "the output folder cannot be made",
+                f"{parent} is not a folder that this user may write to",
+                "choose another place, or change its permissions",
+            )
         )
-    if _occupant(out) is not None and not overwrite:
-        raise BadTarget(
-            "the output folder is not empty",
-            where=str(out),
-            why="stale shards among new ones would be loaded without a word",
-            remedy="choose an empty or new folder, or give --overwrite to replace this one",
-        )
-    if _occupant(out) is not None and not os.path.exists(out / "config.json"):
-        raise BadTarget(
-            "the folder to overwrite does not hold a model",
-            where=str(out),
-            why="it has no config.json, and --overwrite deletes the whole folder that it replaces",
-            remedy="choose another output folder, or remove this one yourself",
-        )
+    _refuse(out, findings)
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse where fewer than ``needed`` bytes are free; a folder that is replaced stays until the new one is whole."""
+    parent = next(p for p in Path(os.path.realpath(out)).parents if os.path.exists(p))
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        why = f"the weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on the disk of {parent}"
+        _refuse(out, [("the disk is too full", why, "free some space, or choose another place or --dtype")])
 
 
 @contextlib.contextmanager
-def publishing(out: Path) -> Iterator[Path]:
+def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new folder beside ``out``; when the block ends well it becomes ``out``, else nothing of it stays.
 
-    A folder that is at ``out`` when the block begins is replaced: moved aside first and deleted last, so that at every
-    moment one of the two is whole on disk. Files get the permissions that the umask gives, whatever wrote them.
+    With ``overwrite`` a folder that is there is replaced, in one step where the system can: whenever the process is
+    killed, ``out`` is the old one or the new one. Files get the permissions that the umask gives, whatever wrote them.
 
     Raises:
-        BadTarget: meanwhile another run has put its own folder there; that one stays.
+        BadTarget: another run is writing to ``out``, or has written it meanwhile.
     """
-    out = Path(os.path.abspath(out))
-    before = _occupant(out)
+    out = Path(os.path.realpath(Path(os.path.abspath(out)).parent)) / Path(os.path.abspath(out)).name
+    lock, new, old = (out.parent / f".{out.name}.{part}.spikepatch" for part in ("lock", "new", "old"))
     made = _make_parents(out.parent)
-    scratch: Path | None = None
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".spikepatch", dir=out.parent))
-        yield scratch
-        for path in (scratch, *sorted(scratch.rglob("*"))):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-            _sync(path)
-        if _occupant(out) != before:
-            raise BadTarget(
-                "another run has written the output folder",
-                where=str(out),
-                why="it was not there, or was another one, when this run began",
-                remedy="give every run a folder of its own",
-            )
-        _exchange(scratch, out)
-        _sync(out.parent)
+        with _locked(lock, out, new, old):
+            before = _occupant(out)
+            if before is not None and not overwrite:
+                _refuse(out, [_NOT_EMPTY])
+            try:
+                _log.debug("create")
+                new.mkdir(mode=0o700)
+                _log.debug("write")
+                yield new
+                _log.debug("sync")
+                for path in (*sorted(new.rglob("*")), new):
+                    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+                    sync(path)
+                if _occupant(out) != before:
+                    raise BadTarget(
+                        "another program has written the output folder",
+                        where=str(out),
+                        why="it was not there, or was another one, when this run began",
+                        remedy="give every run a folder of its own",
+                    )
+                _swap(new, out, old)
+                _log.debug("sync the parent")
+                sync(out.parent)
+            finally:
+                _log.debug("sweep")
+                _sweep(out, new, old)
     except BaseException:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+
+
+_NOT_EMPTY = (
+    "the output folder is not empty",
+    "stale shards among new ones would be loaded without a word",
+    "choose an empty or new folder, or give --overwrite to replace this one",
+)
+
+
+def _refuse(out: Path, findings: list[tuple[str, str, str]]) -> None:
+    if findings:
+        what, why, remedy = zip(*findings, strict=True)
+        raise BadTarget(
+            ", and ".join(what), where=str(out), why="; ".join(why), remedy="; ".join(dict.fromkeys(remedy))
+        )
 
 
 def _occupant(out: Path) -> tuple[int, int] | None:
@@ -106,23 +154,87 @@ def _occupant(out: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _exchange(scratch: Path, out: Path) -> None:
-    if _occupant(out) is None:
-        os.replace(scratch, out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+@contextlib.contextmanager
+def _locked(lock: Path, out: Path, new: Path, old: Path) -> Iterator[None]:
+    """Hold the lock, with the remains of a run that was killed swept; the lock file stays where some cannot be."""
+    _log.debug("lock")
+    handle, killed = _acquire(lock, out)
+    foreign: list[Path] = []
     try:
-        os.replace(out, old)
+        if killed:
+            _log.debug("sweep the remains of another run")
+            _sweep(out, new, old)
+        foreign = [path for path in (new, old) if os.path.lexists(path)]
+        if foreign:
+            why = "it has a name that this program uses while it writes, and is not its own or cannot be deleted"
+            _refuse(out, [(f"{foreign[0]} is in the way", why, "move it away")])
+        yield
+    finally:
+        _log.debug("unlock")
+        if (foreign and not killed) or not any(map(os.path.lexists, (new, old))):
+            with contextlib.suppress(OSError):
+                lock.unlink()
+        os.close(handle)
+
+
+def _acquire(lock: Path, out: Path) -> tuple[int, bool]:
+    """The locked file, and whether it was there before: left by a run that was killed."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
         try:
-            os.replace(scratch, out)
+            handle, existed = os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o666), False
+        except FileExistsError:
+            try:
+                handle, existed = os.open(lock, flags), True
+            except FileNotFoundError:
+                continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink:
+                return handle, existed
+        except BlockingIOError as error:
+            os.close(handle)
+            raise BadTarget(
+                "another run is writing the output folder",
+                where=str(out),
+                why=f"it holds {lock.name}",
+                remedy="wait until it has ended, or give every run a folder of its own",
+            ) from error
         except BaseException:
-            os.replace(old, out)
+            os.close(handle)
             raise
-    except BaseException:
-        with contextlib.suppress(OSError):  # gone where it has been moved back
-            old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        os.close(handle)  # its last holder has deleted it meanwhile
+
+
+def _swap(new: Path, out: Path, old: Path) -> None:
+    _log.debug("swap")
+    if _occupant(out) is None:
+        os.replace(new, out)
+    elif not _exchange(new, out):
+        os.replace(out, old)
+        _log.debug("swap, second half")
+        os.replace(new, out)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the filesystem cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(a))
+
+
+def _sweep(out: Path, new: Path, old: Path) -> None:
+    """Undo half a swap, where both ``new`` and ``old`` are there; then delete what is not ``out``."""
+    if os.path.lexists(old) and os.path.lexists(new) and not os.path.lexists(out):
+        os.replace(old, out)
+    for path in (new, old):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -136,11 +248,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,11 +19,12 @@ from spikepatch.storage.formats import (
     some,
 )
 from spikepatch.storage.header import DEQUANTISE, DTYPES, MalformedError, TensorEntry, read_header
+from spikepatch.storage.pieces import changed, read_into
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "TensorEntry", "read_checkpoint", "read_tensor"]
+__all__ = ["Checkpoint", "TensorEntry", "check_unchanged", "read_checkpoint", "read_tensor"]
 
 _PACKED_INTEGERS = ("I8", "U8", "I32")
 _SCALE_WORDS = ("scale", "absmax", "zeros")
@@ -38,6 +39,7 @@ class Checkpoint:
         tensors: name -> entry; shard by shard, in the order of their bytes.
         metadata: the shards' ``__metadata__``, merged.
         total_bytes: of all tensors together.
+        stamps: file -> its size, time of last change and inode, before its header was read.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     total_bytes: int
     single_file: bool
+    stamps: Mapping[Path, tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     shards = (SINGLE_FILE,) if single else tuple(dict.fromkeys(weight_map.values()))
     tensors: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
+    stamps: dict[Path, tuple[int, int, int]] = {}
     for shard in shards:
         try:
-            entries, own_metadata = read_header(_inside(folder, shard))
+            stamps[folder / shard] = _stamp(_inside(folder, shard))
+            entries, own_metadata = read_header(folder / shard)
         except MalformedError as error:
             findings.append(_Finding(shard, error.problem, error.remedy))
             continue
@@ -90,13 +95,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             remedy="; ".join(dict.fromkeys(finding.remedy for finding in findings)),
         )
     total_bytes = sum(entry.end - entry.begin for entry in tensors.values())
-    return Checkpoint(folder, shards, tensors, metadata, total_bytes, single_file=single)
+    return Checkpoint(folder, shards, tensors, metadata, total_bytes, single, stamps)
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that was written to since its headers were read; to be asked once all of it has been read."""
+    for path, stamp in checkpoint.stamps.items():
+        if not path.exists() or _stamp(path) != stamp:
+            raise changed(path, "it has another size, time of change or inode")
 
 
 def read_tensor(entry: TensorEntry, out: torch.Tensor | None = None) -> torch.Tensor:
     """Read a tensor's bytes into ``out``, or into a new one: contiguous, on the CPU, the entry's dtype and shape.
 
-    With plain reads: pages of a mapped file count as this process's memory.
+    All of it at once; see ``pieces`` for tensors that may be large.
     """
     import torch
 
@@ -105,20 +117,14 @@ def read_tensor(entry: TensorEntry, out: torch.Tensor | None = None) -> torch.Te
         out = torch.empty(entry.shape, dtype=dtype)
     assert (out.dtype, tuple(out.shape), out.device.type) == (dtype, entry.shape, "cpu")
     assert out.is_contiguous()
-    target = out.reshape(-1).view(torch.uint8).numpy().data
     with open(entry.file, "rb", buffering=0) as file:
-        file.seek(entry.begin)
-        while len(target):
-            count = file.readinto(target)
-            if not count:
-                raise BadSource(
-                    f"the file ends inside tensor {entry.name!r}",
-                    where=str(entry.file),
-                    why="it was whole when its header was checked, so it has changed since",
-                    remedy="run again while nothing writes to the source",
-                )
-            target = target[count:]
+        read_into(file.fileno(), entry.begin, out.reshape(-1).view(torch.uint8).numpy().data, entry.file)
     return out
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _read_index(folder: Path, findings: list[_Finding]) -> dict[str, str]:
