@@ -5,6 +5,7 @@
     model    = spikepatch.patch(model, plan)                         # in place, on the live model
     result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
     spikepatch.save(model, "out/")
+    spikepatch.verify("out/")                                        # at any later time: is it still what was written?
 
 Nothing heavy is imported before the first use of a name.
 """
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from spikepatch.plans import Plan
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
+    from spikepatch.storage.verify import verify
 
 _HOME = {
     "inspect": "spikepatch.residual.inspect",
@@ -33,6 +35,7 @@ _HOME = {
     "save": "spikepatch.apply.module",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
+    "verify": "spikepatch.storage.verify",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
     "BadTarget": "spikepatch.errors",
@@ -52,6 +55,7 @@ __all__ = [
     "patch",
     "plan",
     "save",
+    "verify",
 ]
 
 

@@ -131,6 +131,26 @@ def inspect(source: str, revision: str | None, trust_remote_code: bool, as_json:
         _print_map(residual)
 
 
+@main.command()
+@click.argument("out", type=click.Path())
+@click.option("--allow-nonfinite", is_flag=True, help="Weights may be NaN or infinite.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")
+def verify(out: str, allow_nonfinite: bool, as_json: bool) -> None:
+    """Compare a folder that spikepatch wrote with its manifest: hashes, headers, finite values.
+
+    Exit code 0: it is what was written. 2: it is not; everything that differs is named.
+    """
+    with _progress() as progress:
+        from spikepatch.storage.verify import verify as run
+
+        found = run(out, allow_nonfinite=allow_nonfinite, progress=progress)
+    if as_json:
+        click.echo(json.dumps({"folder": out, "files": found.files, "tensors": found.tensors, "bytes": found.bytes}))
+    else:
+        size = f"{found.files} files, {found.tensors} tensors, {found.bytes / 1e9:.2f} GB"
+        click.echo(f"{out} is what was written: {size}")
+
+
 main.add_command(architectures_command)
 
 

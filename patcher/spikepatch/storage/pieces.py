@@ -95,19 +95,25 @@ def ranges(elements: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + PIECE, elements)
 
 
-def pieces(entry: TensorEntry) -> Iterator[torch.Tensor]:
-    """A tensor's elements in order, flat; every piece lies in the same memory."""
+def raw_pieces(entry: TensorEntry) -> Iterator[memoryview]:
+    """A tensor's bytes in order; every piece lies in the same memory."""
     import numpy as np
-    import torch
 
-    name, size = DTYPES[entry.dtype]
-    elements = math.prod(entry.shape)
+    size, elements = DTYPES[entry.dtype][1], math.prod(entry.shape)
     buffer = np.empty(min(elements, PIECE) * size, np.uint8).data
     with open(entry.file, "rb", buffering=0) as file:
         for start, stop in ranges(elements):
             raw = buffer[: (stop - start) * size]
             read_into(file.fileno(), entry.begin + start * size, raw, entry.file)
-            yield torch.frombuffer(raw, dtype=getattr(torch, name))
+            yield raw
+
+
+def pieces(entry: TensorEntry) -> Iterator[torch.Tensor]:
+    """A tensor's elements in order, flat; every piece lies in the same memory."""
+    import torch
+
+    dtype = getattr(torch, DTYPES[entry.dtype][0])
+    return (torch.frombuffer(raw, dtype=dtype) for raw in raw_pieces(entry))
 
 
 def changed(path: Path, how: str) -> BadSource:
