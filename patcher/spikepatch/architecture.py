@@ -174,7 +174,7 @@ def _named_class(config: PreTrainedConfig, where: str) -> Architecture:
     """The class that ``config.architectures`` names first."""
     import transformers
 
-    name = config.architectures[0]
+    name = config.architectures[0] if isinstance(config.architectures, list) else config.architectures
     named = getattr(transformers, name, None) if isinstance(name, str) else None
     if not inspect.isclass(named) or not issubclass(named, transformers.PreTrainedModel):
         raise BadSource(

@@ -153,8 +153,8 @@ def _read_index(folder: Path, findings: list[_Finding]) -> dict[str, str]:
 def _inside(folder: Path, name: str) -> Path:
     """The path of a file that really lies in ``folder``, or in the Hub cache that ``folder`` is a snapshot of."""
     path, root = folder / name, folder.resolve()
-    if not path.is_file():
-        raise MalformedError("is missing" if not path.exists() else "is not a file")
+    if not os.path.isfile(path):  # unlike Path's methods, it has an answer for names that no file can have
+        raise MalformedError("is not a file" if os.path.exists(path) else "is missing")
     if path.is_symlink() and not path.resolve().is_relative_to(root):
         target = Path(os.path.normpath(root / os.readlink(path)))
         if root.parent.name != "snapshots" or target.parent != root.parent.parent / "blobs":
