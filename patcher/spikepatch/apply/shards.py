@@ -134,9 +134,10 @@ def _check_finite(shards: Shards, written: Written, allowed: bool) -> None:
     for tensor in shards.tensors:
         found = written.tallies.get(tensor.name, Tally())
         if found.overflow or (found.nonfinite and tensor.name not in shards.kept):
-            overflown.append(f"{tensor.name} ({found.nonfinite} values too large for {tensor.dtype})")
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            overflown.append(f"{tensor.name} ({found.nonfinite} of {tensor.elements} in {dtype})")
         elif found.nonfinite and not allowed:
-            unsound.append(f"{tensor.name} ({found.nonfinite} of {tensor.elements} values)")
+            unsound.append(f"{tensor.name} ({found.nonfinite} of {tensor.elements})")
     if not unsound and not overflown:
         return
     names = [item.partition(" (")[0] for item in (*unsound, *overflown)]

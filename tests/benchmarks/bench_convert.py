@@ -1,0 +1,232 @@
+"""Time and memory of ``convert``: ``python -m tests.benchmarks.bench_convert [speed] [memory] [linear]``.
+
+speed: a 1.1 B-parameter bfloat16 Llama in 5 shards (2.2 GB); in-process, after imports. Everything in one round after
+the other, 7 rounds; ratios are of medians. Targets: ``--reinit none`` at most 2.0 times (cp + sync), ``--reinit all``
+at most 1.3 times (values / rate of one generator + cp + sync), both at most 0.5 times transformers' load and save.
+memory: 20 GB of weights, and one tensor of 4 GB; the target is 256 MB and a piece above ``import torch``. It takes
+20 GB of disk. linear: 0.1, 1 and 10 GB.
+
+``TMPDIR`` says on which disk. On a machine that others use too, the seconds of the processors tell more than the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROUNDS = 7
+
+#: Of the 1.1 B-parameter model; 2.2 GB.
+TINY_LLAMA = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
+
+
+def sparse_source(folder: Path, shards: int, **config: Any) -> int:
+    """A Llama whose weights are zeros that take no disk, and its size in bytes; the index is as transformers has it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from spikepatch.apply.tensors import layout
+    from spikepatch.meta import build_meta
+    from spikepatch.residual.trace import skeleton
+    from spikepatch.storage.write import Planned, _header
+
+    settings = LlamaConfig(**config, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    settings.save_pretrained(folder)
+    targets = layout(skeleton(build_meta(LlamaForCausalLM, settings, where="llama")))
+    tensors = [Planned(target.name, torch.bfloat16, target.shape) for target in targets]
+    share = sum(tensor.bytes for tensor in tensors) / shards
+    weight_map, done = {}, 0
+    for tensor in tensors:
+        weight_map[tensor.name] = f"model-{min(int(done / share), shards - 1) + 1:05}-of-{shards:05}.safetensors"
+        done += tensor.bytes
+    for file in set(weight_map.values()):
+        head, places = _header([tensor for tensor in tensors if weight_map[tensor.name] == file])
+        (folder / file).write_bytes(head)
+        os.truncate(folder / file, max(begin + tensor.bytes for tensor, begin in places.items()))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return done
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="bench-convert.") as folder:
+        yield Path(folder)
+
+
+def timed(work: Callable[[Path], object], out: Path) -> tuple[float, float]:
+    """Seconds of the clock and of the processors; earlier writes are on the disk before, its own are deleted after."""
+    os.sync()
+    start, busy = time.perf_counter(), _busy()
+    work(out)
+    seconds = time.perf_counter() - start, _busy() - busy
+    shutil.rmtree(out, ignore_errors=True)
+    return seconds
+
+
+def _busy() -> float:
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+def speed(rounds: int = ROUNDS) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import spikepatch
+
+    def generator(out: Path) -> None:
+        values.normal_()
+
+    def copy(out: Path) -> None:
+        subprocess.run(["cp", "-r", "--reflink=never", str(source), str(out)], check=True)
+        os.sync()
+
+    def load_and_save(out: Path) -> None:
+        AutoModelForCausalLM.from_pretrained(source).save_pretrained(out)
+        os.sync()
+
+    def mapping(out: Path) -> None:
+        spikepatch.convert(str(source), out, reinit="all", dry_run=True)
+
+    with scratch() as folder:
+        source = folder / "source"
+        sparse_source(folder / "config", 1, **TINY_LLAMA)
+        spikepatch.convert(str(folder / "config"), source, recipe="vanilla", dtype="bfloat16", max_shard_size="480MB")
+        (source / "spikepatch.json").unlink()
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        count = size // 2
+        values = torch.empty(1 << 26)
+        values.normal_()
+        jobs: dict[str, Callable[[Path], object]] = {
+            "cp + sync": copy,
+            "--reinit none": lambda out: spikepatch.convert(str(source), out, reinit="none"),
+            "--reinit all": lambda out: spikepatch.convert(str(source), out, reinit="all"),
+            "one generator": generator,
+            "transformers load + save": load_and_save,
+            "planning alone": mapping,
+        }
+        measured: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
+        for done in range(rounds):
+            for name, work in jobs.items():
+                measured[name].append(timed(work, folder / "out"))
+            click.echo(f"round {done + 1}: " + ", ".join(f"{n} {s[-1][0]:.2f}" for n, s in measured.items()), err=True)
+    click.echo(f"{size / 1e9:.2f} GB, {count / 1e9:.2f} B values, {rounds} rounds, {os.cpu_count()} cores")
+    click.echo("medians in seconds of the clock (from ... to), and of the processors")
+    middle = {}
+    for name, pairs in measured.items():
+        wall, busy = ([pair[i] for pair in pairs] for i in (0, 1))
+        middle[name] = statistics.median(wall), statistics.median(busy)
+        spread = f"({min(wall):.2f} to {max(wall):.2f})"
+        click.echo(f"  {name:26}{middle[name][0]:7.2f} {spread:18}{middle[name][1]:7.2f}")
+    copied, drawing = middle["cp + sync"], middle["one generator"]
+    scale = count / values.numel()
+    drawn = tuple(copied[i] + scale * drawing[i] for i in (0, 1))
+    tools = middle["transformers load + save"]
+    for name, base, of, target in (
+        ("--reinit none", copied, "cp + sync", "2.0"),
+        ("--reinit all", drawn, "one generator + cp + sync", "1.3"),
+        ("--reinit none", tools, "transformers load + save", "0.5"),
+        ("--reinit all", tools, "transformers load + save", "0.5"),
+    ):
+        ratios = [middle[name][i] / base[i] for i in (0, 1)]
+        click.echo(f"  {name} / ({of}) = {ratios[0]:.2f} by the clock (target {target}), {ratios[1]:.2f} by work")
+
+
+def memory(name: str) -> None:
+    """For a process of its own."""
+    import torch
+
+    del torch
+    base = _peak()
+    import spikepatch
+
+    large = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}
+    with scratch() as folder:
+        if name == "20 GB":
+            size = sparse_source(folder / "source", 10, num_hidden_layers=45, vocab_size=32000, **large)
+            options: dict[str, Any] = {"reinit": "none", "factor": 2.0}
+        else:
+            size = sparse_source(
+                folder / "source", 1, num_hidden_layers=1, vocab_size=1 << 19, tie_word_embeddings=True, **large
+            )
+            options = {"reinit": "all", "dtype": "bfloat16"}
+        at: dict[str, float] = {}
+
+        def progress(step: str, done: int = 0, total: int = 0) -> None:
+            if step not in at:
+                at[step] = _peak()
+
+        start = time.perf_counter()
+        spikepatch.convert(str(folder / "source"), folder / "out", progress=progress, **options)
+        seconds = time.perf_counter() - start
+    peak = _peak()
+    click.echo(
+        f"{name} ({size / 1e9:.1f} GB, --reinit {options['reinit']}): {seconds:.0f} s, peak {peak - base:.0f} MB above"
+        f" import torch; {at['writing weights'] - base:.0f} MB of these before the first byte was written"
+    )
+
+
+def linear() -> None:
+    import spikepatch
+
+    wide = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 2048}
+    for layers, intermediate in ((1, 1024), (5, 5000), (24, 14336)):
+        with scratch() as folder:
+            size = sparse_source(folder / "source", 2, num_hidden_layers=layers, intermediate_size=intermediate, **wide)
+            for reinit in ("none", "all"):
+                took = []
+                for dry in (True, False):
+                    convert = partial(
+                        spikepatch.convert, str(folder / "source"), reinit=reinit, factor=2.0, dry_run=dry
+                    )
+                    runs = [timed(convert, folder / "out") for _ in range(3 if size < 5e9 else 1)]
+                    took.append([statistics.median(run[i] for run in runs) for i in (0, 1)])
+                (plan, busy_plan), (whole, busy) = took
+                clock, work = (whole - plan) / size * 1e9, (busy - busy_plan) / size * 1e9
+                click.echo(
+                    f"{size / 1e9:.2f} GB, --reinit {reinit}: {whole:.2f} s, of these planning {plan:.2f} s;"
+                    f" for each GB {clock:.2f} s of the clock, {work:.2f} s of work"
+                )
+
+
+def _peak() -> float:
+    """Peak resident memory of this process, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
+
+
+def main(wanted: list[str]) -> None:
+    for name in wanted or ["speed", "memory", "linear"]:
+        if name == "memory":
+            for case in ("20 GB", "4 GB in one tensor"):
+                code = f"from tests.benchmarks.bench_convert import memory; memory({case!r})"
+                subprocess.run([sys.executable, "-c", code], check=True)
+        elif name.isdigit():
+            speed(int(name))
+        else:
+            {"speed": speed, "linear": linear}[name]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
