@@ -16,9 +16,12 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+import spikepatch
 from spikepatch.cli import main
+from spikepatch.storage.publish import publishing
 from tests.architectures import tiny_config, tiny_model
 from tests.folders import hashes
+from tests.storage.test_read import BAD_FILES, BAD_INDEXES
 
 INDEX = "model.safetensors.index.json"
 
@@ -123,7 +126,104 @@ def not_json(folder: Path) -> None:
     (folder / "config.json").write_text("<!DOCTYPE html>")
 
 
+def named(**changes: object) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        config(folder)
+        edit_config(folder, **changes)
+
+    return prepare
+
+
+def beside_config(*names: str) -> Callable[[Path], None]:
+    """Files of other formats, which are never opened."""
+
+    def prepare(folder: Path) -> None:
+        config(folder)
+        for name in names:
+            (folder / name).write_bytes(b"\x80")
+
+    return prepare
+
+
+def adapter(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    save_file({"lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+
+
+def both_kinds(folder: Path) -> None:
+    weights(folder)
+    (folder / INDEX).write_text("{}")
+
+
+def changed_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        weights(folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return prepare
+
+
+EMBEDDING = "transformer.wte.weight"
+
+
+def damaged(tensors: dict[str, torch.Tensor]) -> None:
+    """Missing, of another shape, of another kind, and stored twice with different values."""
+    del tensors["transformer.ln_f.bias"]
+    tensors["transformer.wpe.weight"] = torch.zeros(3, 64)
+    tensors["transformer.ln_f.weight"] = torch.ones(64, dtype=torch.int32)
+    tensors["lm_head.weight"] = tensors[EMBEDDING] + 1
+
+
+KEEP = ("--reinit", "none")
+
 CASES = {
+    "wrong type of a value": Case(named(n_embd="wide"), ("does not describe a model", "n_embd", "correct the value")),
+    "code of another repository": Case(
+        named(auto_map={"AutoModelForCausalLM": "evil/repo--modeling.Evil"}),
+        ("needs code that comes with the model", "evil/repo--modeling.Evil", "--trust-remote-code"),
+    ),
+    "code as a bare string": Case(named(auto_map="evil/repo--modeling.Evil"), ("needs code", "--trust-remote-code")),
+    "a class with a newline": Case(
+        named(architectures=["GPT2LMHeadModel\nimport os"]), ("no model of transformers", "correct `architectures`")
+    ),
+    "a class that is a keyword": Case(named(architectures=["class"]), ("no model of transformers", "`architectures`")),
+    "a class with a quote": Case(
+        named(architectures=['x"); print("']), ("no model of transformers", "`architectures`")
+    ),
+    "no list of classes": Case(named(architectures=True), ("the architecture True", "correct `architectures`")),
+    "a type with a quote": Case(named(model_type="gpt2\"'\n"), ("is unknown", "near misses: gpt2", "config.json")),
+    "an adapter": Case(adapter, ("is an adapter, not a model", "merge_and_unload"), KEEP),
+    "DCP": Case(
+        beside_config("__0_0.distcp", ".metadata"), ("a distributed (DCP) checkpoint", "save_pretrained"), KEEP
+    ),
+    "TensorFlow": Case(beside_config("tf_model.h5"), ("tf_model.h5 (TensorFlow weights)", "save_pretrained"), KEEP),
+    "ONNX": Case(beside_config("model.onnx"), ("model.onnx (an ONNX graph)", "save_pretrained"), KEEP),
+    "GGUF": Case(beside_config("model.Q4_1.gguf"), ("model.Q4_1.gguf (GGUF)", "save_pretrained"), KEEP),
+    "single file and index": Case(both_kinds, (INDEX, "are present", "delete the one that is out of date"), KEEP),
+    "does not fit the architecture": Case(
+        changed_tensors(damaged),
+        (
+            "does not fit the architecture",
+            "transformer.ln_f.bias is missing",
+            "transformer.wpe.weight has shape (3, 64)",
+            "transformer.ln_f.weight is I32, the architecture's is torch.float32",
+            "config.json belongs to these weights",
+        ),
+        KEEP,
+    ),
+    "two values of one tensor": Case(
+        changed_tensors(lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING] + 1})),
+        ("hold different values", "--reinit all"),
+        KEEP,
+    ),
+    "NaN in the embedding": Case(
+        changed_tensors(lambda tensors: tensors[EMBEDDING][3].fill_(torch.nan)),
+        (f"{EMBEDDING} holds NaN", "are not finite", "use a sound checkpoint"),
+        KEEP,
+    ),
     "missing folder": Case(nothing, ("does not exist", "arch:TYPE"), source="./source"),
     "no config": Case(empty, ("has no config.json", "save_pretrained")),
     "config not JSON": Case(not_json, ("config.json is not JSON", "download the file again")),
@@ -272,3 +372,146 @@ def test_the_remains_of_nothing(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "source", tmp_path / ".out.abc.spikepatch")
 
     assert everything(tmp_path) != before
+
+
+# Every bad file and index, as the command meets it
+
+
+@pytest.fixture(scope="module")
+def config_alone(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("config") / "source"
+    config(folder)
+    return (folder / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "why", "remedy"),
+    [
+        pytest.param(file, *case, id=f"{file}, {name}")
+        for file, cases in (("model.safetensors", BAD_FILES), (INDEX, BAD_INDEXES))
+        for name, case in cases.items()
+    ],
+)
+def test_a_bad_checkpoint(
+    file: str,
+    content: bytes,
+    why: str,
+    remedy: str,
+    config_alone: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/config.json").write_bytes(config_alone)
+    (tmp_path / "source" / file).write_bytes(content)
+    before = everything(tmp_path)
+    done = CliRunner().invoke(main, ["convert", "source", "out", "--reinit", "none"])
+
+    assert done.exit_code == 2, done.output
+    assert done.output.count("error: ") == 1
+    assert why in done.output
+    assert remedy in done.output
+    assert "Traceback" not in done.output
+    assert everything(tmp_path) == before
+
+
+# What looks bad and is not
+
+
+def test_odd_tensors_are_left_out(tmp_path: Path) -> None:
+    """Names that no code could have, no elements, no dimensions, integers: not part of the architecture."""
+    odd = {
+        "'); import os #": torch.ones(2),
+        "line\nbreak": torch.ones(2),
+        "class": torch.ones(2),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.0),
+        "steps": torch.arange(3),
+    }
+    changed_tensors(lambda tensors: tensors.update(odd))(tmp_path / "source")
+    result = spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", reinit="none")
+    written, source = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "source"))
+
+    assert written.keys() == source.keys() - odd.keys()
+    assert all(torch.equal(written[name], source[name]) for name in written)
+    assert f"{len(odd)} tensors of the source are not part of the architecture" in " ".join(result.notes)
+
+
+def test_weights_that_are_not_finite_are_kept_on_request(tmp_path: Path) -> None:
+    name, bias = "transformer.h.1.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc.bias"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][0, :2] = torch.tensor([torch.nan, -torch.inf])
+        tensors[bias][1] = torch.inf
+
+    changed_tensors(spoil)(tmp_path / "source")
+    with pytest.raises(spikepatch.BadSource, match="2 tensors hold NaN or infinity") as caught:
+        spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", reinit="none")
+    assert f"{name} (2 of " in caught.value.why
+    assert f"{bias} (1 of " in caught.value.why
+    assert "--allow-nonfinite" in caught.value.remedy
+    assert not (tmp_path / "out").exists()
+    result = spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", reinit="none", allow_nonfinite=True)
+    note = next(note for note in result.notes if "as in the source" in note)
+    assert f"'{name}' (2)" in note
+    assert f"'{bias}' (1)" in note
+
+
+def test_what_a_cast_loses_is_said(tmp_path: Path) -> None:
+    name = "transformer.h.1.mlp.c_fc.weight"
+    changed_tensors(lambda tensors: tensors[name][0, :3].fill_(1e-12))(tmp_path / "source")
+    result = spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", reinit="none", dtype="float16")
+    tiny = {
+        n: int(((t.half() == 0) & (t != 0)).sum()) for n, t in load_file(tmp_path / "source/model.safetensors").items()
+    }
+
+    assert tiny[name] >= 3
+    assert result.casts == {n: {"overflow": 0, "underflow": count} for n, count in tiny.items() if count}
+    assert json.loads(json.dumps(result.to_dict()))["casts"] == result.casts
+    assert any("became 0 in float16" in note for note in result.notes)
+
+
+# What happens meanwhile
+
+
+def test_a_source_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    weights(tmp_path / "source")
+
+    def progress(step: str, done: int = 0, total: int = 0) -> None:
+        if step == "checking what was written":
+            os.utime(tmp_path / "source/model.safetensors", (1, 1))
+
+    with pytest.raises(spikepatch.BadSource, match="has changed while it was read") as caught:
+        spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", reinit="none", progress=progress)
+    assert "while nothing writes to the source" in caught.value.remedy
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_second_run_to_one_folder(tmp_path: Path) -> None:
+    config(tmp_path / "source")
+    with publishing(tmp_path / "out"):
+        done = CliRunner().invoke(main, ["convert", str(tmp_path / "source"), str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "another run is writing the output folder" in done.output
+    assert "wait until it has ended" in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [("size=64k", "the disk is too full"), ("ro", "cannot be made")], ids=["full", "read-only"]
+)
+def test_a_disk_that_cannot_take_it(options: str, message: str, tmp_path: Path) -> None:
+    config(tmp_path / "source")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a disk")
+    try:
+        done = CliRunner().invoke(main, ["convert", str(tmp_path / "source"), str(disk / "out")])
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert "Traceback" not in done.output
