@@ -137,9 +137,9 @@ def speed(layers: int = 22) -> None:
     click.echo("medians in seconds of the clock (from ... to), and of the processors")
     middle = {}
     for name, pairs in measured.items():
-        wall, busy = ([pair[i] for pair in pairs] for i in (0, 1))
-        middle[name] = statistics.median(wall), statistics.median(busy)
-        spread = f"({min(wall):.2f} to {max(wall):.2f})"
+        walls = [wall for wall, _ in pairs]
+        middle[name] = statistics.median(walls), statistics.median(busy for _, busy in pairs)
+        spread = f"({min(walls):.2f} to {max(walls):.2f})"
         click.echo(f"  {name:26}{middle[name][0]:7.2f} {spread:18}{middle[name][1]:7.2f}")
     copied, drawing = middle["cp + sync"], middle["one generator"]
     scale = count / values.numel()
@@ -152,10 +152,10 @@ def speed(layers: int = 22) -> None:
         ("--reinit none", tools, "transformers load + save", "0.5"),
         ("--reinit all", tools, "transformers load + save", "0.5"),
     ):
-        clock, work = (middle[name][i] / base[i] for i in (0, 1))
+        clock, busy = (middle[name][i] / base[i] for i in (0, 1))
         less = [(middle[name][i] - plan[i]) / base[i] for i in (0, 1)]
         click.echo(
-            f"  {name} / ({of}): {clock:.2f} by the clock (target {target}), {work:.2f} by work;"
+            f"  {name} / ({of}): {clock:.2f} by the clock (target {target}), {busy:.2f} by work;"
             f" less planning {less[0]:.2f} and {less[1]:.2f}"
         )
 
