@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +17,7 @@ from spikepatch.apply.tensors import layout
 from spikepatch.errors import BadSource
 from spikepatch.residual.trace import skeleton
 from spikepatch.storage.header import DTYPES
-from spikepatch.storage.pieces import pieces
+from spikepatch.storage.pieces import pieces, raw_pieces
 from spikepatch.storage.read import TensorEntry
 
 if TYPE_CHECKING:
@@ -130,12 +131,26 @@ def embedding_std(match: Match, residual: ResidualMap) -> float | None:
     return std
 
 
+@np.errstate(invalid="ignore")
 def _std(entry: TensorEntry) -> float:
-    """By deviations from the first piece's mean, so that nothing cancels."""
-    count, total, squares, middle = 0, 0.0, 0.0, None
+    """In float64, by numpy: sums of torch depend on the number of threads. NaN for fewer than two elements."""
+    count = math.prod(entry.shape)
+    if count < 2:
+        return math.nan
+    name, size = DTYPES[entry.dtype]
+    if size == 2:  # there are few values, so each is counted
+        patterns = np.zeros(1 << 16, np.int64)
+        for raw in raw_pieces(entry):
+            patterns += np.bincount(np.frombuffer(raw, np.uint16), minlength=1 << 16)
+        used = np.flatnonzero(patterns)
+        values = torch.from_numpy(used.astype(np.uint16)).view(getattr(torch, name)).double().numpy()
+        weights = patterns[used]
+        mean = (weights * values).sum() / count
+        return float(np.sqrt((weights * (values - mean) ** 2).sum() / (count - 1)))
+    total, squares, middle = 0.0, 0.0, None
     for piece in pieces(entry):
-        wide = piece.double()
-        middle = wide.mean() if middle is None else middle
+        wide = piece.numpy().astype(np.float64)
+        middle = wide.mean() if middle is None else middle  # so that little cancels
         wide -= middle
-        count, total, squares = count + wide.numel(), total + float(wide.sum()), squares + float(wide.square().sum())
-    return math.sqrt((squares - total**2 / count) / (count - 1)) if count > 1 else math.nan
+        total, squares = total + float(wide.sum()), squares + float(np.square(wide, out=wide).sum())
+    return math.sqrt(max(squares - total**2 / count, 0.0) / (count - 1)) if math.isfinite(squares) else math.nan
