@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from spikepatch.errors import BadSource
 from spikepatch.storage.header import DTYPES, MAX_HEADER_BYTES
-from spikepatch.storage.read import Checkpoint, read_checkpoint, read_tensor
+from spikepatch.storage.read import Checkpoint, check_unchanged, read_checkpoint, read_tensor
 
 TINY = {
     "hidden_size": 8,
@@ -298,3 +298,26 @@ def test_a_file_that_shrinks_after_the_check(tmp_path: Path) -> None:
         read_tensor(found)
 
     assert "it ends at byte" in caught.value.why
+
+
+def test_a_checkpoint_that_changes_after_the_check(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(64)}, path)
+    checkpoint = read_checkpoint(tmp_path)
+    check_unchanged(checkpoint)
+
+    os.utime(path, (1, 1))
+    with pytest.raises(BadSource, match="has changed while it was read") as caught:
+        check_unchanged(checkpoint)
+    assert caught.value.where == str(path)
+    checkpoint = read_checkpoint(tmp_path)
+    (tmp_path / "other").write_bytes(path.read_bytes())
+    os.utime(tmp_path / "other", (1, 1))
+    os.replace(tmp_path / "other", path)  # same size and time
+    with pytest.raises(BadSource, match="has changed while it was read"):
+        check_unchanged(checkpoint)
+    path.unlink()
+    with pytest.raises(BadSource, match="has changed while it was read"):
+        check_unchanged(checkpoint)
+    with pytest.raises(BadSource, match="cannot be read"):
+        read_tensor(checkpoint.tensors["a"])

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,18 @@ _EXPONENTS = {
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
 
+def open_to_read(path: Path) -> FileIO:
+    """A file of the source, without a buffer of its own.
+
+    Raises:
+        BadSource: it is gone, or may not be read.
+    """
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def read_into(handle: int, position: int, target: memoryview, path: Path) -> None:
     """Fill ``target`` from an open file.
 
@@ -42,12 +55,7 @@ def read_into(handle: int, position: int, target: memoryview, path: Path) -> Non
         try:
             count = os.preadv(handle, [target], position)
         except OSError as error:
-            raise BadSource(
-                "cannot be read",
-                where=str(path),
-                why=error.strerror or str(error),
-                remedy="check the disk; download the file again",
-            ) from error
+            raise _unreadable(path, error) from error
         if not count:
             raise changed(path, f"it ends at byte {position}")
         target, position = target[count:], position + count
@@ -101,7 +109,7 @@ def raw_pieces(entry: TensorEntry) -> Iterator[memoryview]:
 
     size, elements = DTYPES[entry.dtype][1], math.prod(entry.shape)
     buffer = np.empty(min(elements, PIECE) * size, np.uint8).data
-    with open(entry.file, "rb", buffering=0) as file:
+    with open_to_read(entry.file) as file:
         for start, stop in ranges(elements):
             raw = buffer[: (stop - start) * size]
             read_into(file.fileno(), entry.begin + start * size, raw, entry.file)
@@ -123,4 +131,13 @@ def changed(path: Path, how: str) -> BadSource:
         where=str(path),
         why=f"{how}, other than when its header was checked",
         remedy="run again while nothing writes to the source",
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> BadSource:
+    return BadSource(
+        "cannot be read",
+        where=str(path),
+        why=error.strerror or str(error),
+        remedy="check the disk and the file's permissions; or download it again",
     )

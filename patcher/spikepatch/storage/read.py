@@ -19,7 +19,7 @@ from spikepatch.storage.formats import (
     some,
 )
 from spikepatch.storage.header import DEQUANTISE, DTYPES, MalformedError, TensorEntry, read_header
-from spikepatch.storage.pieces import changed, read_into
+from spikepatch.storage.pieces import changed, open_to_read, read_into
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def read_tensor(entry: TensorEntry, out: torch.Tensor | None = None) -> torch.Te
         out = torch.empty(entry.shape, dtype=dtype)
     assert (out.dtype, tuple(out.shape), out.device.type) == (dtype, entry.shape, "cpu")
     assert out.is_contiguous()
-    with open(entry.file, "rb", buffering=0) as file:
+    with open_to_read(entry.file) as file:
         read_into(file.fileno(), entry.begin, out.reshape(-1).view(torch.uint8).numpy().data, entry.file)
     return out
 

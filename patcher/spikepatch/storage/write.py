@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from spikepatch.storage.formats import INDEX_FILE
 from spikepatch.storage.header import DTYPES, TensorEntry
-from spikepatch.storage.pieces import PIECE, copy, nonfinite, ranges, read_into, write_all
+from spikepatch.storage.pieces import PIECE, copy, nonfinite, open_to_read, ranges, read_into, write_all
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +211,7 @@ def _write_shard(
                     value = value.contiguous().reshape(-1)
                 if isinstance(value, TensorEntry):
                     if value.file not in sources:
-                        sources[value.file] = handles.enter_context(open(value.file, "rb", buffering=0)).fileno()
+                        sources[value.file] = handles.enter_context(open_to_read(value.file)).fileno()
                     source = sources[value.file]
                 for start, stop in ranges(tensor.elements):
                     position = places[tensor] + start * tensor.dtype.itemsize
