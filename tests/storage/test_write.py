@@ -20,8 +20,7 @@ from spikepatch.apply.tensors import layout
 from spikepatch.errors import BadSource
 from spikepatch.fill import BLOCK, gaussian
 from spikepatch.residual.trace import skeleton
-from spikepatch.storage import pieces
-from spikepatch.storage import write as write_module
+from spikepatch.storage import pieces, stream
 from spikepatch.storage.formats import INDEX_FILE
 from spikepatch.storage.header import DTYPES, TensorEntry
 from spikepatch.storage.manifest import file_hash
@@ -138,7 +137,7 @@ def test_text(tmp_path: Path) -> None:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 100 elements, so that small tensors have many, and a last one that is shorter."""
     monkeypatch.setattr(pieces, "PIECE", 100)
-    monkeypatch.setattr(write_module, "PIECE", 100)
+    monkeypatch.setattr(stream, "PIECE", 100)
 
 
 def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorEntry]:
@@ -162,7 +161,7 @@ def test_tensors_are_copied_as_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     if not kernel:
         monkeypatch.setattr(os, "copy_file_range", unsupported)
-    monkeypatch.setattr(write_module, "threads", lambda: count)
+    monkeypatch.setattr(stream, "threads", lambda: count)
     entries = stored(tmp_path / "source", several())
     original = tmp_path / "source/model.safetensors"
     written = write_checkpoint(
@@ -216,7 +215,7 @@ def test_the_bits_do_not_depend_on_pieces_or_threads(
     wanted = [Planned("drawn", dtype, shape), Planned("kept", dtype, (2000,))]
     hashes = set()
     for count, piece in ((1, BLOCK), (3, BLOCK), (2, 300_001)):
-        monkeypatch.setattr(write_module, "threads", lambda n=count: n)
+        monkeypatch.setattr(stream, "threads", lambda n=count: n)
         monkeypatch.setattr(pieces, "PIECE", piece)
         written = write_checkpoint(
             tmp_path,

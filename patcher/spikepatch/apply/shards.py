@@ -21,10 +21,11 @@ from spikepatch.residual.trace import skeleton
 from spikepatch.storage.formats import SINGLE_FILE, some
 from spikepatch.storage.header import DTYPES
 from spikepatch.storage.read import Checkpoint, TensorEntry, read_checkpoint
-from spikepatch.storage.write import Planned, Tally, Written, split
+from spikepatch.storage.stream import Tally
+from spikepatch.storage.write import Planned, Written, split
 
 if TYPE_CHECKING:
-    from spikepatch.storage.write import Content
+    from spikepatch.storage.stream import Content
 
 DEFAULT_SHARD_SIZE = "5GB"
 

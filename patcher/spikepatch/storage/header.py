@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spikepatch.storage.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
+
+if TYPE_CHECKING:
+    import torch
 
 #: The format's own limit, checked before the header is allocated.
 MAX_HEADER_BYTES = 100_000_000
@@ -76,6 +79,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise MalformedError("__metadata__ is not a map from strings to strings")
     return _entries(path, header, start=8 + length, size=size), metadata
+
+
+def dtype_code(dtype: torch.dtype) -> str:
+    """The key of ``DTYPES`` for a dtype of torch."""
+    return next(code for code, (name, _) in DTYPES.items() if f"torch.{name}" == str(dtype))
 
 
 def _bad_length(size: int, length: int) -> str:
