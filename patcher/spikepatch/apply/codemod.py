@@ -1,0 +1,337 @@
+"""A recipe written into the source code of a model: ``codemod(file, factory) -> Codemod``, as a diff or into the file."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import math
+import os
+import re
+import stat
+import tempfile
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from spikepatch import recipes
+from spikepatch.apply import inserted, placement
+from spikepatch.apply.construction import Built, build
+from spikepatch.apply.placement import Parsed, Splice
+from spikepatch.errors import BadSource, BadTarget, Refused
+from spikepatch.planning import checked_transforms
+from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
+
+#: Standard errors by which a drawn mean or std may miss the plan's: by chance once in 5e8 comparisons.
+_ERRORS = 6
+
+
+@dataclass(frozen=True)
+class Codemod:
+    """An edit of one file.
+
+    Attributes:
+        file: as given.
+        before, after: its bytes.
+        encoding: of both.
+        plan: what was written into it.
+    """
+
+    file: Path
+    before: bytes
+    after: bytes
+    encoding: str
+    plan: Plan
+
+    @property
+    def text(self) -> str:
+        """The edited file."""
+        return self.after.decode(self.encoding)
+
+    @property
+    def diff(self) -> str:
+        """From the file to the edited file, as ``patch`` and ``git apply`` read it."""
+        before, after = (
+            re.findall(r"[^\n]*\n|[^\n]+", data.decode(self.encoding)) for data in (self.before, self.after)
+        )
+        name = os.path.relpath(self.file) if self.file.absolute().is_relative_to(Path.cwd()) else str(self.file)[1:]
+        lines = difflib.unified_diff(before, after, f"a/{name}", f"b/{name}")
+        return "".join(
+            line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines
+        )
+
+
+def codemod(
+    file: str | os.PathLike[str],
+    factory: str,
+    recipe: str = recipes.DEFAULT,
+    *,
+    factor: float | None = None,
+    positions: bool = False,
+    untie: bool = False,
+    write: bool = False,
+) -> Codemod:
+    """Write a recipe for fresh weights into the Python file that defines a model.
+
+    The factory is imported and called, in a process of its own, so the user's code runs. The model that it builds is
+    mapped, the recipe planned, and the file edited at the expressions that built the embeddings and at the end of the
+    model's ``__init__``. Every other byte stays. Then the edited text is built in the same way, and what it gives is
+    compared with the plan; only then is it returned, or written.
+
+    Args:
+        file: the file that defines the class of the model.
+        factory: ``module:function``, importable from the current folder or the file's; called without arguments, it
+            returns the model, or the model and its example inputs: ids, or a mapping from arguments of forward to
+            tensors. The edit works for any width and depth, so a small model on the CPU is enough.
+        recipe: a name that ``spikepatch recipes`` lists.
+        factor, positions, untie: as in ``spikepatch.plan``.
+        write: replace the file, at once and as a whole, with its permissions kept.
+
+    Raises:
+        BadSource: the file or the factory cannot be used.
+        Refused: the model is not proven, the recipe does not fit, or an edit cannot be placed safely.
+        BadTarget: the file cannot be written, or has changed meanwhile. In all cases it is as it was.
+    """
+    path, real = Path(file), Path(os.path.realpath(file))
+    options = {"factor": factor, "positions": positions, "untie": untie}
+    checked_transforms(recipe, reinit="all", seed=0, **options)  # type: ignore[arg-type]
+    _check_factory(factory)
+    before, encoding = _read(path)
+    if write:
+        _check_writable(path, real)
+    text = before.decode(encoding)
+    parsed = placement.parse(str(path), text)
+    _guard_patched(parsed)
+    original = build(real, text, factory, {"recipe": recipe, **options})
+    assert original.plan is not None
+    edited = placement.splice(text, _edits(parsed, real, original, factory))
+    _check(path, original, _rebuilt(real, edited, factory))
+    result = Codemod(path, before, edited.encode(encoding), encoding, original.plan)
+    if write:
+        _write(result, real)
+    return result
+
+
+def _check_factory(factory: str) -> None:
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", factory):
+        raise BadSource(
+            "no factory",
+            where=f"--factory {factory}",
+            why="it is not of the form module:function",
+            remedy="name a function that builds the model, such as --factory build:make_model for build.py",
+        )
+
+
+def _read(path: Path) -> tuple[bytes, str]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadSource(
+            "the file cannot be read",
+            where=str(path),
+            why=error.strerror or type(error).__name__,
+            remedy="give the Python file that defines the model's class",
+        ) from error
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        data.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise BadSource(
+            "the file is no Python source",
+            where=str(path),
+            why=str(error),
+            remedy="give the Python file that defines the model's class",
+        ) from error
+    return data, encoding
+
+
+def _guard_patched(parsed: Parsed) -> None:
+    line = placement.bound_at(parsed, inserted.INITIALISER)
+    if line is not None:
+        raise Refused(
+            what="the file is patched already",
+            where=parsed.where(line),
+            why=f"it defines {inserted.INITIALISER}; a second factor or norm would act on top of the first",
+            remedy="start from the file as it was",
+        )
+
+
+def _edits(parsed: Parsed, real: Path, built: Built, factory: str) -> Iterator[Splice]:
+    """Every change to the file, each found before any is made."""
+    plan = built.plan
+    assert plan is not None
+    if not built.class_file or Path(built.class_file) != real:
+        raise BadSource(
+            "the factory builds a model of another file",
+            where=f"--factory {factory}",
+            why=f"{built.class_name} is defined in {built.class_file or 'no file'}, not in {parsed.file}",
+            remedy="give the file that defines the model's class, or a factory that returns the model itself",
+        )
+    unknown = {type(edit).__name__ for edit in plan.edits if not isinstance(edit, (Fill, *_STRUCTURAL, Untie))}
+    structural = [edit for edit in plan.edits if isinstance(edit, _STRUCTURAL)]
+    different = {(type(edit), getattr(edit, "factor", None)) for edit in structural}
+    if unknown or len(different) > 1:
+        raise Refused(
+            what=f"the recipe {plan.recipe} cannot be written as source code",
+            where=parsed.file,
+            why=f"no code is known for {', '.join(sorted(unknown))}" if unknown else "it changes embeddings in two ways",
+            remedy="use scaled-embed, embed-ln or vanilla",
+        )
+    root = placement.class_definition(parsed, built)
+    spelled = {name: placement.spelled(parsed, name) for name in _IMPORTS.values()}
+    nn, sqrt = spelled["torch.nn"] or "nn", spelled["math.sqrt"] or "math.sqrt"
+    missing = [line for line, name in _IMPORTS.items() if spelled[name] is None or name == "re" != spelled[name]]
+
+    nodes, wraps = [root], False
+    for edit in structural:
+        call = placement.construction_of(parsed, built, edit.module)
+        splices, wrapped = placement.wrap(parsed, call, inserted.class_name(edit))
+        nodes.append(call)  # type: ignore[arg-type]
+        wraps |= wrapped
+        yield from splices
+    for untied in plan.select(Untie):
+        yield placement.untie(parsed, built, untied.head, untied.embedding)
+    yield placement.at_end_of_init(parsed, built, inserted.INITIALISER)
+
+    recipe = recipes.RECIPES[plan.recipe]
+    lines = inserted.header(recipe.name, recipe.equation, recipe.source) + ["", ""]
+    for line in missing:
+        splice = placement.import_splice(parsed, line)
+        if splice is None:
+            lines = [line, "", "", *lines]
+        else:
+            yield splice
+    if structural:
+        _guard_name(parsed, inserted.class_name(structural[0]))
+        lines += [*inserted.embedding_class(structural[0], wraps=wraps, nn=nn, sqrt=sqrt), "", ""]
+    lines += inserted.initialiser(plan, built.shapes, nn=nn, sqrt=sqrt)
+    yield placement.before_statement(parsed, nodes, lines)
+
+
+_STRUCTURAL = (ScaleEmbedding, NormEmbedding)
+_IMPORTS = {"import math": "math.sqrt", "import re": "re", "from torch import nn": "torch.nn"}
+
+
+def _guard_name(parsed: Parsed, name: str) -> None:
+    line = placement.bound_at(parsed, name)
+    if line is not None:
+        raise Refused(
+            what=f"the file has a {name} of its own",
+            where=parsed.where(line),
+            why="the class that the recipe adds has the same name",
+            remedy="rename the one that is there",
+        )
+
+
+def _rebuilt(real: Path, edited: str, factory: str) -> Built:
+    try:
+        return build(real, edited, factory)
+    except (BadSource, Refused) as error:
+        raise _failed(str(real), f"{error.what}: {error.why}") from error
+
+
+def _check(path: Path, original: Built, edited: Built) -> None:
+    """The edited file builds what the plan says.
+
+    Raises:
+        Refused: it does not; all differences are named.
+    """
+    findings = list(_differences(original, edited))
+    if findings:
+        more = f"; and {len(findings) - 6} more" if findings[6:] else ""
+        raise _failed(str(path), "; ".join(findings[:6]) + more)
+
+
+def _failed(where: str, why: str) -> Refused:
+    return Refused(
+        what="the edited file does not build what the recipe says, so it is not written",
+        where=where,
+        why=why,
+        remedy="let nothing initialise or replace weights after __init__, or construct the embedding in a plainer way",
+    )
+
+
+def _differences(original: Built, edited: Built) -> Iterator[str]:
+    plan, residual = original.plan, edited.residual
+    assert plan is not None
+    assert residual is not None
+    shapes = dict(original.shapes)
+    for edit in plan.select(NormEmbedding):
+        shapes |= {f"{edit.module}.norm.{name}": (plan.width,) for name in ("weight", "bias")}
+    for name in sorted(shapes.keys() | edited.shapes.keys()):
+        if shapes.get(name) != edited.shapes.get(name):
+            yield f"{name} has the shape {edited.shapes.get(name)}, not {shapes.get(name)}"
+
+    wanted = {edit.module: inserted.class_name(edit) for edit in plan.edits if isinstance(edit, _STRUCTURAL)}
+    for name, kind in edited.embeddings.items():
+        if kind != original.embeddings.get(name) and name not in wanted:
+            yield f"{name} is a {kind} now"
+        if name in wanted and kind.rpartition(".")[2] != wanted[name]:
+            yield f"{name} is a {kind}, not a {wanted[name]}"
+    if not residual.proven or (residual.width, residual.sublayers) != (plan.width, len(plan.sublayers)):
+        yield f"its residual stream is another one, {'proven' if residual.proven else 'not proven'}"
+    measured = {embedding.module: embedding for embedding in residual.embeddings}
+    for edit in plan.edits:
+        if isinstance(edit, _STRUCTURAL) and edit.module not in measured:
+            yield f"{edit.module} does not enter the stream"
+        elif isinstance(edit, ScaleEmbedding):
+            scale = measured[edit.module].scale
+            if not math.isclose(scale, edit.factor, rel_tol=1e-5):  # it is recorded with six digits
+                yield f"{edit.module} is multiplied by {scale:g}, not {edit.factor:g}"
+        elif isinstance(edit, NormEmbedding) and not measured[edit.module].normed:
+            yield f"{edit.module} is not normalised"
+        elif isinstance(edit, Untie) and (residual.head is None or residual.head.tied):
+            yield f"{edit.head} is still tied"
+    yield from _deviations(plan, edited)
+
+
+def _deviations(plan: Plan, edited: Built) -> Iterator[str]:
+    """Parameters whose values are not a sample of what the plan draws."""
+    for fill in plan.select(Fill):
+        if fill.parameter not in edited.moments:
+            yield f"{fill.parameter} is no parameter of its own"
+            continue
+        count, mean, std = edited.moments[fill.parameter]
+        # Standard errors of the mean and of the std of a normal sample.
+        near = abs(mean) <= _ERRORS * fill.std / math.sqrt(count)
+        if not near or abs(std - fill.std) > _ERRORS * fill.std / math.sqrt(2 * count):
+            yield f"{fill.parameter} has mean {mean:.3g} and std {std:.6g}, not 0 and {fill.std:.6g}"
+
+
+def _check_writable(path: Path, real: Path) -> None:
+    if not os.access(real, os.W_OK) or not os.access(real.parent, os.W_OK | os.X_OK):
+        raise BadTarget(
+            "the file cannot be replaced",
+            where=str(path),
+            why="this user may not write to it or to its folder",
+            remedy="change the permissions, or apply the diff yourself",
+        )
+
+
+def _write(result: Codemod, real: Path) -> None:
+    """Write a new file beside the old one and give it the old one's name; a link keeps pointing to it."""
+    handle, name = tempfile.mkstemp(prefix=f".{real.name}.", suffix=".spikepatch", dir=real.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(result.after)
+            file.flush()
+            os.fchmod(file.fileno(), stat.S_IMODE(real.stat().st_mode))
+            os.fsync(file.fileno())
+        if real.read_bytes() != result.before:
+            raise BadTarget(
+                "the file changed while it was being worked on",
+                where=str(result.file),
+                why="its bytes are no longer those that were read, so somebody's edit would be lost",
+                remedy="run the command again",
+            )
+        os.replace(name, real)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    folder = os.open(real.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,401 @@
+"""What a user's factory builds, seen in a process of its own: the module objects, and which line built each of them.
+
+A map names modules by their paths in the built model. Which expression of the file made the module at a path is not
+guessed from names but seen: the construction of every ``nn.Embedding`` is recorded with the position of the call whose
+value it is, and so is every replacement of a parameter, which is how heads are tied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.machinery
+import inspect as python
+import itertools
+import json
+import linecache
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType, ModuleType
+from typing import Any
+
+from spikepatch.errors import BadSource, Refused, SpikepatchError
+from spikepatch.plans import Plan
+from spikepatch.residual.map import ResidualMap
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where an expression stands. Lines count from 1, columns from 0, in bytes of UTF-8, as Python's compiler has it.
+
+    ``function`` is the name of the function that holds it.
+    """
+
+    file: str
+    function: str
+    line: int
+    column: int
+    end_line: int
+    end_column: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """The built model, as data.
+
+    Attributes:
+        class_name: qualified name of its class.
+        class_file: where that class is defined.
+        init_line: first line of the ``__init__`` that the class itself defines in that file; 0: it defines none, and
+            -1: it does, elsewhere.
+        shapes: of everything in the state dict.
+        moments: parameter -> (number of elements, mean, std about 0).
+        embeddings: path of each ``nn.Embedding`` -> its class.
+        calls: path of each ``nn.Embedding`` -> the calls whose value it was, from its constructor outwards.
+        ties: name of a parameter -> the assignment that put it in place of another one.
+        plan: the recipe, worked out; None where none was asked for.
+        residual: the map; None where a plan was asked for.
+    """
+
+    class_name: str
+    class_file: str
+    init_line: int
+    shapes: Mapping[str, tuple[int, ...]]
+    moments: Mapping[str, tuple[int, float, float]]
+    embeddings: Mapping[str, str]
+    calls: Mapping[str, tuple[Span, ...]]
+    ties: Mapping[str, Span]
+    plan: Plan | None
+    residual: ResidualMap | None
+
+
+def build(file: Path, text: str, factory: str, recipe: Mapping[str, Any] | None = None) -> Built:
+    """Run the factory in a fresh process in which ``file`` holds ``text``, whatever is on disk.
+
+    Args:
+        file: absolute, without links.
+        text: of the file.
+        factory: ``module:function``.
+        recipe: arguments of ``spikepatch.plan``; without them the model is mapped.
+
+    Raises:
+        BadSource: the factory cannot be found, raises, or returns no model.
+        Refused: the model cannot be mapped, or the recipe does not fit.
+    """
+    request = {"file": str(file), "text": text, "factory": factory, "recipe": recipe}
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONNODEBUGRANGES"}
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch, "request"), Path(scratch, "reply")
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        # Not the caller's folder first on the path: what we import ourselves is not to be found there.
+        command = [sys.executable, "-P", "-m", __name__, str(asked), str(answered)]
+        done = subprocess.run(command, env={**kept, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+        if not answered.exists():
+            raise BadSource(
+                "the process that builds the model ended early",
+                where=f"--factory {factory}",
+                why=f"exit code {done.returncode}; {_last_line(done.stderr) or 'it printed nothing'}",
+                remedy="check that the factory runs, in a process of its own and without arguments",
+            )
+        reply = json.loads(answered.read_text(encoding="utf-8"))
+    if "error" in reply:
+        kind = {"BadSource": BadSource, "Refused": Refused}.get(reply.pop("error"), SpikepatchError)
+        raise kind(reply.pop("what"), **reply)
+    return _from_dict(reply)
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def _from_dict(data: dict[str, Any]) -> Built:
+    return Built(
+        **{
+            **data,
+            "shapes": {name: tuple(shape) for name, shape in data["shapes"].items()},
+            "moments": {name: tuple(values) for name, values in data["moments"].items()},
+            "calls": {name: tuple(Span(**span) for span in spans) for name, spans in data["calls"].items()},
+            "ties": {name: Span(**span) for name, span in data["ties"].items()},
+            "plan": None if data["plan"] is None else Plan.from_dict(data["plan"]),
+            "residual": None if data["residual"] is None else ResidualMap.from_dict(data["residual"]),
+        }
+    )
+
+
+def main(asked: str, answered: str) -> None:
+    """The other process: read a request, build, write the reply."""
+    request = json.loads(Path(asked).read_text(encoding="utf-8"))
+    try:
+        reply = _observe(**request)
+    except SpikepatchError as error:
+        reply = {"error": type(error).__name__, "what": error.what, "where": error.where}
+        reply |= {"why": error.why, "remedy": error.remedy}
+    scratch = Path(answered + ".part")
+    scratch.write_text(json.dumps(reply), encoding="utf-8")
+    scratch.rename(answered)
+
+
+def _observe(file: str, text: str, factory: str, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
+    import torch
+
+    from spikepatch.planning import plan as make_plan
+    from spikepatch.residual.inspect import inspect
+
+    torch.manual_seed(0)
+    sys.meta_path.insert(0, _Edited(file, text))
+    # As inspect.getsource sees the file; an entry without a time is never compared with the disk.
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    sys.path[:0] = list(dict.fromkeys((_import_root(file), os.getcwd())))
+    importlib.invalidate_caches()
+    with _watching() as watch:
+        model, example = _call(factory, file)
+    named = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if any(p.is_meta for p in parameters.values()):
+        raise Refused(
+            "the factory builds a model on the meta device",
+            where=f"--factory {factory}",
+            why="the edited file is checked by the values that its initialiser draws",
+            remedy="build a small model on the CPU: what is written works for any width and depth",
+        )
+    options: dict[str, Any] = {"example_inputs": example}
+    plan = None if recipe is None else make_plan(model, reinit="all", **recipe, **options)
+    return {
+        **_class_of(model),
+        "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
+        "moments": {name: _moments(parameter) for name, parameter in model.named_parameters()},
+        "embeddings": {name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in named.items()},
+        "calls": {name: [dataclasses.asdict(s) for s in watch.calls.get(id(m), ())] for name, m in named.items()},
+        "ties": {name: dataclasses.asdict(span) for name, span in _ties(model, watch)},
+        "plan": None if plan is None else plan.to_dict(),
+        "residual": None if plan is not None else json.loads(inspect(model, **options).to_json()),
+    }
+
+
+def _call(factory: str, file: str) -> tuple[Any, Mapping[str, Any] | None]:
+    """The model that the factory returns, in eval mode, and the keyword arguments for its forward."""
+    import torch
+
+    name, _, attribute = factory.partition(":")
+    where = f"--factory {factory}"
+    try:
+        function: Any = importlib.import_module(name)
+        for part in attribute.split("."):
+            function = getattr(function, part)
+    except (Exception, SystemExit) as error:
+        raise BadSource(
+            "the factory cannot be imported",
+            where=where,
+            why=_reason(error),
+            remedy=f"give module:function, where the module can be imported from {os.getcwd()} or {_import_root(file)}",
+        ) from error
+    try:
+        result = function()
+    except (Exception, SystemExit) as error:
+        raise BadSource(
+            "the factory raised an error",
+            where=where,
+            why=_reason(error),
+            remedy="it is called without arguments, and returns the model, or the model and its example inputs",
+        ) from error
+    model, example = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if isinstance(example, torch.Tensor):
+        example = {_first_argument(model): example}
+    tensors = isinstance(example, Mapping) and all(isinstance(value, torch.Tensor) for value in example.values())
+    if not isinstance(model, torch.nn.Module) or not (example is None or tensors):
+        raise BadSource(
+            "the factory returns no model",
+            where=where,
+            why=f"it returned {type(result).__name__}",
+            remedy="return an nn.Module, or (model, ids), or (model, {argument of forward: tensor})",
+        )
+    if example is None and not _is_transformers(model):
+        example = {_first_argument(model): torch.arange(5, 16).unsqueeze(0)}  # (batch, tokens)
+    return model.eval(), example
+
+
+def _first_argument(model: Any) -> str:
+    return next(iter(python.signature(model.forward).parameters), "") if hasattr(model, "forward") else ""
+
+
+def _is_transformers(model: object) -> bool:
+    transformers: Any = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def _reason(error: BaseException) -> str:
+    """The error, and the innermost line of code outside of installed packages."""
+    lines = [f for f in traceback.extract_tb(error.__traceback__) if not re.search(r"-packages/|<frozen", f.filename)]
+    place = f" at {lines[-1].filename}, line {lines[-1].lineno}" if lines and lines[-1].filename != __file__ else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f" at {error.filename}, line {error.lineno}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+
+
+def _class_of(model: object) -> dict[str, Any]:
+    cls = type(model)
+    home = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
+    own = cls.__dict__.get("__init__")
+    line = 0
+    if own is not None:
+        code = getattr(python.unwrap(own), "__code__", None)
+        line = code.co_firstlineno if code is not None and _same(code.co_filename, home) else -1
+    return {"class_name": cls.__qualname__, "class_file": os.path.realpath(home) if home else "", "init_line": line}
+
+
+def _moments(parameter: Any) -> tuple[int, float, float]:
+    values = parameter.detach().double()
+    return values.numel(), float(values.mean()), float(values.square().mean().sqrt())
+
+
+def _ties(model: Any, watch: _Watch) -> Iterator[tuple[str, Span]]:
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            found = watch.replacements.get((id(module), name))
+            if found is not None and found[0] is parameter:
+                yield (f"{path}.{name}" if path else name), found[1]
+
+
+def _import_root(file: str) -> str:
+    """The folder from which the file is imported: the first one above it that is no package."""
+    folder = Path(file).parent
+    while (folder / "__init__.py").exists():
+        folder = folder.parent
+    return str(folder)
+
+
+@functools.cache
+def _same(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+class _Edited(importlib.machinery.PathFinder):
+    """Finds modules as Python does; the one that lies at ``file`` gets ``text`` as its source."""
+
+    def __init__(self, file: str, text: str) -> None:
+        self.file, self.text = file, text
+
+    def find_spec(  # type: ignore[override]
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.origin is None or not _same(spec.origin, self.file):
+            return None
+        spec.loader = _TextLoader(fullname, self.file, self.text)
+        spec.cached = None
+        return spec
+
+
+class _TextLoader(importlib.machinery.SourceFileLoader):
+    def __init__(self, fullname: str, path: str, text: str) -> None:
+        super().__init__(fullname, path)
+        self.text = text
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(self.text, self.path, "exec", dont_inherit=True)  # type: ignore[no-any-return]
+
+    def get_source(self, fullname: str) -> str:
+        return self.text
+
+
+class _Watch:
+    """Follows each ``nn.Embedding`` from its constructor outwards, as long as the functions return it.
+
+    ``calls`` and ``replacements`` are keyed by identity; what they are about is kept alive.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[int, list[Span]] = {}
+        self.replacements: dict[tuple[int, str], tuple[object, Span]] = {}
+        self._alive: list[object] = []
+        self._waiting: dict[FrameType, list[object]] = {}
+
+    def constructed(self, module: object, frame: FrameType | None) -> None:
+        self._alive.append(module)
+        self.calls[id(module)] = []
+        while frame is not None and _is_method_of(frame, module):  # the __init__ of a subclass
+            frame = frame.f_back
+        self._value_in(module, frame)
+
+    def replaced(self, module: object, name: str, value: object, frame: FrameType) -> None:
+        self._alive.append(module)
+        self.replacements[id(module), name] = value, _span(frame)
+
+    def _value_in(self, module: object, frame: FrameType | None) -> None:
+        if frame is not None:
+            self.calls[id(module)].append(_span(frame))
+            self._waiting.setdefault(frame, []).append(module)
+            sys.setprofile(self._profile)
+
+    def _profile(self, frame: FrameType, event: str, value: object) -> None:
+        if event == "return" and frame in self._waiting:
+            modules = self._waiting.pop(frame)
+            # What a generator yields goes to whatever drives it, which need not be the value of a call.
+            if not frame.f_code.co_flags & (python.CO_GENERATOR | python.CO_COROUTINE | python.CO_ASYNC_GENERATOR):
+                for module in modules:
+                    if value is module:
+                        self._value_in(module, frame.f_back)
+        if not self._waiting:
+            sys.setprofile(None)
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[_Watch]:
+    from torch import nn
+
+    watch = _Watch()
+    construct, assign = nn.Embedding.__init__, nn.Module.__setattr__
+
+    @functools.wraps(construct)
+    def constructing(self: Any, *args: Any, **kwargs: Any) -> None:
+        watch.constructed(self, sys._getframe(1))
+        construct(self, *args, **kwargs)
+
+    @functools.wraps(assign)
+    def assigning(self: Any, name: str, value: Any) -> None:
+        before = self.__dict__.get("_parameters", {}).get(name)
+        assign(self, name, value)
+        if before is not None and isinstance(value, nn.Parameter) and value is not before:
+            watch.replaced(self, name, value, sys._getframe(1))
+
+    nn.Embedding.__init__ = constructing  # type: ignore[method-assign]
+    nn.Module.__setattr__ = assigning  # type: ignore[method-assign]
+    try:
+        yield watch
+    finally:
+        sys.setprofile(None)
+        nn.Embedding.__init__ = construct  # type: ignore[method-assign]
+        nn.Module.__setattr__ = assign  # type: ignore[method-assign]
+
+
+def _is_method_of(frame: FrameType, module: object) -> bool:
+    code = frame.f_code
+    return code.co_argcount > 0 and frame.f_locals.get(code.co_varnames[0]) is module
+
+
+def _span(frame: FrameType) -> Span:
+    """The expression that ``frame`` is evaluating."""
+    positions = frame.f_code.co_positions()
+    line, end_line, column, end_column = next(itertools.islice(positions, frame.f_lasti // 2, None))
+    return Span(
+        os.path.realpath(frame.f_code.co_filename),
+        frame.f_code.co_name,
+        line or frame.f_lineno,
+        -1 if column is None else column,
+        end_line or frame.f_lineno,
+        -1 if end_column is None else end_column,
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
