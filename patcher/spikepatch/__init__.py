@@ -5,6 +5,7 @@
     model    = spikepatch.patch(model, plan)                         # in place, on the live model
     result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
     spikepatch.save(model, "out/")
+    edit     = spikepatch.codemod("model.py", "build:small_model")   # the same, as source code
 
 Nothing heavy is imported before the first use of a name.
 """
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from spikepatch.apply.codemod import Codemod, codemod
     from spikepatch.apply.module import patch, save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
@@ -31,6 +33,8 @@ _HOME = {
     "Plan": "spikepatch.plans",
     "patch": "spikepatch.apply.module",
     "save": "spikepatch.apply.module",
+    "codemod": "spikepatch.apply.codemod",
+    "Codemod": "spikepatch.apply.codemod",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
     "SpikepatchError": "spikepatch.errors",
@@ -42,11 +46,13 @@ _HOME = {
 __all__ = [
     "BadSource",
     "BadTarget",
+    "Codemod",
     "Conversion",
     "Plan",
     "Refused",
     "ResidualMap",
     "SpikepatchError",
+    "codemod",
     "convert",
     "inspect",
     "patch",

@@ -1,4 +1,4 @@
-"""A recipe written into the source code of a model: ``codemod(file, factory) -> Codemod``, as a diff or into the file."""
+"""A recipe written into the source code of a model: ``codemod(file, factory) -> Codemod``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from spikepatch import recipes
 from spikepatch.apply import inserted, placement
 from spikepatch.apply.construction import Built, build
-from spikepatch.apply.placement import Parsed, Splice
+from spikepatch.apply.parsed import Parsed, Splice, bound_at, import_splice, parse, spelled, splice
 from spikepatch.errors import BadSource, BadTarget, Refused
 from spikepatch.planning import checked_transforms
 from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
@@ -57,9 +57,7 @@ class Codemod:
         )
         name = os.path.relpath(self.file) if self.file.absolute().is_relative_to(Path.cwd()) else str(self.file)[1:]
         lines = difflib.unified_diff(before, after, f"a/{name}", f"b/{name}")
-        return "".join(
-            line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines
-        )
+        return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
 
 
 def codemod(
@@ -101,12 +99,12 @@ def codemod(
     if write:
         _check_writable(path, real)
     text = before.decode(encoding)
-    parsed = placement.parse(str(path), text)
+    parsed = parse(str(real), text)
     _guard_patched(parsed)
     original = build(real, text, factory, {"recipe": recipe, **options})
     assert original.plan is not None
-    edited = placement.splice(text, _edits(parsed, real, original, factory))
-    _check(path, original, _rebuilt(real, edited, factory))
+    edited = splice(text, _edits(parsed, real, original, factory))
+    _check(real, original, _rebuilt(real, edited, factory))
     result = Codemod(path, before, edited.encode(encoding), encoding, original.plan)
     if write:
         _write(result, real)
@@ -147,7 +145,7 @@ def _read(path: Path) -> tuple[bytes, str]:
 
 
 def _guard_patched(parsed: Parsed) -> None:
-    line = placement.bound_at(parsed, inserted.INITIALISER)
+    line = bound_at(parsed, inserted.INITIALISER)
     if line is not None:
         raise Refused(
             what="the file is patched already",
@@ -175,13 +173,15 @@ def _edits(parsed: Parsed, real: Path, built: Built, factory: str) -> Iterator[S
         raise Refused(
             what=f"the recipe {plan.recipe} cannot be written as source code",
             where=parsed.file,
-            why=f"no code is known for {', '.join(sorted(unknown))}" if unknown else "it changes embeddings in two ways",
+            why=f"no code is known for {', '.join(sorted(unknown))}"
+            if unknown
+            else "it changes embeddings in two ways",
             remedy="use scaled-embed, embed-ln or vanilla",
         )
     root = placement.class_definition(parsed, built)
-    spelled = {name: placement.spelled(parsed, name) for name in _IMPORTS.values()}
-    nn, sqrt = spelled["torch.nn"] or "nn", spelled["math.sqrt"] or "math.sqrt"
-    missing = [line for line, name in _IMPORTS.items() if spelled[name] is None or name == "re" != spelled[name]]
+    found = {module: spelled(parsed, module) for module in _MODULES}
+    names = inserted.Names(*(name or module for module, name in found.items()))
+    missing = [module.partition(".")[0] for module, name in found.items() if name is None]
 
     nodes, wraps = [root], False
     for edit in structural:
@@ -195,26 +195,24 @@ def _edits(parsed: Parsed, real: Path, built: Built, factory: str) -> Iterator[S
     yield placement.at_end_of_init(parsed, built, inserted.INITIALISER)
 
     recipe = recipes.RECIPES[plan.recipe]
-    lines = inserted.header(recipe.name, recipe.equation, recipe.source) + ["", ""]
-    for line in missing:
-        splice = placement.import_splice(parsed, line)
-        if splice is None:
-            lines = [line, "", "", *lines]
-        else:
-            yield splice
+    lines = [*inserted.header(recipe.name, recipe.equation, recipe.source), "", ""]
+    imports = [import_splice(parsed, module) for module in missing]
+    if None in imports:  # the file imports nothing
+        lines = [*(f"import {module}" for module in missing), "", "", *lines]
+    yield from (edit for edit in imports if edit is not None)
     if structural:
         _guard_name(parsed, inserted.class_name(structural[0]))
-        lines += [*inserted.embedding_class(structural[0], wraps=wraps, nn=nn, sqrt=sqrt), "", ""]
-    lines += inserted.initialiser(plan, built.shapes, nn=nn, sqrt=sqrt)
+        lines += [*inserted.embedding_class(structural[0], names, wraps=wraps), "", ""]
+    lines += inserted.initialiser(plan, built.shapes, names)
     yield placement.before_statement(parsed, nodes, lines)
 
 
 _STRUCTURAL = (ScaleEmbedding, NormEmbedding)
-_IMPORTS = {"import math": "math.sqrt", "import re": "re", "from torch import nn": "torch.nn"}
+_MODULES = ("torch.nn", "math", "re")
 
 
 def _guard_name(parsed: Parsed, name: str) -> None:
-    line = placement.bound_at(parsed, name)
+    line = bound_at(parsed, name)
     if line is not None:
         raise Refused(
             what=f"the file has a {name} of its own",

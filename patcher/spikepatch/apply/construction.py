@@ -1,19 +1,16 @@
 """What a user's factory builds, seen in a process of its own: the module objects, and which line built each of them.
 
 A map names modules by their paths in the built model. Which expression of the file made the module at a path is not
-guessed from names but seen: the construction of every ``nn.Embedding`` is recorded with the position of the call whose
-value it is, and so is every replacement of a parameter, which is how heads are tied.
+guessed from names but seen: see ``watch.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
 import importlib.machinery
 import inspect as python
-import itertools
 import json
 import linecache
 import os
@@ -25,27 +22,13 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FrameType, ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
+from spikepatch.apply.watch import Span, Watch, watching
 from spikepatch.errors import BadSource, Refused, SpikepatchError
 from spikepatch.plans import Plan
 from spikepatch.residual.map import ResidualMap
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where an expression stands. Lines count from 1, columns from 0, in bytes of UTF-8, as Python's compiler has it.
-
-    ``function`` is the name of the function that holds it.
-    """
-
-    file: str
-    function: str
-    line: int
-    column: int
-    end_line: int
-    end_column: int
 
 
 @dataclass(frozen=True)
@@ -157,7 +140,7 @@ def _observe(file: str, text: str, factory: str, recipe: Mapping[str, Any] | Non
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     sys.path[:0] = list(dict.fromkeys((_import_root(file), os.getcwd())))
     importlib.invalidate_caches()
-    with _watching() as watch:
+    with watching() as watch:
         model, example = _call(factory, file)
     named = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -258,7 +241,7 @@ def _moments(parameter: Any) -> tuple[int, float, float]:
     return values.numel(), float(values.mean()), float(values.square().mean().sqrt())
 
 
-def _ties(model: Any, watch: _Watch) -> Iterator[tuple[str, Span]]:
+def _ties(model: Any, watch: Watch) -> Iterator[tuple[str, Span]]:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             found = watch.replacements.get((id(module), name))
@@ -302,99 +285,10 @@ class _TextLoader(importlib.machinery.SourceFileLoader):
         self.text = text
 
     def get_code(self, fullname: str) -> CodeType:
-        return compile(self.text, self.path, "exec", dont_inherit=True)  # type: ignore[no-any-return]
+        return compile(self.text, self.path, "exec", dont_inherit=True)
 
     def get_source(self, fullname: str) -> str:
         return self.text
-
-
-class _Watch:
-    """Follows each ``nn.Embedding`` from its constructor outwards, as long as the functions return it.
-
-    ``calls`` and ``replacements`` are keyed by identity; what they are about is kept alive.
-    """
-
-    def __init__(self) -> None:
-        self.calls: dict[int, list[Span]] = {}
-        self.replacements: dict[tuple[int, str], tuple[object, Span]] = {}
-        self._alive: list[object] = []
-        self._waiting: dict[FrameType, list[object]] = {}
-
-    def constructed(self, module: object, frame: FrameType | None) -> None:
-        self._alive.append(module)
-        self.calls[id(module)] = []
-        while frame is not None and _is_method_of(frame, module):  # the __init__ of a subclass
-            frame = frame.f_back
-        self._value_in(module, frame)
-
-    def replaced(self, module: object, name: str, value: object, frame: FrameType) -> None:
-        self._alive.append(module)
-        self.replacements[id(module), name] = value, _span(frame)
-
-    def _value_in(self, module: object, frame: FrameType | None) -> None:
-        if frame is not None:
-            self.calls[id(module)].append(_span(frame))
-            self._waiting.setdefault(frame, []).append(module)
-            sys.setprofile(self._profile)
-
-    def _profile(self, frame: FrameType, event: str, value: object) -> None:
-        if event == "return" and frame in self._waiting:
-            modules = self._waiting.pop(frame)
-            # What a generator yields goes to whatever drives it, which need not be the value of a call.
-            if not frame.f_code.co_flags & (python.CO_GENERATOR | python.CO_COROUTINE | python.CO_ASYNC_GENERATOR):
-                for module in modules:
-                    if value is module:
-                        self._value_in(module, frame.f_back)
-        if not self._waiting:
-            sys.setprofile(None)
-
-
-@contextlib.contextmanager
-def _watching() -> Iterator[_Watch]:
-    from torch import nn
-
-    watch = _Watch()
-    construct, assign = nn.Embedding.__init__, nn.Module.__setattr__
-
-    @functools.wraps(construct)
-    def constructing(self: Any, *args: Any, **kwargs: Any) -> None:
-        watch.constructed(self, sys._getframe(1))
-        construct(self, *args, **kwargs)
-
-    @functools.wraps(assign)
-    def assigning(self: Any, name: str, value: Any) -> None:
-        before = self.__dict__.get("_parameters", {}).get(name)
-        assign(self, name, value)
-        if before is not None and isinstance(value, nn.Parameter) and value is not before:
-            watch.replaced(self, name, value, sys._getframe(1))
-
-    nn.Embedding.__init__ = constructing  # type: ignore[method-assign]
-    nn.Module.__setattr__ = assigning  # type: ignore[method-assign]
-    try:
-        yield watch
-    finally:
-        sys.setprofile(None)
-        nn.Embedding.__init__ = construct  # type: ignore[method-assign]
-        nn.Module.__setattr__ = assign  # type: ignore[method-assign]
-
-
-def _is_method_of(frame: FrameType, module: object) -> bool:
-    code = frame.f_code
-    return code.co_argcount > 0 and frame.f_locals.get(code.co_varnames[0]) is module
-
-
-def _span(frame: FrameType) -> Span:
-    """The expression that ``frame`` is evaluating."""
-    positions = frame.f_code.co_positions()
-    line, end_line, column, end_column = next(itertools.islice(positions, frame.f_lasti // 2, None))
-    return Span(
-        os.path.realpath(frame.f_code.co_filename),
-        frame.f_code.co_name,
-        line or frame.f_lineno,
-        -1 if column is None else column,
-        end_line or frame.f_lineno,
-        -1 if end_column is None else end_column,
-    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from spikepatch import __version__
 from spikepatch.errors import Refused
@@ -13,6 +14,14 @@ from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, small_st
 
 #: The initialiser's name in the user's file, and the sign that the file is patched.
 INITIALISER = "spike_no_more_init"
+
+
+class Names(NamedTuple):
+    """How the file calls three modules: torch.nn, math and re."""
+
+    nn: str
+    math: str
+    re: str
 
 
 def class_name(edit: ScaleEmbedding | NormEmbedding) -> str:
@@ -25,18 +34,18 @@ def header(recipe: str, equation: str, source: str) -> list[str]:
     return textwrap.wrap(text, 88, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 
 
-def embedding_class(edit: ScaleEmbedding | NormEmbedding, *, wraps: bool, nn: str, sqrt: str) -> list[str]:
+def embedding_class(edit: ScaleEmbedding | NormEmbedding, names: Names, *, wraps: bool) -> list[str]:
     """The lines of the class that takes the place of ``nn.Embedding``; ``wraps``: it takes over one that is built."""
     made: list[str] = []
     if isinstance(edit, ScaleEmbedding):
-        factor = f"{sqrt}(self.embedding_dim)" if edit.per_width else repr(edit.factor)
+        factor = f"{names.math}.sqrt(self.embedding_dim)" if edit.per_width else repr(edit.factor)
         equation = "E(ids) * sqrt(d)" if edit.per_width else f"E(ids) * {edit.factor!r}"
         result = f"super().forward(ids) * {factor}"
     else:
         equation = "LayerNorm(E(ids))"
         result = "self.norm(super().forward(ids))"
-        made = [f"$.norm = {nn}.LayerNorm($.embedding_dim, eps={edit.eps!r})", "$.norm.to($.weight)"]
-    lines = [f"class {class_name(edit)}({nn}.Embedding):"]
+        made = [f"$.norm = {names.nn}.LayerNorm($.embedding_dim, eps={edit.eps!r})", "$.norm.to($.weight)"]
+    lines = [f"class {class_name(edit)}({names.nn}.Embedding):"]
     lines += [f'    """{equation}, so that the residual stream starts with a large std."""', ""]
     if wraps:
         lines += ["    @classmethod", "    def of(cls, embedding):", '        """Change an nn.Embedding, in place."""']
@@ -49,7 +58,7 @@ def embedding_class(edit: ScaleEmbedding | NormEmbedding, *, wraps: bool, nn: st
     return [*lines, "    def forward(self, ids):", f"        return {result}"]
 
 
-def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], *, nn: str, sqrt: str) -> list[str]:
+def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -> list[str]:
     """The lines of the initialiser: the stds of the plan, as functions of the model's own width and depth.
 
     Args:
@@ -59,7 +68,7 @@ def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], *, nn: str, sqr
         Refused: the width or the sub-layers cannot be told from the parameters by their names and shapes.
     """
     fills = plan.select(Fill)
-    stds = _stds(plan, fills, shapes, sqrt)
+    stds = _stds(plan, fills, shapes, f"{names.math}.sqrt")
     parameter, axis = _width(plan, fills, shapes)
     lines = [
         f"def {INITIALISER}(model):",
@@ -70,14 +79,15 @@ def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], *, nn: str, sqr
         '    """',
         "",
         "    def matches(name, pattern):",
-        '        return re.fullmatch(re.escape(pattern).replace(r"\\*", r"\\d+"), name)',
+        f'        regex = {names.re}.escape(pattern).replace(r"\\*", r"\\d+")',
+        f"        return {names.re}.fullmatch(regex, name) is not None",
         "",
         f"    d = model.get_parameter({_quoted(parameter)}).shape[{axis}]",
-        f"    small = {sqrt}(2 / (5 * d))",
+        f"    small = {names.math}.sqrt(2 / (5 * d))",
     ]
     if any(fill.residual for fill in fills):
         lines += ["    sublayers = [", *(f"        {_quoted(p)}," for p in _counted(plan.sublayers, shapes)), "    ]"]
-        lines += ["    S = sum(bool(matches(n, p)) for n, _ in model.named_parameters() for p in sublayers)"]
+        lines += ["    S = sum(matches(n, p) for n, _ in model.named_parameters() for p in sublayers)"]
     return [
         *lines,
         "    stds = {",
@@ -86,7 +96,7 @@ def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], *, nn: str, sqr
         "    for name, parameter in model.named_parameters():",
         "        for pattern, std in stds.items():",
         "            if matches(name, pattern):",
-        f"                {nn}.init.normal_(parameter, std=std)",
+        f"                {names.nn}.init.normal_(parameter, std=std)",
         "                break",
     ]
 
@@ -96,7 +106,9 @@ def _stds(plan: Plan, fills: Sequence[Fill], shapes: Mapping[str, Sequence[int]]
     values = {fill.parameter: _expression(plan, fill, sqrt) for fill in fills}
     found = {}
     for name, value in values.items():
-        fitting = (p for p in _patterns(name) if {values.get(n) for n in (*shapes, *values) if matches(n, p)} == {value})
+        fitting = (
+            p for p in _patterns(name) if {values.get(n) for n in (*shapes, *values) if matches(n, p)} == {value}
+        )
         found[next(fitting)] = value  # its own name fits
     return found
 

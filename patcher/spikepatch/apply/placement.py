@@ -1,114 +1,20 @@
-"""Where in a file an edit goes: libcst finds the place, and the edit is a splice, so every other byte stays as it is."""
+"""Where in a file an edit goes: by the calls that were seen to build the model, never by names."""
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import libcst as cst
 import libcst.matchers as m
-from libcst import metadata
 
-from spikepatch.apply.construction import Built, Span
-from spikepatch.errors import BadSource, Refused
+from spikepatch.apply.construction import Built
+from spikepatch.apply.parsed import Parsed, Splice
+from spikepatch.apply.watch import Span
+from spikepatch.errors import Refused
 
-_NEWLINE = re.compile(r"\r\n|\r|\n")
 _EMBEDDINGS = {"torch.nn.Embedding", "torch.nn.modules.sparse.Embedding"}
-
-
-@dataclass(frozen=True)
-class Splice:
-    """Characters ``start`` to ``end`` of the file become ``text``."""
-
-    start: int
-    end: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Parsed:
-    """A file and its syntax tree. ``starts``: offset of each line, ``newline``: as most of the file has it."""
-
-    file: str
-    text: str
-    module: cst.Module
-    lines: tuple[str, ...]
-    starts: tuple[int, ...]
-    newline: str
-    positions: Mapping[cst.CSTNode, metadata.CodeRange]
-    outer: Mapping[cst.CSTNode, metadata.CodeRange]
-    names: Mapping[cst.CSTNode, Any]
-    parents: Mapping[cst.CSTNode, cst.CSTNode]
-    scopes: Mapping[cst.CSTNode, metadata.Scope | None]
-
-    def line(self, number: int) -> str:
-        """Line ``number``, from 1, without its end; "" behind the last one."""
-        return self.lines[number - 1] if number <= len(self.lines) else ""
-
-    def offset(self, position: metadata.CodePosition) -> int:
-        return self.starts[position.line - 1] + position.column
-
-    def qualified(self, node: cst.CSTNode) -> set[str]:
-        """The full names that ``node`` may stand for, by the file's imports and definitions."""
-        found = self.names.get(node, ())
-        return {name.name for name in (found() if callable(found) else found)}
-
-    def where(self, line: int) -> str:
-        return f"{self.file}, line {line}"
-
-    def start_line(self, node: cst.CSTNode) -> int:
-        return self.positions[node].start.line
-
-
-def parse(file: str, text: str) -> Parsed:
-    """Parse a file.
-
-    Raises:
-        BadSource: it is not valid Python, for the interpreter that runs or for libcst.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compile(text, file, "exec", dont_inherit=True)
-        wrapper = metadata.MetadataWrapper(cst.parse_module(text), unsafe_skip_copy=True)
-    except (SyntaxError, ValueError, cst.ParserSyntaxError) as error:
-        line = error.lineno if isinstance(error, SyntaxError) else getattr(error, "raw_line", 1)
-        raise BadSource(
-            "the file is not valid Python",
-            where=f"{file}, line {line}",
-            why=str(getattr(error, "msg", None) or getattr(error, "message", None) or error).splitlines()[0],
-            remedy="give a file that this version of Python compiles",
-        ) from error
-    starts = (0, *(found.end() for found in _NEWLINE.finditer(text)))
-    newlines = Counter(_NEWLINE.findall(text))
-    return Parsed(
-        file,
-        text,
-        wrapper.module,
-        tuple(_NEWLINE.split(text)),
-        starts,
-        newlines.most_common(1)[0][0] if newlines else "\n",
-        wrapper.resolve(metadata.PositionProvider),
-        wrapper.resolve(metadata.WhitespaceInclusivePositionProvider),
-        wrapper.resolve(metadata.QualifiedNameProvider),
-        wrapper.resolve(metadata.ParentNodeProvider),
-        wrapper.resolve(metadata.ScopeProvider),
-    )
-
-
-def splice(text: str, edits: Iterable[Splice]) -> str:
-    """``text`` with all ``edits``, which do not overlap; of those at one place the first comes first."""
-    ordered = sorted(edits, key=lambda edit: (edit.start, edit.end))
-    assert all(a.end <= b.start for a, b in zip(ordered, ordered[1:], strict=False)), ordered
-    pieces, at = [], 0
-    for edit in ordered:
-        pieces += [text[at : edit.start], edit.text]
-        at = edit.end
-    return "".join([*pieces, text[at:]])
 
 
 def construction_of(parsed: Parsed, built: Built, module: str) -> cst.Call:
@@ -150,12 +56,9 @@ def construction_of(parsed: Parsed, built: Built, module: str) -> cst.Call:
             what=f"{module} is constructed in another file",
             where=f"{calls[0].file}, line {calls[0].line}",
             why=f"only {parsed.file} is edited",
-            remedy="give that file, if it defines the model's class, or construct the embedding in the class's own file",
+            remedy="construct the embedding in the file of the model's class, and give that file",
         )
-    users = {
-        span: sorted(name for name, spans in built.calls.items() if name in built.embeddings and span in spans)
-        for span in here
-    }
+    users = {span: [name for name, spans in built.calls.items() if span in spans] for span in here}
     alone = [span for span in here if users[span] == [module]]
     if not alone:
         others = [name for name in users[here[-1]] if name != module]
@@ -166,7 +69,7 @@ def construction_of(parsed: Parsed, built: Built, module: str) -> cst.Call:
             remedy="construct the token embedding in an expression of its own",
         )
     span = next((span for span in alone if _mentions(parsed, span.function) <= 1), alone[-1])
-    node = _node_at(parsed, span, cst.Call, at_end=True)
+    node = _ending_at(parsed, span, cst.Call)
     if node is None:
         raise Refused(
             what=f"the expression that constructs {module} is not a call",
@@ -191,17 +94,15 @@ def _mentions(parsed: Parsed, function: str) -> int:
     return len(names) - len(definitions)
 
 
-def _node_at(parsed: Parsed, span: Span, kind: type[cst.CSTNode], *, at_end: bool) -> cst.CSTNode | None:
-    """The node of this kind that ends (or begins) where ``span`` does.
+def _ending_at(parsed: Parsed, span: Span, kind: type[cst.CSTNode]) -> cst.CSTNode | None:
+    """The node of this kind that ends where ``span`` does: no two calls do, and no two attributes.
 
-    No two calls end at one place; where they begin, Python 3.11 says otherwise for methods that stand on a line of their own.
+    Where a span begins differs: of a method on a line of its own, Python 3.11 takes that line.
     """
     for node, found in parsed.positions.items():
-        if isinstance(node, kind):
-            position = found.end if at_end else found.start
-            before = len(parsed.line(position.line)[: position.column].encode())
-            wanted = (span.end_line, span.end_column) if at_end else (span.line, span.column)
-            if (position.line, before) == wanted:
+        if isinstance(node, kind) and found.end.line == span.end_line:
+            before = parsed.lines[span.end_line - 1][: found.end.column]
+            if len(before.encode()) == span.end_column:
                 return node
     return None
 
@@ -231,7 +132,7 @@ def untie(parsed: Parsed, built: Built, head: str, embedding: str) -> Splice:
             why="no assignment in it put the one parameter in the place of the other",
             remedy="build the model with an untied head (in a transformers config: tie_word_embeddings=False)",
         )
-    target = _node_at(parsed, span, cst.Attribute, at_end=True)
+    target = _ending_at(parsed, span, cst.Attribute)
     small = parsed.parents[parsed.parents[target]] if target is not None else None
     line = parsed.parents[small] if small is not None else None
     if not (
@@ -321,11 +222,7 @@ def class_definition(parsed: Parsed, built: Built) -> cst.ClassDef:
     Raises:
         Refused: there is none, or several.
     """
-    found = [
-        node
-        for node in m.findall(parsed.module, m.ClassDef())
-        if parsed.qualified(node) == {built.class_name}
-    ]
+    found = [node for node in m.findall(parsed.module, m.ClassDef()) if parsed.qualified(node) == {built.class_name}]
     if len(found) != 1:
         raise Refused(
             what=f"{len(found)} definitions of the class {built.class_name}",
@@ -384,49 +281,3 @@ def _top_level(parsed: Parsed, node: cst.CSTNode) -> cst.CSTNode:
     while not isinstance(parsed.parents[node], cst.Module):
         node = parsed.parents[node]
     return node
-
-
-def spelled(parsed: Parsed, target: str) -> str | None:
-    """How the file, by its imports at the top level, can write ``target``: ``torch.nn`` -> ``nn``."""
-    found: list[str] = []
-    for small in _imports(parsed):
-        if isinstance(small.names, cst.ImportStar):
-            continue
-        source = _dotted(small.module) if isinstance(small, cst.ImportFrom) and not small.relative else ""
-        if isinstance(small, cst.ImportFrom) and not source:
-            continue
-        for alias in small.names:
-            full = f"{source}.{alias.evaluated_name}" if source else alias.evaluated_name
-            name = alias.evaluated_alias or alias.evaluated_name
-            if not source and alias.evaluated_alias is None:
-                full = name = full.partition(".")[0]
-            if target == full or target.startswith(full + "."):
-                found.append(name + target.removeprefix(full))
-    return min(found, key=len, default=None)
-
-
-def import_splice(parsed: Parsed, line: str) -> Splice | None:
-    """``line`` in front of the first import at the top level, ``__future__`` apart; None where there is no import."""
-    for small in _imports(parsed):
-        if isinstance(small, cst.ImportFrom) and small.module is not None and _dotted(small.module) == "__future__":
-            continue
-        start = parsed.starts[parsed.start_line(parsed.parents[small]) - 1]
-        return Splice(start, start, line + parsed.newline)
-    return None
-
-
-def _imports(parsed: Parsed) -> list[cst.Import | cst.ImportFrom]:
-    lines = [line for line in parsed.module.body if isinstance(line, cst.SimpleStatementLine)]
-    return [small for line in lines for small in line.body if isinstance(small, (cst.Import, cst.ImportFrom))]
-
-
-def _dotted(node: cst.BaseExpression | None) -> str:
-    return cst.Module([]).code_for_node(node) if node is not None else ""
-
-
-def bound_at(parsed: Parsed, name: str) -> int | None:
-    """The line that binds ``name`` at the top level; None where it is free."""
-    scope = parsed.scopes[parsed.module.body[0]] if parsed.module.body else None
-    assignments = scope[name] if scope is not None else ()
-    lines = [parsed.start_line(a.node) for a in assignments if isinstance(a, metadata.Assignment)]
-    return min(lines, default=None)

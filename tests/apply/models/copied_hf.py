@@ -1,3 +1,6 @@
+# ruff: noqa
+# mypy: ignore-errors
+# fmt: off
 """The shape of a modelling file copied from transformers: PreTrainedModel, _init_weights, post_init."""
 
 import torch

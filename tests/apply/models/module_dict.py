@@ -1,3 +1,6 @@
+# ruff: noqa
+# mypy: ignore-errors
+# fmt: off
 """The shape of nanoGPT: one ModuleDict, a head tied inside __init__, weights initialised by apply and by name."""
 
 import math
