@@ -344,7 +344,7 @@ COPIED = """        import copy
         ({TOKENS: SUBCLASS}, {}, "not a plain nn.Embedding", "Table(vocabulary"),
         ({TOKENS: COPIED}, {}, "no line constructs tokens", ""),
         ({END: f"{END}        if depth < 9:\n            return\n"}, {}, "can return early", "            return"),
-        ({"class Feed": "ScaledEmbedding = 1\nclass Feed"}, {}, "has a ScaledEmbedding of its own", "ScaledEmbedding ="),
+        ({"class Feed": "ScaledEmbedding = 1\nclass Feed"}, {}, "a ScaledEmbedding of its own", "ScaledEmbedding ="),
         (
             {BUILD: "    model = Model()\n    return model.apply(lambda m: getattr(m, 'reset_parameters', int)())\n"},
             {},
@@ -352,7 +352,7 @@ COPIED = """        import copy
             "",
         ),
         (
-            {END: f"{END}        self.head = nn.Linear(width, vocabulary)\n        setattr(self.head, 'weight', self.tokens.weight)\n"},
+            {END: f"{END}        setattr(self.head, 'weight', self.tokens.weight)\n"},
             {"untie": True},
             "cannot be taken out",
             "setattr",
@@ -435,9 +435,11 @@ def test_the_help_says_that_it_runs_your_code() -> None:
 
 
 def test_the_factory_gives_the_example(tmp_path: Path) -> None:
-    """A forward whose first argument is not the ids needs one."""
+    """A forward whose first argument is not the ids needs one. And a helper is not edited that has another use."""
+    once = "make_embedding(length, width)"
     changes = {
-        "def forward(self, ids):\n        x = self.tokens": "def forward(self, shift, ids):\n        x = shift + self.tokens",
+        "forward(self, ids):\n        x =": "forward(self, shift, ids):\n        x = shift +",
+        once: f"{once} if depth > 9 else nn.Embedding(length, width)",
         BUILD: "    import torch\n\n    return Model(), {'shift': torch.zeros(24), 'ids': arange(8)[None]}\n",
     }
     text = source("helper_factory").decode()

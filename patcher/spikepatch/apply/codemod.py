@@ -55,7 +55,8 @@ class Codemod:
         before, after = (
             re.findall(r"[^\n]*\n|[^\n]+", data.decode(self.encoding)) for data in (self.before, self.after)
         )
-        name = os.path.relpath(self.file) if self.file.absolute().is_relative_to(Path.cwd()) else str(self.file)[1:]
+        path = self.file.absolute()
+        name = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).lstrip("/")
         lines = difflib.unified_diff(before, after, f"a/{name}", f"b/{name}")
         return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
 

@@ -82,7 +82,7 @@ def build(file: Path, text: str, factory: str, recipe: Mapping[str, Any] | None 
         asked.write_text(json.dumps(request), encoding="utf-8")
         # Not the caller's folder first on the path: what we import ourselves is not to be found there.
         command = [sys.executable, "-P", "-m", __name__, str(asked), str(answered)]
-        done = subprocess.run(command, env={**kept, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env={**kept, "PYTHONPATH": paths}, capture_output=True, check=False)
         if not answered.exists():
             raise BadSource(
                 "the process that builds the model ended early",
@@ -91,14 +91,17 @@ def build(file: Path, text: str, factory: str, recipe: Mapping[str, Any] | None 
                 remedy="check that the factory runs, in a process of its own and without arguments",
             )
         reply = json.loads(answered.read_text(encoding="utf-8"))
+    if "bug" in reply:
+        raise RuntimeError(reply["bug"])
     if "error" in reply:
         kind = {"BadSource": BadSource, "Refused": Refused}.get(reply.pop("error"), SpikepatchError)
         raise kind(reply.pop("what"), **reply)
     return _from_dict(reply)
 
 
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+def _last_line(output: bytes) -> str:
+    lines = output.decode(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _from_dict(data: dict[str, Any]) -> Built:
@@ -123,6 +126,8 @@ def main(asked: str, answered: str) -> None:
     except SpikepatchError as error:
         reply = {"error": type(error).__name__, "what": error.what, "where": error.where}
         reply |= {"why": error.why, "remedy": error.remedy}
+    except Exception:
+        reply = {"bug": traceback.format_exc()}
     scratch = Path(answered + ".part")
     scratch.write_text(json.dumps(reply), encoding="utf-8")
     scratch.rename(answered)
