@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
-import math
 import os
 import re
 import stat
@@ -19,12 +18,15 @@ from spikepatch import recipes
 from spikepatch.apply import inserted, placement
 from spikepatch.apply.construction import Built, build
 from spikepatch.apply.parsed import Parsed, Splice, bound_at, import_splice, parse, spelled, splice
+from spikepatch.apply.recheck import differences
 from spikepatch.errors import BadSource, BadTarget, Refused
 from spikepatch.planning import checked_transforms
 from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 
-#: Standard errors by which a drawn mean or std may miss the plan's: by chance once in 5e8 comparisons.
-_ERRORS = 6
+_STRUCTURAL = (ScaleEmbedding, NormEmbedding)
+
+#: What the inserted code uses.
+_MODULES = ("torch.nn", "math", "re")
 
 
 @dataclass(frozen=True)
@@ -174,9 +176,7 @@ def _edits(parsed: Parsed, real: Path, built: Built, factory: str) -> Iterator[S
         raise Refused(
             what=f"the recipe {plan.recipe} cannot be written as source code",
             where=parsed.file,
-            why=f"no code is known for {', '.join(sorted(unknown))}"
-            if unknown
-            else "it changes embeddings in two ways",
+            why=f"no code is known for {', '.join(sorted(unknown)) or 'embeddings that change in two ways'}",
             remedy="use scaled-embed, embed-ln or vanilla",
         )
     root = placement.class_definition(parsed, built)
@@ -197,6 +197,8 @@ def _edits(parsed: Parsed, real: Path, built: Built, factory: str) -> Iterator[S
 
     recipe = recipes.RECIPES[plan.recipe]
     lines = [*inserted.header(recipe.name, recipe.equation, recipe.source), "", ""]
+    for module in missing:
+        _guard_name(parsed, module)
     imports = [import_splice(parsed, module) for module in missing]
     if None in imports:  # the file imports nothing
         lines = [*(f"import {module}" for module in missing), "", "", *lines]
@@ -208,17 +210,13 @@ def _edits(parsed: Parsed, real: Path, built: Built, factory: str) -> Iterator[S
     yield placement.before_statement(parsed, nodes, lines)
 
 
-_STRUCTURAL = (ScaleEmbedding, NormEmbedding)
-_MODULES = ("torch.nn", "math", "re")
-
-
 def _guard_name(parsed: Parsed, name: str) -> None:
     line = bound_at(parsed, name)
     if line is not None:
         raise Refused(
             what=f"the file has a {name} of its own",
             where=parsed.where(line),
-            why="the class that the recipe adds has the same name",
+            why="what the recipe adds has the same name",
             remedy="rename the one that is there",
         )
 
@@ -236,7 +234,7 @@ def _check(path: Path, original: Built, edited: Built) -> None:
     Raises:
         Refused: it does not; all differences are named.
     """
-    findings = list(_differences(original, edited))
+    findings = list(differences(original, edited))
     if findings:
         more = f"; and {len(findings) - 6} more" if findings[6:] else ""
         raise _failed(str(path), "; ".join(findings[:6]) + more)
@@ -249,53 +247,6 @@ def _failed(where: str, why: str) -> Refused:
         why=why,
         remedy="let nothing initialise or replace weights after __init__, or construct the embedding in a plainer way",
     )
-
-
-def _differences(original: Built, edited: Built) -> Iterator[str]:
-    plan, residual = original.plan, edited.residual
-    assert plan is not None
-    assert residual is not None
-    shapes = dict(original.shapes)
-    for edit in plan.select(NormEmbedding):
-        shapes |= {f"{edit.module}.norm.{name}": (plan.width,) for name in ("weight", "bias")}
-    for name in sorted(shapes.keys() | edited.shapes.keys()):
-        if shapes.get(name) != edited.shapes.get(name):
-            yield f"{name} has the shape {edited.shapes.get(name)}, not {shapes.get(name)}"
-
-    wanted = {edit.module: inserted.class_name(edit) for edit in plan.edits if isinstance(edit, _STRUCTURAL)}
-    for name, kind in edited.embeddings.items():
-        if kind != original.embeddings.get(name) and name not in wanted:
-            yield f"{name} is a {kind} now"
-        if name in wanted and kind.rpartition(".")[2] != wanted[name]:
-            yield f"{name} is a {kind}, not a {wanted[name]}"
-    if not residual.proven or (residual.width, residual.sublayers) != (plan.width, len(plan.sublayers)):
-        yield f"its residual stream is another one, {'proven' if residual.proven else 'not proven'}"
-    measured = {embedding.module: embedding for embedding in residual.embeddings}
-    for edit in plan.edits:
-        if isinstance(edit, _STRUCTURAL) and edit.module not in measured:
-            yield f"{edit.module} does not enter the stream"
-        elif isinstance(edit, ScaleEmbedding):
-            scale = measured[edit.module].scale
-            if not math.isclose(scale, edit.factor, rel_tol=1e-5):  # it is recorded with six digits
-                yield f"{edit.module} is multiplied by {scale:g}, not {edit.factor:g}"
-        elif isinstance(edit, NormEmbedding) and not measured[edit.module].normed:
-            yield f"{edit.module} is not normalised"
-        elif isinstance(edit, Untie) and (residual.head is None or residual.head.tied):
-            yield f"{edit.head} is still tied"
-    yield from _deviations(plan, edited)
-
-
-def _deviations(plan: Plan, edited: Built) -> Iterator[str]:
-    """Parameters whose values are not a sample of what the plan draws."""
-    for fill in plan.select(Fill):
-        if fill.parameter not in edited.moments:
-            yield f"{fill.parameter} is no parameter of its own"
-            continue
-        count, mean, std = edited.moments[fill.parameter]
-        # Standard errors of the mean and of the std of a normal sample.
-        near = abs(mean) <= _ERRORS * fill.std / math.sqrt(count)
-        if not near or abs(std - fill.std) > _ERRORS * fill.std / math.sqrt(2 * count):
-            yield f"{fill.parameter} has mean {mean:.3g} and std {std:.6g}, not 0 and {fill.std:.6g}"
 
 
 def _check_writable(path: Path, real: Path) -> None:

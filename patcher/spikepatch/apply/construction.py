@@ -14,9 +14,9 @@ import inspect as python
 import json
 import linecache
 import os
-import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -222,9 +222,10 @@ def _is_transformers(model: object) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The error, and the innermost line of code outside of installed packages."""
-    lines = [f for f in traceback.extract_tb(error.__traceback__) if not re.search(r"-packages/|<frozen", f.filename)]
-    place = f" at {lines[-1].filename}, line {lines[-1].lineno}" if lines and lines[-1].filename != __file__ else ""
+    """The error, and the innermost line of code that is not part of Python or of an installed package."""
+    installed = ("<frozen", sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), __file__)
+    lines = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(installed)]
+    place = f" at {lines[-1].filename}, line {lines[-1].lineno}" if lines else ""
     if isinstance(error, SyntaxError) and error.filename:
         place = f" at {error.filename}, line {error.lineno}"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
