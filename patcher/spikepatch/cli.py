@@ -166,6 +166,8 @@ def codemod(file: str, factory: str, **options: Any) -> None:
         from spikepatch.apply.codemod import codemod as run
 
         result = run(file, factory, **options)
+    for note in result.notes:
+        click.echo(note, err=True)
     if options["write"]:
         click.echo(f"wrote {file}: {result.plan.recipe}, checked by building {result.plan.architecture} from it")
     else:

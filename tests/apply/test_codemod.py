@@ -202,6 +202,8 @@ def test_nothing_else_changes(edited: Edited) -> None:
     assert all(line.startswith((step, line.lstrip())) for line in added)
     assert f"{step}spike_no_more_init(self)" in after
     assert sum("spike_no_more_init(" in line for line in added) == 2  # its definition and one call
+    tied = edited.case.model == "module_dict" and not edited.case.options
+    assert ["the head is tied" in note for note in edited.result.notes] == [True] * tied
 
 
 def test_the_diff_applies(edited: Edited, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

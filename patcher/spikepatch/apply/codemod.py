@@ -38,6 +38,7 @@ class Codemod:
         before, after: its bytes.
         encoding: of both.
         plan: what was written into it.
+        notes: what else to know before training with it.
     """
 
     file: Path
@@ -45,6 +46,7 @@ class Codemod:
     after: bytes
     encoding: str
     plan: Plan
+    notes: tuple[str, ...]
 
     @property
     def text(self) -> str:
@@ -107,8 +109,11 @@ def codemod(
     original = build(real, text, factory, {"recipe": recipe, **options})
     assert original.plan is not None
     edited = splice(text, _edits(parsed, real, original, factory))
-    _check(real, original, _rebuilt(real, edited, factory))
-    result = Codemod(path, before, edited.encode(encoding), encoding, original.plan)
+    again = _rebuilt(real, edited, factory)
+    _check(real, original, again)
+    result = Codemod(
+        path, before, edited.encode(encoding), encoding, original.plan, tuple(_notes(again, original.plan))
+    )
     if write:
         _write(result, real)
     return result
@@ -238,6 +243,15 @@ def _check(path: Path, original: Built, edited: Built) -> None:
     if findings:
         more = f"; and {len(findings) - 6} more" if findings[6:] else ""
         raise _failed(str(path), "; ".join(findings[:6]) + more)
+
+
+def _notes(edited: Built, plan: Plan) -> Iterator[str]:
+    head = edited.residual.head if edited.residual is not None else None
+    if plan.structural and head is not None and head.tied:
+        yield (
+            "the head is tied, so a large shortcut makes it predict the current token at first: the initial loss is "
+            "far above log V; --untie gives it its own matrix"
+        )
 
 
 def _failed(where: str, why: str) -> Refused:
