@@ -77,9 +77,9 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
                 return recorded(model, example)
             except Exception as error:
                 raise _untraceable(type(model).__name__, example, _line(not_exported), _line(error)) from error
-    flat = _flat(program, model, twin, example)
-    # A number that the forward pass makes a tensor of has no value in a graph exported on meta.
-    return recorded(model, example) if any(buffer.is_meta for buffer in flat.buffers.values()) else flat
+    # A number that the forward pass makes a tensor of has no value in a graph that was exported on meta.
+    lost = any(isinstance(c, torch.Tensor) and c.is_meta for c in program.constants.values())
+    return recorded(model, example) if lost else _flat(program, model, twin, example)
 
 
 def _untraceable(name: str, example: Mapping[str, torch.Tensor], exported: str, recorded: str) -> Refused:
@@ -222,7 +222,8 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None
     _prefer_traceable_kernels(twin, "eager")  # a loop is no obstacle here
     for name, buffer in model.named_buffers():
         owner, _, own = name.rpartition(".")
-        twin.get_submodule(owner)._buffers[own] = buffer.detach().cpu()
+        if not buffer.is_meta:
+            twin.get_submodule(owner)._buffers[own] = buffer.detach().cpu()
     recorder, result = record(twin, example)
     output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
     recorder.graph.output(recorder.node(output))
