@@ -61,6 +61,7 @@ def _short(residual: ResidualMap) -> dict[str, Any]:
     kind_of = {p.sublayer: p.kind for p in residual.residual_projections}
     found: dict[str, Any] = {
         "placement": residual.placement,
+        "width": residual.width,
         "layers": residual.layers,
         "sublayers": residual.sublayers,
         "kinds": dict(sorted(Counter(kind_of.values()).items())),
