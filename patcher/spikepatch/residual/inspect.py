@@ -12,7 +12,6 @@ from torch.fx import Node
 
 from spikepatch.errors import Refused
 from spikepatch.residual import ops
-from spikepatch.residual.facts import Facts
 from spikepatch.residual.kinds import between, kind_of, multiplier, steps
 from spikepatch.residual.map import (
     Embedding,
@@ -25,6 +24,7 @@ from spikepatch.residual.map import (
     ResidualProjection,
 )
 from spikepatch.residual.measure import measure
+from spikepatch.residual.names import layers, own_name, tied
 from spikepatch.residual.ops import op, operands
 from spikepatch.residual.proof import Term
 from spikepatch.residual.stream import Stream, find
@@ -70,10 +70,11 @@ class _Naming:
 
     def __init__(self, model: nn.Module, stream: Stream) -> None:
         self.model, self.stream, self.facts = model, stream, stream.facts
+        self.copies = self._copies()
         self.kinds = [kind_of(self.facts, term) for term in stream.terms]
         self.sublayer = self._number_sublayers()
         parameters = [parameter for term in stream.terms for _, parameter in term.projections]
-        self.layers = _layers(model, list(dict.fromkeys(parameters)))
+        self.layers = layers(model, list(dict.fromkeys(parameters)))
 
     def map(self, source: str) -> ResidualMap:
         norms = self._norms()
@@ -93,8 +94,16 @@ class _Naming:
             norms=norms,
             head=self._head(embeddings),
             matrices=self._matrices(),
-            tied=_tied(self.model),
+            tied=tied(self.model),
         )
+
+    def _copies(self) -> set[Node]:
+        """What carries this stream and no other: its own nodes, and those that they reach unmultiplied by a matrix."""
+        copies = set(self.stream.spine)
+        for node, through in self.facts.carries.items():
+            if any(a in copies for a in through):
+                copies.add(node)
+        return copies
 
     def _number_sublayers(self) -> list[int]:
         """Feed-forward terms with one input, added before the stream is read again, are one: routed, shared experts."""
@@ -164,10 +173,18 @@ class _Naming:
                 size = fan(self.facts, node, weight) if weight is not None and len(data) == 1 else None
                 if weight is not None and size is not None:
                     name = self.facts.weight[weight]
-                    reads = _reads_stream(self.facts, data[0])
+                    reads = self._reads_stream(data[0])
                     matrix = Matrix(name, sublayer, "moe" if sublayer in moe else kind, reads, *size)
                     found.setdefault(name, matrix)
         return tuple(found.values())
+
+    def _reads_stream(self, node: Node) -> bool:
+        """The node is a copy of the stream: normed, cast, gathered or scaled, but not multiplied by a matrix."""
+        while node not in self.copies:
+            if op(node) not in ops.VIEWS or _parts(node):
+                return False
+            node = operands(node)[0]
+        return True
 
     def _norms(self) -> tuple[Norm, ...]:
         projected = {m for t in self.stream.terms for m, _ in t.projections}
@@ -253,18 +270,9 @@ class _Naming:
             weight = matrix_weight(self.facts, node)
             if weight is not None:
                 name = self.facts.weight[weight]
-                tied = any(name == e.parameter for e in embeddings)
-                return Head(_own_name(self.model, name, _module(node)), tied)
+                is_table = any(name == e.parameter for e in embeddings)
+                return Head(own_name(self.model, name, _module(node)), is_table)
         return None
-
-
-def _reads_stream(facts: Facts, node: Node) -> bool:
-    """The node is a copy of the stream: normed, cast, gathered or scaled, but not multiplied by a matrix."""
-    while node not in facts.carries:
-        if op(node) not in ops.VIEWS or _parts(node):
-            return False
-        node = operands(node)[0]
-    return True
 
 
 def _parts(node: Node) -> bool:
@@ -279,45 +287,3 @@ def _module(node: Node | None) -> str:
 
 def _heads(node: Node) -> bool:
     return len(ops.shape(node)) >= 3
-
-
-def _layers(model: nn.Module, parameters: list[str]) -> dict[str, int]:
-    """Path of each block that holds one of ``parameters`` -> its layer.
-
-    A block is an entry of the outermost list of modules on the parameter's path. Where one layer is spread over several
-    lists (all attentions in one, all MLPs in another), equal indices are one layer.
-    """
-    blocks = list(dict.fromkeys(block for name in parameters if (block := _block(model, name)) is not None))
-    indices = [block.rpartition(".")[2] for block in blocks]
-    lists = {block.rpartition(".")[0] for block in blocks}
-    if len(lists) > 1 and all(i.isdigit() for i in indices):
-        numbers = [int(i) for i in indices]
-        if numbers == sorted(numbers):
-            return dict(zip(blocks, numbers, strict=True))
-    return {block: i for i, block in enumerate(blocks)}
-
-
-def _block(model: nn.Module, parameter: str) -> str | None:
-    parts = parameter.split(".")
-    for i in range(1, len(parts)):
-        holder = model.get_submodule(".".join(parts[: i - 1]))
-        if isinstance(holder, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
-            return ".".join(parts[:i])
-    return None
-
-
-def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return tuple(tuple(group) for group in names.values() if len(group) > 1)
-
-
-def _own_name(model: nn.Module, parameter: str, module: str) -> str:
-    """The name that a tied parameter has on the module that uses it, such as ``lm_head.weight``."""
-    owner = dict(model.named_modules()).get(module)
-    target = model.get_parameter(parameter)
-    for name, value in owner.named_parameters(recurse=False) if owner is not None else ():
-        if value is target:
-            return f"{module}.{name}"
-    return parameter
