@@ -181,7 +181,7 @@ def test_inspect_cuts_no_name(tmp_path: Path) -> None:
     for name in ("model.layers.*.self_attn.o_proj.weight", "model.layers.*.post_feedforward_layernorm"):
         assert any(name in line.split() for line in done.stdout.splitlines())
     assert "layers 0-2" in done.stdout
-    assert "proven" in done.stdout.splitlines()[0]
+    assert done.stdout.splitlines()[1].startswith("proven: ")
     assert done.stderr == "mapping the residual stream ...\n"
 
 

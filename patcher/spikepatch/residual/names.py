@@ -23,10 +23,12 @@ def layers(model: nn.Module, parameters: list[str]) -> dict[str, int]:
 
 def _block(model: nn.Module, parameter: str) -> str | None:
     parts = parameter.split(".")
-    for i in range(1, len(parts)):
-        holder = model.get_submodule(".".join(parts[: i - 1]))
-        if isinstance(holder, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
-            return ".".join(parts[:i])
+    holders = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) - 1)]
+    # A dict of modules often holds the whole model by name: it is a list of blocks only where no list is inside it.
+    for kinds in ((nn.ModuleList, nn.Sequential), (nn.ModuleDict,)):
+        for i, holder in enumerate(holders):
+            if isinstance(holder, kinds):
+                return ".".join(parts[: i + 1])
     return None
 
 
