@@ -31,9 +31,11 @@ CONTRACT: dict[str, Any] = {
     "proven": bool,
     "leaks": list,
     "embeddings": [{"module": str, "parameter": str, "kind": str, "scale": float, "normed": bool}],
-    "residual_projections": [{"parameter": str, "layer": int, "sublayer": int, "kind": str}],
-    "norms": [{"module": str, "role": str, "kind": str, "eps": float, "layer": (int, type(None))}],
+    "residual_projections": [{"parameter": str, "layer": int, "sublayer": int, "kind": str, "between": list}],
+    "norms": [{"module": str, "role": str, "kind": str, "eps": float, "layer": (int, type(None)), "gain": str}],
     "head": {"parameter": str, "tied": bool},
+    "matrices": [{"parameter": str, "fan_in": int, "fan_out": int, "in_axis": int, "out_axis": int}],
+    "tied": [list],
     "streams": list,
 }
 

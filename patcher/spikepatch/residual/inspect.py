@@ -79,6 +79,7 @@ class _Naming:
     def map(self, source: str) -> ResidualMap:
         norms = self._norms()
         embeddings = self._embeddings()
+        projections = self._projections()
         return ResidualMap(
             source=source,
             model_type=getattr(getattr(self.model, "config", None), "model_type", ""),
@@ -86,11 +87,11 @@ class _Naming:
             width=ops.last(self.stream.end),
             layers=len(set(self.layers.values())),
             sublayers=len(set(self.sublayer)),
-            placement=self._placement(),
+            placement=self._placement(projections),
             proven=not self.stream.leaks,
             leaks=self.stream.leaks,
             embeddings=embeddings,
-            residual_projections=self._projections(),
+            residual_projections=projections,
             norms=norms,
             head=self._head(embeddings),
             matrices=self._matrices(),
@@ -117,15 +118,14 @@ class _Naming:
 
     def _addition(self, term: Term) -> Node:
         """Where the term joins the stream."""
-        found: set[Node] = set()
+        seen: set[Node] = set()
         todo = [term.node]
         while todo:
             node = todo.pop()
-            if node in self.stream.additions:
-                found.add(node)
-            else:
-                todo.extend(node.users)
-        return min(found, key=self.facts.order.__getitem__)
+            if node not in seen:
+                seen.add(node)
+                todo.extend(node.users if node not in self.stream.additions else ())
+        return min(seen & self.stream.additions, key=self.facts.order.__getitem__)
 
     def _point(self, node: Node) -> Node:
         while op(node) in ops.VIEWS:
@@ -190,7 +190,7 @@ class _Naming:
         projected = {m for t in self.stream.terms for m, _ in t.projections}
         on_branch = {n for t in self.stream.terms for m, _ in t.projections for n in steps(self.facts, t.node, m)}
         attention = {
-            n for t, kind in zip(self.stream.terms, self.kinds, strict=True) if kind == "attention" for n in t.interior
+            n for t, kind in zip(self.stream.terms, self.kinds, strict=True) if "attention" in kind for n in t.interior
         }
         stream = self.stream
         region = set(stream.spine | stream.suffix | self.facts.behind([stream.start]))
@@ -223,7 +223,7 @@ class _Naming:
             found.setdefault((module, role), Norm(module, role, norm.kind, norm.eps, layer, *gain(self.facts, norm)))
         return tuple(found.values())
 
-    def _placement(self) -> Placement:
+    def _placement(self, projections: tuple[ResidualProjection, ...]) -> Placement:
         terms = list(zip(self.stream.terms, self.sublayer, strict=True))
         points: dict[int, set[Node]] = {}
         for term, s in terms:
@@ -234,7 +234,7 @@ class _Naming:
         normed = {self._behind_gains(norm.input) for output, norm in norms.items() if output in stream}
         post = {s for t, s in terms if self._behind_gains(t.reads) in norms or self._addition(t) in normed}
         found: set[Placement] = set()
-        for projection in self._projections():
+        for projection in projections:
             s = projection.sublayer
             if projection.branch_norm is not None:
                 found.add("branch-norm")
