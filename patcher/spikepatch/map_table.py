@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 def lines(residual: ResidualMap) -> Iterator[str]:
     """What the stream is, whether that is proven, and a table of its parts; then the same of every stream it reads."""
     yield f"{residual.architecture} ({residual.model_type or 'a plain module'}): {_summary(residual)}"
-    yield from _body(residual)
+    tied = [("tied", name, "", f"is {first}") for first, *others in residual.tied for name in others]
+    yield from _proof(residual)
+    yield from columns([*_rows(residual), *tied])
     for stream in residual.streams:
         yield ""
         yield f"the stream that cross-attention reads: {_summary(stream)}"
-        yield from _body(stream)
+        yield from _proof(stream)
+        yield from columns([*_rows(stream)])
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
@@ -33,23 +36,14 @@ def _summary(residual: ResidualMap) -> str:
     )
 
 
-def _body(residual: ResidualMap) -> Iterator[str]:
+def _proof(residual: ResidualMap) -> Iterator[str]:
     count = len(residual.residual_projections)
     if residual.proven:
-        parts = ["the embeddings", *(["the norms on it"] if _normed(residual) else [])]
-        parts += ["the head"] if residual.head is not None else []
-        yield (
-            f"proven: with all {count} residual projections cut, nothing but the stream reaches the output:"
-            f" {', '.join(parts)}; each one given back brings its own sub-layer alive"
-        )
+        yield f"proven: with all {count} residual projections cut, the output depends only on the embedding path, on"
+        yield "norms and gains on the stream, and on the head; any one given back brings its own sub-layer alive"
     else:
         yield f"NOT proven: with all {count} residual projections cut,"
         yield from (f"  {leak}" for leak in residual.leaks)
-    yield from columns([*_rows(residual)])
-
-
-def _normed(residual: ResidualMap) -> bool:
-    return any(norm.role in {"embedding", "post", "final"} for norm in residual.norms)
 
 
 def _rows(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
@@ -75,9 +69,6 @@ def _rows(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
         yield part, name, _ranges(sorted({layer for layer in layers if layer is not None})), detail
     if residual.head is not None:
         yield "head", residual.head.parameter, "", "tied" if residual.head.tied else "its own matrix"
-    for first, *others in residual.tied:
-        for other in others:
-            yield "tied", other, "", f"is {first}"
 
 
 def _fan(matrix: Matrix) -> str:

@@ -12,7 +12,6 @@ from torch.fx import Node
 
 from spikepatch.errors import Refused
 from spikepatch.residual import ops
-from spikepatch.residual.facts import Facts
 from spikepatch.residual.kinds import between, kind_of, multiplier, steps
 from spikepatch.residual.map import (
     Embedding,
@@ -25,6 +24,7 @@ from spikepatch.residual.map import (
     ResidualProjection,
 )
 from spikepatch.residual.measure import measure
+from spikepatch.residual.names import layers, own_name, tied
 from spikepatch.residual.ops import op, operands, place
 from spikepatch.residual.proof import Term
 from spikepatch.residual.stream import Stream, find
@@ -70,14 +70,16 @@ class _Naming:
 
     def __init__(self, model: nn.Module, stream: Stream) -> None:
         self.model, self.stream, self.facts = model, stream, stream.facts
+        self.copies = self._copies()
         self.kinds = [kind_of(self.facts, term) for term in stream.terms]
         self.sublayer = self._number_sublayers()
         parameters = [parameter for term in stream.terms for _, parameter in term.projections]
-        self.layers = _layers(model, list(dict.fromkeys(parameters)))
+        self.layers = layers(model, list(dict.fromkeys(parameters)))
 
     def map(self, source: str) -> ResidualMap:
         norms = self._norms()
         embeddings = self._embeddings()
+        projections = self._projections()
         return ResidualMap(
             source=source,
             model_type=getattr(getattr(self.model, "config", None), "model_type", ""),
@@ -85,16 +87,16 @@ class _Naming:
             width=self._width(),
             layers=len(set(self.layers.values())),
             sublayers=len(set(self.sublayer)),
-            placement=self._placement(),
+            placement=self._placement(projections),
             proven=not self.stream.leaks,
             leaks=self.stream.leaks,
             reaches=self.stream.reaches,
             embeddings=embeddings,
-            residual_projections=self._projections(),
+            residual_projections=projections,
             norms=norms,
             head=self._head(embeddings),
             matrices=self._matrices(),
-            tied=_tied(self.model),
+            tied=tied(self.model),
         )
 
     def _width(self) -> int:
@@ -106,6 +108,14 @@ class _Naming:
                 if size is not None or not self.facts.product(matmul):  # a sum with a bias, which lies along the width
                     return size.fan_out if size is not None else ops.last(matmul)
         return ops.last(self.stream.end)
+
+    def _copies(self) -> set[Node]:
+        """What carries this stream and no other: its own nodes, and those that they reach unmultiplied by a matrix."""
+        copies = set(self.stream.spine)
+        for node, through in self.facts.carries.items():
+            if any(a in copies for a in through):
+                copies.add(node)
+        return copies
 
     def _number_sublayers(self) -> list[int]:
         """Feed-forward terms with one input, added before the stream is read again, are one: routed, shared experts."""
@@ -119,15 +129,14 @@ class _Naming:
 
     def _addition(self, term: Term) -> Node:
         """Where the term joins the stream."""
-        found: set[Node] = set()
+        seen: set[Node] = set()
         todo = [term.node]
         while todo:
             node = todo.pop()
-            if node in self.stream.additions:
-                found.add(node)
-            else:
-                todo.extend(node.users)
-        return min(found, key=self.facts.order.__getitem__)
+            if node not in seen:
+                seen.add(node)
+                todo.extend(node.users if node not in self.stream.additions else ())
+        return min(seen & self.stream.additions, key=self.facts.order.__getitem__)
 
     def _point(self, node: Node) -> Node:
         while op(node) in ops.VIEWS:
@@ -175,16 +184,24 @@ class _Naming:
                 size = fan(self.facts, node, weight) if weight is not None and len(data) == 1 else None
                 if weight is not None and size is not None:
                     name = self.facts.weight[weight]
-                    reads = _reads_stream(self.facts, data[0])
+                    reads = self._reads_stream(data[0])
                     matrix = Matrix(name, sublayer, "moe" if sublayer in moe else kind, reads, *size)
                     found.setdefault(name, matrix)
         return tuple(found.values())
+
+    def _reads_stream(self, node: Node) -> bool:
+        """The node is a copy of the stream: normed, cast, gathered or scaled, but not multiplied by a matrix."""
+        while node not in self.copies:
+            if op(node) not in ops.VIEWS or _parts(node):
+                return False
+            node = operands(node)[0]
+        return True
 
     def _norms(self) -> tuple[Norm, ...]:
         projected = {m for t in self.stream.terms for m, _ in t.projections}
         on_branch = {n for t in self.stream.terms for m, _ in t.projections for n in steps(self.facts, t.node, m)}
         attention = {
-            n for t, kind in zip(self.stream.terms, self.kinds, strict=True) if kind == "attention" for n in t.interior
+            n for t, kind in zip(self.stream.terms, self.kinds, strict=True) if "attention" in kind for n in t.interior
         }
         stream = self.stream
         region = set(stream.spine | stream.suffix | self.facts.behind([stream.start]))
@@ -217,7 +234,7 @@ class _Naming:
             found.setdefault((module, role), Norm(module, role, norm.kind, norm.eps, layer, *gain(self.facts, norm)))
         return tuple(found.values())
 
-    def _placement(self) -> Placement:
+    def _placement(self, projections: tuple[ResidualProjection, ...]) -> Placement:
         terms = list(zip(self.stream.terms, self.sublayer, strict=True))
         points: dict[int, set[Node]] = {}
         for term, s in terms:
@@ -228,7 +245,7 @@ class _Naming:
         normed = {self._behind_gains(norm.input) for output, norm in norms.items() if output in stream}
         post = {s for t, s in terms if self._behind_gains(t.reads) in norms or self._addition(t) in normed}
         found: set[Placement] = set()
-        for projection in self._projections():
+        for projection in projections:
             s = projection.sublayer
             if projection.branch_norm is not None:
                 found.add("branch-norm")
@@ -264,18 +281,9 @@ class _Naming:
             weight = matrix_weight(self.facts, node)
             if weight is not None:
                 name = self.facts.weight[weight]
-                tied = any(name == e.parameter for e in embeddings)
-                return Head(_own_name(self.model, name, place(node)), tied)
+                is_table = any(name == e.parameter for e in embeddings)
+                return Head(own_name(self.model, name, place(node)), is_table)
         return None
-
-
-def _reads_stream(facts: Facts, node: Node) -> bool:
-    """The node is a copy of the stream: normed, cast, gathered or scaled, but not multiplied by a matrix."""
-    while node not in facts.carries:
-        if op(node) not in ops.VIEWS or _parts(node):
-            return False
-        node = operands(node)[0]
-    return True
 
 
 def _parts(node: Node) -> bool:
@@ -284,45 +292,3 @@ def _parts(node: Node) -> bool:
 
 def _heads(node: Node) -> bool:
     return len(ops.shape(node)) >= 3
-
-
-def _layers(model: nn.Module, parameters: list[str]) -> dict[str, int]:
-    """Path of each block that holds one of ``parameters`` -> its layer.
-
-    A block is an entry of the outermost list of modules on the parameter's path. Where one layer is spread over several
-    lists (all attentions in one, all MLPs in another), equal indices are one layer.
-    """
-    blocks = list(dict.fromkeys(block for name in parameters if (block := _block(model, name)) is not None))
-    indices = [block.rpartition(".")[2] for block in blocks]
-    lists = {block.rpartition(".")[0] for block in blocks}
-    if len(lists) > 1 and all(i.isdigit() for i in indices):
-        numbers = [int(i) for i in indices]
-        if numbers == sorted(numbers):
-            return dict(zip(blocks, numbers, strict=True))
-    return {block: i for i, block in enumerate(blocks)}
-
-
-def _block(model: nn.Module, parameter: str) -> str | None:
-    parts = parameter.split(".")
-    for i in range(1, len(parts)):
-        holder = model.get_submodule(".".join(parts[: i - 1]))
-        if isinstance(holder, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
-            return ".".join(parts[:i])
-    return None
-
-
-def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return tuple(tuple(group) for group in names.values() if len(group) > 1)
-
-
-def _own_name(model: nn.Module, parameter: str, module: str) -> str:
-    """The name that a tied parameter has on the module that uses it, such as ``lm_head.weight``."""
-    owner = dict(model.named_modules()).get(module)
-    target = model.get_parameter(parameter)
-    for name, value in owner.named_parameters(recurse=False) if owner is not None else ():
-        if value is target:
-            return f"{module}.{name}"
-    return parameter

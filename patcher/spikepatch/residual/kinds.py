@@ -124,17 +124,28 @@ def between(facts: Facts, term: Node, matmul: Node) -> tuple[Between, ...]:
 
 
 def _own_bias(facts: Facts, matmul: Node) -> list[str]:
-    """The bias that a fused matmul adds."""
-    position = 2 if op(matmul) in ops.CONVOLUTIONS else {"linear": 2, "addmm": 0, "baddbmm": 0}.get(op(matmul))
-    bias = matmul.args[position] if position is not None and len(matmul.args) > position else None
+    """The bias that a fused matmul adds, or that is added right behind it and cut with it."""
+    if op(matmul) in ops.ADDS:
+        bias: object = next((a for a in operands(matmul) if a not in facts.varies), None)
+    else:
+        position = 2 if op(matmul) in ops.CONVOLUTIONS else {"linear": 2, "addmm": 0, "baddbmm": 0}.get(op(matmul))
+        bias = matmul.args[position] if position is not None and len(matmul.args) > position else None
     name = _learned(facts, [bias] if isinstance(bias, Node) else [])
     return [name] if name is not None else []
 
 
 def _learned(facts: Facts, nodes: Iterable[Node]) -> str | None:
-    """The first parameter that the nodes, which are computed from parameters and constants, depend on."""
-    held = [n for n in facts.behind(nodes) if n in facts.trace.parameters]
-    return facts.trace.parameters[min(held, key=facts.order.__getitem__)] if held else None
+    """The parameter nearest behind the nodes, which are computed from parameters and constants."""
+    todo = list(nodes)
+    seen: set[Node] = set()
+    while todo:
+        node = todo.pop(0)
+        if node in facts.weight:
+            return facts.weight[node]
+        if node not in seen:
+            seen.add(node)
+            todo.extend(a for a in operands(node) if a not in facts.varies)
+    return None
 
 
 def multiplier(facts: Facts, term: Node, matmul: Node) -> float:

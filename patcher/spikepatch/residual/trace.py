@@ -77,9 +77,12 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
                 return recorded(model, example)
             except Exception as error:
                 raise _untraceable(type(model).__name__, example, _line(not_exported), _line(error)) from error
-    # A number that the forward pass makes a tensor of has no value in a graph that was exported on meta.
-    lost = any(isinstance(c, torch.Tensor) and c.is_meta for c in program.constants.values())
-    return recorded(model, example) if lost else _flat(program, model, twin, example)
+    # A number that the forward pass makes a tensor of has no value in a graph that was exported on meta: only a
+    # recorded graph can be run.
+    if any(isinstance(c, torch.Tensor) and c.is_meta for c in program.constants.values()):
+        with contextlib.suppress(Exception):
+            return recorded(model, example)
+    return _flat(program, model, twin, example)
 
 
 def _untraceable(name: str, example: Mapping[str, torch.Tensor], exported: str, recorded: str) -> Refused:
