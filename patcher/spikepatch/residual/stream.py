@@ -22,6 +22,7 @@ from spikepatch.residual.facts import Facts, narrows
 from spikepatch.residual.ops import last, op, operands, place, shape
 from spikepatch.residual.proof import Term, prove
 from spikepatch.residual.trace import Trace
+from spikepatch.residual.weights import matrix_weight
 
 
 @dataclass(frozen=True)
@@ -295,8 +296,8 @@ def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
     name = op(node)
     arguments = facts.data(node)
     if facts.product(node):
-        names = [facts.weight[a] for a in operands(node) if a in facts.weight and len(shape(a)) > 1]
-        return {node: names[0]} if names and len(arguments) == 1 else {}
+        weight = matrix_weight(facts, node)
+        return {node: facts.weight[weight]} if weight is not None and len(arguments) == 1 else {}
     if name in ops.ADDS and any(a in facts.weight for a in operands(node)) and len(arguments) == 1:
         found = _projections(facts, arguments[0], seen)  # a bias of its own: cut behind it
         return {node: next(iter(found.values()))} if len(found) == 1 else found
