@@ -56,7 +56,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = moved
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
