@@ -184,7 +184,9 @@ def _changes(plan: Plan) -> Iterator[str]:
             case ScaleEmbedding():
                 yield f"{edit.module}: output * {edit.factor:.6g}" + (" = sqrt(d)" if edit.per_width else "")
             case NormEmbedding():
-                yield f"{edit.module}: output through a {NORM_NAMES[edit.kind]}" + ("" if edit.affine else " without gain")
+                yield f"{edit.module}: output through a {NORM_NAMES[edit.kind]}" + (
+                    "" if edit.affine else " without gain"
+                )
             case DetachEmbedding():
                 yield f"{edit.module}: {edit.gradient:g} of its gradient"
             case Untie():

@@ -80,7 +80,7 @@ def make_plan(
         source=residual.source,
         architecture=residual.architecture,
         model_type=residual.model_type,
-        streams=tuple(_stream(each, shapes) for each in maps),
+        streams=tuple(_stream(each) for each in maps),
         reinit=reinit,
         seed=seed,
         edits=tuple(edits.values()),
@@ -153,7 +153,8 @@ def _target(edit: Edit) -> tuple[str, str]:
             return "embedding", name
 
 
-def _stream(residual: ResidualMap, shapes: Mapping[str, tuple[int, ...]]) -> Stream:
+def _stream(residual: ResidualMap) -> Stream:
     first = {p.sublayer: p.parameter for p in reversed(residual.residual_projections)}
     sublayers = tuple(first.values())[::-1]
-    return Stream(residual.width, sublayers, shapes[sublayers[0]].index(residual.width))
+    axis = next(matrix.out_axis for matrix in residual.matrices if matrix.parameter == sublayers[0])
+    return Stream(residual.width, sublayers, axis)

@@ -90,7 +90,7 @@ class ScaleEmbedding:
 
 @dataclass(frozen=True)
 class NormEmbedding:
-    """Put a norm behind the embedding ``module``; ``affine``: with a gain of 1 at first, and a LayerNorm's bias of 0."""
+    """Put a norm behind the embedding ``module``; ``affine``: with a gain (1 at first), and a bias (0) of a LayerNorm."""
 
     module: str
     eps: float
@@ -231,7 +231,7 @@ class Plan:
 
     @property
     def structural(self) -> bool:
-        """The forward or backward pass changes, not only values: such a model is not its plain architecture any more."""
+        """The forward or backward pass changes, not only values: the plain architecture would leave that out."""
         return bool(self.select(EmbeddingEdit))
 
     @property

@@ -148,7 +148,9 @@ def _changes(plan: Plan) -> list[str]:
         names = [c.parameter for c in constants if c.value + c.offset == value]
         lines.append(f"{len(names)} parameters set to {value:.6g}, such as `{names[0]}`")
     lines += [f"`{e.module}`: output multiplied by {e.factor:.6g}" for e in plan.select(ScaleEmbedding)]
-    lines += [f"`{e.module}`: output through a {NORM_NAMES[e.kind]} (eps {e.eps:g})" for e in plan.select(NormEmbedding)]
+    lines += [
+        f"`{e.module}`: output through a {NORM_NAMES[e.kind]} (eps {e.eps:g})" for e in plan.select(NormEmbedding)
+    ]
     lines += [f"`{e.module}`: {e.gradient:g} of its gradient" for e in plan.select(DetachEmbedding)]
     lines += [f"`{e.head}`: own matrix, no longer tied to `{e.embedding}`" for e in plan.select(Untie)]
     return lines
