@@ -90,7 +90,7 @@ class ScaleEmbedding:
 
 @dataclass(frozen=True)
 class NormEmbedding:
-    """Put a norm behind the embedding ``module``; ``affine``: with a gain (1 at first), and a bias (0) of a LayerNorm."""
+    """Put a norm behind the embedding ``module``; ``affine``: with a gain (first 1), a LayerNorm also with a bias (0)."""
 
     module: str
     eps: float
