@@ -237,7 +237,7 @@ def test_an_own_recipe_by_the_command(own_module: str) -> None:
     [
         ("own_ramp:MISSING", r"cannot be imported(.|\n)*AttributeError(.|\n)*MISSING"),
         ("own_missing:RECIPE", r"cannot be imported(.|\n)*ModuleNotFoundError"),
-        ("own_ramp:NUMBER", r"no recipe(.|\n)*a int"),
+        ("own_ramp:NUMBER", r"no recipe(.|\n)*of type int"),
         ("own_ramp:TAKEN", r"'vanilla' cannot be the name(.|\n)*another recipe of this name"),
         ("own_ramp:BAD", r"cannot be the name(.|\n)*not a plain name"),
     ],

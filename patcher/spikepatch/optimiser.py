@@ -9,6 +9,7 @@ from torch import nn
 
 from spikepatch.errors import Refused
 from spikepatch.plans import Plan
+from spikepatch.runtime.embedding import pattern
 
 
 def param_groups(model: nn.Module, weight_decay: float = 0.1, *, plan: Plan | None = None) -> list[dict[str, Any]]:
@@ -16,9 +17,9 @@ def param_groups(model: nn.Module, weight_decay: float = 0.1, *, plan: Plan | No
 
         optimiser = torch.optim.AdamW(spikepatch.param_groups(model, weight_decay=0.1), lr=1e-3)
 
-    Without it are all vectors and scalars (gains of norms, biases), parameters that their module marks with
-    ``_no_weight_decay`` (state-space matrices), and embeddings where the recipe says so; with it are the matrices. A
-    tied matrix counts once, as an embedding.
+    Without it are all vectors and scalars (gains of norms, biases), what the plan knows to be no matrix (a bias for
+    each expert, state-space parameters), what carries the mark ``_no_weight_decay`` that state-space libraries use, and
+    embeddings where the recipe says so; with it are the matrices. A tied matrix counts once, as an embedding.
 
     Args:
         model: patched or not; a plain module, a transformers model, or one loaded from a patched folder. As long as it
@@ -30,7 +31,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.1, *, plan: Plan | No
         Groups ``{"params": [...], "weight_decay": ...}``, none of them empty; every parameter is in exactly one.
 
     Raises:
-        Refused: the recipe names an embedding that the model does not have, as under a wrapper.
+        Refused: the plan names a parameter that the model does not have, as under a wrapper.
     """
     bare = _without_decay(model, plan)
     parameters = dict(model.named_parameters())  # a tied one once
@@ -45,20 +46,25 @@ def param_groups(model: nn.Module, weight_decay: float = 0.1, *, plan: Plan | No
 
 
 def _without_decay(model: nn.Module, plan: Plan | None) -> set[int]:
-    """Identities of the embeddings that the recipe wants without weight decay."""
+    """Identities of what the plan, or the config's record of it, wants without weight decay."""
     plan = plan or getattr(model, "_spikepatch_plan", None)
     record = getattr(getattr(model, "config", None), "spikepatch", None)
-    names = plan.no_decay if plan is not None else record.get("no_decay", ()) if isinstance(record, Mapping) else ()
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if plan is not None:
+        places = {pattern(name) for name in plan.no_decay}
+    else:
+        places = set(record["no_decay"] if isinstance(record, Mapping) else ())
     # Names are those of the full model; one without its head is a part of it.
-    found = {name: parameters.get(name, parameters.get(name.removeprefix(prefix))) for name in names}
-    missing = [name for name, parameter in found.items() if parameter is None]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found: dict[str, set[int]] = {place: set() for place in places}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for place in {pattern(name), pattern(prefix + name)} & places:
+            found[place].add(id(parameter))
+    missing = sorted(place for place in places if not found[place])
     if missing:
         raise Refused(
-            what="the recipe's embeddings are not in this model",
+            what="the plan's parameters are not in this model",
             where=type(model).__name__,
             why=f"it has no {', '.join(missing[:3])}",
             remedy="pass the model itself, not a wrapper (model.module of DistributedDataParallel), or another plan",
         )
-    return {id(parameter) for parameter in found.values()}
+    return set().union(*found.values())

@@ -163,7 +163,7 @@ def _imported(place: str) -> Recipe:
         raise Refused(
             what="this is no recipe",
             where=place,
-            why=f"it is a {type(found).__name__}",
+            why=f"it is of type {type(found).__name__}",
             remedy="make it a spikepatch.Recipe(name, transforms)",
         )
     return found
