@@ -55,7 +55,7 @@ def test_what_has_two_dimensions_and_is_no_matrix(model_type: str, names_of_laye
 
 def test_the_mark_of_state_space_libraries() -> None:
     model = nn.Linear(3, 3)
-    model.weight._no_weight_decay = True
+    model.weight._no_weight_decay = True  # type: ignore[attr-defined]
     (group,) = spikepatch.param_groups(model)
     assert len(group["params"]) == 2
     assert group["weight_decay"] == 0.0
@@ -128,6 +128,6 @@ def test_a_wrapper_hides_the_names() -> None:
     model = tiny_model("gpt2")
     spikepatch.patch(model, "olmo2-init", reinit="all")
     wrapper = nn.Sequential(model)
-    wrapper.config = model.config  # type: ignore[assignment]
+    wrapper.config = model.config
     with pytest.raises(Refused, match=r"not in this model(.|\n)*transformer\.wte\.weight(.|\n)*not a wrapper"):
         spikepatch.param_groups(wrapper)
