@@ -40,7 +40,7 @@ def test_equation_on_real_tensors() -> None:
 
 
 def test_xavier_counts_each_matrix_by_itself() -> None:
-    """2 / (fan_in + fan_out): queries, keys and values fused count as they lie, experts one by one, tables as torch has it."""
+    """2 / (fan_in + fan_out): fused queries, keys and values as one, experts one by one, tables as torch counts."""
     gpt2 = fills("gpt2", SmallInit("xavier"))
     assert gpt2["transformer.h.0.attn.c_attn.weight"].std == pytest.approx(math.sqrt(2 / (64 + 192)), rel=1e-15)
     assert gpt2["transformer.wte.weight"].std == pytest.approx(math.sqrt(2 / (500 + 64)), rel=1e-15)
