@@ -89,11 +89,7 @@ def test_mitchell() -> None:
         for name, fill in found.items():
             assert (fill.distribution, fill.cut, fill.depth) == ("truncated", 3.0, 0.0)
             (axis,) = fill.axes
-            assert (
-                model.get_parameter(name).shape[axis]
-                == fill.fan
-                == round(1 / fill.std**2 / 2 / (1 + int(name.split(".")[2])))
-            )
+            assert model.get_parameter(name).shape[axis] == fill.fan == (inner if "mlp" in name else 64)
 
 
 def test_mitchell_of_experts() -> None:

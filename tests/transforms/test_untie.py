@@ -100,7 +100,8 @@ class Multiplies(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.tokens(input_ids)
         x = x + self.down(torch.relu(self.up(self.norm(x))))
-        return x @ self.tokens.weight.T
+        logits: torch.Tensor = x @ self.tokens.weight.T
+        return logits
 
 
 def test_a_head_that_is_the_table_itself() -> None:

@@ -187,7 +187,7 @@ def _check_untied(twin: Any, edit: Untie) -> None:
     built = build_meta(type(twin), config, where=type(twin).__name__)
     wanted, found = _tied(twin), _tied(built)
     if wanted != found:
-        names = sorted(max(wanted ^ found, key=len))
+        names = sorted(set().union(*(wanted ^ found)))
         raise Refused(
             what="this model's class cannot untie its head alone",
             where=type(twin).__name__,
