@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 import spikepatch
 from spikepatch.errors import Refused
@@ -172,6 +173,43 @@ def test_the_streams_of_a_plan() -> None:
         plan = spikepatch.plan(tiny_model(model_type), "vanilla", reinit="all")
         assert plan.streams == (Stream(64, sublayers, axis),)
         assert (plan.width, plan.sublayers) == (64, sublayers)
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+    result: torch.Tensor = model(**tokens).logits
+    return result
+
+
+@pytest.mark.parametrize("recipe", ["scaled-embed", "embed-ln"])
+def test_resizing_keeps_the_patch(recipe: str, tmp_path: Path) -> None:
+    """t5 then puts its plain, shared embedding into both stacks: the patched ones, of the same matrix, come back."""
+    model: Any = encoder_decoder("t5")
+    spikepatch.patch(model, recipe, reinit="all")
+    with torch.no_grad():
+        for stack in (model.encoder, model.decoder):
+            if recipe == "embed-ln":
+                stack.embed_tokens.norm.bias.normal_()
+    tokens = {"input_ids": ids(model), "decoder_input_ids": ids(model, 5)}
+    before = logits(model, tokens)
+    model.resize_token_embeddings(520, mean_resizing=False)
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+    assert tuple(model.shared.weight.shape) == (520, 64)
+    after = logits(model, tokens)
+    slack = 64 * torch.finfo(torch.float32).eps * float(before.abs().max())
+    assert float((after[..., :500] - before).abs().max()) < slack  # a longer product may sum in another order
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert float((logits(loaded, tokens) - after).abs().max()) < slack
+
+
+def test_another_embedding_would_lose_the_patch() -> None:
+    for model in (encoder_decoder("t5"), tiny_model("gpt2")):
+        spikepatch.patch(model, "scaled-embed", reinit="all")
+        patched = {name for name, module in model.named_modules() if hasattr(module, "is_spikepatched")}
+        with pytest.raises(ValueError, match="would lose what config"):
+            model.set_input_embeddings(torch.nn.Embedding(500, 64))
+        assert patched == {name for name, module in model.named_modules() if hasattr(module, "is_spikepatched")}
 
 
 def test_patched_twice() -> None:

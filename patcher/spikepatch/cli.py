@@ -72,7 +72,12 @@ def main() -> None:
 @main.command(help=f"Write a patched copy of SOURCE to OUT.\n{_SOURCE_HELP}")
 @click.argument("source")
 @click.argument("out", type=click.Path())
-@click.option("--recipe", default="scaled-embed", show_default=True, help="What to put in; see `spikepatch recipes`.")
+@click.option(
+    "--recipe",
+    default="scaled-embed",
+    show_default=True,
+    help="What to put in: a name that `spikepatch recipes` lists, a TOML file, or module:NAME of your own.",
+)
 @click.option(
     "--reinit",
     type=click.Choice(["all", "residual", "none"]),
@@ -151,8 +156,9 @@ def recipes() -> None:
         for advice in filter(None, ("no weight decay on embeddings" * recipe.no_decay_embeddings, recipe.advice)):
             click.echo(f"    {advice}")
         click.echo(f"    {recipe.source}\n")
-    click.echo("W: sub-layer matrices. E: embeddings. d: width of the residual stream.")
+    click.echo("W: sub-layer matrices. E: embeddings. d: width of the residual stream. N: number of layers.")
     click.echo("S: number of sub-layers, counted from the map (2N in a classic decoder of N layers).")
+    click.echo("--recipe takes one of your own too: a TOML file of transforms (my.toml), or module:NAME in Python.")
 
 
 def _print_conversion(result: Conversion, *, dry_run: bool) -> None:
