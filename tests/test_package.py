@@ -114,7 +114,7 @@ RANKS = (
     ("spikepatch_transforms",),
     ("recipes", "recipe_files"),
     ("apply", "planning"),
-    ("drift", "conversion", "architectures"),
+    ("drift", "conversion", "architectures", "map_table"),
     ("cli",),
     ("__main__",),
 )
