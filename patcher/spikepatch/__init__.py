@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from spikepatch.apply.module import patch, save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
+    from spikepatch.optimiser import param_groups
     from spikepatch.planning import plan
-    from spikepatch.plans import Plan
+    from spikepatch.plans import Plan, Recipe
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
 
@@ -29,8 +30,10 @@ _HOME = {
     "ResidualMap": "spikepatch.residual.map",
     "plan": "spikepatch.planning",
     "Plan": "spikepatch.plans",
+    "Recipe": "spikepatch.plans",
     "patch": "spikepatch.apply.module",
     "save": "spikepatch.apply.module",
+    "param_groups": "spikepatch.optimiser",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
     "SpikepatchError": "spikepatch.errors",
@@ -44,11 +47,13 @@ __all__ = [
     "BadTarget",
     "Conversion",
     "Plan",
+    "Recipe",
     "Refused",
     "ResidualMap",
     "SpikepatchError",
     "convert",
     "inspect",
+    "param_groups",
     "patch",
     "plan",
     "save",
