@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from spikepatch.apply.initialize import initialize
     from spikepatch.apply.module import patch, save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
@@ -30,6 +31,7 @@ _HOME = {
     "plan": "spikepatch.planning",
     "Plan": "spikepatch.plans",
     "patch": "spikepatch.apply.module",
+    "initialize": "spikepatch.apply.initialize",
     "save": "spikepatch.apply.module",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
@@ -48,6 +50,7 @@ __all__ = [
     "ResidualMap",
     "SpikepatchError",
     "convert",
+    "initialize",
     "inspect",
     "patch",
     "plan",

@@ -96,6 +96,11 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def draw(plan: Plan, fill: Fill, target: Target, start: int, stop: int) -> torch.Tensor:
+    """Elements ``start`` to ``stop`` (row-major) of a target that ``fill`` draws; float32, on the CPU, flat."""
+    return gaussian(plan.seed, target.name, start, stop, fill.std)
+
+
 def values(
     plan: Plan, skeleton: nn.Module, buffers: Mapping[str, torch.Tensor]
 ) -> Callable[[Target], torch.Tensor | None]:
@@ -114,14 +119,13 @@ def values(
     def value(target: Target) -> torch.Tensor | None:
         fill = fills.get(target.owner)
         if fill is not None:
-            flat = gaussian(plan.seed, target.name, 0, target.elements, fill.std)
-            return flat.view(target.shape)
+            return draw(plan, fill, target, 0, target.elements).view(target.shape)
         if plan.reinit != "all" and not _added(plan, target.owner):
             return None
         module = target.owner.rpartition(".")[0]
         if module not in last:
             last.clear()
-            last[module] = own_initialiser(skeleton, module, plan.seed, buffers)
+            last[module] = own_initialiser(skeleton, module, plan.seed, buffers, fills)
         return target.view(last[module][target.owner])
 
     return value
