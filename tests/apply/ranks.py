@@ -9,6 +9,7 @@ every case, what failed on which rank. The names of the cases are read by ``test
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import re
@@ -34,6 +35,7 @@ import spikepatch
 from tests.architectures import ids, tiny_config, tiny_model
 
 Case = Callable[[], None]
+LAYERS = {"num_hidden_layers": 2}
 TWO: dict[str, Case] = {}
 FOUR: dict[str, Case] = {}
 
@@ -48,7 +50,20 @@ def case(cases: dict[str, Case]) -> Callable[[Case], Case]:
 
 def meta_model(model_type: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).to(dtype).eval()
+        return AutoModelForCausalLM.from_config(tiny_config(model_type, **LAYERS, **changes)).to(dtype).eval()
+
+
+@functools.cache
+def plan_of(model_type: str, **tie: bool) -> spikepatch.Plan:
+    """Of any number of rows, inner width and experts: the plan has names and the width of the stream only."""
+    return spikepatch.plan(meta_model(model_type, **tie), "scaled-embed", reinit="all", seed=11)
+
+
+def prepared(model_type: str, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, spikepatch.Plan]:
+    """A patched model on the meta device, and its plan."""
+    model = meta_model(model_type, dtype, **changes)
+    plan = plan_of(model_type, **{name: value for name, value in changes.items() if name == "tie_word_embeddings"})
+    return spikepatch.patch(model, plan), plan
 
 
 def shard_blocks(model: Any, mesh: DeviceMesh | None = None) -> None:
@@ -68,14 +83,12 @@ def initialized(
     **changes: Any,
 ) -> Any:
     """A sharded model, filled, and found equal to the unsharded one: parameters, buffers, ties and logits."""
-    model = meta_model(model_type, dtype, **changes)
-    plan = spikepatch.plan(model, "scaled-embed", reinit="all", seed=11)
-    spikepatch.patch(model, plan)
+    model, plan = prepared(model_type, dtype, **changes)
     shard(model)
     model.to_empty(device="cpu")
     spoil(model)
     assert spikepatch.initialize(model, plan) is model
-    whole = tiny_model(model_type, **changes).to(dtype)
+    whole = tiny_model(model_type, **LAYERS, **changes).to(dtype)
     spikepatch.patch(whole, plan)
     compare(model, whole)
     if not forward:
@@ -137,9 +150,7 @@ def tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
 
 
 def refused(model_type: str, shard: Callable[[Any, DeviceMesh], object], match: str, **changes: Any) -> None:
-    model = meta_model(model_type, **changes)
-    plan = spikepatch.plan(model, "scaled-embed", reinit="all")
-    spikepatch.patch(model, plan)
+    model, plan = prepared(model_type, **changes)
     shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     model.to_empty(device="cpu")
     spoil(model)
@@ -206,16 +217,10 @@ def fsdp_of_checkpoint_wrappers() -> None:
 def one_after_another() -> None:
     """A forward pass leaves the root gathered; what is written then must go into the shards."""
     model = initialized("gpt2", shard_blocks)
-    plan = spikepatch.plan("arch:gpt2", reinit="all")
-    try:
-        spikepatch.initialize(model, plan)
-    except spikepatch.Refused as error:
-        assert "not the one" in str(error)
-    plan = model._spikepatch_plan
     with torch.no_grad():
         before = [p.full_tensor() if isinstance(p, DTensor) else p.clone() for p in model.parameters()]
     spoil(model)
-    spikepatch.initialize(model, plan)
+    spikepatch.initialize(model, plan_of("gpt2"))
     assert all(isinstance(p, DTensor) for p in model.parameters())
     assert all(torch.equal(p.full_tensor(), b) for p, b in zip(model.parameters(), before, strict=True))
 
@@ -320,6 +325,18 @@ def fsdp_two_experts_for_four() -> None:
 
 
 @case(FOUR)
+def refused_fsdp_over_tensor_parallel_uneven() -> None:
+    """98 rows by 2 by 2: what DTensor's placements say is not what FSDP has cut."""
+
+    def shard(model: Any, _: DeviceMesh) -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        tensor_parallel(model, mesh["tensor"])
+        shard_blocks(model, mesh["data"])
+
+    refused("llama", shard, "up_proj.weight.*no contiguous range", intermediate_size=98)
+
+
+@case(FOUR)
 def fsdp_over_tensor_parallel() -> None:
     """FSDP cuts the rows of what tensor parallelism has cut by rows: a strided shard in DTensor's terms."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -336,7 +353,6 @@ def fsdp_over_tensor_parallel() -> None:
 
 
 def run(rank: int, size: int, rendezvous: str, out: str) -> None:
-    torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=120)
@@ -354,7 +370,11 @@ def run(rank: int, size: int, rendezvous: str, out: str) -> None:
 
 
 def main(out: str) -> None:
+    torch.set_num_threads(1)
     merged: dict[str, dict[str, str]] = {}
+    for model_type in ("llama", "gpt2", "mamba", "mixtral", "qwen3"):
+        plan_of(model_type)  # before the ranks do it each
+    plan_of("llama", tie_word_embeddings=True)
     with tempfile.TemporaryDirectory() as folder:
         for size in (2, 4):
             arguments = (size, f"{folder}/rendezvous{size}", f"{folder}/report")
