@@ -49,9 +49,10 @@ def initialize(model: nn.Module, plan: Plan) -> nn.Module:
         spikepatch.initialize(model, plan)
 
     Nothing is communicated. Random fills are drawn on the CPU in float32, at most 32 MB at a time and only where a
-    shard needs them, then cast once to the parameter's dtype. What the plan leaves to the architecture's own initialiser
-    (norms, biases) is made whole, one module at a time, and sliced. Buffers get the values of the constructor; weights
-    that were tied before sharding are tied again. torch.compile's and checkpoint wrappers are looked through.
+    shard needs them, then cast once to the parameter's dtype. What the plan leaves to the architecture's own
+    initialiser (norms, biases) is made whole, one module at a time, and sliced. Buffers get the values of the
+    constructor; weights that were tied before sharding are tied again. torch.compile's and checkpoint wrappers are
+    looked through.
 
     Args:
         model: patched by ``patch`` on the meta device, with memory now, on any device.
