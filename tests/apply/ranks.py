@@ -195,7 +195,9 @@ def fsdp_gpt2_bfloat16_saved() -> None:
             files = {path.name for path in plain.iterdir()}
             assert {path.name for path in sharded.iterdir()} == files
             assert len(files) >= 4
-            assert all((sharded / name).read_bytes() == (plain / name).read_bytes() for name in files)
+            differ = {name for name in files if (sharded / name).read_bytes() != (plain / name).read_bytes()}
+            assert differ <= {"model.safetensors"}  # under which of its names a tied tensor is stored
+            compare(AutoModelForCausalLM.from_pretrained(sharded, trust_remote_code=True), whole)
 
 
 @case(TWO)
