@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -313,6 +313,15 @@ def refused_strided_rows() -> None:
         norm.weight = nn.Parameter(distribute_tensor(norm.weight.detach(), mesh, [_StridedShard(0, split_factor=2)]))
 
     refused("llama", shard, "model.norm.weight.*no contiguous range")
+
+
+@case(TWO)
+def refused_fsdp1() -> None:
+    model, plan = prepared("gpt2")
+    model.to_empty(device="cpu")
+    sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(spikepatch.Refused, match=r"FSDP1 is not supported(.|\n)*fully_shard"):
+        spikepatch.initialize(sharded, plan)
 
 
 @case(FOUR)
