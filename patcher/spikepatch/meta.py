@@ -15,6 +15,7 @@ from spikepatch.errors import Refused
 from spikepatch.quiet import quiet
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 #: Elements. Buffers (rotary frequencies, statistics, masks of usual length) stay below, fused experts are above.
@@ -39,6 +40,12 @@ class _TensorsWithoutMemory(TorchFunctionMode):
             if func is torch.empty or on_meta.numel() >= _LARGE:
                 return on_meta
         return func(*args, **kwargs)
+
+
+def on_meta(model: nn.Module) -> bool:
+    """The model is structure only: it has parameters, and none has memory."""
+    parameters = list(model.parameters())
+    return bool(parameters) and all(parameter.is_meta for parameter in parameters)
 
 
 def build_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig, *, where: str) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from spikepatch import recipes
 from spikepatch.errors import BadSource, Refused
+from spikepatch.meta import on_meta
 from spikepatch.plans import REINITS, Plan, Reinit, Transform, make_plan
 from spikepatch.residual.inspect import inspect
 
@@ -59,6 +60,7 @@ def plan(
         if reinit != "all":
             std = embedding_std(match_source(source, built), residual)
         return make_plan(residual, tensor_names(built), recipe, transforms, reinit=reinit, seed=seed, embedding_std=std)
+    check_learned(model, reinit)
     residual = inspect(model, example_inputs=example_inputs)
     token = residual.token_embedding
     if reinit != "all" and token is not None:
@@ -94,6 +96,17 @@ def tensor_names(model: nn.Module) -> tuple[str, ...]:
     parameters = dict(model.named_parameters())
     everything = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return (*parameters, *(name for name in model.state_dict() if name not in everything))
+
+
+def check_learned(model: nn.Module, reinit: Reinit) -> None:
+    """Refuse to keep the weights of a model that is structure only."""
+    if reinit != "all" and on_meta(model):
+        raise Refused(
+            what=f"reinit={reinit} on a model without weights",
+            where=type(model).__name__,
+            why="its parameters are on the meta device: there is nothing learned to keep",
+            remedy='use reinit="all", or load the weights first',
+        )
 
 
 def check_weights(source: Source, reinit: Reinit) -> None:

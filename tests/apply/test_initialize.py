@@ -21,6 +21,7 @@ import spikepatch
 from spikepatch.errors import Refused
 from spikepatch.plans import Plan
 from tests.apply.ranks import FOUR, TWO, compare, meta_model, spoil
+from tests.apply.test_module import refused as patch_refused
 from tests.architectures import SCALED_ALREADY, TYPES, ids, tiny_config, tiny_model
 from tests.residual.test_stream import EXAMPLE, Model
 
@@ -174,15 +175,6 @@ def test_order_of_initialisation_and_memory(monkeypatch: pytest.MonkeyPatch) -> 
 # Refusals. Nothing is written.
 
 
-@pytest.mark.parametrize("reinit", ["residual", "none"])
-def test_nothing_learned_to_keep(reinit: Any) -> None:
-    plan = spikepatch.plan(tiny_model("gpt2", num_hidden_layers=2), "scaled-embed", reinit=reinit)
-    model = meta_model("gpt2")
-    with pytest.raises(Refused, match="nothing learned to keep"):
-        spikepatch.patch(model, plan)
-    assert not hasattr(model.config, "spikepatch")
-
-
 def test_not_patched() -> None:
     plan = spikepatch.plan(meta_model("gpt2"), "scaled-embed", reinit="all")
     model = tiny_model("gpt2", num_hidden_layers=2)
@@ -231,6 +223,10 @@ def reshape(model: Any) -> None:
 
 
 def quantise(model: Any) -> None:
+    model.transformer.wpe.weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
+
+
+def pack(model: Any) -> None:
     class Packed(torch.Tensor):
         pass
 
@@ -244,7 +240,8 @@ def quantise(model: Any) -> None:
         (remove, r"it has no transformer\.h\.1\.ln_1\.bias"),
         (add, r"adapter\.weight was added after the patch"),
         (reshape, r"c_fc\.weight is \(64, 100\), and was \(64, 256\) when patched"),
-        (quantise, "it is a Packed, no plain tensor"),
+        (quantise, r"wpe\.weight is torch\.int8, and was torch\.float32 when patched: quantised"),
+        (pack, "it is a Packed, no plain tensor"),
     ],
 )
 def test_changed_after_the_patch(change: Callable[[Any], None], match: str) -> None:
@@ -257,18 +254,33 @@ def test_ties_that_were_taken_apart_before_the_patch() -> None:
     model = meta_model("gpt2")
     plan = spikepatch.plan(model, "scaled-embed", reinit="all")
     model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
-    with pytest.raises(Refused, match=r"are to be one parameter; call its tie_weights\(\)"):
-        spikepatch.patch(model, plan)
+    patch_refused(model, plan, r"are to be one parameter; call its tie_weights\(\)")
     model.tie_weights()
     spikepatch.patch(model, plan)
 
 
-def test_a_part_on_the_meta_device() -> None:
-    model: Any = tiny_model("gpt2")
-    plan = spikepatch.plan(model, "scaled-embed", reinit="all")
-    model.transformer.h[2].to("meta")
-    with pytest.raises(Refused, match="some of its parameters are on the meta device, and others are not"):
-        spikepatch.patch(model, plan)
+class Shared(Model):
+    """A module, with its buffer, under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm1d(3)
+        self.second = self.first
+
+
+def test_a_module_under_two_names() -> None:
+    with init_empty_weights(include_buffers=False):
+        model = Shared()
+    plan = spikepatch.plan(model, "scaled-embed", reinit="all", example_inputs=EXAMPLE)
+    spikepatch.patch(model, plan)
+    model.to_empty(device="cpu")
+    spoil(model)
+    spikepatch.initialize(model, plan)
+    whole = Shared()
+    spikepatch.patch(whole, plan)
+    compare(model, whole)
+    assert model.first is model.second
+    assert int(model.state_dict()["second.num_batches_tracked"]) == 0
 
 
 class Buffered(Model):
@@ -281,16 +293,14 @@ def test_a_plain_module_whose_buffers_are_lost() -> None:
     with torch.device("meta"):
         model = Buffered()
     plan = spikepatch.plan(Buffered(), "scaled-embed", reinit="all", example_inputs=EXAMPLE)
-    with pytest.raises(Refused, match=r"only the constructor knows the values of table(.|\n)*include_buffers=False"):
-        spikepatch.patch(model, plan)
+    patch_refused(model, plan, r"only the constructor knows the values of table(.|\n)*include_buffers=False")
 
 
 def test_a_tensor_that_is_no_buffer() -> None:
     model = meta_model("gpt2")
     model.transformer.drop.mask = torch.ones(3, device="meta")
     plan = spikepatch.plan(meta_model("gpt2"), "scaled-embed", reinit="all")
-    with pytest.raises(Refused, match=r"transformer\.drop\.mask is neither a parameter nor a buffer"):
-        spikepatch.patch(model, plan)
+    patch_refused(model, plan, r"transformer\.drop\.mask is neither a parameter nor a buffer")
 
 
 # Two and four ranks.

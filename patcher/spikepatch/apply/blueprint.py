@@ -42,12 +42,6 @@ class Blueprint:
         return self  # nothing in it changes
 
 
-def on_meta(model: nn.Module) -> bool:
-    """The model is structure only."""
-    parameters = list(model.parameters())
-    return bool(parameters) and all(parameter.is_meta for parameter in parameters)
-
-
 def unfillable(blueprint: Blueprint) -> Iterator[str]:
     """Which tensors nothing would give a value to, one sentence per reason."""
     model, targets = blueprint.skeleton, blueprint.targets

@@ -37,6 +37,10 @@ class _Place:
         assert own is not None
         return own
 
+    def tie(self, tensor: torch.Tensor) -> None:
+        own = self.module._parameters if self.name in self.module._parameters else self.module._buffers
+        own[self.name] = tensor  # type: ignore[assignment]
+
 
 def initialize(model: nn.Module, plan: Plan) -> nn.Module:
     """Write every parameter and every buffer that this process holds; bit for bit what ``patch`` writes on one.
@@ -89,7 +93,7 @@ def initialize(model: nn.Module, plan: Plan) -> nn.Module:
                 index = tuple(slice(r.start, r.stop) for r in owned[name].box)
                 owned[name].local.copy_(buffer[index])
     for alias, owner in ties.items():
-        places[alias].module._parameters[places[alias].name] = places[owner].module._parameters[places[owner].name]
+        places[alias].tie(places[owner].tensor)
     return model
 
 
@@ -137,10 +141,10 @@ def _places(module: nn.Module, path: str = "") -> Iterator[tuple[str, _Place]]:
 
 
 def _ties(skeleton: nn.Module) -> dict[str, str]:
-    """Second and further names of a parameter -> its first name."""
-    first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
-    every = skeleton.named_parameters(remove_duplicate=False)
-    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
+    """Second and further names of a tensor -> its first name."""
+    first: dict[int, str] = {}
+    owners = {name: first.setdefault(id(place.tensor), name) for name, place in _places(skeleton)}
+    return {name: owner for name, owner in owners.items() if owner != name}
 
 
 def _owned(
@@ -159,13 +163,16 @@ def _owned(
         except ValueError as error:
             problems.append(f"{name}: {error}")
             continue
-        if owned[name].shape != tuple(whole[name].tensor.shape):
-            problems.append(f"{name} is {owned[name].shape}, and was {tuple(whole[name].tensor.shape)} when patched")
+        before, now = whole[name].tensor, owned[name]
+        if now.shape != tuple(before.shape):
+            problems.append(f"{name} is {now.shape}, and was {tuple(before.shape)} when patched")
+        if now.local.is_floating_point() != before.is_floating_point():
+            problems.append(f"{name} is {now.local.dtype}, and was {before.dtype} when patched: quantised")
     return owned, problems
 
 
 def _untieable(model: nn.Module, places: Mapping[str, _Place], ties: Mapping[str, str]) -> Iterator[str]:
-    """Tied parameters that are sharded as if they were two, one sentence per pair."""
+    """Tied tensors that are sharded as if they were two, one sentence per pair."""
     managed = _managed_by_fsdp(model)
     for alias, owner in ties.items():
         if alias not in places or owner not in places:

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from spikepatch import __version__
-from spikepatch.apply.blueprint import Blueprint, on_meta, unfillable
+from spikepatch.apply.blueprint import Blueprint, unfillable
 from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.tensors import layout, values
 from spikepatch.errors import Refused
+from spikepatch.meta import build_meta, on_meta
+from spikepatch.planning import check_learned, tensor_names
 from spikepatch.planning import plan as make_plan
-from spikepatch.planning import tensor_names
 from spikepatch.plans import Fill, NormEmbedding, Plan, Reinit, ScaleEmbedding, Untie
 from spikepatch.quiet import quiet
 from spikepatch.residual.trace import skeleton
@@ -201,13 +202,7 @@ def _check_unpatched(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module, plan: Plan) -> None:
-    if on_meta(model) and plan.reinit != "all":
-        raise Refused(
-            what=f"reinit={plan.reinit} on a model without weights",
-            where=type(model).__name__,
-            why="its parameters are on the meta device: there is nothing learned to keep",
-            remedy='make the plan with reinit="all", or load the weights first',
-        )
+    check_learned(model, plan.reinit)
     problems = [*_read_only(model), *_misfits(model, plan)]
     if problems:
         raise Refused(
@@ -288,7 +283,5 @@ def _constructed_buffers(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
     if plan.reinit == "all" and hasattr(model, "_from_config"):
         needed = dict(model.named_buffers()) if on_meta(model) else persistent(model, dict(model.named_buffers()))
         if needed:
-            from spikepatch.meta import build_meta
-
             model = build_meta(type(model), model.config, where=type(model).__name__)
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}

@@ -67,7 +67,7 @@ def held(tensor: torch.Tensor) -> Held:
 
 
 def _check_plain(local: torch.Tensor) -> None:
-    if type(local) not in (torch.Tensor, torch.nn.Parameter):
+    if type(local) is not torch.Tensor:
         raise ValueError(f"it is a {type(local).__name__}, no plain tensor: packed or quantised")
     if local.is_meta:
         raise ValueError("it is on the meta device")
