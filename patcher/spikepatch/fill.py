@@ -82,10 +82,12 @@ def _pieces(
     for low in range(rows.start, rows.stop, step):
         high = min(low + step, rows.stop)
         values = draw(start + low * row, start + high * row).view(high - low, *shape[1:])
-        yield (
-            (slice(low - rows.start, high - rows.start),),
-            values[(slice(None), *(slice(r.start, r.stop) for r in rest))],
-        )
+        yield (slice(low - rows.start, high - rows.start),), values[(slice(None), *slices(rest))]
+
+
+def slices(box: Sequence[range]) -> tuple[slice, ...]:
+    """The index of a box."""
+    return tuple(slice(indices.start, indices.stop) for indices in box)
 
 
 def own_initialiser(

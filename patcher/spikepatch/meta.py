@@ -42,6 +42,17 @@ class _TensorsWithoutMemory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def check_default_device() -> None:
+    """Refuse to work where new tensors have no values; a model is built there, and nothing else."""
+    if torch.get_default_device().type == "meta":
+        raise Refused(
+            "called with meta as the default device",
+            where='torch.device("meta")',
+            why="what is measured and drawn would have no values",
+            remedy='build the model inside `with torch.device("meta"):`, and leave the block before the call',
+        )
+
+
 def on_meta(model: nn.Module) -> bool:
     """The model is structure only: it has parameters, and none has memory."""
     parameters = list(model.parameters())

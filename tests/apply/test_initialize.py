@@ -150,8 +150,8 @@ def test_what_is_saved_loads_patched(tmp_path: Path) -> None:
     assert loaded.model.embed_tokens.embed_scale == 8.0
 
 
-def test_order_of_initialisation_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than a chunk is drawn at a time, whatever the tensor; and the bits stay."""
+def test_no_more_than_a_chunk_is_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tensor's size; and the bits stay."""
     from spikepatch import fill
 
     drawn: list[int] = []
@@ -207,6 +207,19 @@ def test_no_memory_yet() -> None:
     plan = spikepatch.plan(model, "scaled-embed", reinit="all")
     spikepatch.patch(model, plan)
     refused(model, plan, r"wte\.weight: it is on the meta device(.|\n)*to_empty")
+
+
+def test_meta_as_the_default_device() -> None:
+    model, plan = prepared("gpt2")
+    with torch.device("meta"):
+        refused(model, plan, "leave the block before the call")
+        for call in (
+            lambda: spikepatch.inspect(model),
+            lambda: spikepatch.plan(model, reinit="all"),
+            lambda: spikepatch.patch(meta_model("gpt2"), plan),
+        ):
+            with pytest.raises(Refused, match="meta as the default device"):
+                call()
 
 
 def remove(model: Any) -> None:

@@ -17,7 +17,8 @@ from spikepatch.apply.module import persistent
 from spikepatch.apply.sharding import Held, Part, held, part
 from spikepatch.apply.tensors import Target, draw, values
 from spikepatch.errors import Refused
-from spikepatch.fill import pieces
+from spikepatch.fill import pieces, slices
+from spikepatch.meta import check_default_device
 from spikepatch.plans import Fill, Plan
 
 #: The only child of a module that torch.compile or a checkpoint wrapper has put around another one.
@@ -69,6 +70,7 @@ def initialize(model: nn.Module, plan: Plan) -> nn.Module:
         Refused: the model was not patched on the meta device, the plan is another one, a tensor has no memory, is
             packed, or is sharded in a way whose elements cannot be told. Nothing has been written then.
     """
+    check_default_device()
     blueprint = _blueprint(model, plan)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -88,10 +90,9 @@ def initialize(model: nn.Module, plan: Plan) -> nn.Module:
     with torch.no_grad():
         _write(blueprint, parts)
         stored = {target.owner for target in blueprint.targets}
-        for name, buffer in blueprint.buffers.items():
-            if name not in stored:
-                index = tuple(slice(r.start, r.stop) for r in owned[name].box)
-                owned[name].local.copy_(buffer[index])
+        for name, mine in owned.items():
+            if name not in stored and mine.local.numel():
+                mine.local.copy_(blueprint.buffers[name][slices(mine.box)])
     for alias, owner in ties.items():
         places[alias].tie(places[owner].tensor)
     return model
@@ -243,4 +244,4 @@ def _write(blueprint: Blueprint, parts: list[tuple[Target, Part]]) -> None:
         else:
             whole = own(target)
             assert whole is not None, "patch has refused to keep values on the meta device"
-            found.memory.copy_(whole[tuple(slice(r.start, r.stop) for r in found.box)])
+            found.memory.copy_(whole[slices(found.box)])

@@ -15,7 +15,7 @@ from spikepatch.apply.blueprint import Blueprint, unfillable
 from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.tensors import layout, values
 from spikepatch.errors import Refused
-from spikepatch.meta import build_meta, on_meta
+from spikepatch.meta import build_meta, check_default_device, on_meta
 from spikepatch.planning import check_learned, tensor_names
 from spikepatch.planning import plan as make_plan
 from spikepatch.plans import Fill, NormEmbedding, Plan, Reinit, ScaleEmbedding, Untie
@@ -55,6 +55,7 @@ def patch(
     Raises:
         Refused: the plan does not fit, or the model cannot be written. The model is then as it was.
     """
+    check_default_device()
     _check_unpatched(model)
     if isinstance(plan, str):
         if reinit is None:

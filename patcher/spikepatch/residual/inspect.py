@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from spikepatch.errors import Refused
-from spikepatch.meta import build_meta
+from spikepatch.meta import build_meta, check_default_device
 from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts
 from spikepatch.residual.map import (
@@ -48,6 +48,7 @@ def inspect(
     Raises:
         Refused: the forward pass cannot be traced, or there is no residual sum in it.
     """
+    check_default_device()
     source = source or type(model).__name__
     if any(buffer.is_meta for buffer in model.buffers()) and hasattr(model, "_from_config"):
         model = build_meta(type(model), model.config, where=source)  # some embeddings' factor is the value of a buffer
