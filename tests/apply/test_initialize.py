@@ -23,6 +23,7 @@ from spikepatch.plans import Plan
 from tests.apply.ranks import FOUR, TWO, compare, meta_model, spoil
 from tests.apply.test_module import refused as patch_refused
 from tests.architectures import SCALED_ALREADY, TYPES, ids, tiny_config, tiny_model
+from tests.residual.configs import CLASSES, model_class, tiny_config_for
 from tests.residual.test_stream import EXAMPLE, Model
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +171,34 @@ def test_no_more_than_a_chunk_is_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch
     whole = tiny_model("mixtral", num_hidden_layers=2)
     spikepatch.patch(whole, plan)
     compare(model, whole)
+
+
+@pytest.mark.slow
+def test_every_language_model() -> None:
+    """Of all that transformers has, at tiny widths; persistent buffers and ones of no checkpoint among them."""
+    filled_types, buffers = [], 0
+    for model_type in CLASSES["causal"]:
+        try:
+            config, built = tiny_config_for(model_type, "causal"), model_class(model_type, "causal")
+            with torch.device("meta"):
+                model: Any = built._from_config(config)
+        except Exception:
+            continue  # a default config that transformers itself does not build
+        try:
+            plan = spikepatch.plan(model, "vanilla", reinit="all")
+            spikepatch.patch(model, plan)
+        except Refused:
+            continue
+        model.to_empty(device="cpu")
+        spoil(model)
+        spikepatch.initialize(model, plan)
+        whole = built._from_config(config)
+        spikepatch.patch(whole, plan)
+        compare(model, whole)
+        filled_types.append(model_type)
+        buffers += len(list(model.buffers()))
+    assert len(filled_types) > 140
+    assert buffers > 200
 
 
 # Refusals. Nothing is written.

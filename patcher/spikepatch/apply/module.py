@@ -223,7 +223,7 @@ def _read_only(model: nn.Module) -> Iterator[str]:
     if any(not p.is_floating_point() for p in parameters):
         yield "it holds integer weights: it is quantised"
     if any(p.is_meta for p in parameters) and not on_meta(model):
-        yield "some of its parameters are on the meta device, and others are not"
+        yield "some of its parameters are on the meta device, and others are not (`.to('meta')` moves them all)"
     if on_meta(model):
         yield from _untied(model)
     if not all(p.is_contiguous() for p in parameters):
