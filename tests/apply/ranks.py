@@ -27,7 +27,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.multiprocessing.spawn import start_processes
@@ -253,6 +253,12 @@ def columns_uneven() -> None:
 def last_dimension_of_experts() -> None:
     mesh = init_device_mesh("cpu", (2,))
     initialized("mixtral", lambda m: place(m, mesh, 2), forward=False, intermediate_size=97)
+
+
+@case(TWO)
+def replicated_with_its_buffers() -> None:
+    model = initialized("llama", lambda m: distribute_module(m, init_device_mesh("cpu", (2,))), forward=False)
+    assert isinstance(model.model.rotary_emb.inv_freq, DTensor)
 
 
 @case(TWO)

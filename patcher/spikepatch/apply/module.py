@@ -281,8 +281,6 @@ def _constructed_buffers(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
 
     Of a plain module they are those that it has; none that are on the meta device.
     """
-    if plan.reinit == "all" and hasattr(model, "_from_config"):
-        needed = dict(model.named_buffers()) if on_meta(model) else persistent(model, dict(model.named_buffers()))
-        if needed:
-            model = build_meta(type(model), model.config, where=type(model).__name__)
+    if plan.reinit == "all" and hasattr(model, "_from_config") and any(True for _ in model.buffers()):
+        model = build_meta(type(model), model.config, where=type(model).__name__)
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
