@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from spikepatch.errors import Refused
+from spikepatch.plans import Fill
 
 #: Elements that share one generator. A slice of a tensor needs only the blocks that it overlaps.
 BLOCK = 1 << 20
@@ -26,6 +27,11 @@ BLOCK = 1 << 20
 #: Elements drawn at a time for a part of a tensor: 32 MB. A chunk that starts inside a block draws, and drops, what
 #: precedes it in the block.
 CHUNK = 8 * BLOCK
+
+
+def draw(edit: Fill, seed: int, name: str, start: int, stop: int) -> torch.Tensor:
+    """Elements ``start`` to ``stop`` (row-major) of ``name``, as ``edit`` says; float32, on the CPU, flat."""
+    return gaussian(seed, name, start, stop, edit.std)
 
 
 def gaussian(seed: int, name: str, start: int, stop: int, std: float) -> torch.Tensor:

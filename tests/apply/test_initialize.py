@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import spikepatch
+from spikepatch import fill
 from spikepatch.errors import Refused
 from spikepatch.plans import Plan
 from tests.apply.ranks import FOUR, TWO, compare, meta_model, spoil
@@ -153,17 +154,14 @@ def test_what_is_saved_loads_patched(tmp_path: Path) -> None:
 
 def test_no_more_than_a_chunk_is_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the tensor's size; and the bits stay."""
-    from spikepatch import fill
-
     drawn: list[int] = []
-    whole_gaussian = fill.gaussian
 
-    def watched(seed: int, name: str, start: int, stop: int, std: float) -> torch.Tensor:
+    def watched(edit: Any, seed: int, name: str, start: int, stop: int) -> torch.Tensor:
         drawn.append(stop - start)
-        return whole_gaussian(seed, name, start, stop, std)
+        return fill.draw(edit, seed, name, start, stop)
 
     model, plan = prepared("mixtral")
-    monkeypatch.setattr("spikepatch.apply.tensors.gaussian", watched)
+    monkeypatch.setattr("spikepatch.apply.initialize.draw", watched)
     monkeypatch.setattr(fill, "CHUNK", 1000)
     spikepatch.initialize(model, plan)
     monkeypatch.undo()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from spikepatch.apply.blueprint import Blueprint
 from spikepatch.apply.module import persistent
 from spikepatch.apply.sharding import Held, Part, held, part
-from spikepatch.apply.tensors import Target, draw, values
+from spikepatch.apply.tensors import Target, values
 from spikepatch.errors import Refused
-from spikepatch.fill import pieces, slices
+from spikepatch.fill import draw, pieces, slices
 from spikepatch.meta import check_default_device
 from spikepatch.plans import Fill, Plan
 
@@ -238,8 +238,7 @@ def _write(blueprint: Blueprint, parts: list[tuple[Target, Part]]) -> None:
     for target, found in parts:
         fill = fills.get(target.owner)
         if fill is not None:
-            drawn: Callable[[int, int], torch.Tensor] = partial(draw, plan, fill, target)
-            for where, fresh in pieces(drawn, target.shape, found.box):
+            for where, fresh in pieces(partial(draw, fill, plan.seed, target.name), target.shape, found.box):
                 found.memory[where].copy_(fresh)
         else:
             whole = own(target)

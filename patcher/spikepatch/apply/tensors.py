@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused
-from spikepatch.fill import gaussian, own_initialiser
+from spikepatch.fill import draw, own_initialiser
 from spikepatch.plans import Fill, NormEmbedding, Plan
 
 
@@ -96,11 +96,6 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def draw(plan: Plan, fill: Fill, target: Target, start: int, stop: int) -> torch.Tensor:
-    """Elements ``start`` to ``stop`` (row-major) of a target that ``fill`` draws; float32, on the CPU, flat."""
-    return gaussian(plan.seed, target.name, start, stop, fill.std)
-
-
 def values(
     plan: Plan, skeleton: nn.Module, buffers: Mapping[str, torch.Tensor]
 ) -> Callable[[Target], torch.Tensor | None]:
@@ -119,7 +114,7 @@ def values(
     def value(target: Target) -> torch.Tensor | None:
         fill = fills.get(target.owner)
         if fill is not None:
-            return draw(plan, fill, target, 0, target.elements).view(target.shape)
+            return draw(fill, plan.seed, target.name, 0, target.elements).view(target.shape)
         if plan.reinit != "all" and not _added(plan, target.owner):
             return None
         module = target.owner.rpartition(".")[0]
