@@ -386,7 +386,7 @@ def fsdp_over_tensor_parallel() -> None:
 def run(rank: int, size: int, rendezvous: str, out: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=120)
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=datetime.timedelta(minutes=5)
     )
     report = {}
     for name, check in (TWO if size == 2 else FOUR).items():
