@@ -176,17 +176,14 @@ def test_every_language_model() -> None:
     """Of all that transformers has, at tiny widths; persistent buffers and ones of no checkpoint among them."""
     filled_types, buffers = [], 0
     for model_type in CLASSES["causal"]:
-        try:
-            config, built = tiny_config_for(model_type, "causal"), model_class(model_type, "causal")
-            with torch.device("meta"):
-                model: Any = built._from_config(config)
-        except Exception:
-            continue  # a default config that transformers itself does not build
+        config, built = tiny_config_for(model_type, "causal"), model_class(model_type, "causal")
+        with torch.device("meta"):
+            model: Any = built._from_config(config)
         try:
             plan = spikepatch.plan(model, "vanilla", reinit="all")
             spikepatch.patch(model, plan)
         except Refused:
-            continue
+            continue  # as a whole model is
         model.to_empty(device="cpu")
         spoil(model)
         spikepatch.initialize(model, plan)
@@ -195,8 +192,8 @@ def test_every_language_model() -> None:
         compare(model, whole)
         filled_types.append(model_type)
         buffers += len(list(model.buffers()))
-    assert len(filled_types) > 140
-    assert buffers > 200
+    assert len(filled_types) >= 160
+    assert buffers > 300
 
 
 # Refusals. Nothing is written.
