@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from spikepatch import fill
 from spikepatch.errors import Refused
-from spikepatch.fill import BLOCK, draw, gaussian, own_initialiser
+from spikepatch.fill import BLOCK, draw, gaussian, own_initialiser, pieces
 from spikepatch.plans import Constant, Fill, cut_std
 from spikepatch.residual.trace import skeleton
 from tests.architectures import tiny_model
@@ -60,6 +60,45 @@ def test_any_slice_is_a_slice_of_the_whole(whole: torch.Tensor, data: st.DataObj
     )
     start, stop = sorted((data.draw(place), data.draw(place)))
     assert torch.equal(gaussian(1, "whole", start, stop, 0.5), whole[start:stop])
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_pieces_are_the_box(data: st.DataObject) -> None:
+    """Put together they are the box; in blocks of 8 and chunks of 32, no chunk is larger, no foreign row is drawn."""
+    shape = data.draw(st.lists(st.integers(1, 9), max_size=4))
+    box = [range(*sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n))))) for n in shape]
+    whole = torch.arange(math.prod(shape)).view(shape)
+    inside = whole[tuple(slice(r.start, r.stop) for r in box)]
+    drawn: list[tuple[int, int]] = []
+
+    def draw(start: int, stop: int) -> torch.Tensor:
+        drawn.append((start, stop))
+        return whole.flatten()[start:stop]
+
+    found = torch.full_like(inside, -1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fill, "BLOCK", 8)
+        patched.setattr(fill, "CHUNK", 32)
+        for where, values in pieces(draw, shape, box):
+            assert bool((found[where] == -1).all())
+            found[where] = values
+    assert torch.equal(found, inside)
+    assert all(0 < stop - start <= 32 for start, stop in drawn)
+    assert inside.numel() <= sum(stop - start for start, stop in drawn) or not inside.numel()
+    if shape and shape[-1] > 8:  # rows longer than a block
+        assert sum(stop - start for start, stop in drawn) == inside.numel()
+
+
+def test_pieces_of_a_gaussian_across_blocks(whole: torch.Tensor) -> None:
+    """Columns of a matrix whose rows end inside blocks."""
+    rows, columns = 7, len(whole) // 7
+    matrix = whole[: rows * columns].view(rows, columns)
+    box = (range(2, 6), range(columns - 1000, columns))
+    found = torch.empty(4, 1000)
+    for where, values in pieces(lambda start, stop: gaussian(1, "whole", start, stop, 0.5), matrix.shape, box):
+        found[where] = values
+    assert torch.equal(found, matrix[2:6, -1000:])
 
 
 def test_a_hundred_thousand_blocks_differ() -> None:
@@ -337,6 +376,14 @@ def test_a_parameter_that_nothing_initialises_is_refused() -> None:
     with pytest.raises(Refused, match=r"inner\.forgotten.*unwritten"):
         own_initialiser(twin, "inner", 0, {})
     assert all(p.is_meta for p in twin.parameters())
+
+
+def test_what_is_drawn_elsewhere_takes_no_memory() -> None:
+    twin = skeleton(tiny_model("gpt2"))
+    name = "transformer.h.0.mlp.c_fc"
+    made = own_initialiser(twin, name, 0, {}, {f"{name}.weight"})
+    assert made.keys() == {f"{name}.bias"}
+    assert torch.equal(made[f"{name}.bias"], torch.zeros(256))
 
 
 def test_an_initialiser_that_reads_other_tensors_is_refused() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from spikepatch.apply.initialize import initialize
     from spikepatch.apply.module import patch, save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
@@ -32,6 +33,7 @@ _HOME = {
     "Plan": "spikepatch.plans",
     "Recipe": "spikepatch.plans",
     "patch": "spikepatch.apply.module",
+    "initialize": "spikepatch.apply.initialize",
     "save": "spikepatch.apply.module",
     "param_groups": "spikepatch.optimiser",
     "convert": "spikepatch.conversion",
@@ -52,6 +54,7 @@ __all__ = [
     "ResidualMap",
     "SpikepatchError",
     "convert",
+    "initialize",
     "inspect",
     "param_groups",
     "patch",

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -28,6 +29,10 @@ Units = Callable[[np.random.Generator, int, Floats], None]
 
 #: Elements that share one generator. A slice of a tensor needs only the blocks that it overlaps.
 BLOCK = 1 << 20
+
+#: Elements drawn at a time for a part of a tensor: 32 MB. A chunk that starts inside a block draws, and drops, what
+#: precedes it in the block.
+CHUNK = 8 * BLOCK
 
 
 def draw(edit: ValueEdit, seed: int, name: str, start: int, stop: int) -> torch.Tensor:
@@ -92,8 +97,53 @@ def _entropy(seed: int, name: str, block: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}\0{block}".encode()).digest(), "little")
 
 
+def pieces(
+    draw: Callable[[int, int], torch.Tensor], shape: Sequence[int], box: Sequence[range]
+) -> Iterator[tuple[tuple[int | slice, ...], torch.Tensor]]:
+    """The elements ``box`` of a tensor of ``shape``, at most ``CHUNK`` drawn at a time, whatever the tensor's size.
+
+    Only blocks that the box overlaps are drawn, where a row is at least a block; of smaller rows, those of the box.
+
+    Args:
+        draw: (start, stop) -> these elements of the whole tensor, row-major and flat.
+        box: a range of indices in each dimension.
+
+    Yields:
+        Where in the box, and the values there.
+    """
+    if not shape:
+        yield (), draw(0, 1).view(())
+    elif all(box):
+        yield from _pieces(draw, 0, shape, box)
+
+
+def _pieces(
+    draw: Callable[[int, int], torch.Tensor], start: int, shape: Sequence[int], box: Sequence[range]
+) -> Iterator[tuple[tuple[int | slice, ...], torch.Tensor]]:
+    row, (rows, *rest) = math.prod(shape[1:]), box
+    if row > BLOCK:
+        for i, index in enumerate(rows):
+            for where, values in _pieces(draw, start + index * row, shape[1:], rest):
+                yield (i, *where), values
+        return
+    step = CHUNK // row
+    for low in range(rows.start, rows.stop, step):
+        high = min(low + step, rows.stop)
+        values = draw(start + low * row, start + high * row).view(high - low, *shape[1:])
+        yield (slice(low - rows.start, high - rows.start),), values[(slice(None), *slices(rest))]
+
+
+def slices(box: Sequence[range]) -> tuple[slice, ...]:
+    """The index of a box."""
+    return tuple(slice(indices.start, indices.stop) for indices in box)
+
+
 def own_initialiser(
-    skeleton: nn.Module, module: str, seed: int, buffers: Mapping[str, torch.Tensor]
+    skeleton: nn.Module,
+    module: str,
+    seed: int,
+    buffers: Mapping[str, torch.Tensor],
+    drawn: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """What the architecture's own initialiser writes into the tensors that ``module`` itself owns.
 
@@ -106,6 +156,7 @@ def own_initialiser(
         module: path of the module.
         seed: of the plan; the module's stream is seeded with SHA-256 of (seed, path), at full width.
         buffers: real values of the persistent buffers, as the constructor made them.
+        drawn: full names of parameters that get their values elsewhere; they take no memory here.
 
     Returns:
         Full names -> tensors on the CPU, float parameters in float32.
@@ -115,7 +166,7 @@ def own_initialiser(
     """
     target = skeleton.get_submodule(module)
     prefix = f"{module}." if module else ""
-    with _real(target, prefix, buffers) as tensors, torch.no_grad(), _seeded(seed, module):
+    with _real(target, prefix, buffers, drawn) as tensors, torch.no_grad(), _seeded(seed, module):
         try:
             reset = getattr(target, "reset_parameters", None)
             if callable(reset):
@@ -152,13 +203,15 @@ def _initialisers(skeleton: nn.Module, module: str) -> Iterator[tuple[str, Calla
 
 
 @contextlib.contextmanager
-def _real(target: nn.Module, prefix: str, buffers: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+def _real(
+    target: nn.Module, prefix: str, buffers: Mapping[str, torch.Tensor], drawn: Collection[str]
+) -> Iterator[dict[str, torch.Tensor]]:
     """Swap real tensors into ``target`` for the duration."""
     parameters, others = dict(target._parameters), dict(target._buffers)
     tensors: dict[str, torch.Tensor] = {}
     try:
         for name, parameter in parameters.items():
-            if parameter is not None:
+            if parameter is not None and prefix + name not in drawn:
                 real = torch.full(parameter.shape, float("nan"), dtype=torch.float32)
                 target._parameters[name] = nn.Parameter(real, requires_grad=False)
                 tensors[prefix + name] = real

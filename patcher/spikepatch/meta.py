@@ -15,6 +15,7 @@ from spikepatch.errors import Refused
 from spikepatch.quiet import quiet
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 #: Elements. Buffers (rotary frequencies, statistics, masks of usual length) stay below, fused experts are above.
@@ -61,6 +62,23 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def check_default_device() -> None:
+    """Refuse to work where new tensors have no values; a model is built there, and nothing else."""
+    if torch.get_default_device().type == "meta":
+        raise Refused(
+            "called with meta as the default device",
+            where='torch.device("meta")',
+            why="what is measured and drawn would have no values",
+            remedy='build the model inside `with torch.device("meta"):`, and leave the block before the call',
+        )
+
+
+def on_meta(model: nn.Module) -> bool:
+    """The model is structure only: it has parameters, and none has memory."""
+    parameters = list(model.parameters())
+    return bool(parameters) and all(parameter.is_meta for parameter in parameters)
 
 
 def build_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig, *, where: str) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from spikepatch import recipes
 from spikepatch.errors import BadSource, Refused
+from spikepatch.meta import on_meta
 from spikepatch.planner import make_plan
 from spikepatch.plans import REINITS, Plan, Recipe, Reinit
 from spikepatch.residual.inspect import inspect
@@ -64,6 +65,7 @@ def plan(
         if reinit != "all":
             stds = embedding_stds(match_source(source, built), residual)
         return make_plan(residual, tensor_shapes(built), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
+    check_learned(model, reinit)
     residual = inspect(model, example_inputs=example_inputs)
     if reinit != "all":
         names = [each.token_embedding.parameter for each in (residual, *residual.streams) if each.token_embedding]
@@ -107,6 +109,17 @@ def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     tensors = dict(model.named_parameters())
     tensors |= {name: tensor for name, tensor in model.state_dict().items() if name not in everything}
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_learned(model: nn.Module, reinit: Reinit) -> None:
+    """Refuse to keep the weights of a model that is structure only."""
+    if reinit != "all" and on_meta(model):
+        raise Refused(
+            what=f"reinit={reinit} on a model without weights",
+            where=type(model).__name__,
+            why="its parameters are on the meta device: there is nothing learned to keep",
+            remedy='use reinit="all", or load the weights first',
+        )
 
 
 def check_weights(source: Source, reinit: Reinit) -> None:

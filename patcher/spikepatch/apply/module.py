@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from spikepatch import __version__
+from spikepatch.apply.blueprint import Blueprint, unfillable
 from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.tensors import layout, values
 from spikepatch.errors import Refused
-from spikepatch.meta import build_meta
+from spikepatch.meta import build_meta, check_default_device, on_meta
+from spikepatch.planning import check_learned, tensor_shapes
 from spikepatch.planning import plan as make_plan
-from spikepatch.planning import tensor_shapes
 from spikepatch.plans import EmbeddingEdit, Plan, Recipe, Reinit, Untie
 from spikepatch.quiet import quiet
 from spikepatch.residual.trace import skeleton
@@ -40,8 +41,11 @@ def patch(
     Parameters keep their identity (an untied head gets a new one). A patched transformers model is an instance of a
     generated class, so its own ``save_pretrained``, as a Trainer calls it, writes a folder that loads patched.
 
+    Of a model on the meta device the structure is patched; once it is sharded and has memory,
+    ``spikepatch.initialize(model, plan)`` writes the values.
+
     Args:
-        model: weights on any device, in any float dtype; not quantised and not sharded.
+        model: weights on any device, in any float dtype; not quantised and not sharded yet.
         plan: from ``spikepatch.plan``, made for this very model; or a recipe, as ``spikepatch.plan`` takes it.
         reinit: with a recipe, which weights to draw afresh. No default: learned weights are not lost by omission.
         seed, factor, positions, replace, untie, example_inputs: as in ``spikepatch.plan``; only with a recipe.
@@ -52,6 +56,7 @@ def patch(
     Raises:
         Refused: the plan does not fit, or the model cannot be written. The model is then as it was.
     """
+    check_default_device()
     _check_unpatched(model)
     if not isinstance(plan, Plan):
         if reinit is None:
@@ -76,7 +81,17 @@ def patch(
     twin = skeleton(model)
     restructure(twin, plan)
     targets = layout(twin)
-    value = values(plan, twin, _constructed_buffers(model, plan))
+    buffers = _constructed_buffers(model, plan)
+    blueprint = Blueprint(plan, twin, targets, buffers) if on_meta(model) else None
+    if blueprint is not None and (problems := [*unfillable(blueprint)]):
+        raise Refused(
+            what="the model cannot be filled once it is sharded",
+            where=type(model).__name__,
+            why="; ".join(problems),
+            remedy="build it with real buffers: `with accelerate.init_empty_weights(include_buffers=False)`, and tie "
+            "its weights; or patch it where it has memory",
+        )
+    value = values(plan, twin, persistent(twin, buffers))
     for target in targets:
         if target.owner not in plan.written:
             value(target)  # may refuse, which is too late once something has changed
@@ -89,6 +104,9 @@ def patch(
     for edit in plan.select(Untie):
         _untie(model, edit)
     model._spikepatch_plan = plan  # type: ignore[assignment]
+    if blueprint is not None:
+        model._spikepatch_blueprint = blueprint  # type: ignore[assignment]
+        return model
     state = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for target in targets:
@@ -217,6 +235,7 @@ def _check_unpatched(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module, plan: Plan) -> None:
+    check_learned(model, plan.reinit)
     problems = [*_read_only(model), *_misfits(model, plan)]
     if problems:
         raise Refused(
@@ -235,10 +254,20 @@ def _read_only(model: nn.Module) -> Iterator[str]:
         yield f"its parameters are {', '.join(sorted(kinds))}, not plain tensors"
     if any(not p.is_floating_point() for p in parameters):
         yield "it holds integer weights: it is quantised"
-    if any(p.is_meta for p in parameters):
-        yield "its parameters are on the meta device: there is nothing to write to"
+    if any(p.is_meta for p in parameters) and not on_meta(model):
+        yield "some of its parameters are on the meta device, and others are not (`.to('meta')` moves them all)"
+    if on_meta(model):
+        yield from _untied(model)
     if not all(p.is_contiguous() for p in parameters):
         yield "some parameters are not contiguous in memory"
+
+
+def _untied(model: Any) -> Iterator[str]:
+    """What transformers ties on every other device; ``init_empty_weights`` takes ties apart."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    apart = [f"{a} and {b}" for a, b in tied.items() if model.get_parameter(a) is not model.get_parameter(b)]
+    if apart:
+        yield f"{', '.join(apart[:3])} are to be one parameter; call its tie_weights() first"
 
 
 def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
@@ -272,9 +301,17 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
                 yield str(error)
 
 
+def persistent(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of ``buffers`` that the model's state dict has."""
+    state = model.state_dict()
+    return {name: buffer for name, buffer in buffers.items() if name in state}
+
+
 def _constructed_buffers(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
-    """Persistent buffers as the constructor makes them: learned values must not survive a full re-initialisation."""
-    persistent = {name for name, _ in model.named_buffers()} & set(model.state_dict())
-    if plan.reinit == "all" and persistent and hasattr(model, "_from_config"):
+    """Buffers as the constructor makes them: learned values must not survive a full re-initialisation.
+
+    Of a plain module they are those that it has; none that are on the meta device.
+    """
+    if plan.reinit == "all" and hasattr(model, "_from_config") and any(True for _ in model.buffers()):
         model = build_meta(type(model), model.config, where=type(model).__name__)
-    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}

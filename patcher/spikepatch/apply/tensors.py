@@ -124,7 +124,7 @@ def values(
             return None
         if module not in last:
             last.clear()
-            last[module] = own_initialiser(skeleton, module, plan.seed, buffers)
+            last[module] = own_initialiser(skeleton, module, plan.seed, buffers, edits)
         return target.view(last[module][target.owner])
 
     return value

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from spikepatch.errors import Refused
+from spikepatch.meta import build_meta, check_default_device
 from spikepatch.residual import ops
 from spikepatch.residual.kinds import between, kind_of, multiplier, steps
 from spikepatch.residual.map import (
@@ -48,7 +49,11 @@ def inspect(
     Raises:
         Refused: the forward pass cannot be traced, or there is no residual sum in it.
     """
-    return map_of(model, trace(model, example_inputs), source or type(model).__name__)
+    check_default_device()
+    source = source or type(model).__name__
+    if any(buffer.is_meta for buffer in model.buffers()) and hasattr(model, "_from_config"):
+        model = build_meta(type(model), model.config, where=source)  # some embeddings' factor is the value of a buffer
+    return map_of(model, trace(model, example_inputs), source)
 
 
 def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:

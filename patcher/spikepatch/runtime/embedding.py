@@ -373,7 +373,22 @@ def convert_like_parent(model_class: type[AnyModel]) -> type[AnyModel]:
         mapping = get_checkpoint_conversion_mapping(original_name)
         if mapping is not None:
             register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    _keep_identity(model_class)
     return model_class
+
+
+def _keep_identity(model_class: Any) -> None:
+    """Classes that torch derives at run time, as ``fully_shard`` does, are saved as ``model_class``.
+
+    ``save_pretrained`` copies the file of ``type(model)`` and writes the class's name into ``auto_map``: those of FSDP.
+    """
+
+    def derived(cls: type, /, **arguments: Any) -> None:
+        super(model_class, cls).__init_subclass__(**arguments)
+        if cls.__module__.partition(".")[0] == "torch":
+            cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
+
+    model_class.__init_subclass__ = classmethod(derived)
 
 
 def _checked(model: nn.Module, record: Mapping[str, object] | None) -> Record:
