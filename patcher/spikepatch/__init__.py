@@ -18,11 +18,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from spikepatch.apply.codemod import Codemod, codemod
+    from spikepatch.apply.initialize import initialize
     from spikepatch.apply.module import patch, save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
+    from spikepatch.optimiser import param_groups
     from spikepatch.planning import plan
-    from spikepatch.plans import Plan
+    from spikepatch.plans import Plan, Recipe
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
 
@@ -31,10 +33,13 @@ _HOME = {
     "ResidualMap": "spikepatch.residual.map",
     "plan": "spikepatch.planning",
     "Plan": "spikepatch.plans",
+    "Recipe": "spikepatch.plans",
     "patch": "spikepatch.apply.module",
+    "initialize": "spikepatch.apply.initialize",
     "save": "spikepatch.apply.module",
     "codemod": "spikepatch.apply.codemod",
     "Codemod": "spikepatch.apply.codemod",
+    "param_groups": "spikepatch.optimiser",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
     "SpikepatchError": "spikepatch.errors",
@@ -49,12 +54,15 @@ __all__ = [
     "Codemod",
     "Conversion",
     "Plan",
+    "Recipe",
     "Refused",
     "ResidualMap",
     "SpikepatchError",
     "codemod",
     "convert",
+    "initialize",
     "inspect",
+    "param_groups",
     "patch",
     "plan",
     "save",

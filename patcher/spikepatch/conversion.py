@@ -18,14 +18,15 @@ import torch
 
 from spikepatch import __version__, recipes
 from spikepatch.apply.generated import generated_classes
-from spikepatch.apply.kept import Match, embedding_std, match_source
+from spikepatch.apply.kept import Match, embedding_stds, match_source
 from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.shards import Shards, check_shards, plan_shards
 from spikepatch.apply.source_code import config_entries, original_of, render
 from spikepatch.drift import Drift, expected_initial_loss, measure_drift, tokenizer_problem
 from spikepatch.errors import BadTarget, Refused
-from spikepatch.planning import check_weights, checked_transforms, tensor_names
-from spikepatch.plans import Plan, Reinit, Untie, make_plan
+from spikepatch.planner import make_plan
+from spikepatch.planning import check_weights, checked_recipe, tensor_shapes
+from spikepatch.plans import Plan, Recipe, Reinit, Untie
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source import MODEL_CARD, Source, build_meta, open_source
@@ -85,10 +86,11 @@ def convert(
     source: str,
     out: str | os.PathLike[str],
     *,
-    recipe: str = recipes.DEFAULT,
+    recipe: str | Recipe = recipes.DEFAULT,
     reinit: Reinit = "all",
     factor: float | None = None,
     positions: bool = False,
+    replace: bool = False,
     untie: bool = False,
     storage: Storage = "auto",
     seed: int = 0,
@@ -105,7 +107,7 @@ def convert(
     Args:
         source: a hub id, a folder, or ``arch:TYPE``; never written to.
         out: absent or empty, unless ``overwrite``.
-        recipe, reinit, factor, positions, untie, seed: as in ``spikepatch.plan``.
+        recipe, reinit, factor, positions, replace, untie, seed: as in ``spikepatch.plan``.
         storage: ``plain`` keeps the architecture (re-initialisation only), ``code`` writes a subclass beside the
             weights, ``auto`` takes plain where that is enough.
         dtype: of the float weights, as torch names it; by default the source's, else float32.
@@ -119,7 +121,10 @@ def convert(
         SpikepatchError: nothing is at ``out``, or what was there before.
     """
     report: Progress = progress or (lambda step, done=0, total=0: None)
-    transforms = checked_transforms(recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, untie=untie)
+    asked_for = recipe if isinstance(recipe, str) else recipe.name
+    recipe = checked_recipe(
+        recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie
+    )
     _check_storage(storage, max_shard_size)
     asked = None if dtype is None else _parse_dtype(dtype)
     folder, local = Path(out), Path(source).expanduser()
@@ -136,8 +141,8 @@ def convert(
     model = build_meta(found)
     residual = inspect(model, source=source)
     match = None if reinit == "all" else match_source(found, model)
-    std = None if match is None else embedding_std(match, residual)
-    plan = make_plan(residual, tensor_names(model), recipe, transforms, reinit=reinit, seed=seed, embedding_std=std)
+    stds = None if match is None else embedding_stds(match, residual)
+    plan = make_plan(residual, tensor_shapes(model), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
     route = _route(plan, storage)
     settings = stable_settings(model, plan) if route == "plain" else {}
     shards = plan_shards(
@@ -166,10 +171,11 @@ def convert(
 
     command = _command(
         source,
-        recipe=recipe,
+        recipe=asked_for,
         reinit=reinit,
         factor=factor,
         positions=positions,
+        replace=replace,
         untie=untie,
         storage=storage,
         seed=seed,

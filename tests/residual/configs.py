@@ -240,7 +240,13 @@ TINY: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 20},
     "mamba2": {"num_heads": 8},
     "mobilebert": {"embedding_size": 32},
-    "reformer": {"axial_pos_embds_dim": [16, 48]},
+    "reformer": {
+        "axial_pos_embds_dim": [16, 48],
+        "axial_pos_shape": (3, 4),
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+        "lsh_attention_probs_dropout_prob": 0.0,
+    },
     "roc_bert": {
         "shape_vocab_size": 50,
         "shape_embed_dim": 16,

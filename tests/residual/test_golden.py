@@ -1,5 +1,6 @@
 """The map of every type in short form, so that a change of behaviour shows as a diff of ``golden.json``.
 
+The file is of one version of transformers, which it names: other versions have other types, and other code in them.
 ``python -m tests.residual.test_golden [TEXT ...]`` writes it anew, all of it or the keys that contain a TEXT.
 """
 
@@ -9,10 +10,12 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import transformers
 
 import spikepatch
 from spikepatch.errors import SpikepatchError
@@ -23,8 +26,8 @@ from tests.residual.configs import config_for, entries, model_class
 
 FILE = Path(__file__).with_name("golden.json")
 
-#: Proven at least: what has been reached. The targets are 180 of 189, 35 of 37, 48 of 51.
-PROVEN = {"causal": 177, "seq2seq": 34, "masked": 44, "tower": 7}
+#: Proven at least: what has been reached, of 196, 38, 51 and 8.
+PROVEN = {"causal": 186, "seq2seq": 37, "masked": 48, "tower": 8}
 
 #: One of each structure, in the default suite; all the others are slow.
 SAMPLE = frozenset(
@@ -38,9 +41,6 @@ SAMPLE = frozenset(
 
 #: What only we understand: names of graph nodes and of the tracer's symbols, code, exceptions.
 JARGON = re.compile(r"\b(torch|u\d+|\w+_\d+|unhinted|NoneType|None|\w+Error|_\w+|dtype|guard|meta tensor)\b|[`{}=<>]")
-
-#: Refusals whose reason is still the tracer's own message: to be emptied.
-NOT_YET_PLAIN = frozenset("causal/musicgen causal/musicgen_melody masked/tapas seq2seq/voxtral_realtime".split())
 
 
 def short_form(mapping: configs.Mapping, model_type: str) -> dict[str, Any]:
@@ -62,6 +62,7 @@ def _short(residual: ResidualMap) -> dict[str, Any]:
     kind_of = {p.sublayer: p.kind for p in residual.residual_projections}
     found: dict[str, Any] = {
         "placement": residual.placement,
+        "width": residual.width,
         "layers": residual.layers,
         "sublayers": residual.sublayers,
         "kinds": dict(sorted(Counter(kind_of.values()).items())),
@@ -75,8 +76,19 @@ def _short(residual: ResidualMap) -> dict[str, Any]:
 
 
 def golden() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
+    found: dict[str, dict[str, Any]] = _file()["maps"]
     return found
+
+
+def _file() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(FILE.read_text())
+    return data
+
+
+of_this_version = pytest.mark.skipif(
+    _file()["transformers"] != transformers.__version__,
+    reason=f"golden.json is of transformers {_file()['transformers']}",
+)
 
 
 def cases() -> list[Any]:
@@ -84,16 +96,21 @@ def cases() -> list[Any]:
     return [pytest.param(key, marks=() if key in SAMPLE else pytest.mark.slow) for key in keys]
 
 
+@of_this_version
 @pytest.mark.parametrize("key", cases())
 def test_golden(key: str) -> None:
     mapping = next(m for m in get_args(configs.Mapping) if key.startswith(f"{m}/"))
     assert short_form(mapping, key.removeprefix(f"{mapping}/")) == golden()[key]
 
 
+@of_this_version
 def test_golden_covers_every_entry() -> None:
     assert list(golden()) == [f"{mapping}/{model_type}" for mapping, model_type in entries()]
+
+
+def test_sample() -> None:
     assert len(SAMPLE) == 40
-    assert set(golden()) >= SAMPLE
+    assert all(golden()[key]["proven"] for key in SAMPLE)
 
 
 def test_as_many_are_proven_as_before() -> None:
@@ -107,26 +124,33 @@ def test_no_map_is_vacuous() -> None:
             continue
         assert sum(value["kinds"].values()) >= value["layers"] >= 1, key
         assert value["sublayers"] >= value["layers"], key
-        assert value["embeddings"], key
+        assert value["embeddings"] or key == "tower/wav2vec2", key  # a wave has no table
         assert all(normed or scale > 0 for _, scale, normed in value["embeddings"]), key
 
 
 def test_reasons_can_be_understood() -> None:
     reasons = {key: value["refused"] for key, value in golden().items() if "refused" in value}
-    assert {key for key, reason in reasons.items() if JARGON.search(reason) or len(reason.split()) < 5} == NOT_YET_PLAIN
+    reasons |= {key: "; ".join(value["leaks"]) for key, value in golden().items() if value.get("leaks")}
+    assert reasons
+    for key, reason in reasons.items():
+        ours = re.sub(r'"[^"]*"|[\w.]*\.[\w.]*', "", reason)  # without the model's own words, and its modules' names
+        assert not JARGON.search(ours), f"{key}: {reason}"
+        assert len(ours.split()) > 5, f"{key}: {reason}"
 
 
 def write(wanted: list[str]) -> None:
-    old = golden()
-    new = {}
+    maps = golden()
     for mapping, model_type in entries():
         key = f"{mapping}/{model_type}"
-        selected = not wanted or any(text in key for text in wanted)
-        new[key] = short_form(mapping, model_type) if selected or key not in old else old[key]
-        if selected:
+        if key not in maps or not wanted or any(text in key for text in wanted):
             sys.stderr.write(f"{key}\n")
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in new.items())  # one line per type
-    FILE.write_text("{\n" + lines + "\n}\n")
+            maps[key] = short_form(mapping, model_type)
+            _write({f"{m}/{t}": maps[f"{m}/{t}"] for m, t in entries() if f"{m}/{t}" in maps})
+
+
+def _write(maps: Mapping[str, dict[str, Any]]) -> None:
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in maps.items())  # one line per type
+    FILE.write_text(f'{{"transformers": "{transformers.__version__}", "maps": {{\n{lines}\n}}}}\n')
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Shards:
     Attributes:
         tensors: each with the dtype and shape that it gets.
         files: file name -> names of its tensors.
-        fills: tensor name -> std, for those drawn from a Gaussian.
+        fills: tensor name -> std, for those drawn at random.
         kept: tensor name -> the source's tensor that it is a copy of.
         produce: tensor name -> its value; Refused where the architecture's own initialiser cannot give one.
     """
@@ -44,7 +44,7 @@ class Shards:
 
     @property
     def fresh(self) -> list[str]:
-        """Names of the tensors that the architecture's own initialiser writes."""
+        """Names of the tensors that are neither drawn at random nor kept."""
         return [t.name for t in self.tensors if t.name not in self.fills and t.name not in self.kept]
 
     @property
@@ -96,7 +96,7 @@ def plan_shards(
         tensors,
         files,
         fills={name: stds[target.owner] for name, target in targets.items() if target.owner in stds},
-        kept={name: entry for name, entry in originals.items() if targets[name].owner not in stds},
+        kept={name: entry for name, entry in originals.items() if targets[name].owner not in plan.written},
         produce=produce,
     )
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from spikepatch.residual import ops
-from spikepatch.residual.ops import last, op, operands
+from spikepatch.residual.ops import last, op, operands, shape
 from spikepatch.residual.trace import Trace
 
 
@@ -64,7 +64,8 @@ class Facts:
         varies = {node for node in self.trace.inputs if floating(node)}
         for node in self.nodes:
             computed = node not in self.weight and op(node) not in ops.FACTORIES
-            if op(node) in ops.LOOKUPS or (computed and any(a in varies for a in operands(node))):
+            arguments = operands(node)[:1] if op(node) in ops.LIKE_SECOND else operands(node)
+            if op(node) in ops.LOOKUPS or (computed and any(a in varies for a in arguments)):
                 varies.add(node)
         return varies
 
@@ -72,6 +73,12 @@ class Facts:
         """The operands whose values depend on the tokens; indices and offsets that do are control, not data."""
         arguments = operands(node)[:1] if op(node) in ops.VIEWS else operands(node)  # type_as reads a dtype only
         return [a for a in arguments if a in self.varies and floating(a)]
+
+    def product(self, node: Node) -> bool:
+        """A matmul, or a convolution that mixes channels (a depthwise one only moves values between positions)."""
+        if op(node) in ops.CONVOLUTIONS:
+            return shape(operands(node)[1])[1] > 1  # (out, in / groups, *kernel)
+        return op(node) in ops.MATMULS
 
     def carriers(self, root: Node | None) -> dict[Node, list[Node]]:
         """Nodes that carry the stream -> the operands through which they do (none for a lookup or the ``root``)."""
@@ -92,8 +99,12 @@ class Facts:
             elif name in ops.PRODUCTS or name in {"masked_fill", "where"}:
                 alone = len(moving) == 1 and moving[0] in carries and last(node) == last(moving[0])
                 through = moving if alone else []
-            elif name == "cat" and moving and all(a in carries and last(a) == last(node) for a in moving):
-                through = moving
+            elif (name in ops.POOLS and last(node) == last(arguments[0])) or (
+                name in ops.REPLACED_ROWS and len(moving) == 1  # by rows that do not depend on the input
+            ):
+                through = [a for a in arguments[:1] if a in carries]
+            elif name == "cat" and moving and all(a in carries for a in moving):
+                through = moving  # along the tokens, or two tracks of a reversible stream side by side
             if through:
                 carries[node] = list(dict.fromkeys(through))
         return carries

@@ -33,22 +33,25 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
 
     Linear in the table: f(2 E) = 2 f(E) once the constant part f(0) is subtracted. A norm on the way breaks that.
     """
-    ids = [dict.fromkeys(trace.inputs, seed) for seed in (0, 1)]
+    ids = dict.fromkeys(trace.inputs, 0)
     result: dict[Node, Measured] = {}
     for lookup in stream.tables:
-        kind = _kind(*(_rows(trace, lookup, seeds) for seeds in ids)) if op(lookup) in LOOKUPS else "position"
+        kind = _kind(trace, lookup)
         silent = _start(trace, stream, lookup, 0.0)
         once = _start(trace, stream, lookup, 1.0) - silent
         twice = _start(trace, stream, lookup, 2.0) - silent
         linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
-        looked_up = _looked_up(trace, lookup, ids[0])
+        looked_up = _looked_up(trace, lookup, ids)
         scale = float(once.std() / looked_up.std()) if linear else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
     return result
 
 
-def _kind(first: torch.Tensor, second: torch.Tensor) -> Literal["token", "position", "type"]:
-    """From the row numbers that two different texts look up; (batch, tokens) each."""
+def _kind(trace: Trace, table: Node) -> Literal["token", "position", "type"]:
+    """From the row numbers that two different texts look up; learned rows without a lookup are one or a position's."""
+    if op(table) not in LOOKUPS:
+        return "position" if len(shape(table)) > 1 and shape(table)[-2] > 1 else "type"
+    first, second = (_rows(trace, table, dict.fromkeys(trace.inputs, seed)) for seed in (0, 1))
     if not torch.equal(first, second):
         return "token"
     return "position" if bool((first != first.flatten()[0]).any()) else "type"

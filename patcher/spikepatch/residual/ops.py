@@ -18,15 +18,17 @@ VIEWS = frozenset(
     " split_with_sizes chunk unbind index index_select gather repeat repeat_interleave dropout native_dropout"
     " constant_pad_nd pad roll flip numpy_T mT".split()
 )
+# Averages over windows of neighbouring values.
+POOLS = frozenset("avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d".split())
 # Homogeneous linear in the first argument alone.
-LINEAR_FIRST = VIEWS | frozenset("neg sum mean cumsum tril triu conv1d conv2d convolution".split())
+LINEAR_FIRST = VIEWS | POOLS | frozenset("neg sum mean cumsum tril triu".split())
 ADDS = frozenset("add sub rsub".split())
 # Linear in all tensor arguments taken together: zero when all are.
 JOINS = ADDS | frozenset(
     "cat stack concat index_add index_put index_copy scatter scatter_add scatter_reduce select_scatter slice_scatter"
     " copy lerp where overwritten".split()
 )
-PRODUCTS = frozenset(["mul", "div", "true_divide"])
+PRODUCTS = frozenset(["mul", "div"])
 # f(0) = 0, not linear.
 ZERO_AT_ZERO = frozenset(
     "relu relu6 leaky_relu gelu silu mish tanh sin tan sinh asinh atan erf abs square sqrt expm1 log1p softsign sign"
@@ -36,6 +38,10 @@ MATMULS = frozenset(
     "linear addmm mm matmul bmm baddbmm mv dot einsum _grouped_mm grouped_mm grouped_mm_fallback".split()
 )
 CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution conv_transpose1d".split())
+# They read their second tensor's shape or dtype only.
+LIKE_SECOND = frozenset("type_as view_as expand_as".split())
+# Rows of the first tensor are replaced by other values.
+REPLACED_ROWS = frozenset("index_put index_copy masked_scatter".split())
 NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm".split())
 FUSED_ATTENTION = frozenset(
     "scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention"
@@ -58,6 +64,9 @@ STATISTIC = (
 )
 
 
+_ALIASES = {"multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub"}
+
+
 def op(node: object) -> str:
     """The op's bare name: ``aten.add_.Tensor`` -> ``add``; empty for anything that is not a call."""
     if not isinstance(node, Node) or node.op != "call_function":
@@ -66,7 +75,8 @@ def op(node: object) -> str:
         return "getitem"
     packet = getattr(node.target, "overloadpacket", node.target)
     name = str(getattr(packet, "__name__", packet))
-    return name.rstrip("_") if not name.startswith("__") else name.strip("_")
+    name = name.rstrip("_") if not name.startswith("__") else name.strip("_")
+    return _ALIASES.get(name, name)
 
 
 def shape(node: object) -> tuple[int, ...]:
@@ -79,6 +89,12 @@ def last(node: object) -> int:
     """Length of the last axis; 0 for a scalar."""
     s = shape(node)
     return s[-1] if s else 0
+
+
+def place(node: Node) -> str:
+    """Path of the innermost module whose forward made the node; empty at the top."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else ""
 
 
 def operands(node: Node) -> list[Node]:

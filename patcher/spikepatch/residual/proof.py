@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts, floating
-from spikepatch.residual.ops import op, operands
+from spikepatch.residual.ops import op, operands, place
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,23 @@ class Term:
     """One operand of a residual addition that is no skip, and the weights whose products it is made of."""
 
     node: Node
-    projections: tuple[tuple[Node, str], ...]  # (matmul, parameter)
+    projections: tuple[tuple[Node, str], ...]  # (matmul, or the sum with its bias; parameter)
     path: frozenset[Node]  # nodes between the projections and the addition
     interior: frozenset[Node]  # what computes it, back to the stream
     reads: Node  # the latest point of the stream that it reads
     crosses: bool  # it reads another stream as well
 
 
-def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list[Term]) -> list[str]:
-    """Both sides of the proof; the reasons why it fails, naming parameters."""
+@dataclass(frozen=True)
+class Proof:
+    """``leaks``: why it fails, naming parameters; empty: proven. ``reaches``: the parameters that the cut leaves."""
+
+    leaks: tuple[str, ...]
+    reaches: tuple[str, ...]
+
+
+def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list[Term]) -> Proof:
+    """Both sides of the proof."""
     names = sorted(set(facts.trace.parameters.values()))
     bit = {name: 1 << i for i, name in enumerate(names)}
     for i, lookup in enumerate(n for n in facts.nodes if op(n) in ops.LOOKUPS):
@@ -41,11 +49,7 @@ def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list
     def spelled(mask: int) -> list[str]:
         return [name for name in names if mask & bit[name]]
 
-    leaks = [
-        f"{term.node.name}: no projection found for this part of the sum, which holds {_sample(facts, term)}"
-        for term in terms
-        if not term.projections
-    ]
+    leaks = [_without_projection(facts, term) for term in terms if not term.projections]
     cut = {matmul for term in terms for matmul, _ in term.projections}
     alive: dict[Node, int | None] = {}  # None: zero; else the parameters it depends on
     for node in facts.nodes:
@@ -62,7 +66,14 @@ def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list
     leaks += [
         f"{name}: still reaches the output with all residual projections cut" for name in spelled(live & ~permitted)
     ]
-    leaks += [f"{name}: is on the stream but silenced by the cut" for name in spelled(allowed & ~live)]
+    if unheard := spelled(allowed & ~live):
+        heard = _uncut(facts, output, bit)
+        leaks += [
+            f"{name}: is on the stream but silenced by the cut"
+            if heard & bit[name]
+            else f"{name}: never reaches the output, with nothing cut either: the forward pass ignores it here"
+            for name in unheard
+        ]
     # A tied head keeps the table alive, so the lookups themselves are asked.
     read = [n for n in lookups if n in facts.fed]
     if not any(live & bit[n.name] for n in read) and not any(floating(n) for n in facts.trace.inputs):
@@ -73,16 +84,28 @@ def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list
         for matmul, parameter in term.projections
         if not _given_back(facts, term, matmul, cut, alive, bit) & bit[parameter]
     ]
-    return leaks
+    return Proof(tuple(leaks), tuple(spelled(live)))
+
+
+def _uncut(facts: Facts, output: Node, bit: Mapping[str, int]) -> int:
+    """The parameters that reach the output of the model as it is."""
+    alive: dict[Node, int | None] = {}
+    for node in facts.nodes:
+        alive[node] = _value(facts, node, alive, bit)
+    return alive[output] or 0
 
 
 def _mask(bit: Mapping[str, int], names: set[str]) -> int:
     return sum(bit[name] for name in names)
 
 
-def _sample(facts: Facts, term: Term) -> str:
+def _without_projection(facts: Facts, term: Term) -> str:
     held = sorted({facts.trace.parameters[n] for n in term.interior if n in facts.trace.parameters})
-    return ", ".join(held[:3]) + (" ..." if len(held) > 3 else "")
+    where = place(term.node) or term.node.name
+    if not held:
+        return f"{where}: this part of the sum is computed without any weight, so there is no projection to scale"
+    sample = ", ".join(held[:3]) + (" ..." if len(held) > 3 else "")
+    return f"{where}: no projection found for this part of the sum, which holds {sample}"
 
 
 def _given_back(

@@ -19,9 +19,10 @@ from torch.fx import Node
 
 from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts, narrows
-from spikepatch.residual.ops import last, op, operands, shape
+from spikepatch.residual.ops import last, op, operands, place, shape
 from spikepatch.residual.proof import Term, prove
 from spikepatch.residual.trace import Trace
+from spikepatch.residual.weights import matrix_weight
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Stream:
 
     ``additions`` are the nodes of the spine that add a sub-layer's output, ``tables`` those at which tables of rows
     enter: lookups, and learned positions sliced from a parameter. ``suffix`` lies between ``end`` (exclusive) and the
-    output: the head. ``leaks`` says why the map is not proven; empty: proven.
+    output: the head. ``leaks`` says why the map is not proven; empty: proven. ``reaches`` names the parameters that
+    the output still depends on with every residual projection cut.
     """
 
     facts: Facts
@@ -42,6 +44,7 @@ class Stream:
     tables: tuple[Node, ...]
     suffix: frozenset[Node]
     leaks: tuple[str, ...]
+    reaches: tuple[str, ...]
 
 
 def find(trace: Trace) -> tuple[Stream, ...] | str:
@@ -65,13 +68,20 @@ def _locate(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str
     found = _at(facts, output, beyond)
     if isinstance(found, Stream) and not found.leaks:
         return found
+    nearest: Stream | None = None
     for root in _possible_roots(facts, output):
         facts.carries = facts.carriers(root)
         rooted = _at(facts, output, beyond)
-        if isinstance(rooted, Stream) and not rooted.leaks and root in rooted.spine:
+        if not isinstance(rooted, Stream) or root not in rooted.spine:
+            continue
+        if not rooted.leaks:
             return rooted
-    facts.carries = facts.carriers(None)
-    return found
+        nearest = nearest or rooted
+    if isinstance(found, Stream) or nearest is None:
+        facts.carries = facts.carriers(None)
+        return found
+    facts.carries = nearest.facts.carries
+    return nearest
 
 
 def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
@@ -89,6 +99,7 @@ def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
     additions = {add for add, nodes in entries.items() if any(found[n] for n in nodes)}
     start = max(facts.carries[min(additions, key=facts.order.__getitem__)], key=facts.order.__getitem__)
     suffix = facts.behind([output], stop=spine)
+    proof = prove(facts, output, spine, start, terms)
     return Stream(
         facts=facts,
         start=start,
@@ -98,14 +109,53 @@ def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
         terms=tuple(terms),
         tables=tuple(_tables(facts, spine, facts.behind([start]))),
         suffix=frozenset(suffix),
-        leaks=tuple(prove(facts, output, spine, start, terms)),
+        leaks=proof.leaks,
+        reaches=proof.reaches,
     )
 
 
 def _no_sum(facts: Facts, output: Node) -> str:
-    return _copies(facts.behind([output]) & facts.carries.keys()) or (
-        "no sum of an embedding and sub-layer outputs reaches the output: the stream is not a residual sum"
+    """Why the stream is no sum, in the model's own terms."""
+    cone = sorted(facts.behind([output]), key=facts.order.__getitem__)
+    if reason := _copies(n for n in cone if n in facts.carries) or _mixture(facts, cone):
+        return reason
+    ends = [n for n in cone if n in facts.varies and n not in facts.carries and facts.carries.keys() & facts.data(n)]
+    places = ", ".join(dict.fromkeys(place(n) or op(n) for n in ends[-2:])) or "nothing"
+    return (
+        "no sum of an embedding and sub-layer outputs reaches the output: the input is not a term of it,"
+        f" but goes through products with weights ({places})"
     )
+
+
+def _mixture(facts: Facts, cone: Iterable[Node]) -> str | None:
+    """The reason to refuse states that are stacked along a new axis and then weighted by computed factors."""
+    widths = {last(node) for node in facts.carries}
+    for node in cone:
+        states = facts.data(node)
+        if op(node) not in {"stack", "cat"} or len(states) < 2 or len(shape(node)) < 4:
+            continue
+        if last(node) not in widths or last(node) != last(states[0]):
+            continue
+        if mixer := _first_mixing(facts, node):
+            return (
+                f"the stream is a set of states that {place(mixer) or 'the model'} mixes by computed weights, not a sum"
+            )
+    return None
+
+
+def _first_mixing(facts: Facts, node: Node) -> Node | None:
+    """The first product of ``node``, seen through views, with something else that depends on the input."""
+    todo = [node]
+    normed = {norm.input: norm.output for norm in facts.norm_at.values()}
+    for reader in todo:
+        if reader in normed:
+            todo.append(normed[reader])
+        for user in reader.users:
+            if op(user) in ops.PRODUCTS | ops.MATMULS and len(facts.data(user)) > 1 and user not in facts.norm_at:
+                return user
+            if op(user) in ops.VIEWS | {"cat"} and user not in todo:
+                todo.append(user)
+    return None
 
 
 def _copies(carriers: Iterable[Node]) -> str | None:
@@ -123,24 +173,33 @@ def _copies(carriers: Iterable[Node]) -> str | None:
 
 
 def _possible_roots(facts: Facts, output: Node) -> list[Node]:
-    """Products with a weight whose input is computed without attention or additions of its own: in execution order."""
+    """Where a stream without a lookup may begin, in execution order.
+
+    Products with a weight, computed without attention or additions of their own; and behind them sums with a
+    convolution over positions, a position embedding that is computed from the tokens' neighbours.
+    """
     roots = []
-    plain: set[Node] = set()
+    made_by: dict[Node, frozenset[Node]] = {}  # plain node -> the products that it is computed by
     cone = facts.behind([output])
     for node in facts.nodes:
         if node not in facts.varies or node not in cone:
             continue
         data = facts.data(node)
-        mixing = len(data) > 1 and op(node) not in ops.ADDS | {"cat"}
-        skip = (
-            op(node) in ops.ADDS
-            and len(data) > 1
-            and any(a in facts.behind([b]) for a in data for b in data if a is not b)
-        )
-        if all(a in plain for a in data) and not (mixing or skip or op(node) in ops.SOFTMAX | ops.FUSED_ATTENTION):
-            plain.add(node)
-            if op(node) in ops.MATMULS | ops.CONVOLUTIONS:
-                roots.append(node)
+        if not all(a in made_by for a in data) or op(node) in ops.SOFTMAX | ops.FUSED_ATTENTION:
+            continue
+        products = frozenset().union(*(made_by[a] for a in data))
+        if op(node) in ops.MATMULS | ops.CONVOLUTIONS and len(data) == 1:
+            products |= {node}
+            roots.append(node)
+        elif op(node) in ops.ADDS and len(data) > 1:
+            skips = [a for a in data if any(a in facts.behind([b]) for b in data if b is not a)]
+            added = products.difference(*(made_by[a] for a in skips)) if skips else frozenset()
+            if not all(op(product) in ops.CONVOLUTIONS for product in added):
+                continue
+            roots += [node] if added else []
+        elif len(data) > 1 and op(node) != "cat":
+            continue
+        made_by[node] = products
     return roots[:24]
 
 
@@ -197,7 +256,8 @@ def _tables(facts: Facts, spine: set[Node], path: set[Node]) -> list[Node]:
     both = spine | path
     tables = [n for n in both if op(n) in ops.LOOKUPS]
     added = (a for n in both if op(n) in ops.ADDS and n in facts.varies for a in operands(n) if a in facts.weight)
-    tables += [a for a in added if len(shape(a)) > 1 and shape(a)[-2] > 1]
+    rows = {name: shape(node) for node, name in facts.trace.parameters.items()}
+    tables += [a for a in added if len(rows[facts.weight[a]]) > 1 and rows[facts.weight[a]][-2] > 1]
     return sorted(set(tables), key=facts.order.__getitem__)
 
 
@@ -208,7 +268,9 @@ def _summands(facts: Facts, node: Node) -> list[Node]:
     inner = node
     while op(inner) in ops.VIEWS and not narrows(inner):
         inner = operands(inner)[0]
-    if op(inner) in ops.ADDS and len(facts.data(inner)) > 1:
+    parts = facts.data(inner)
+    own_skip = any(a in facts.behind([b], stop=facts.carries) for a in parts for b in parts if a is not b)
+    if op(inner) in ops.ADDS and len(parts) > 1 and not own_skip:
         return [leaf for a in operands(inner) for leaf in _summands(facts, a)]
     return [node]
 
@@ -233,9 +295,9 @@ def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
     seen.add(node)
     name = op(node)
     arguments = facts.data(node)
-    if name in ops.MATMULS:
-        names = [facts.weight[a] for a in operands(node) if a in facts.weight and len(shape(a)) > 1]
-        return {node: names[0]} if names and len(arguments) == 1 else {}
+    if facts.product(node):
+        weight = matrix_weight(facts, node)
+        return {node: facts.weight[weight]} if weight is not None and len(arguments) == 1 else {}
     if name in ops.ADDS and any(a in facts.weight for a in operands(node)) and len(arguments) == 1:
         found = _projections(facts, arguments[0], seen)  # a bias of its own: cut behind it
         return {node: next(iter(found.values()))} if len(found) == 1 else found
@@ -243,7 +305,7 @@ def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
         through = [[facts.norm_at[node].input]]
     elif name in ops.JOINS:
         through = [arguments]
-    elif name in ops.LINEAR_FIRST or name == "masked_fill":
+    elif name in ops.LINEAR_FIRST | ops.CONVOLUTIONS or name == "masked_fill":
         through = [arguments[:1]]
     elif name in ops.PRODUCTS:
         # Either factor's zero silences the product: prefer the one as wide as the stream, then the later argument.

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from spikepatch.errors import Refused
 from spikepatch.quiet import quiet
-from spikepatch.residual.ops import VIEWS, op
+from spikepatch.residual.ops import VIEWS, op, shape
 from spikepatch.residual.record import record
 
 #: Token positions in the traced example: more than one, and unlike the usual head counts and widths.
@@ -76,13 +76,30 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
             try:
                 return recorded(model, example)
             except Exception as error:
-                raise Refused(
-                    what="the forward pass cannot be traced, so its residual stream cannot be found",
-                    where=type(model).__name__,
-                    why=f"torch.export stopped: {_line(not_exported)}; and a recorded run: {_line(error)}",
-                    remedy="check that the model runs on integer token ids without branches on the data",
-                ) from error
+                raise _untraceable(type(model).__name__, example, _line(not_exported), _line(error)) from error
+    # A number that the forward pass makes a tensor of has no value in a graph that was exported on meta: only a
+    # recorded graph can be run.
+    if any(isinstance(c, torch.Tensor) and c.is_meta for c in program.constants.values()):
+        with contextlib.suppress(Exception):
+            return recorded(model, example)
     return _flat(program, model, twin, example)
+
+
+def _untraceable(name: str, example: Mapping[str, torch.Tensor], exported: str, recorded: str) -> Refused:
+    what = "the forward pass cannot be traced, so its residual stream cannot be found"
+    if exported == recorded:  # the model's own words
+        return Refused(
+            what=what,
+            where=name,
+            why=f'it does not run on {" and ".join(example)} alone: "{exported}"',
+            remedy="in Python, pass example_inputs={'name of the argument': tensor} with all that its forward needs",
+        )
+    return Refused(
+        what=what,
+        where=name,
+        why=f'torch.export stopped: "{exported}"; and a recorded run: "{recorded}"',
+        remedy="check that the model runs on integer token ids without branches on the data",
+    )
 
 
 def _line(error: Exception) -> str:
@@ -101,6 +118,8 @@ def _example_of(model: nn.Module) -> dict[str, torch.Tensor]:
             remedy="pass example_inputs={'name of the argument': tensor}",
         )
     ids = torch.arange(5, 5 + TOKENS).unsqueeze(0)  # (batch, tokens)
+    if codebooks := getattr(config, "num_codebooks", 0):
+        ids = ids.repeat(codebooks, 1)  # (codebooks, tokens)
     name = getattr(model, "main_input_name", "input_ids")
     example = {name: ids}
     if name == "pixel_values":
@@ -145,6 +164,7 @@ def _flat(
     copies: dict[Node, Node] = {}
     result = _inline(program.graph_module, graph, copies)
     _redirect_writes(graph)
+    _undo_splits(graph)
 
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     values = dict(model.named_buffers(remove_duplicate=False))
@@ -205,11 +225,13 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None
     _prefer_traceable_kernels(twin, "eager")  # a loop is no obstacle here
     for name, buffer in model.named_buffers():
         owner, _, own = name.rpartition(".")
-        twin.get_submodule(owner)._buffers[own] = buffer.detach().cpu()
+        if not buffer.is_meta:
+            twin.get_submodule(owner)._buffers[own] = buffer.detach().cpu()
     recorder, result = record(twin, example)
     output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
     recorder.graph.output(recorder.node(output))
     _redirect_writes(recorder.graph)
+    _undo_splits(recorder.graph)
     parameters = {recorder.node(p): name for name, p in twin.named_parameters()}
     buffers = {recorder.node(b): b for _, b in twin.named_buffers()} | recorder.constants
     inputs = {recorder.node(t): t for t in example.values()}
@@ -217,8 +239,8 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None
 
 
 def overwritten(value: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """Stands in the graph for ``value`` after ``written``, which shares memory with it, was written in place."""
-    raise NotImplementedError("a marker for the analysis, never executed")
+    """``value`` after ``written``, which shares its memory, was written in place: executed, it has changed already."""
+    return value
 
 
 def _redirect_writes(graph: Graph) -> None:
@@ -250,3 +272,28 @@ def _redirect_writes(graph: Graph) -> None:
                 order[seen] = order[node] + 0.5
             for user in later:
                 user.replace_input_with(alias, seen)
+
+
+def _undo_splits(graph: Graph) -> None:
+    """Whoever reads a part of a concatenation, cut where it was joined, reads the joined tensor itself."""
+    for node in graph.nodes:
+        source = node.args[0] if op(node) == "getitem" else None
+        if not isinstance(source, Node) or op(source) not in {"split", "chunk"}:
+            continue
+        joined = source.args[0]
+        if not isinstance(joined, Node) or op(joined) != "cat":
+            continue
+        parts: Any = joined.args[0]
+        sizes = [shape(part)[_axis(joined)] for part in parts]
+        count: Any = source.args[1]
+        step = -(-sum(sizes) // count) if op(source) == "chunk" else count
+        begin, position = [sum(sizes[:i]) for i in range(len(sizes))], node.args[1] * step
+        if _axis(joined) == _axis(source) and position in begin and shape(parts[begin.index(position)]) == shape(node):
+            node.replace_all_uses_with(parts[begin.index(position)])
+
+
+def _axis(node: Node) -> int:
+    """The axis that a cat (tensors, dim) or a split (tensor, size, dim) works along, counted from the front."""
+    axis: Any = node.args[1 if op(node) == "cat" else 2] if len(node.args) > (1 if op(node) == "cat" else 2) else 0
+    tensor: Any = node.args[0]
+    return int(axis) % len(shape(tensor[0] if op(node) == "cat" else tensor))

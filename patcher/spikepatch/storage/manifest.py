@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from spikepatch import __version__
-from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
+from spikepatch.plans import NORM_NAMES, Constant, DetachEmbedding, Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 
 if TYPE_CHECKING:
     from spikepatch.source import Source
@@ -141,9 +141,17 @@ def _changes(plan: Plan) -> list[str]:
     lines = []
     if fills:
         stds = sorted({fill.std for fill in fills})
-        lines.append(f"{len(fills)} parameters drawn from N(0, std²), std {', '.join(f'{s:.6g}' for s in stds)}")
-        lines.append(f"S = {len(plan.sublayers)} sub-layers, stream width d = {plan.width}, seed {plan.seed}")
+        lines.append(f"{len(fills)} parameters drawn afresh, std {', '.join(f'{s:.6g}' for s in stds)}")
+        streams = "; ".join(f"S = {len(s.sublayers)} sub-layers, stream width d = {s.width}" for s in plan.streams)
+        lines.append(f"{streams}, seed {plan.seed}")
+    constants = plan.select(Constant)
+    for value in sorted({c.value + c.offset for c in constants}):
+        names = [c.parameter for c in constants if c.value + c.offset == value]
+        lines.append(f"{len(names)} parameters set to {value:.6g}, such as `{names[0]}`")
     lines += [f"`{e.module}`: output multiplied by {e.factor:.6g}" for e in plan.select(ScaleEmbedding)]
-    lines += [f"`{e.module}`: output through a LayerNorm (eps {e.eps:g})" for e in plan.select(NormEmbedding)]
+    lines += [
+        f"`{e.module}`: output through a {NORM_NAMES[e.kind]} (eps {e.eps:g})" for e in plan.select(NormEmbedding)
+    ]
+    lines += [f"`{e.module}`: {e.gradient:g} of its gradient" for e in plan.select(DetachEmbedding)]
     lines += [f"`{e.head}`: own matrix, no longer tied to `{e.embedding}`" for e in plan.select(Untie)]
     return lines
