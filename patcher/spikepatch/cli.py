@@ -143,9 +143,15 @@ main.add_command(architectures_command)
 @main.command()
 @click.argument("file", type=click.Path())
 @click.option("--factory", required=True, metavar="MODULE:FUNCTION", help="What builds the model; see above.")
-@click.option("--recipe", default="scaled-embed", show_default=True, help="What to put in; see `spikepatch recipes`.")
+@click.option(
+    "--recipe",
+    default="scaled-embed",
+    show_default=True,
+    help="What to put in: a name that `spikepatch recipes` lists, a TOML file, or module:NAME of your own.",
+)
 @click.option("--factor", type=float, metavar="C", help="Embedding factor.  [default: sqrt(d)]")
 @click.option("--positions", is_flag=True, help="Scale learned position embeddings too.")
+@click.option("--replace", is_flag=True, help="Divide out a factor that the model applies to its embedding already.")
 @click.option("--untie", is_flag=True, help="Take out the assignment that ties the head to the embedding.")
 @click.option(
     "--write/--diff",
@@ -161,7 +167,7 @@ def codemod(file: str, factory: str, **options: Any) -> None:
     Without them forward is given ids. A small model on the CPU will do: the edit works for any width and depth.
 
     The embedding's construction becomes that of a scaled or normed embedding, a class that is added to FILE, and the
-    class's __init__ ends with a call that draws the recipe's weights. Every other byte of FILE stays. Other classes of
+    model's __init__ ends with a call that draws the recipe's weights. Every other byte of FILE stays. Other classes of
     FILE that build the same embedding get its factor or norm too, but keep their own initialisation.
 
     \b

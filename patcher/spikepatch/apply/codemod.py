@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import os
@@ -14,16 +15,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import libcst as cst
+
 from spikepatch import recipes
 from spikepatch.apply import inserted, placement
 from spikepatch.apply.construction import Built, build
 from spikepatch.apply.parsed import Parsed, Splice, bound_at, import_splice, parse, spelled, splice
 from spikepatch.apply.recheck import differences
 from spikepatch.errors import BadSource, BadTarget, Refused
-from spikepatch.planning import checked_transforms
-from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
-
-_STRUCTURAL = (ScaleEmbedding, NormEmbedding)
+from spikepatch.planner import make_plan
+from spikepatch.planning import checked_recipe
+from spikepatch.plans import EmbeddingEdit, NormEmbedding, Plan, Recipe, ScaleEmbedding, Untie
 
 #: What the inserted code uses.
 _MODULES = ("torch.nn", "math", "re")
@@ -68,10 +70,11 @@ class Codemod:
 def codemod(
     file: str | os.PathLike[str],
     factory: str,
-    recipe: str = recipes.DEFAULT,
+    recipe: str | Recipe = recipes.DEFAULT,
     *,
     factor: float | None = None,
     positions: bool = False,
+    replace: bool = False,
     untie: bool = False,
     write: bool = False,
 ) -> Codemod:
@@ -87,8 +90,7 @@ def codemod(
         factory: ``module:function``, importable from the current folder or the file's; called without arguments, it
             returns the model, or the model and its example inputs: ids, or a mapping from arguments of forward to
             tensors. The edit works for any width and depth, so a small model on the CPU is enough.
-        recipe: a name that ``spikepatch recipes`` lists.
-        factor, positions, untie: as in ``spikepatch.plan``.
+        recipe, factor, positions, replace, untie: as in ``spikepatch.plan``.
         write: replace the file, at once and as a whole, with its permissions kept.
 
     Raises:
@@ -97,8 +99,9 @@ def codemod(
         BadTarget: the file cannot be written, or has changed meanwhile. In all cases it is as it was.
     """
     path, real = Path(file), Path(os.path.realpath(file))
-    options = {"factor": factor, "positions": positions, "untie": untie}
-    checked_transforms(recipe, reinit="all", seed=0, **options)  # type: ignore[arg-type]
+    found = checked_recipe(
+        recipe, reinit="all", seed=0, factor=factor, positions=positions, replace=replace, untie=untie
+    )
     _check_factory(factory)
     before, encoding = _read(path)
     if write:
@@ -106,17 +109,32 @@ def codemod(
     text = before.decode(encoding)
     parsed = parse(str(real), text)
     _guard_patched(parsed)
-    original = build(real, text, factory, {"recipe": recipe, **options})
-    assert original.plan is not None
-    edited = splice(text, _edits(parsed, real, original, factory))
+    original = build(real, text, factory)
+    plan, edited = rewrite(parsed, original, found)
     again = _rebuilt(real, edited, factory)
-    _check(real, original, again)
-    result = Codemod(
-        path, before, edited.encode(encoding), encoding, original.plan, tuple(_notes(again, original.plan))
-    )
+    _check(real, plan, original, again)
+    result = Codemod(path, before, edited.encode(encoding), encoding, plan, tuple(_notes(again, plan)))
     if write:
         _write(result, real)
     return result
+
+
+def rewrite(parsed: Parsed, built: Built, recipe: Recipe) -> tuple[Plan, str]:
+    """The recipe, worked out for what the file builds, and the file with it.
+
+    Raises:
+        BadSource: the model's class is not defined in the file.
+        Refused: the recipe does not fit, or an edit cannot be placed safely.
+    """
+    if built.class_file != parsed.file:
+        raise BadSource(
+            "the factory builds a model of another file",
+            where=parsed.file,
+            why=f"{built.class_name} is defined in {built.class_file or 'no file'}",
+            remedy="give the file that defines the model's class, or a factory that returns the model itself",
+        )
+    plan = make_plan(built.residual, built.shapes, recipe, reinit="all", seed=0)
+    return plan, splice(parsed.text, _edits(parsed, built, plan, recipe))
 
 
 def _check_factory(factory: str) -> None:
@@ -163,55 +181,47 @@ def _guard_patched(parsed: Parsed) -> None:
         )
 
 
-def _edits(parsed: Parsed, real: Path, built: Built, factory: str) -> Iterator[Splice]:
+def _edits(parsed: Parsed, built: Built, plan: Plan, recipe: Recipe) -> Iterator[Splice]:
     """Every change to the file, each found before any is made."""
-    plan = built.plan
-    assert plan is not None
-    if not built.class_file or Path(built.class_file) != real:
-        raise BadSource(
-            "the factory builds a model of another file",
-            where=f"--factory {factory}",
-            why=f"{built.class_name} is defined in {built.class_file or 'no file'}, not in {parsed.file}",
-            remedy="give the file that defines the model's class, or a factory that returns the model itself",
-        )
-    unknown = {type(edit).__name__ for edit in plan.edits if not isinstance(edit, (Fill, *_STRUCTURAL, Untie))}
-    structural = [edit for edit in plan.edits if isinstance(edit, _STRUCTURAL)]
-    different = {(type(edit), getattr(edit, "factor", None)) for edit in structural}
-    if unknown or len(different) > 1:
+    structural = plan.select(EmbeddingEdit)
+    if len({dataclasses.replace(edit, module="") for edit in structural}) > 1:
         raise Refused(
             what=f"the recipe {plan.recipe} cannot be written as source code",
             where=parsed.file,
-            why=f"no code is known for {', '.join(sorted(unknown)) or 'embeddings that change in two ways'}",
-            remedy="use scaled-embed, embed-ln or vanilla",
+            why="it changes several embeddings, each in another way, and one class is written for all",
+            remedy="leave --positions out, or use a recipe that changes the token embedding alone",
         )
     root = placement.class_definition(parsed, built)
     found = {module: spelled(parsed, module) for module in _MODULES}
     names = inserted.Names(*(name or module for module, name in found.items()))
-    missing = [module.partition(".")[0] for module, name in found.items() if name is None]
 
-    nodes, wraps = [root], False
+    nodes: list[cst.CSTNode] = [root]
+    wraps = False
     for edit in structural:
         call = placement.construction_of(parsed, built, edit.module)
         splices, wrapped = placement.wrap(parsed, call, inserted.class_name(edit))
-        nodes.append(call)  # type: ignore[arg-type]
+        nodes.append(call)
         wraps |= wrapped
         yield from splices
     for untied in plan.select(Untie):
         yield placement.untie(parsed, built, untied.head, untied.embedding)
     yield placement.at_end_of_init(parsed, built, inserted.INITIALISER)
 
-    recipe = recipes.RECIPES[plan.recipe]
-    lines = [*inserted.header(recipe.name, recipe.equation, recipe.source), "", ""]
+    definitions = inserted.initialiser(plan, built.shapes, names)
+    if structural:
+        _guard_name(parsed, inserted.class_name(structural[0]))
+        definitions = [*inserted.embedding_class(structural[0], names, wraps=wraps), "", "", *definitions]
+    lines = [*inserted.header(recipe), "", "", *definitions]
+    code = "\n".join(definitions)
+    missing = [
+        module for (module, name), used in zip(found.items(), names, strict=True) if name is None and f"{used}." in code
+    ]
     for module in missing:
-        _guard_name(parsed, module)
+        _guard_name(parsed, module.partition(".")[0])
     imports = [import_splice(parsed, module) for module in missing]
     if None in imports:  # the file imports nothing
         lines = [*(f"import {module}" for module in missing), "", "", *lines]
     yield from (edit for edit in imports if edit is not None)
-    if structural:
-        _guard_name(parsed, inserted.class_name(structural[0]))
-        lines += [*inserted.embedding_class(structural[0], names, wraps=wraps), "", ""]
-    lines += inserted.initialiser(plan, built.shapes, names)
     yield placement.before_statement(parsed, nodes, lines)
 
 
@@ -233,25 +243,27 @@ def _rebuilt(real: Path, edited: str, factory: str) -> Built:
         raise _failed(str(real), f"{error.what}: {error.why}") from error
 
 
-def _check(path: Path, original: Built, edited: Built) -> None:
+def _check(path: Path, plan: Plan, original: Built, edited: Built) -> None:
     """The edited file builds what the plan says.
 
     Raises:
         Refused: it does not; all differences are named.
     """
-    findings = list(differences(original, edited))
+    findings = list(differences(plan, original, edited))
     if findings:
         more = f"; and {len(findings) - 6} more" if findings[6:] else ""
         raise _failed(str(path), "; ".join(findings[:6]) + more)
 
 
 def _notes(edited: Built, plan: Plan) -> Iterator[str]:
-    head = edited.residual.head if edited.residual is not None else None
-    if plan.structural and head is not None and head.tied:
+    head = edited.residual.head
+    if plan.select(ScaleEmbedding | NormEmbedding) and head is not None and head.tied:
         yield (
             "the head is tied, so a large shortcut makes it predict the current token at first: the initial loss is "
             "far above log V; --untie gives it its own matrix"
         )
+    if plan.no_decay:
+        yield f"train without weight decay on: {', '.join(plan.no_decay)}"
 
 
 def _failed(where: str, why: str) -> Refused:

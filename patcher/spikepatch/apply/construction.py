@@ -27,7 +27,6 @@ from typing import Any
 
 from spikepatch.apply.watch import Span, Watch, watching
 from spikepatch.errors import BadSource, Refused, SpikepatchError
-from spikepatch.plans import Plan
 from spikepatch.residual.map import ResidualMap
 
 
@@ -40,13 +39,12 @@ class Built:
         class_file: where that class is defined.
         init_line: first line of the ``__init__`` that the class itself defines in that file; 0: it defines none, and
             -1: it does, elsewhere.
-        shapes: of everything in the state dict.
+        shapes: of every parameter and persistent buffer, tied ones once.
         moments: parameter -> (number of elements, mean, std about 0).
         embeddings: path of each ``nn.Embedding`` -> its class.
         calls: path of each ``nn.Embedding`` -> the calls whose value it was, from its constructor outwards.
         ties: name of a parameter -> the assignment that put it in place of another one.
-        plan: the recipe, worked out; None where none was asked for.
-        residual: the map; None where a plan was asked for.
+        residual: its map.
     """
 
     class_name: str
@@ -57,24 +55,22 @@ class Built:
     embeddings: Mapping[str, str]
     calls: Mapping[str, tuple[Span, ...]]
     ties: Mapping[str, Span]
-    plan: Plan | None
-    residual: ResidualMap | None
+    residual: ResidualMap
 
 
-def build(file: Path, text: str, factory: str, recipe: Mapping[str, Any] | None = None) -> Built:
+def build(file: Path, text: str, factory: str) -> Built:
     """Run the factory in a fresh process in which ``file`` holds ``text``, whatever is on disk.
 
     Args:
         file: absolute, without links.
         text: of the file.
         factory: ``module:function``.
-        recipe: arguments of ``spikepatch.plan``; without them the model is mapped.
 
     Raises:
         BadSource: the factory cannot be found, raises, or returns no model.
-        Refused: the model cannot be mapped, or the recipe does not fit.
+        Refused: the model cannot be mapped.
     """
-    request = {"file": str(file), "text": text, "factory": factory, "recipe": recipe}
+    request = {"file": str(file), "text": text, "factory": factory}
     paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONNODEBUGRANGES"}
     with tempfile.TemporaryDirectory() as scratch:
@@ -112,8 +108,7 @@ def _from_dict(data: dict[str, Any]) -> Built:
             "moments": {name: tuple(values) for name, values in data["moments"].items()},
             "calls": {name: tuple(Span(**span) for span in spans) for name, spans in data["calls"].items()},
             "ties": {name: Span(**span) for name, span in data["ties"].items()},
-            "plan": None if data["plan"] is None else Plan.from_dict(data["plan"]),
-            "residual": None if data["residual"] is None else ResidualMap.from_dict(data["residual"]),
+            "residual": ResidualMap.from_dict(data["residual"]),
         }
     )
 
@@ -122,7 +117,7 @@ def main(asked: str, answered: str) -> None:
     """The other process: read a request, build, write the reply."""
     request = json.loads(Path(asked).read_text(encoding="utf-8"))
     try:
-        reply = _observe(**request)
+        reply = dataclasses.asdict(_answer(**request))
     except SpikepatchError as error:
         reply = {"error": type(error).__name__, "what": error.what, "where": error.where}
         reply |= {"why": error.why, "remedy": error.remedy}
@@ -133,11 +128,8 @@ def main(asked: str, answered: str) -> None:
     scratch.rename(answered)
 
 
-def _observe(file: str, text: str, factory: str, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
+def _answer(file: str, text: str, factory: str) -> Built:
     import torch
-
-    from spikepatch.planning import plan as make_plan
-    from spikepatch.residual.inspect import inspect
 
     torch.manual_seed(0)
     sys.meta_path.insert(0, _Edited(file, text))
@@ -147,31 +139,40 @@ def _observe(file: str, text: str, factory: str, recipe: Mapping[str, Any] | Non
     importlib.invalidate_caches()
     with watching() as watch:
         model, example = _call(factory, file)
-    named = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if any(p.is_meta for p in parameters.values()):
+    return observe(model, watch, example)
+
+
+def observe(model: Any, watch: Watch, example: Mapping[str, Any] | None = None) -> Built:
+    """What was built, under ``watch``; ``example``: keyword arguments of its forward, for a module that needs them."""
+    import torch
+
+    from spikepatch.planning import tensor_shapes
+    from spikepatch.residual.inspect import inspect
+
+    parameters = dict(model.named_parameters())
+    if any(parameter.is_meta for parameter in parameters.values()):
         raise Refused(
             "the factory builds a model on the meta device",
-            where=f"--factory {factory}",
+            where=type(model).__name__,
             why="the edited file is checked by the values that its initialiser draws",
             remedy="build a small model on the CPU: what is written works for any width and depth",
         )
-    options: dict[str, Any] = {"example_inputs": example}
-    plan = None if recipe is None else make_plan(model, reinit="all", **recipe, **options)
-    return {
-        **_class_of(model),
-        "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
-        "moments": {name: _moments(parameter) for name, parameter in model.named_parameters()},
-        "embeddings": {name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in named.items()},
-        "calls": {name: [dataclasses.asdict(s) for s in watch.calls.get(id(m), ())] for name, m in named.items()},
-        "ties": {name: dataclasses.asdict(span) for name, span in _ties(model, watch)},
-        "plan": None if plan is None else plan.to_dict(),
-        "residual": None if plan is not None else json.loads(inspect(model, **options).to_json()),
-    }
+    if example is None and not _is_transformers(model):
+        example = {_first_argument(model): torch.arange(5, 16).unsqueeze(0)}  # (batch, tokens)
+    named = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+    return Built(
+        *_class_of(model),
+        shapes=tensor_shapes(model),
+        moments={name: _moments(parameter) for name, parameter in parameters.items()},
+        embeddings={name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in named.items()},
+        calls={name: tuple(watch.calls.get(id(m), ())) for name, m in named.items()},
+        ties=dict(_ties(model, watch)),
+        residual=inspect(model.eval(), example_inputs=example),
+    )
 
 
 def _call(factory: str, file: str) -> tuple[Any, Mapping[str, Any] | None]:
-    """The model that the factory returns, in eval mode, and the keyword arguments for its forward."""
+    """The model that the factory returns, and the keyword arguments for its forward if it returns an example."""
     import torch
 
     name, _, attribute = factory.partition(":")
@@ -207,9 +208,7 @@ def _call(factory: str, file: str) -> tuple[Any, Mapping[str, Any] | None]:
             why=f"it returned {type(result).__name__}",
             remedy="return an nn.Module, or (model, ids), or (model, {argument of forward: tensor})",
         )
-    if example is None and not _is_transformers(model):
-        example = {_first_argument(model): torch.arange(5, 16).unsqueeze(0)}  # (batch, tokens)
-    return model.eval(), example
+    return model, example
 
 
 def _first_argument(model: Any) -> str:
@@ -231,7 +230,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
 
 
-def _class_of(model: object) -> dict[str, Any]:
+def _class_of(model: object) -> tuple[str, str, int]:
     cls = type(model)
     home = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
     own = cls.__dict__.get("__init__")
@@ -239,7 +238,7 @@ def _class_of(model: object) -> dict[str, Any]:
     if own is not None:
         code = getattr(python.unwrap(own), "__code__", None)
         line = code.co_firstlineno if code is not None and _same(code.co_filename, home) else -1
-    return {"class_name": cls.__qualname__, "class_file": os.path.realpath(home) if home else "", "init_line": line}
+    return cls.__qualname__, os.path.realpath(home) if home else "", line
 
 
 def _moments(parameter: Any) -> tuple[int, float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,18 @@ from typing import NamedTuple
 
 from spikepatch import __version__
 from spikepatch.errors import Refused
-from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, small_std
+from spikepatch.plans import (
+    NORM_NAMES,
+    Constant,
+    DetachEmbedding,
+    EmbeddingEdit,
+    Fill,
+    NormEmbedding,
+    Plan,
+    Recipe,
+    ScaleEmbedding,
+    ValueEdit,
+)
 
 #: The initialiser's name in the user's file, and the sign that the file is patched.
 INITIALISER = "spike_no_more_init"
@@ -24,29 +34,41 @@ class Names(NamedTuple):
     re: str
 
 
-def class_name(edit: ScaleEmbedding | NormEmbedding) -> str:
-    return "ScaledEmbedding" if isinstance(edit, ScaleEmbedding) else "NormedEmbedding"
+def class_name(edit: EmbeddingEdit) -> str:
+    match edit:
+        case ScaleEmbedding():
+            return "ScaledEmbedding"
+        case NormEmbedding():
+            return "NormedEmbedding"
+        case DetachEmbedding():
+            return "DetachedEmbedding"
 
 
-def header(recipe: str, equation: str, source: str) -> list[str]:
+def header(recipe: Recipe) -> list[str]:
     """A comment: what was written here, the equation, the paper."""
-    text = f"The recipe {recipe}, written by spikepatch {__version__}: {equation}. {source}."
+    text = ". ".join(filter(None, (f"The recipe {recipe.name}, written by spikepatch {__version__}", recipe.source)))
+    text = f"{text}: {recipe.equation}" if recipe.equation else text
     return textwrap.wrap(text, 88, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 
 
-def embedding_class(edit: ScaleEmbedding | NormEmbedding, names: Names, *, wraps: bool) -> list[str]:
+def embedding_class(edit: EmbeddingEdit, names: Names, *, wraps: bool) -> list[str]:
     """The lines of the class that takes the place of ``nn.Embedding``; ``wraps``: it takes over one that is built."""
     made: list[str] = []
-    if isinstance(edit, ScaleEmbedding):
-        factor = f"{names.math}.sqrt(self.embedding_dim)" if edit.per_width else repr(edit.factor)
-        equation = "E(ids) * sqrt(d)" if edit.per_width else f"E(ids) * {edit.factor!r}"
-        result = f"super().forward(ids) * {factor}"
-    else:
-        equation = "LayerNorm(E(ids))"
-        result = "self.norm(super().forward(ids))"
-        made = [f"$.norm = {names.nn}.LayerNorm($.embedding_dim, eps={edit.eps!r})", "$.norm.to($.weight)"]
-    lines = [f"class {class_name(edit)}({names.nn}.Embedding):"]
-    lines += [f'    """{equation}, so that the residual stream starts with a large std."""', ""]
+    match edit:
+        case ScaleEmbedding():
+            factor = f"{names.math}.sqrt(self.embedding_dim)" if edit.per_width else repr(edit.factor)
+            says = f"E(ids) * {'sqrt(d)' if edit.per_width else factor}, so that the residual stream starts large."
+            body = [f"return super().forward(ids) * {factor}"]
+        case NormEmbedding():
+            kind, plain = NORM_NAMES[edit.kind], "" if edit.affine else ", elementwise_affine=False"
+            says = f"{kind}(E(ids)), so that the residual stream starts with a std of 1."
+            body = ["return self.norm(super().forward(ids))"]
+            made = [f"$.norm = {names.nn}.{kind}($.embedding_dim, eps={edit.eps!r}{plain})", "$.norm.to($.weight)"]
+        case DetachEmbedding():
+            says = f"E(ids), through which {edit.gradient!r} of the gradient flows back."
+            body = ["rows = super().forward(ids)", "still = rows.detach()"]
+            body += [f"return still + {edit.gradient!r} * (rows - still)"]
+    lines = [f"class {class_name(edit)}({names.nn}.Embedding):", f'    """{says}"""', ""]
     if wraps:
         lines += ["    @classmethod", "    def of(cls, embedding):", '        """Change an nn.Embedding, in place."""']
         lines += ["        embedding.__class__ = cls"]
@@ -55,21 +77,30 @@ def embedding_class(edit: ScaleEmbedding | NormEmbedding, names: Names, *, wraps
     elif made:
         lines += ["    def __init__(self, *args, **kwargs):", "        super().__init__(*args, **kwargs)"]
         lines += [*(f"        {line.replace('$', 'self')}" for line in made), ""]
-    return [*lines, "    def forward(self, ids):", f"        return {result}"]
+    return [*lines, "    def forward(self, ids):", *(f"        {line}" for line in body)]
 
 
 def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -> list[str]:
-    """The lines of the initialiser: the stds of the plan, as functions of the model's own width and depth.
+    """The lines of the initialiser: the values of the plan, as functions of the model's own width and depth.
 
     Args:
-        shapes: of everything in the state dict.
+        shapes: of every parameter and buffer.
 
     Raises:
-        Refused: the width or the sub-layers cannot be told from the parameters by their names and shapes.
+        Refused: the model has several streams, or the sub-layers cannot be told from other parameters by their names.
     """
-    fills = plan.select(Fill)
-    stds = _stds(plan, fills, shapes, f"{names.math}.sqrt")
-    parameter, axis = _width(plan, fills, shapes)
+    if len(plan.streams) > 1:
+        raise Refused(
+            what="a model with several residual streams cannot be initialised by one function of its width and depth",
+            where=plan.architecture,
+            why=f"it has {len(plan.streams)}, as an encoder-decoder has, each with a width and depth of its own",
+            remedy="use spikepatch.initialize on the built model",
+        )
+    (stream,) = plan.streams
+    draws = _draws(plan, shapes, names)
+    code = " ".join(draws.values())
+    # A name with a number in it says nothing of the layers that a deeper model adds.
+    by_layer = any(re.search(r"\d", pattern) for pattern in draws)
     lines = [
         f"def {INITIALISER}(model):",
         '    """Draw the recipe\'s weights; what is not listed keeps its own initialisation.',
@@ -82,28 +113,35 @@ def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -
         f'        regex = {names.re}.escape(pattern).replace(r"\\*", r"\\d+")',
         f"        return {names.re}.fullmatch(regex, name) is not None",
         "",
-        f"    d = model.get_parameter({_quoted(parameter)}).shape[{axis}]",
-        f"    small = {names.math}.sqrt(2 / (5 * d))",
     ]
-    if any(fill.residual for fill in fills):
+    if re.search(r"\b(d|small)\b", code):
+        lines += [f"    d = model.get_parameter({_quoted(stream.sublayers[0])}).shape[{stream.axis}]"]
+    if "small" in code:
+        lines += [f"    small = {names.math}.sqrt(2 / (5 * d))"]
+    if by_layer or re.search(r"\bS\b", code):
         lines += ["    sublayers = [", *(f"        {_quoted(p)}," for p in _counted(plan.sublayers, shapes)), "    ]"]
         lines += ["    S = sum(matches(n, p) for n, _ in model.named_parameters() for p in sublayers)"]
+    if by_layer:
+        lines += [f"    if S != {len(plan.sublayers)}:"]
+        lines += [
+            f'        raise ValueError(f"layers are listed one by one, for S = {len(plan.sublayers)}, not {{S}}")'
+        ]
     return [
         *lines,
-        "    stds = {",
-        *(f"        {_quoted(name)}: {value}," for name, value in stds.items()),
+        "    draws = {",
+        *(f"        {_quoted(pattern)}: lambda w: {draw}," for pattern, draw in draws.items()),
         "    }",
         "    for name, parameter in model.named_parameters():",
-        "        for pattern, std in stds.items():",
+        "        for pattern, draw in draws.items():",
         "            if matches(name, pattern):",
-        f"                {names.nn}.init.normal_(parameter, std=std)",
+        "                draw(parameter)",
         "                break",
     ]
 
 
-def _stds(plan: Plan, fills: Sequence[Fill], shapes: Mapping[str, Sequence[int]], sqrt: str) -> dict[str, str]:
-    """Pattern -> std in terms of ``small`` and S: the widest pattern that matches parameters of this std alone."""
-    values = {fill.parameter: _expression(plan, fill, sqrt) for fill in fills}
+def _draws(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -> dict[str, str]:
+    """Pattern -> what draws a parameter ``w``: the widest pattern that matches parameters drawn like this alone."""
+    values = {edit.parameter: _draw(edit, len(plan.sublayers), names) for edit in plan.select(ValueEdit)}
     found = {}
     for name, value in values.items():
         fitting = (
@@ -114,9 +152,10 @@ def _stds(plan: Plan, fills: Sequence[Fill], shapes: Mapping[str, Sequence[int]]
 
 
 def _patterns(name: str) -> Iterator[str]:
-    """With a star for every number, for every number that is a part of its own, and for none."""
+    """With a star for every number, every number that is a part of its own, the first number (the layer's), or none."""
     yield re.sub(r"\d+", "*", name)
     yield re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+    yield re.sub(r"\d+", "*", name, count=1)
     yield name
 
 
@@ -125,11 +164,36 @@ def matches(name: str, pattern: str) -> bool:
     return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None
 
 
-def _expression(plan: Plan, fill: Fill, sqrt: str) -> str:
-    root = math.sqrt(len(plan.sublayers)) if fill.residual else 1.0
-    ratio = fill.std * root / small_std(plan.width)
-    text = "small" if math.isclose(ratio, 1, rel_tol=1e-12) else f"{ratio!r} * small"
-    return f"{text} / {sqrt}(S)" if fill.residual else text
+def _draw(edit: ValueEdit, sublayers: int, names: Names) -> str:
+    init, sqrt = f"{names.nn}.init", f"{names.math}.sqrt"
+    if isinstance(edit, Constant):
+        value = f"{edit.value / sublayers**edit.depth:.15g}{_power(edit.depth, sqrt)}"
+        return f"{init}.constant_(w, {value}{f' + {edit.offset!r}' if edit.offset else ''})"
+    match edit.distribution:
+        case "normal":
+            return f"{init}.normal_(w, std={_size(edit, edit.size, sublayers, sqrt)})"
+        case "truncated":
+            bound = _size(edit, edit.cut * edit.size, sublayers, sqrt)
+            return f"{init}.trunc_normal_(w, std={_size(edit, edit.size, sublayers, sqrt)}, a=-{bound}, b={bound})"
+        case "uniform":
+            bound = _size(edit, edit.size, sublayers, sqrt)
+            return f"{init}.uniform_(w, -{bound}, {bound})"
+
+
+def _size(fill: Fill, size: float, sublayers: int, sqrt: str) -> str:
+    """``size``, which goes with the fan and the depth as the std of ``fill`` does: c S^p, or sqrt(c / fan) S^p."""
+    constant = size / sublayers**fill.depth
+    if not fill.fan:
+        return f"{constant:.15g}{_power(fill.depth, sqrt)}"
+    ratio = f"{constant**2 * fill.fan:.14g}"
+    fan = " + ".join(f"w.shape[{axis}]" for axis in fill.axes) or "d"
+    text = f"{sqrt}({ratio} / {f'({fan})' if fill.axes[1:] else fan})"
+    return f"{'small' if (ratio, fan) == ('0.4', 'd') else text}{_power(fill.depth, sqrt)}"
+
+
+def _power(depth: float, sqrt: str) -> str:
+    """`` * S^depth``."""
+    return {0.0: "", -0.5: f" / {sqrt}(S)", -1.0: " / S"}.get(depth, f" * S**{depth!r}")
 
 
 def _counted(sublayers: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> list[str]:
@@ -152,22 +216,6 @@ def _counted(sublayers: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> l
             remedy="give the residual projections names of their own, such as down instead of one of w1, w2, w3",
         )
     return found
-
-
-def _width(plan: Plan, fills: Sequence[Fill], shapes: Mapping[str, Sequence[int]]) -> tuple[str, int]:
-    """A parameter, and the one of its axes that is as long as the stream is wide; embeddings are filled first."""
-    candidates = [*(fill.parameter for fill in fills), *plan.sublayers]
-    # Those without a number first: no change of depth takes them away.
-    for name in sorted(candidates, key=lambda name: bool(re.search(r"\d", name))):
-        axes = [axis for axis, length in enumerate(shapes[name]) if length == plan.width]
-        if len(axes) == 1:
-            return name, axes[0]
-    raise Refused(
-        what="no parameter tells the width of the stream",
-        where=plan.architecture,
-        why=f"each has several axes of the length {plan.width}, or none",
-        remedy="build the model with other sizes, such as a vocabulary that is not as large as the width",
-    )
 
 
 def _quoted(name: str) -> str:
