@@ -14,7 +14,7 @@ FUTURE = "from __future__ import annotations\n"
 
 
 def built(init_line: int, class_name: str = "M") -> Built:
-    return Built(class_name, "m.py", init_line, {}, {}, {}, {}, {}, None, None)
+    return Built(class_name, "m.py", init_line, {}, {}, {}, {}, {}, None)  # type: ignore[arg-type]  # no map is needed
 
 
 def called(text: str, init_line: int, class_name: str = "M") -> str:

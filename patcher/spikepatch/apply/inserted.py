@@ -99,8 +99,8 @@ def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -
     (stream,) = plan.streams
     draws = _draws(plan, shapes, names)
     code = " ".join(draws.values())
-    # A name with a number in it says nothing of the layers that a deeper model adds.
-    by_layer = any(re.search(r"\d", pattern) for pattern in draws)
+    # A number without a star would be a layer's, or take a layer's place where there are more of them.
+    by_layer = any(re.search(r"\d", pattern) and "*" not in pattern for pattern in draws)
     lines = [
         f"def {INITIALISER}(model):",
         '    """Draw the recipe\'s weights; what is not listed keeps its own initialisation.',
