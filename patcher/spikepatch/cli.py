@@ -166,9 +166,9 @@ def codemod(file: str, factory: str, **options: Any) -> None:
     whose class FILE defines), or a tuple of the model and its example inputs: ids, or a dict of arguments of forward.
     Without them forward is given ids. A small model on the CPU will do: the edit works for any width and depth.
 
-    The embedding's construction becomes that of a scaled or normed embedding, a class that is added to FILE, and the
-    model's __init__ ends with a call that draws the recipe's weights. Every other byte of FILE stays. Other classes of
-    FILE that build the same embedding get its factor or norm too, but keep their own initialisation.
+    The embedding's construction becomes that of a class that is added to FILE, with the recipe's factor, norm or damped
+    gradient, and the model's __init__ ends with a call that draws the recipe's weights. Every other byte of FILE stays.
+    Other classes of FILE that build the same embedding get its change too, but keep their own initialisation.
 
     \b
         spikepatch codemod model.py --factory build:small_model

@@ -111,8 +111,7 @@ def codemod(
     _guard_patched(parsed)
     original = build(real, text, factory)
     plan, edited = rewrite(parsed, original, found)
-    again = _rebuilt(real, edited, factory)
-    _check(real, plan, original, again)
+    again = _verified(real, edited, factory, plan, original)
     result = Codemod(path, before, edited.encode(encoding), encoding, plan, tuple(_notes(again, plan)))
     if write:
         _write(result, real)
@@ -236,23 +235,30 @@ def _guard_name(parsed: Parsed, name: str) -> None:
         )
 
 
-def _rebuilt(real: Path, edited: str, factory: str) -> Built:
-    try:
-        return build(real, edited, factory)
-    except (BadSource, Refused) as error:
-        raise _failed(str(real), f"{error.what}: {error.why}") from error
-
-
-def _check(path: Path, plan: Plan, original: Built, edited: Built) -> None:
-    """The edited file builds what the plan says.
+def _verified(real: Path, edited: str, factory: str, plan: Plan, original: Built) -> Built:
+    """What the edited text builds.
 
     Raises:
-        Refused: it does not; all differences are named.
+        Refused: it is not what the plan says; the differences are named.
     """
-    findings = list(differences(plan, original, edited))
+    try:
+        again = build(real, edited, factory)
+    except (BadSource, Refused) as error:
+        raise _failed(real, f"{error.what}: {error.why}") from error
+    findings = list(differences(plan, original, again))
     if findings:
         more = f"; and {len(findings) - 6} more" if findings[6:] else ""
-        raise _failed(str(path), "; ".join(findings[:6]) + more)
+        raise _failed(real, "; ".join(findings[:6]) + more)
+    return again
+
+
+def _failed(where: Path, why: str) -> Refused:
+    return Refused(
+        what="the edited file does not build what the recipe says, so it is not written",
+        where=str(where),
+        why=why,
+        remedy="let nothing initialise or replace weights after __init__, or construct the embedding in a plainer way",
+    )
 
 
 def _notes(edited: Built, plan: Plan) -> Iterator[str]:
@@ -264,15 +270,6 @@ def _notes(edited: Built, plan: Plan) -> Iterator[str]:
         )
     if plan.no_decay:
         yield f"train without weight decay on: {', '.join(plan.no_decay)}"
-
-
-def _failed(where: str, why: str) -> Refused:
-    return Refused(
-        what="the edited file does not build what the recipe says, so it is not written",
-        where=where,
-        why=why,
-        remedy="let nothing initialise or replace weights after __init__, or construct the embedding in a plainer way",
-    )
 
 
 def _check_writable(path: Path, real: Path) -> None:
@@ -306,8 +303,3 @@ def _write(result: Codemod, real: Path) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    folder = os.open(real.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -46,8 +46,9 @@ def class_name(edit: EmbeddingEdit) -> str:
 
 def header(recipe: Recipe) -> list[str]:
     """A comment: what was written here, the equation, the paper."""
-    text = ". ".join(filter(None, (f"The recipe {recipe.name}, written by spikepatch {__version__}", recipe.source)))
-    text = f"{text}: {recipe.equation}" if recipe.equation else text
+    written = f"The recipe {recipe.name}, written by spikepatch {__version__}"
+    equation = f"{written}: {recipe.equation}" if recipe.equation else written
+    text = f"{equation}. {recipe.source}." if recipe.source else f"{equation}."
     return textwrap.wrap(text, 88, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 
 
@@ -98,9 +99,9 @@ def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -
         )
     (stream,) = plan.streams
     draws = _draws(plan, shapes, names)
-    code = " ".join(draws.values())
+    code = " ".join(draws)
     # A number without a star would be a layer's, or take a layer's place where there are more of them.
-    by_layer = any(re.search(r"\d", pattern) and "*" not in pattern for pattern in draws)
+    by_layer = any(re.search(r"\d", p) and "*" not in p for patterns in draws.values() for p in patterns)
     lines = [
         f"def {INITIALISER}(model):",
         '    """Draw the recipe\'s weights; what is not listed keeps its own initialisation.',
@@ -122,32 +123,34 @@ def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -
         lines += ["    sublayers = [", *(f"        {_quoted(p)}," for p in _counted(plan.sublayers, shapes)), "    ]"]
         lines += ["    S = sum(matches(n, p) for n, _ in model.named_parameters() for p in sublayers)"]
     if by_layer:
-        lines += [f"    if S != {len(plan.sublayers)}:"]
-        lines += [
-            f'        raise ValueError(f"layers are listed one by one, for S = {len(plan.sublayers)}, not {{S}}")'
-        ]
+        here = len(plan.sublayers)
+        lines += [f"    if S != {here}:"]
+        lines += [f'        raise ValueError(f"layers are listed one by one, for S = {here}, not {{S}}")']
+    lines += ["    draws = ["]
+    for draw, patterns in draws.items():
+        lines += ["        (", f"            lambda w: {draw},", "            ["]
+        lines += [*(f"                {_quoted(pattern)}," for pattern in patterns), "            ],", "        ),"]
     return [
         *lines,
-        "    draws = {",
-        *(f"        {_quoted(pattern)}: lambda w: {draw}," for pattern, draw in draws.items()),
-        "    }",
-        "    for name, parameter in model.named_parameters():",
-        "        for pattern, draw in draws.items():",
-        "            if matches(name, pattern):",
+        "    ]",
+        "    for draw, patterns in draws:",
+        "        for name, parameter in model.named_parameters():",
+        "            if any(matches(name, pattern) for pattern in patterns):",
         "                draw(parameter)",
-        "                break",
     ]
 
 
-def _draws(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -> dict[str, str]:
-    """Pattern -> what draws a parameter ``w``: the widest pattern that matches parameters drawn like this alone."""
+def _draws(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -> dict[str, list[str]]:
+    """What draws a parameter ``w`` -> patterns: the widest ones that match parameters drawn like this alone."""
     values = {edit.parameter: _draw(edit, len(plan.sublayers), names) for edit in plan.select(ValueEdit)}
-    found = {}
+    found: dict[str, list[str]] = {}
     for name, value in values.items():
         fitting = (
             p for p in _patterns(name) if {values.get(n) for n in (*shapes, *values) if matches(n, p)} == {value}
         )
-        found[next(fitting)] = value  # its own name fits
+        pattern = next(fitting)  # its own name fits
+        if pattern not in found.setdefault(value, []):
+            found[value].append(pattern)
     return found
 
 
