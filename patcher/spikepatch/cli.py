@@ -18,7 +18,8 @@ from spikepatch.architectures import architectures_command
 from spikepatch.errors import SpikepatchError
 
 if TYPE_CHECKING:
-    from spikepatch.conversion import Conversion, Progress
+    from spikepatch.apply.shards import Progress
+    from spikepatch.conversion import Conversion
     from spikepatch.plans import Plan
     from spikepatch.residual.map import ResidualMap
 
@@ -85,10 +86,12 @@ def main() -> None:
 @click.option("--untie", is_flag=True, help="Give a tied head its own matrix.")
 @click.option(
     "--storage",
-    type=click.Choice(["auto", "plain", "code"]),
+    type=click.Choice(["auto", "plain", "native", "host", "code"]),
     default="auto",
     show_default=True,
-    help="plain: the same architecture (re-initialisation only). code: a subclass written beside the weights.",
+    help="plain: the same architecture (re-initialisation only). native: a setting of its config. host: another"
+    " architecture with the same tensors. code: a subclass written beside the weights. auto: plain, else native, else"
+    " code.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every random weight.")
 @click.option(
@@ -98,7 +101,9 @@ def main() -> None:
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow the Python code that comes with SOURCE to run.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder at OUT, once the new one is complete.")
-@click.option("--dry-run", is_flag=True, help="Plan and check everything, print the plan, write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Plan and check everything, print the plan, and what factors do to learned weights."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")
 def convert(source: str, out: str, *, as_json: bool, dry_run: bool, **options: Any) -> None:
     with _progress() as progress:
@@ -158,19 +163,28 @@ def _print_conversion(result: Conversion, *, dry_run: bool) -> None:
     click.echo(f"{plan.architecture}: width d = {plan.width}, S = {len(plan.sublayers)} sub-layers, proven")
     for line in _changes(plan):
         click.echo(f"  {line}")
-    if result.loss_before is not None:
-        click.echo(
-            f"loss on a sample text: {result.loss_before:.3f} before, {result.loss_after:.3f} after;"
-            f" log V = {result.log_vocab:.1f}, KL divergence {result.kl:.3f}"
-        )
+    if result.drift:
+        click.echo(f"on a sample text (log V = {result.log_vocab:.1f}):")
+        _print_columns(list(_drift_rows(result)))
     size = f"{result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, {result.dtype}, storage {result.storage}"
     if dry_run:
         click.echo(f"dry run, nothing written: {size}")
         _print_columns([("left alone:", "")] + [(f"  {skip.target}", skip.reason) for skip in plan.skips])
         return
     click.echo(f"wrote {result.out}: {size}")
-    trust = ", trust_remote_code=True" if result.storage == "code" else ""
+    trust = ", trust_remote_code=True" if result.trust else ""
     click.echo(f'load it with {result.auto_class}.from_pretrained("{result.out}"{trust})')
+
+
+def _drift_rows(result: Conversion) -> Iterator[tuple[str, ...]]:
+    """A row for each model; of the layers the first three and the last, where the stream grows and where it ends."""
+    layers = [i for i in (0, 1, 2, len(result.drift[0].stream) - 1) if i < len(result.drift[0].stream)]
+    layers = sorted(set(layers))
+    named = f"stream std at layers {', '.join(str(i + 1) for i in layers)}" if layers else ""
+    yield "", "loss", "KL", named
+    for row in result.drift:
+        stds = (f"{row.stream[i]:<6.3g}" for i in layers if i < len(row.stream))
+        yield row.model, f"{row.loss:.3f}", f"{row.kl:.3f}", " ".join(stds)
 
 
 def _changes(plan: Plan) -> Iterator[str]:

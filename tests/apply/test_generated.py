@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from spikepatch.apply.generated import adopt, generated_classes
-from spikepatch.apply.source_code import original_of
+from spikepatch.apply.original import original_of
 from spikepatch.errors import Refused
 
 TESTS = Path(__file__).parent

@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
-from spikepatch.apply.source_code import Original, config_entries, module_name, original_of, render
+from spikepatch.apply.original import Original, original_of
+from spikepatch.apply.source_code import config_entries, module_name, render
 from spikepatch.errors import Refused
 
 STAND_INS = ("GPT2", "gpt2", "PatchedModel", "PatchedConfig", "PatchedForCausalLM", "type: ignore")

@@ -93,8 +93,8 @@ def _is_repository(name: object) -> bool:
 
 def model_card(
     plan: Plan,
-    storage: str,
     *,
+    trust: bool,
     auto_class: str,
     title: str | None = None,
     inherited: Mapping[str, Any] = MappingProxyType({}),
@@ -102,13 +102,14 @@ def model_card(
     """README.md of the output: front matter by the hub's rules, and how to load it.
 
     Args:
+        trust: it loads with ``trust_remote_code=True`` only.
         title: name of the source; by default as in the plan.
         inherited: see ``inherited_metadata``.
     """
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(library_name="transformers", tags=["spikepatch", plan.recipe], **inherited)
-    trust = ", trust_remote_code=True" if storage == "code" else ""
+    option = ", trust_remote_code=True" if trust else ""
     weights = {
         "all": "**Fresh weights**: a model to pre-train. Learned weights of the source are not in it.",
         "residual": "Learned weights, with the residual projections drawn afresh: to be trained on before use.",
@@ -128,7 +129,7 @@ def model_card(
 ```python
 from transformers import {auto_class}
 
-model = {auto_class}.from_pretrained("PATH"{trust})
+model = {auto_class}.from_pretrained("PATH"{option})
 ```
 
 The recipe follows Takase et al., *Spike No More: Stabilizing the Pre-training of Large Language Models*

@@ -1,0 +1,107 @@
+"""Whether two models compute the same function: the same operations, in the same order, on the same tensors.
+
+Both forward passes are recorded at full width (no weight is read), and every value gets a number, equal for equal
+operations on equal values. Multiplying or dividing by one changes no bit and gets no number of its own. Models whose
+outputs have one number give the same bits, for any weights and in any dtype; models whose numbers differ may still be
+equal, and are not taken for it. The recorded input is ``TOKENS`` long: what a model does to longer ones by another
+branch of its Python code is not seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+from torch.fx.node import map_aggregate
+
+from spikepatch.residual.ops import op, shape
+from spikepatch.residual.trace import Trace, recorded
+
+
+def same_function(first: nn.Module, second: nn.Module) -> bool:
+    """The two compute the same logits for equally named tensors, bit for bit.
+
+    Args:
+        first, second: transformers models; parameters anywhere, buffers real.
+    """
+    values = Values()
+    return values.output(recorded(first)) == values.output(recorded(second))
+
+
+class Values:
+    """Numbers of values, shared by the graphs that are to be compared."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+        self._meant: dict[int, int] = {}
+
+    def number(self, key: Hashable) -> int:
+        """The number of the value that ``key`` describes."""
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def output(
+        self,
+        trace: Trace,
+        tensors: Mapping[str, Hashable] = MappingProxyType({}),
+        seen: Callable[[Node, int], None] = lambda node, number: None,
+        start: Mapping[Node, int] = MappingProxyType({}),
+    ) -> int:
+        """The number of the graph's output.
+
+        Args:
+            tensors: parameter name -> what identifies its value; by default, the name.
+            seen: told of every call and its number.
+            start: nodes whose numbers are known.
+        """
+        inputs = {node: i for i, node in enumerate(trace.inputs)}
+        found: dict[Node, int] = dict(start)
+        for node in trace.graph.nodes:
+            if node in found:
+                continue
+            if node in trace.parameters:
+                name = trace.parameters[node]
+                found[node] = self.number(("tensor", tensors.get(name, name)))
+            elif node in inputs:
+                found[node] = self.number(("input", inputs[node]))
+            elif node in trace.buffers:
+                found[node] = self.number(_content(trace.buffers[node]))
+            elif op(node):
+                number = self._call(node, found)
+                found[node] = self._meant.get(number, number)
+                seen(node, found[node])
+        return found[trace.output]
+
+    def equate(self, number: int, other: int) -> None:
+        """From now on ``number`` counts as ``other``, which is known to be the same value."""
+        self._meant[number] = other
+
+    def _call(self, node: Node, found: Mapping[Node, int]) -> int:
+        if op(node) in {"mul", "div"} and not node.kwargs:
+            first, second = node.args
+            if isinstance(first, Node) and not isinstance(second, Node) and second == 1 and _alike(first, node):
+                return found[first]
+        described = map_aggregate((node.args, node.kwargs), lambda a: _described(a, found))
+        return self.number((str(node.target), repr(described)))
+
+
+def _described(argument: Any, found: Mapping[Node, int]) -> Any:
+    return f"%{found[argument]}" if isinstance(argument, Node) else argument
+
+
+def _alike(first: object, second: object) -> bool:
+    """Same shape and dtype, so that no broadcast and no promotion comes with the product."""
+    dtypes = [n.meta["val"].dtype for n in (first, second) if isinstance(n, Node) and "val" in n.meta]
+    return len(dtypes) == 2 and dtypes[0] == dtypes[1] and shape(first) == shape(second)
+
+
+def _content(tensor: torch.Tensor) -> Hashable:
+    """Of a real tensor, dtype, shape and bytes; a tensor without memory has no equal."""
+    if tensor.is_meta:
+        return object()
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return "constant", str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(flat.numpy().tobytes()).hexdigest()
