@@ -38,59 +38,64 @@ class Values:
 
     def __init__(self) -> None:
         self._numbers: dict[Hashable, int] = {}
-        self._meant: dict[int, int] = {}
-
-    def number(self, key: Hashable) -> int:
-        """The number of the value that ``key`` describes."""
-        return self._numbers.setdefault(key, len(self._numbers))
+        self._equal: dict[int, int] = {}
 
     def output(
         self,
         trace: Trace,
         tensors: Mapping[str, Hashable] = MappingProxyType({}),
-        seen: Callable[[Node, int], None] = lambda node, number: None,
         start: Mapping[Node, int] = MappingProxyType({}),
+        seen: Callable[[Node, Mapping[Node, int]], None] = lambda node, numbers: None,
     ) -> int:
         """The number of the graph's output.
 
         Args:
             tensors: parameter name -> what identifies its value; by default, the name.
-            seen: told of every call and its number.
             start: nodes whose numbers are known.
+            seen: told of every call, once it has its number, with all numbers so far.
         """
         inputs = {node: i for i, node in enumerate(trace.inputs)}
-        found: dict[Node, int] = dict(start)
+        numbers: dict[Node, int] = dict(start)
         for node in trace.graph.nodes:
-            if node in found:
+            if node in numbers:
                 continue
             if node in trace.parameters:
                 name = trace.parameters[node]
-                found[node] = self.number(("tensor", tensors.get(name, name)))
+                numbers[node] = self.tensor(tensors.get(name, name))
             elif node in inputs:
-                found[node] = self.number(("input", inputs[node]))
+                numbers[node] = self._number(("input", inputs[node]))
             elif node in trace.buffers:
-                found[node] = self.number(_content(trace.buffers[node]))
+                numbers[node] = self._number(_content(trace.buffers[node]))
             elif op(node):
-                number = self._call(node, found)
-                found[node] = self._meant.get(number, number)
-                seen(node, found[node])
-        return found[trace.output]
+                numbers[node] = self.call(node, numbers)
+                seen(node, numbers)
+        return numbers[trace.output]
 
-    def equate(self, number: int, other: int) -> None:
-        """From now on ``number`` counts as ``other``, which is known to be the same value."""
-        self._meant[number] = other
+    def tensor(self, identity: Hashable) -> int:
+        """The number of the parameter that ``identity`` stands for."""
+        return self._number(("tensor", identity))
 
-    def _call(self, node: Node, found: Mapping[Node, int]) -> int:
+    def call(self, node: Node, numbers: Mapping[Node, int]) -> int:
+        """The number of what ``node`` computes from arguments that have ``numbers``."""
         if op(node) in {"mul", "div"} and not node.kwargs:
             first, second = node.args
             if isinstance(first, Node) and not isinstance(second, Node) and second == 1 and _alike(first, node):
-                return found[first]
-        described = map_aggregate((node.args, node.kwargs), lambda a: _described(a, found))
-        return self.number((str(node.target), repr(described)))
+                return numbers[first]
+        described = map_aggregate((node.args, node.kwargs), lambda a: _described(a, numbers))
+        number = self._number((str(node.target), repr(described)))
+        return self._equal.get(number, number)
+
+    def equate(self, number: int, other: int) -> None:
+        """From now on ``number`` is ``other``: the caller knows that the values are equal."""
+        if number != other:
+            self._equal[number] = other
+
+    def _number(self, key: Hashable) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
 
 
-def _described(argument: Any, found: Mapping[Node, int]) -> Any:
-    return f"%{found[argument]}" if isinstance(argument, Node) else argument
+def _described(argument: Any, numbers: Mapping[Node, int]) -> Any:
+    return f"%{numbers[argument]}" if isinstance(argument, Node) else argument
 
 
 def _alike(first: object, second: object) -> bool:
