@@ -83,6 +83,7 @@ def main() -> None:
 )
 @click.option("--factor", type=float, metavar="C", help="Embedding factor.  [default: sqrt(d), or 1/std if learned]")
 @click.option("--positions", is_flag=True, help="Scale learned position embeddings too.")
+@click.option("--replace", is_flag=True, help="Divide out a factor that SOURCE applies to its embedding already.")
 @click.option("--untie", is_flag=True, help="Give a tied head its own matrix.")
 @click.option(
     "--storage",
@@ -151,6 +152,8 @@ def recipes() -> None:
         click.echo(f"{recipe.name}{' (default)' if recipe.name == DEFAULT else ''}")
         click.echo(f"    {recipe.equation}")
         click.echo(f"    {', '.join(conditions)}")
+        for advice in filter(None, ("no weight decay on embeddings" * recipe.no_decay_embeddings, recipe.advice)):
+            click.echo(f"    {advice}")
         click.echo(f"    {recipe.source}\n")
     click.echo("W: sub-layer matrices. E: embeddings. d: width of the residual stream.")
     click.echo("S: number of sub-layers, counted from the map (2N in a classic decoder of N layers).")
@@ -188,20 +191,29 @@ def _drift_rows(result: Conversion) -> Iterator[tuple[str, ...]]:
 
 
 def _changes(plan: Plan) -> Iterator[str]:
-    from spikepatch.plans import Fill, NormEmbedding, ScaleEmbedding, Untie
+    from spikepatch.plans import NORM_NAMES, Constant, DetachEmbedding, Fill, NormEmbedding, ScaleEmbedding, Untie
 
     for edit in plan.edits:
-        if isinstance(edit, ScaleEmbedding):
-            yield f"{edit.module}: output * {edit.factor:.6g}" + (" = sqrt(d)" if edit.per_width else "")
-        elif isinstance(edit, NormEmbedding):
-            yield f"{edit.module}: output through a LayerNorm"
-        elif isinstance(edit, Untie):
-            yield f"{edit.head}: its own matrix"
+        match edit:
+            case ScaleEmbedding():
+                yield f"{edit.module}: output * {edit.factor:.6g}" + (" = sqrt(d)" if edit.per_width else "")
+            case NormEmbedding():
+                yield f"{edit.module}: output through a {NORM_NAMES[edit.kind]}" + (
+                    "" if edit.affine else " without gain"
+                )
+            case DetachEmbedding():
+                yield f"{edit.module}: {edit.gradient:g} of its gradient"
+            case Untie():
+                yield f"{edit.head}: its own matrix"
     fills = plan.select(Fill)
     for std in sorted({fill.std for fill in fills}):
         names = [fill.parameter for fill in fills if fill.std == std]
         yield f"std {std:.6g}: {len(names)} parameters, such as {names[-1]}"
-    others = {skip.target for skip in plan.skips} - {fill.parameter for fill in fills}
+    constants = plan.select(Constant)
+    for value in sorted({constant.value + constant.offset for constant in constants}):
+        names = [constant.parameter for constant in constants if constant.value + constant.offset == value]
+        yield f"all {value:.6g}: {len(names)} parameters, such as {names[-1]}"
+    others = {skip.target for skip in plan.skips} - plan.written
     yield f"{len(others)} other tensors: " + (
         "by the architecture's own initialiser" if plan.reinit == "all" else "kept as learned"
     )

@@ -15,7 +15,7 @@ import torch
 
 from spikepatch import __version__, notes, recipes
 from spikepatch.apply.generated import generated_classes
-from spikepatch.apply.kept import embedding_std, match_source
+from spikepatch.apply.kept import embedding_stds, match_source
 from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.module import restructure
 from spikepatch.apply.original import Original, original_of
@@ -24,8 +24,9 @@ from spikepatch.apply.source_code import check_generated, stored_as_code
 from spikepatch.apply.texts import texts
 from spikepatch.drift import Behaviour, drift_planned, drift_written, expected_initial_loss, tokenizer_problem
 from spikepatch.errors import BadTarget, Refused
-from spikepatch.planning import check_weights, checked_transforms, tensor_names
-from spikepatch.plans import Plan, Reinit, Untie, make_plan
+from spikepatch.planner import make_plan
+from spikepatch.planning import check_weights, checked_recipe, tensor_shapes
+from spikepatch.plans import Plan, Recipe, Reinit, Untie
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source import Source, build_meta, open_source
@@ -76,10 +77,11 @@ def convert(
     source: str,
     out: str | os.PathLike[str],
     *,
-    recipe: str = recipes.DEFAULT,
+    recipe: str | Recipe = recipes.DEFAULT,
     reinit: Reinit = "all",
     factor: float | None = None,
     positions: bool = False,
+    replace: bool = False,
     untie: bool = False,
     storage: Storage = "auto",
     seed: int = 0,
@@ -97,7 +99,7 @@ def convert(
         source: a hub id, a folder, or ``arch:TYPE``; never written to. A folder that is patched already is taken for
             the model that it was made from: the new plan takes the old one's place, nothing is applied twice.
         out: absent or empty, unless ``overwrite``.
-        recipe, reinit, factor, positions, untie, seed: as in ``spikepatch.plan``.
+        recipe, reinit, factor, positions, replace, untie, seed: as in ``spikepatch.plan``.
         storage: ``plain`` keeps the architecture (re-initialisation only), ``native`` uses a setting of its config,
             ``host`` another architecture with the same tensors, ``code`` writes a subclass beside the weights;
             ``auto`` takes the first possible one of plain, native and code.
@@ -112,7 +114,10 @@ def convert(
         SpikepatchError: nothing is at ``out``, or what was there before.
     """
     report: Progress = progress or (lambda step, done=0, total=0: None)
-    transforms = checked_transforms(recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, untie=untie)
+    asked_for = recipe if isinstance(recipe, str) else recipe.name
+    recipe = checked_recipe(
+        recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie
+    )
     check_storage(storage)
     check_shard_size(max_shard_size)
     asked = None if dtype is None else parse_dtype(dtype)
@@ -130,8 +135,8 @@ def convert(
     model = build_meta(found)
     residual = inspect(model, source=source)
     match = None if reinit == "all" else match_source(found, model)
-    std = None if match is None else embedding_std(match, residual)
-    plan = make_plan(residual, tensor_names(model), recipe, transforms, reinit=reinit, seed=seed, embedding_std=std)
+    stds = {} if match is None else embedding_stds(match, residual)
+    plan = make_plan(residual, tensor_shapes(model), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
     _check_replaced(found, plan)
     report("choosing how it is stored")
     patched = build_meta(found)
@@ -170,14 +175,15 @@ def convert(
         if reinit == "all":
             return result
         report("measuring the loss over factors")
-        return _with_drift(result, drift_planned(found, residual, plan, std))
+        return _with_drift(result, drift_planned(found, residual, plan, stds))
 
     command = _command(
         source,
-        recipe=recipe,
+        recipe=asked_for,
         reinit=reinit,
         factor=factor,
         positions=positions,
+        replace=replace,
         untie=untie,
         storage=storage,
         seed=seed,

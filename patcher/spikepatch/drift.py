@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,7 @@ def drift_written(source: Source, residual: ResidualMap, folder: Path, model_cla
 
 
 def drift_planned(
-    source: Source, residual: ResidualMap, plan: Plan, embedding_std: float | None
+    source: Source, residual: ResidualMap, plan: Plan, embedding_stds: Mapping[str, float]
 ) -> tuple[Behaviour, ...] | str:
     """The same before anything is written: over ``FACTORS``, 1/std and the planned one, where a factor is planned."""
     scaled = {edit.module: edit.factor for edit in plan.select(ScaleEmbedding)}
@@ -87,7 +87,9 @@ def drift_planned(
         model = _load(source.model_class, _folder(source), config=copy.deepcopy(source.config))
         if others:
             patch(model, dataclasses.replace(plan, edits=others))
-        factors = {*FACTORS, *scaled.values(), *([1 / embedding_std] if embedding_std else [])} if scaled else {1.0}
+        factors = (
+            {*FACTORS, *scaled.values(), *(1 / std for std in embedding_stds.values() if std)} if scaled else {1.0}
+        )
         for factor in sorted(factors - ({1.0} if unchanged and not others else set())):
             hooks = [
                 model.get_submodule(module).register_forward_hook(lambda m, a, rows, c=factor: rows * c)
@@ -246,11 +248,12 @@ def expected_initial_loss(plan: Plan, residual: ResidualMap) -> float | None:
     well above log V, since the next token is another one: 17.9 for GPT-2 at d = 1024, where 17.7 was measured.
     """
     tied = residual.head is not None and residual.head.tied and not plan.select(Untie)
-    edits = [e for e in plan.edits if isinstance(e, (ScaleEmbedding, NormEmbedding))]
     token = residual.token_embedding
-    if not tied or not edits or token is None:
+    if not tied or token is None:
         return None
-    std: float = next(fill.std for fill in plan.select(Fill) if fill.parameter == token.parameter)
-    edit = next(e for e in edits if e.module == token.module)
+    std = next((fill.std for fill in plan.select(Fill) if fill.parameter == token.parameter), None)
+    edit = next((e for e in plan.select(ScaleEmbedding | NormEmbedding) if e.module == token.module), None)
+    if std is None or edit is None:
+        return None
     factor: float = edit.factor if isinstance(edit, ScaleEmbedding) else 1 / std
     return factor * residual.width * std**2 / math.sqrt((factor * std) ** 2 + 0.11)

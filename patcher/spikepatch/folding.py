@@ -19,7 +19,7 @@ import copy
 import json
 import os
 import shlex
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from spikepatch.planning import check_weights
 from spikepatch.residual.identity import Values
 from spikepatch.residual.ops import LOOKUPS, op
 from spikepatch.residual.trace import Trace, recorded, skeleton
-from spikepatch.runtime.embedding import install, patch_embedding
+from spikepatch.runtime.embedding import change_output, install
 from spikepatch.source import MODEL_CARD, Source, build_meta, open_source
 from spikepatch.storage.header import DTYPES
 from spikepatch.storage.manifest import MANIFEST, fingerprint, fold_card, fold_manifest, inherited_metadata
@@ -133,7 +133,7 @@ def fold(
     )
     try:
         with publishing(folder) as scratch:
-            texts = _texts(found, plain, record, result)
+            texts = _texts(found, plain, result)
             hashes = write_folder(scratch, shards, texts, found.folder, found.copied_files, report)
             command = shlex.join(["spikepatch", "fold", trained, "OUT"])
             write_text(scratch / MANIFEST, fold_manifest(record, fingerprint(found), command, hashes))
@@ -151,11 +151,15 @@ def fold(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The table ``table`` of the patched model, with ``edit`` applied to its rows; ``norm`` names the norm's module."""
+    """The table ``table`` of the patched model, with ``edit`` (JSON) applied to its rows.
+
+    ``module`` is the embedding that was patched, where the edit has parameters of its own; equal edits without any
+    give equal rows.
+    """
 
     table: str
     edit: str
-    norm: str
+    module: str
 
 
 #: What a tensor of the plain model holds: a tensor of the patched model, by its name, or its folded rows.
@@ -226,9 +230,9 @@ def _held(plain: nn.Module, patched: nn.Module, edits: Mapping[str, Any]) -> dic
     for name, first in _first_names(plain).items():
         module, _, _ = name.rpartition(".")
         value: _Held = known[name]
-        if module in edits and edits[module].keys() != {"detach"}:
-            edit = edits[module]
-            value = _Rows(known[name], json.dumps(edit, sort_keys=True), f"{module}.norm" if "norm" in edit else "")
+        if module in edits and edits[module].keys() != {"gradient"}:
+            owns = any(other.startswith(f"{module}.norm.") for other in known)
+            value = _Rows(known[name], json.dumps(edits[module], sort_keys=True), module if owns else "")
         if found.setdefault(first, value) != value:
             return first
     return found
@@ -246,9 +250,9 @@ def _proven(plain: nn.Module, patched: nn.Module, held: Mapping[str, Hashable], 
     values = Values()
     graph = recorded(patched)
     names = _first_names(patched)
-    places = {names[f"{module}.weight"]: [] for module in edits}  # type: dict[str, list[str]]
+    places: dict[str, list[str]] = {}
     for module in edits:
-        places[names[f"{module}.weight"]].append(module)
+        places.setdefault(names[f"{module}.weight"], []).append(module)
     steps = {module: _step(patched.get_submodule(module), edit) for module, edit in edits.items()}
 
     def seen(node: Node, numbers: Mapping[Node, int]) -> None:
@@ -271,14 +275,12 @@ def _step(module: nn.Module, edit: Mapping[str, Any]) -> tuple[Trace, Node]:
     """What ``edit`` does behind a lookup, recorded on a plain embedding of the same size; and the lookup itself."""
     table: Any = module.weight
     alone = nn.Embedding(*table.shape, device="meta", dtype=table.dtype)
-    patch_embedding(alone, edit)
+    change_output(alone, edit)
     graph = recorded(alone, {"input": torch.zeros(1, 1, dtype=torch.long)})
     return graph, next(node for node in graph.graph.nodes if op(node) in LOOKUPS)
 
 
-def _shards(
-    source: Source, plain: Any, held: Mapping[str, _Held], match: Match, edits: Mapping[str, Any]
-) -> Shards:
+def _shards(source: Source, plain: Any, held: Mapping[str, _Held], match: Match, edits: Mapping[str, Any]) -> Shards:
     assert source.checkpoint is not None
     targets = {target.name: target for target in layout(skeleton(plain))}
     entries: dict[str, TensorEntry] = {}
@@ -297,8 +299,7 @@ def _shards(
         if name not in folded:
             return table
         rows = folded[name]
-        norm = {n: read_tensor(match.owners[f"{rows.norm}.{n}"]) for n in ("weight", "bias") if rows.norm}
-        return _folded(table, json.loads(rows.edit), norm)
+        return _folded(table, json.loads(rows.edit), lambda own: read_tensor(match.owners[f"{rows.module}.{own}"]))
 
     return Shards(
         tensors,
@@ -315,12 +316,17 @@ def _dtype(entry: TensorEntry) -> torch.dtype:
 
 
 @torch.no_grad()
-def _folded(table: torch.Tensor, edit: Mapping[str, Any], norm: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What the patched embedding returns for each row, (rows, width), in the table's dtype."""
+def _folded(table: torch.Tensor, edit: Any, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """What the patched embedding returns for each row, (rows, width), in the table's dtype.
+
+    Args:
+        read: name of a parameter of the added norm -> its value.
+    """
     module = nn.Embedding.from_pretrained(table, freeze=True)
-    patch_embedding(module, edit)
-    for name, value in norm.items():
-        module.get_parameter(f"norm.{name}").copy_(value)
+    change_output(module, edit)
+    for name, parameter in module.named_parameters():
+        if name != "weight":
+            parameter.copy_(read(name))
     result = torch.empty_like(table)
     for rows in torch.arange(len(table)).split(_ROWS):
         result[rows] = module(rows)
@@ -330,13 +336,13 @@ def _folded(table: torch.Tensor, edit: Mapping[str, Any], norm: Mapping[str, tor
 def _notes(shards: Shards, match: Match, edits: Mapping[str, Any]) -> Iterator[str]:
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in shards.tensors if t.dtype.is_floating_point})
     yield f"run in {' and '.join(dtypes)}, as stored, its logits are the patched model's; in a narrower dtype, rounded"
-    if any(edit.keys() != {"detach"} for edit in edits.values()):
+    if any(edit.keys() != {"gradient"} for edit in edits.values()):
         yield "for use, not for training on: Adam's step relative to the size of an embedding row is another one now"
     if match.unused:
         yield f"{len(match.unused)} tensors of the source are not part of the architecture and left out"
 
 
-def _texts(source: Source, plain: Any, record: Mapping[str, Any], result: Folded) -> dict[str, str]:
+def _texts(source: Source, plain: Any, result: Folded) -> dict[str, str]:
     config: Any = copy.deepcopy(plain.config)
     config.dtype = source.config.dtype
     config.architectures = [result.architecture]
@@ -344,5 +350,11 @@ def _texts(source: Source, plain: Any, record: Mapping[str, Any], result: Folded
     inherited = inherited_metadata(card, source.name if source.kind == "hub" else None)
     return {
         "config.json": json.dumps(json.loads(config.to_json_string()), indent=2, sort_keys=True) + "\n",
-        MODEL_CARD: fold_card(record, result.tables, result.auto_class, source.short_name, result.trust, inherited),
+        MODEL_CARD: fold_card(
+            result.tables,
+            trust=result.trust,
+            auto_class=result.auto_class,
+            title=source.short_name,
+            inherited=inherited,
+        ),
     }

@@ -127,25 +127,38 @@ def record(**embeddings: Any) -> dict[str, Any]:
         "recipe": "test",
         "reinit": "all",
         "seed": 0,
+        "no_decay": [],
         "embeddings": {f"transformer.{name}": edit for name, edit in embeddings.items()},
         "init": None,
     }
 
 
+def fill(parameter: str, std: float, **changes: Any) -> dict[str, Any]:
+    """As ``Plan.record`` writes it, for a std that falls with the width."""
+    general = {"distribution": "normal", "size": std, "cut": 0.0, "fan": 64, "axes": [], "depth": 0.0, "stream": 0}
+    return {"parameter": parameter, "std": std, **general, **changes}
+
+
 FILLS: dict[str, Any] = {
-    "width": 64,
-    "sublayers": ["transformer.h.*.attn.c_proj.weight", "transformer.h.*.mlp.c_proj.weight"],
-    "count": 4,
-    "fills": [
-        {"parameter": "transformer.wte.weight", "std": 0.5, "residual": False},
-        {"parameter": "transformer.h.*.mlp.c_fc.weight", "std": 0.5, "residual": False},
-        {"parameter": "transformer.h.*.mlp.c_proj.weight", "std": 0.25, "residual": True},
+    "streams": [
+        {
+            "width": 64,
+            "axis": 1,
+            "sublayers": ["transformer.h.*.attn.c_proj.weight", "transformer.h.*.mlp.c_proj.weight"],
+            "count": 4,
+        }
     ],
+    "fills": [
+        fill("transformer.wte.weight", 0.5),
+        fill("transformer.h.*.mlp.c_fc.weight", 0.5),
+        fill("transformer.h.*.mlp.c_proj.weight", 0.25, depth=-0.5),
+    ],
+    "constants": [],
 }
 
 
 def test_install_names_modules_as_the_full_model_does() -> None:
-    edits = record(wte={"factor": "sqrt(width)"}, wpe={"norm": "layernorm", "eps": 1e-5})
+    edits = record(wte={"factor": "sqrt(width)"}, wpe={"norm": "layernorm", "eps": 1e-5, "affine": True})
     full, base = GPT2LMHeadModel(tiny()), GPT2Model(tiny())
     install(full, edits)
     install(base, edits)
@@ -159,6 +172,7 @@ def test_install_names_modules_as_the_full_model_does() -> None:
     [
         ({"wte": {"factor": 2.0}, "nowhere": {"factor": 2.0}}, "no module transformer.nowhere"),
         ({"wte": {"factor": 2.0}, "ln_f": {"factor": 2.0}}, r"not an nn\.Embedding"),
+        ({"wte": {"factor": 2.0}, "wpe": {"norm": "batchnorm", "eps": 1e-5, "affine": True}}, "does not know"),
         ({"wte": {"factor": 2.0}, "wpe": {"norm": "rmsnorm", "eps": 1e-5}}, "does not know"),
         ({"wte": {"factor": 2.0}, "wpe": {"gain": 1.0}}, "does not know"),
     ],
@@ -176,7 +190,7 @@ def test_a_model_without_a_record_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
-@pytest.mark.parametrize("patch", [{"factor": 4.0}, {"norm": "layernorm", "eps": 1e-5}])
+@pytest.mark.parametrize("patch", [{"factor": 4.0}, {"norm": "layernorm", "eps": 1e-5, "affine": True}])
 def test_resizing_and_checkpointing_keep_the_patch(patch: dict[str, Any]) -> None:
     model = GPT2LMHeadModel(tiny())
     plain = copy.deepcopy(model)
@@ -236,14 +250,14 @@ def test_initialise_respects_loaded_tensors_and_draws_once() -> None:
 
 
 def test_initialise_refuses_patterns_that_match_nothing() -> None:
-    stale = FILLS | {"sublayers": ["model.layers.*.mlp.down_proj.weight"]}
+    stale = FILLS | {"fills": [fill("model.layers.*.mlp.down_proj.weight", 0.5)]}
     with pytest.raises(ValueError, match="matches the patterns"):
         initialise(GPT2LMHeadModel(tiny()), record() | {"init": stale})
 
 
 def test_the_fill_of_one_parameter_wins_over_that_of_its_pattern() -> None:
     model = GPT2LMHeadModel(tiny(layers=2, width=64))
-    first = {"parameter": "transformer.h.0.mlp.c_fc.weight", "std": 2.0, "residual": False}
+    first = fill("transformer.h.0.mlp.c_fc.weight", 2.0)
     initialise(model, record() | {"init": FILLS | {"fills": [first, *FILLS["fills"]]}})
     stds = [block.mlp.c_fc.weight.std().item() for block in model.transformer.h]
     assert stds == pytest.approx([2.0, 0.5], rel=0.05)

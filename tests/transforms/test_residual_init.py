@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import spikepatch
+from spikepatch.planning import tensor_shapes
 from spikepatch.plans import Context, Fill, Skip
 from spikepatch_transforms.residual_init import ResidualInit
 from tests.architectures import ids, tiny_model
@@ -23,7 +24,7 @@ def test_equation_on_real_tensors(model_type: str, sublayers: int, reinit: Any) 
     model = tiny_model(model_type)
     plan = spikepatch.plan(model, "vanilla", reinit=reinit)
     spikepatch.patch(model, plan)
-    projections = [fill for fill in plan.select(Fill) if fill.residual]
+    projections = [fill for fill in plan.select(Fill) if fill.depth]
     assert len(projections) == sublayers
     for fill in projections:
         weight = model.get_parameter(fill.parameter).detach().double()
@@ -49,9 +50,10 @@ def test_a_multiplier_is_not_applied_twice() -> None:
 
 
 def test_a_negative_multiplier() -> None:
-    residual = spikepatch.inspect(tiny_model("gpt2"))
+    model = tiny_model("gpt2")
+    residual, context = spikepatch.inspect(model), Context("all", shapes=tensor_shapes(model))
     flipped = tuple(dataclasses.replace(p, multiplier=-2.0) for p in residual.residual_projections)
-    fills = list(ResidualInit()(dataclasses.replace(residual, residual_projections=flipped), Context("all")))
+    fills = list(ResidualInit()(dataclasses.replace(residual, residual_projections=flipped), context))
     assert len(fills) == 6
     assert all(isinstance(f, Fill) and f.std == pytest.approx(SMALL / (2 * math.sqrt(6))) for f in fills)
 
@@ -64,7 +66,7 @@ def test_behind_a_branch_norm_the_scale_is_invariant() -> None:
     """The reason that is given holds: without eps in the norm, projections four times smaller give the same bits."""
     model = tiny_model("olmo2", rms_norm_eps=0.0)
     residual = spikepatch.inspect(model)
-    items = list(ResidualInit()(residual, Context("all")))
+    items = list(ResidualInit()(residual, Context("all", shapes=tensor_shapes(model))))
     skips = [item for item in items if isinstance(item, Skip)]
     assert len(skips) == 6
     for skip, projection in zip(skips, residual.residual_projections, strict=True):
@@ -72,7 +74,7 @@ def test_behind_a_branch_norm_the_scale_is_invariant() -> None:
         assert skip.reason.startswith("scale-invariant: ")
         assert projection.branch_norm is not None
         assert projection.branch_norm in skip.reason
-    assert all(fill.std == SMALL and not fill.residual for fill in items if isinstance(fill, Fill))
+    assert all(fill.std == SMALL and not fill.depth for fill in items if isinstance(fill, Fill))
 
     with torch.no_grad():
         before = model(ids(model)).logits

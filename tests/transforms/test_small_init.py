@@ -7,6 +7,7 @@ import math
 import pytest
 
 import spikepatch
+from spikepatch.planning import tensor_shapes
 from spikepatch.plans import Context, Fill, Skip
 from spikepatch_transforms.small_init import SmallInit
 from tests.architectures import tiny_model
@@ -21,7 +22,7 @@ def test_equation_on_real_tensors() -> None:
     spikepatch.patch(model, plan)
     checked = 0
     for fill in plan.select(Fill):
-        if not fill.residual:
+        if not fill.depth:
             weight = model.get_parameter(fill.parameter).detach().double()
             n = weight.numel()
             assert abs(float(weight.mean())) < 6 * STD / math.sqrt(n), fill.parameter
@@ -32,27 +33,26 @@ def test_equation_on_real_tensors() -> None:
 
 @pytest.mark.parametrize("reinit", ["residual", "none"])
 def test_learned_weights_are_left_alone(reinit: str) -> None:
-    residual = spikepatch.inspect(tiny_model("gpt2"))
-    assert list(SmallInit()(residual, Context(reinit))) == []  # type: ignore[arg-type]
+    model = tiny_model("gpt2")
+    assert list(SmallInit()(spikepatch.inspect(model), Context(reinit, shapes=tensor_shapes(model)))) == []  # type: ignore[arg-type]
 
 
 def test_head_of_its_own() -> None:
-    residual = spikepatch.inspect(tiny_model("gpt2"))
-    tied = {item.parameter for item in SmallInit()(residual, Context("all")) if isinstance(item, Fill)}
-    untied = {item.parameter for item in SmallInit()(residual, Context("all", untied=True)) if isinstance(item, Fill)}
+    plans = [spikepatch.plan(tiny_model("gpt2"), "vanilla", reinit="all", untie=untie) for untie in (False, True)]
+    tied, untied = ({fill.parameter for fill in plan.select(Fill)} for plan in plans)
     assert untied - tied == {"lm_head.weight"}
 
 
 def test_router_is_a_sublayer_matrix() -> None:
-    residual = spikepatch.inspect(tiny_model("mixtral"))
-    filled = {item.parameter for item in SmallInit()(residual, Context("all")) if isinstance(item, Fill)}
+    plan = spikepatch.plan(tiny_model("mixtral"), "vanilla", reinit="all")
+    filled = {fill.parameter for fill in plan.select(Fill)}
     assert {f"model.layers.{i}.mlp.gate.weight" for i in range(3)} < filled
 
 
 def test_inner_projections_of_a_mixer() -> None:
     """They are skipped, and keep what transformers' initialiser gives: here a bias that sets the time step."""
     model = tiny_model("mamba")
-    items = list(SmallInit()(spikepatch.inspect(model), Context("all")))
+    items = list(SmallInit()(spikepatch.inspect(model), Context("all", shapes=tensor_shapes(model))))
     skips = {item.target for item in items if isinstance(item, Skip)}
     assert skips == {f"backbone.layers.{i}.mixer.{x}_proj.weight" for i in range(3) for x in ("x", "dt")}
     assert all("mixer" in item.reason for item in items if isinstance(item, Skip))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from spikepatch.errors import Refused
-from spikepatch.plans import Fill, Plan
+from spikepatch.plans import Plan
 from spikepatch.residual.trace import skeleton
 
 
@@ -22,10 +22,9 @@ def stable_settings(model: nn.Module, plan: Plan) -> Mapping[str, bool]:
     Raises:
         Refused: no single flag of the config stops it.
     """
-    fills = {fill.parameter for fill in plan.select(Fill)}
 
     def changed(settings: Mapping[str, bool]) -> list[str]:
-        return [name for name in _written_on_load(model, settings) if plan.reinit != "all" or name in fills]
+        return [name for name in _written_on_load(model, settings) if plan.reinit != "all" or name in plan.written]
 
     if not (written := changed({})):
         return {}

@@ -16,8 +16,8 @@ from spikepatch.apply.original import is_remote, original_of
 from spikepatch.apply.tensors import layout, values
 from spikepatch.errors import Refused
 from spikepatch.planning import plan as make_plan
-from spikepatch.planning import tensor_names
-from spikepatch.plans import Fill, NormEmbedding, Plan, Reinit, ScaleEmbedding, Untie
+from spikepatch.planning import tensor_shapes
+from spikepatch.plans import EmbeddingEdit, Plan, Recipe, Reinit, Untie
 from spikepatch.quiet import quiet
 from spikepatch.residual.trace import skeleton
 from spikepatch.runtime.embedding import check_patchable, install
@@ -25,25 +25,26 @@ from spikepatch.runtime.embedding import check_patchable, install
 
 def patch(
     model: nn.Module,
-    plan: Plan | str,
+    plan: Plan | Recipe | str,
     *,
     reinit: Reinit | None = None,
     seed: int = 0,
     factor: float | None = None,
     positions: bool = False,
+    replace: bool = False,
     untie: bool = False,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
-    """Apply a plan, or a recipe by its name, to ``model``, in place; the same bits as on disk.
+    """Apply a plan, or a recipe, to ``model``, in place; the same bits as on disk.
 
     Parameters keep their identity (an untied head gets a new one). A patched transformers model is an instance of a
     generated class, so its own ``save_pretrained``, as a Trainer calls it, writes a folder that loads patched.
 
     Args:
         model: weights on any device, in any float dtype; not quantised and not sharded.
-        plan: from ``spikepatch.plan``, made for this very model; or a recipe's name.
-        reinit: with a name, which weights to draw afresh. No default: learned weights are not lost by omission.
-        seed, factor, positions, untie, example_inputs: as in ``spikepatch.plan``; only with a name.
+        plan: from ``spikepatch.plan``, made for this very model; or a recipe, as ``spikepatch.plan`` takes it.
+        reinit: with a recipe, which weights to draw afresh. No default: learned weights are not lost by omission.
+        seed, factor, positions, replace, untie, example_inputs: as in ``spikepatch.plan``; only with a recipe.
 
     Returns:
         ``model``.
@@ -52,7 +53,7 @@ def patch(
         Refused: the plan does not fit, or the model cannot be written. The model is then as it was.
     """
     _check_unpatched(model)
-    if isinstance(plan, str):
+    if not isinstance(plan, Plan):
         if reinit is None:
             raise Refused(
                 what="patch(model, recipe) needs reinit=",
@@ -67,6 +68,7 @@ def patch(
             seed=seed,
             factor=factor,
             positions=positions,
+            replace=replace,
             untie=untie,
             example_inputs=example_inputs,
         )
@@ -75,9 +77,8 @@ def patch(
     restructure(twin, plan)
     targets = layout(twin)
     value = values(plan, twin, _constructed_buffers(model, plan))
-    fills = {fill.parameter for fill in plan.select(Fill)}
     for target in targets:
-        if target.owner not in fills:
+        if target.owner not in plan.written:
             value(target)  # may refuse, which is too late once something has changed
 
     settings = {} if plan.structural else stable_settings(model, plan)
@@ -178,7 +179,7 @@ def _check_unpatched(model: nn.Module) -> None:
         raise Refused(
             what="the model is patched already",
             where=type(model).__name__,
-            why=f"the factor or norm of {', '.join(patched)} would be applied twice",
+            why=f"what {', '.join(patched)} does already would be applied twice",
             remedy="start from the model that it was made from",
         )
 
@@ -215,20 +216,19 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
         return
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
-    tensors = set(tensor_names(model))
-    fills = {fill.parameter for fill in plan.select(Fill)}
+    tensors = set(tensor_shapes(model))
     heads = {edit.head for edit in plan.select(Untie)}
-    embeddings = [edit.module for edit in plan.edits if isinstance(edit, (ScaleEmbedding, NormEmbedding))]
-    missing = [*sorted(fills - tensors - heads), *(name for name in embeddings if name not in modules)]
+    embeddings = [edit.module for edit in plan.select(EmbeddingEdit)]
+    missing = [*sorted(plan.written - tensors - heads), *(name for name in embeddings if name not in modules)]
     if missing:
         yield f"it has no {', '.join(missing[:3])}"
-    unplanned = sorted(tensors - fills - {skip.target for skip in plan.skips})
+    unplanned = sorted(tensors - plan.written - {skip.target for skip in plan.skips})
     if unplanned:
         yield f"the plan does not mention {', '.join(unplanned[:3])}"
-    for name in plan.sublayers:
-        if name in parameters and plan.width not in parameters[name].shape:
-            yield f"{name} is {tuple(parameters[name].shape)}, the plan is for a stream of width {plan.width}"
-            break
+    for stream in plan.streams:
+        name = stream.sublayers[0]
+        if name in parameters and parameters[name].shape[stream.axis] != stream.width:
+            yield f"{name} is {tuple(parameters[name].shape)}, the plan is for a stream of width {stream.width}"
     for edit in plan.select(Untie):
         if edit.head not in parameters or parameters[edit.head] is not parameters.get(edit.embedding):
             yield f"{edit.head} is not tied to {edit.embedding}"

@@ -40,7 +40,7 @@ class Shards:
     Attributes:
         tensors: each with the dtype and shape that it gets.
         files: file name -> names of its tensors.
-        fills: tensor name -> std, for those drawn from a Gaussian.
+        fills: tensor name -> std, for those drawn at random.
         kept: tensor name -> the source's tensor that it is a copy of.
         produce: tensor name -> its value; Refused where the architecture's own initialiser cannot give one.
     """
@@ -53,7 +53,7 @@ class Shards:
 
     @property
     def fresh(self) -> list[str]:
-        """Names of the tensors that the architecture's own initialiser writes."""
+        """Names of the tensors that are neither drawn nor kept: mostly the architecture's own initialiser writes them."""
         return [t.name for t in self.tensors if t.name not in self.fills and t.name not in self.kept]
 
     @property
@@ -100,12 +100,12 @@ def plan_shards(
     if checkpoint is None or max_shard_size is not None:
         files: Mapping[str, Sequence[str]] = split(tensors, max_shard_size or DEFAULT_SHARD_SIZE)
     else:
-        files = _as_in(checkpoint, tensors, originals)
+        files = as_in(checkpoint, tensors, originals)
     return Shards(
         tensors,
         files,
         fills={name: stds[target.owner] for name, target in targets.items() if target.owner in stds},
-        kept={name: entry for name, entry in originals.items() if targets[name].owner not in stds},
+        kept={name: entry for name, entry in originals.items() if targets[name].owner not in plan.written},
         produce=produce,
     )
 
@@ -189,7 +189,7 @@ def _dtype(target: Target, original: TensorEntry | None, asked: torch.dtype | No
     return dtype
 
 
-def _as_in(
+def as_in(
     checkpoint: Checkpoint, tensors: Sequence[Planned], originals: Mapping[str, TensorEntry]
 ) -> dict[str, list[str]]:
     """Each tensor in the file that it has in the source; what is new, in the last one."""
