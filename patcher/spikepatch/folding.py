@@ -34,6 +34,7 @@ from spikepatch.apply.shards import Progress, Shards, as_in, check_shards, write
 from spikepatch.apply.source_code import check_generated, stored_as_code
 from spikepatch.apply.tensors import layout
 from spikepatch.errors import BadSource, BadTarget, Refused
+from spikepatch.meta import as_read
 from spikepatch.meta import build_meta as build
 from spikepatch.planning import check_weights
 from spikepatch.residual.identity import Values
@@ -91,7 +92,7 @@ def fold(
     factor. ``out`` appears whole or not at all; the weights are read and written a tensor at a time.
 
     Args:
-        trained: a folder that ``convert`` or a patched model's ``save_pretrained`` wrote, or a hub id; never written to.
+        trained: a folder that ``convert`` or a patched model's ``save_pretrained`` wrote, or a hub id; only read.
         out: absent or empty, unless ``overwrite``.
         revision: of a hub id.
         trust_remote_code: for a model that came with code of its own; code that spikepatch wrote is never run.
@@ -126,7 +127,7 @@ def fold(
         auto_class=found.auto_class,
         trust=found.needs_code,
         tables=tuple(name for name, value in held.items() if isinstance(value, _Rows)),
-        untied=found.config.tie_word_embeddings and not plain.config.tie_word_embeddings,
+        untied=bool(found.config.tie_word_embeddings and not plain.config.tie_word_embeddings),
         parameters=shards.elements,
         bytes=shards.bytes,
         notes=tuple(_notes(shards, match, record["embeddings"])),
@@ -199,8 +200,7 @@ def _plain(source: Source, patched: Any, edits: Mapping[str, Any]) -> tuple[Any,
         Refused: it is not the patched model then, or a table cannot be told from the head's.
     """
     for tied in dict.fromkeys((source.config.tie_word_embeddings, False)):
-        config: Any = copy.deepcopy(source.config)
-        config.tie_word_embeddings = tied
+        config = as_read(source.config, {"tie_word_embeddings": tied})
         plain = build(source.model_class, config, where=source.name)
         held = _held(plain, patched, edits)
         if isinstance(held, dict):
@@ -209,7 +209,7 @@ def _plain(source: Source, patched: Any, edits: Mapping[str, Any]) -> tuple[Any,
         raise Refused(
             what="the embedding cannot be told from what shares its matrix",
             where=source.name,
-            why=f"{held} would have to hold two values, also without tied embeddings",
+            why=f"{held} would have to hold two values, also with tie_word_embeddings set to false",
             remedy="keep the patched model, which computes the same",
         )
     if not _proven(plain, patched, held, edits):
@@ -249,7 +249,7 @@ def _proven(plain: nn.Module, patched: nn.Module, held: Mapping[str, Hashable], 
     """The patched model computes what the plain one does, f(E[ids]) being E'[ids]."""
     values = Values()
     graph = recorded(patched)
-    names = _first_names(patched)
+    names, holder = _first_names(patched), _first_names(plain)
     places: dict[str, list[str]] = {}
     for module in edits:
         places.setdefault(names[f"{module}.weight"], []).append(module)
@@ -257,24 +257,24 @@ def _proven(plain: nn.Module, patched: nn.Module, held: Mapping[str, Hashable], 
 
     def seen(node: Node, numbers: Mapping[Node, int]) -> None:
         table = node.args[0] if op(node) in LOOKUPS else None
-        for module in places.get(graph.parameters.get(table, ""), ()) if isinstance(table, Node) else ():
+        if not isinstance(table, Node):
+            return
+        for module in places.get(graph.parameters.get(table, ""), ()):
             step, lookup = steps[module]
             own = {name: f"{module}.{name}" for name in step.parameters.values()}
             after = values.output(step, own, start={lookup: numbers[node]})
-            value = held_by(module)
-            values.equate(after, values.call(node, {**numbers, table: values.tensor(value)}))
-
-    def held_by(module: str) -> Hashable:
-        return held[_first_names(plain)[f"{module}.weight"]]
+            rows = values.tensor(held[holder[f"{module}.weight"]])
+            values.equate(after, values.call(node, {**numbers, table: rows}))
 
     wanted = values.output(graph, seen=seen)
     return values.output(recorded(plain), tensors=held) == wanted
 
 
-def _step(module: nn.Module, edit: Mapping[str, Any]) -> tuple[Trace, Node]:
+def _step(module: nn.Module, edit: Any) -> tuple[Trace, Node]:
     """What ``edit`` does behind a lookup, recorded on a plain embedding of the same size; and the lookup itself."""
     table: Any = module.weight
-    alone = nn.Embedding(*table.shape, device="meta", dtype=table.dtype)
+    rows, width = table.shape
+    alone = nn.Embedding(rows, width, device="meta", dtype=table.dtype)
     change_output(alone, edit)
     graph = recorded(alone, {"input": torch.zeros(1, 1, dtype=torch.long)})
     return graph, next(node for node in graph.graph.nodes if op(node) in LOOKUPS)
@@ -322,14 +322,15 @@ def _folded(table: torch.Tensor, edit: Any, read: Callable[[str], torch.Tensor])
     Args:
         read: name of a parameter of the added norm -> its value.
     """
-    module = nn.Embedding.from_pretrained(table, freeze=True)
+    rows, width = table.shape
+    module = nn.Embedding(rows, width, _weight=table, _freeze=True)
     change_output(module, edit)
     for name, parameter in module.named_parameters():
         if name != "weight":
             parameter.copy_(read(name))
     result = torch.empty_like(table)
-    for rows in torch.arange(len(table)).split(_ROWS):
-        result[rows] = module(rows)
+    for ids in torch.split(torch.arange(rows), _ROWS):
+        result[ids] = module(ids)
     return result
 
 

@@ -88,8 +88,9 @@ class Init(TypedDict):
 
 
 class Record(TypedDict):
-    """``config.spikepatch``. Modules and parameters are named as in the full model, with its head. ``original``: entries
-    of config.json that were replaced, as they were (None: absent); models do not read it.
+    """``config.spikepatch``. Modules and parameters are named as in the full model, with its head.
+
+    ``original``: the entries of config.json that were replaced, as they were (None: absent). No model reads it.
     """
 
     version: str

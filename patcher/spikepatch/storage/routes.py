@@ -13,13 +13,12 @@ forward pass of the model with that setting, at full width and with all layers, 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from spikepatch.errors import Refused
-from spikepatch.meta import build_meta
+from spikepatch.meta import as_read, build_meta
 from spikepatch.plans import Plan, ScaleEmbedding
 from spikepatch.residual.identity import Values
 from spikepatch.residual.trace import recorded
@@ -126,8 +125,11 @@ def _native(source: Source, plan: Plan, patched: PreTrainedModel, factor: float)
     if wanted is None:
         return f"the forward pass of {plan.architecture} cannot be recorded, so no setting can be checked"
     for name, value in _candidates(source.config, factor):
-        config = _changed(source.config, {name: value, **_own_head(patched)})
-        if config is not None and _computes(values, wanted, source.model_class, config, patched):
+        try:
+            config = as_read(source.config, {name: value, **_own_head(patched)})
+        except Exception:  # whatever a config's own checks raise: this value is none for it
+            continue
+        if _computes(values, wanted, source.model_class, config, patched):
             why = f"{name} = {value!r} makes the plain {plan.architecture} the patched model, operation by operation"
             return Route("native", why, source.model_class, config, {name: getattr(source.config, name)})
     return f"no setting of its config makes the plain {plan.architecture} multiply its embedding by {factor:.6g}"
@@ -185,17 +187,6 @@ def _listed() -> str:
 def _own_head(patched: Any) -> dict[str, bool]:
     """A plan that unties the head has written so into the config of the patched model."""
     return {} if patched.config.tie_word_embeddings else {"tie_word_embeddings": False}
-
-
-def _changed(config: Any, settings: Mapping[str, Any]) -> Any:
-    """A copy of ``config`` with ``settings``; None where it does not take them (an integer, a list)."""
-    changed = copy.deepcopy(config)
-    try:
-        for name, value in settings.items():
-            setattr(changed, name, value)
-    except Exception:  # whatever a config's own checks raise
-        return None
-    return changed
 
 
 def _computes(
