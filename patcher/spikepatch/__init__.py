@@ -5,6 +5,7 @@
     model    = spikepatch.patch(model, plan)                         # in place, on the live model
     result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
     spikepatch.save(model, "out/")
+    spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
 
 Nothing heavy is imported before the first use of a name.
 """
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from spikepatch.apply.module import patch, save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
+    from spikepatch.folding import Folded, fold
     from spikepatch.planning import plan
     from spikepatch.plans import Plan
     from spikepatch.residual.inspect import inspect
@@ -33,6 +35,8 @@ _HOME = {
     "save": "spikepatch.apply.module",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
+    "fold": "spikepatch.folding",
+    "Folded": "spikepatch.folding",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
     "BadTarget": "spikepatch.errors",
@@ -43,11 +47,13 @@ __all__ = [
     "BadSource",
     "BadTarget",
     "Conversion",
+    "Folded",
     "Plan",
     "Refused",
     "ResidualMap",
     "SpikepatchError",
     "convert",
+    "fold",
     "inspect",
     "patch",
     "plan",

@@ -20,6 +20,7 @@ from spikepatch.errors import SpikepatchError
 if TYPE_CHECKING:
     from spikepatch.apply.shards import Progress
     from spikepatch.conversion import Conversion
+    from spikepatch.folding import Folded
     from spikepatch.plans import Plan
     from spikepatch.residual.map import ResidualMap
 
@@ -117,6 +118,37 @@ def convert(source: str, out: str, *, as_json: bool, dry_run: bool, **options: A
         _print_conversion(result, dry_run=dry_run)
 
 
+@main.command()
+@click.argument("trained")
+@click.argument("out", type=click.Path())
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow the Python code that the original came with to run.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder at OUT, once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")
+def fold(trained: str, out: str, *, as_json: bool, **options: Any) -> None:
+    """Put the factor or norm of TRAINED into its embedding, and write the plain architecture to OUT.
+
+    TRAINED is a patched folder, as `convert` or a patched model's save_pretrained wrote it, or a hub id. A tied head
+    gets a matrix of its own. The logits stay the same; it is meant for after training, since training on is not the
+    same. No code of TRAINED is run.
+    """
+    with _progress() as progress:
+        from spikepatch.folding import fold as run
+
+        result = run(trained, out, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    for note in result.notes:
+        click.echo(note)
+    for table in result.tables:
+        click.echo(f"{table}: rows times their factor, or behind their norm")
+    if result.untied:
+        click.echo("the head has its own matrix now, and the config says so")
+    click.echo(f"wrote {result.out}: {result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, plain")
+    click.echo(_load_line(result))
+
+
 @main.command(help=f"Show the residual map of SOURCE, and whether it is proven.\n{_SOURCE_HELP}")
 @click.argument("source")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
@@ -175,8 +207,12 @@ def _print_conversion(result: Conversion, *, dry_run: bool) -> None:
         _print_columns([("left alone:", "")] + [(f"  {skip.target}", skip.reason) for skip in plan.skips])
         return
     click.echo(f"wrote {result.out}: {size}")
+    click.echo(_load_line(result))
+
+
+def _load_line(result: Conversion | Folded) -> str:
     trust = ", trust_remote_code=True" if result.trust else ""
-    click.echo(f'load it with {result.auto_class}.from_pretrained("{result.out}"{trust})')
+    return f'load it with {result.auto_class}.from_pretrained("{result.out}"{trust})'
 
 
 def _drift_rows(result: Conversion) -> Iterator[tuple[str, ...]]:

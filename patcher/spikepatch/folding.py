@@ -16,6 +16,7 @@ version writes.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shlex
@@ -75,6 +76,9 @@ class Folded:
     parameters: int
     bytes: int
     notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"out": str(self.out)}
 
 
 def fold(
