@@ -38,9 +38,9 @@ from spikepatch.errors import BadSource, BadTarget, Refused
 from spikepatch.meta import as_read
 from spikepatch.meta import build_meta as build
 from spikepatch.planning import check_weights
-from spikepatch.residual.identity import Values
+from spikepatch.residual.identity import Values, forward_of
 from spikepatch.residual.ops import LOOKUPS, op
-from spikepatch.residual.trace import Trace, recorded, skeleton
+from spikepatch.residual.trace import Trace, skeleton
 from spikepatch.runtime.embedding import change_output, install
 from spikepatch.source import MODEL_CARD, Source, build_meta, open_source
 from spikepatch.storage.header import DTYPES
@@ -252,7 +252,7 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 def _proven(plain: nn.Module, patched: nn.Module, held: Mapping[str, Hashable], edits: Mapping[str, Any]) -> bool:
     """The patched model computes what the plain one does, f(E[ids]) being E'[ids]."""
     values = Values()
-    graph = recorded(patched)
+    graph = forward_of(patched)
     names, holder = _first_names(patched), _first_names(plain)
     places: dict[str, list[str]] = {}
     for module in edits:
@@ -271,7 +271,7 @@ def _proven(plain: nn.Module, patched: nn.Module, held: Mapping[str, Hashable], 
             values.equate(after, values.call(node, {**numbers, table: rows}))
 
     wanted = values.output(graph, seen=seen)
-    return values.output(recorded(plain), tensors=held) == wanted
+    return values.output(forward_of(plain), tensors=held) == wanted
 
 
 def _step(module: nn.Module, edit: Any) -> tuple[Trace, Node]:
@@ -280,7 +280,7 @@ def _step(module: nn.Module, edit: Any) -> tuple[Trace, Node]:
     rows, width = table.shape
     alone = nn.Embedding(rows, width, device="meta", dtype=table.dtype)
     change_output(alone, edit)
-    graph = recorded(alone, {"input": torch.zeros(1, 1, dtype=torch.long)})
+    graph = forward_of(alone, {"input": torch.zeros(1, 1, dtype=torch.long)})
     return graph, next(node for node in graph.graph.nodes if op(node) in LOOKUPS)
 
 

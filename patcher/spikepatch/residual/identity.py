@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
 
 from spikepatch.residual.ops import op, shape
 from spikepatch.residual.trace import Trace, recorded
@@ -30,7 +31,24 @@ def same_function(first: nn.Module, second: nn.Module) -> bool:
         first, second: transformers models; parameters anywhere, buffers real.
     """
     values = Values()
-    return values.output(recorded(first)) == values.output(recorded(second))
+    return values.output(forward_of(first)) == values.output(forward_of(second))
+
+
+def forward_of(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None) -> Trace:
+    """One forward pass of ``model``, recorded; ``example`` as in ``recorded``. Any exception of the model's own."""
+    with _ListsAreTensors():
+        return recorded(model, example)
+
+
+class _ListsAreTensors(TorchFunctionMode):
+    """``x[..., [-1]]`` on meta makes a tensor of its list there, without the numbers in it; here it is a real one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__:
+            data, index = args
+            parts = index if isinstance(index, tuple) else (index,)
+            args = data, tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
+        return func(*args, **(kwargs or {}))
 
 
 class Values:

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from spikepatch.errors import Refused
 from spikepatch.meta import as_read, build_meta
 from spikepatch.plans import Plan, ScaleEmbedding
-from spikepatch.residual.identity import Values
-from spikepatch.residual.trace import recorded
+from spikepatch.residual.identity import Values, forward_of
 from spikepatch.storage.hosts import HOSTS
 
 if TYPE_CHECKING:
@@ -203,6 +202,6 @@ def _computes(
 def _output(values: Values, model: PreTrainedModel) -> int | None:
     """The number of the model's output; None where its forward pass does not run, or cannot be recorded."""
     try:
-        return values.output(recorded(model))
+        return values.output(forward_of(model))
     except Exception:  # whatever a forward pass raises for a setting that was never meant for it
         return None
