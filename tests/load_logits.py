@@ -1,6 +1,6 @@
 """Run in a fresh process: the logits of a folder, as somebody gets them who does not have spikepatch.
 
-Arguments: the folder; the auto class; ``trust`` or ``plain``; the file to write; a dtype, or nothing for the stored one.
+Arguments: the folder; the auto class; ``trust`` or ``plain``; the file to write; a dtype, or none for the stored one.
 """
 
 from __future__ import annotations

@@ -106,6 +106,7 @@ def test_convert_prints_the_result_on_stdout_and_progress_on_stderr(source: str,
     assert done.stderr.splitlines() == [
         "reading the source ...",
         "mapping the residual stream ...",
+        "choosing how it is stored ...",
         "writing weights ...",
         "checking what was written ...",
     ]

@@ -574,7 +574,7 @@ def test_the_hub(tiny: Path, tmp_path: Path, hub: LocalHub) -> None:
     assert code == 0, output
     assert [request for request in hub.requests if request.endswith("/model.safetensors")]
     assert "learned weights of org/model\n" in output
-    assert "loss on a sample text: " in output
+    assert "on a sample text (log V = 10.8):\n" in output
     manifest = json.loads((tmp_path / "kept" / "spikepatch.json").read_text())
     assert (manifest["source"]["name"], manifest["source"]["commit"]) == ("org/model", commit)
     assert {"model.safetensors": hashes(source)["model.safetensors"]} == manifest["source"]["weights"]
