@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from spikepatch.cli import main
-from spikepatch.recipes import RECIPES, Recipe
+from spikepatch.plans import Recipe
+from spikepatch.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

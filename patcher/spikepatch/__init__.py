@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
     from spikepatch.folding import Folded, fold
+    from spikepatch.optimiser import param_groups
     from spikepatch.planning import plan
-    from spikepatch.plans import Plan
+    from spikepatch.plans import Plan, Recipe
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
 
@@ -31,8 +32,10 @@ _HOME = {
     "ResidualMap": "spikepatch.residual.map",
     "plan": "spikepatch.planning",
     "Plan": "spikepatch.plans",
+    "Recipe": "spikepatch.plans",
     "patch": "spikepatch.apply.module",
     "save": "spikepatch.apply.module",
+    "param_groups": "spikepatch.optimiser",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
     "fold": "spikepatch.folding",
@@ -49,12 +52,14 @@ __all__ = [
     "Conversion",
     "Folded",
     "Plan",
+    "Recipe",
     "Refused",
     "ResidualMap",
     "SpikepatchError",
     "convert",
     "fold",
     "inspect",
+    "param_groups",
     "patch",
     "plan",
     "save",

@@ -251,7 +251,7 @@ def expected_initial_loss(plan: Plan, residual: ResidualMap) -> float | None:
     token = residual.token_embedding
     if not tied or token is None:
         return None
-    std = next((fill.std for fill in plan.select(Fill) if fill.parameter == token.parameter), None)
+    std: float | None = next((fill.std for fill in plan.select(Fill) if fill.parameter == token.parameter), None)
     edit = next((e for e in plan.select(ScaleEmbedding | NormEmbedding) if e.module == token.module), None)
     if std is None or edit is None:
         return None

@@ -120,7 +120,7 @@ def fold(
     patched = build_meta(found)
     try:
         install(patched, record)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # the record may have been edited by hand
         raise _bad_record(found, str(error)) from error
     plain, held = _plain(found, patched, record["embeddings"])
     match = match_source(found, patched)

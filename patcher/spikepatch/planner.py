@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from posixpath import commonpath
 
 from spikepatch.errors import Refused
 from spikepatch.plans import (
@@ -74,18 +75,20 @@ def make_plan(
         )
     named = {edit.parameter for edit in edits.values() if isinstance(edit, ValueEdit)} | skips.keys()
     reason = "not a weight that this recipe draws" if reinit == "all" else "learned, kept"
-    tables = dict.fromkeys(e.parameter for each in maps for e in each.embeddings)
+    no_decay = [name for each in maps for name in _no_matrices(each, shapes)]
+    if recipe.no_decay_embeddings:
+        no_decay += [embedding.parameter for each in maps for embedding in each.embeddings]
     return Plan(
         recipe=recipe.name,
         source=residual.source,
         architecture=residual.architecture,
         model_type=residual.model_type,
-        streams=tuple(_stream(each, shapes) for each in maps),
+        streams=tuple(_stream(each) for each in maps),
         reinit=reinit,
         seed=seed,
         edits=tuple(edits.values()),
         skips=(*skips.values(), *(Skip(name, reason) for name in shapes if name not in named)),
-        no_decay=tuple(tables) if recipe.no_decay_embeddings else (),
+        no_decay=tuple(dict.fromkeys(no_decay)),
     )
 
 
@@ -153,7 +156,23 @@ def _target(edit: Edit) -> tuple[str, str]:
             return "embedding", name
 
 
-def _stream(residual: ResidualMap, shapes: Mapping[str, tuple[int, ...]]) -> Stream:
+def _no_matrices(residual: ResidualMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Parameters with two dimensions that are inside a sub-layer's module, and that nothing is multiplied with as a
+    matrix: biases of experts, relative positions, what a state-space model decays by.
+    """
+    owners: dict[int, list[str]] = {}
+    for matrix in residual.matrices:
+        owners.setdefault(matrix.sublayer, []).append(matrix.parameter.rpartition(".")[0].replace(".", "/"))
+    modules = {commonpath(paths).replace("/", ".") for paths in owners.values()}
+    prefixes = tuple(f"{module}." for module in modules if module)
+    matrices = {matrix.parameter for matrix in residual.matrices}
+    for name, shape in shapes.items():
+        if len(shape) == 2 and name.startswith(prefixes) and name not in matrices:
+            yield name
+
+
+def _stream(residual: ResidualMap) -> Stream:
     first = {p.sublayer: p.parameter for p in reversed(residual.residual_projections)}
     sublayers = tuple(first.values())[::-1]
-    return Stream(residual.width, sublayers, shapes[sublayers[0]].index(residual.width))
+    axis = next(matrix.out_axis for matrix in residual.matrices if matrix.parameter == sublayers[0])
+    return Stream(residual.width, sublayers, axis)

@@ -90,7 +90,7 @@ class ScaleEmbedding:
 
 @dataclass(frozen=True)
 class NormEmbedding:
-    """Put a norm behind the embedding ``module``; ``affine``: with a gain of 1 at first, and a LayerNorm's bias of 0."""
+    """Put a norm behind the embedding ``module``; ``affine``: with a gain (first 1), a LayerNorm with a bias (0)."""
 
     module: str
     eps: float
@@ -205,7 +205,8 @@ class Plan:
         seed: of every random fill and of the architecture's own initialiser.
         edits: what changes.
         skips: what the recipe leaves alone, each with the reason.
-        no_decay: embeddings that the recipe wants without weight decay; see ``param_groups``.
+        no_decay: parameters with two or more dimensions to train without weight decay: those that are no matrices, and
+            embeddings where the recipe says so; see ``param_groups``.
     """
 
     recipe: str
@@ -231,7 +232,7 @@ class Plan:
 
     @property
     def structural(self) -> bool:
-        """The forward or backward pass changes, not only values: such a model is not its plain architecture any more."""
+        """The forward or backward pass changes, not only values: the plain architecture would leave that out."""
         return bool(self.select(EmbeddingEdit))
 
     @property
@@ -280,10 +281,10 @@ class Plan:
                     embeddings[edit.module] = {"norm": edit.kind, "eps": edit.eps, "affine": edit.affine}
                 case DetachEmbedding():
                     embeddings[edit.module] = {"gradient": edit.gradient}
+        from spikepatch.runtime.embedding import pattern
+
         init = None
         if self.reinit == "all" and self.written:
-            from spikepatch.runtime.embedding import pattern
-
             streams = [
                 {
                     "width": stream.width,
@@ -303,7 +304,7 @@ class Plan:
             "recipe": self.recipe,
             "reinit": self.reinit,
             "seed": self.seed,
-            "no_decay": list(self.no_decay),
+            "no_decay": list(dict.fromkeys(pattern(name) for name in self.no_decay)),
             "embeddings": embeddings,
             "init": init,
         }

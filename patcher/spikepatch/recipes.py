@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 from spikepatch.errors import Refused
-from spikepatch.plans import Recipe
+from spikepatch.plans import Recipe, cut_std
+from spikepatch.recipe_files import read_recipe
+from spikepatch_transforms.embed_detach import EmbedDetach
+from spikepatch_transforms.embed_init import EmbedInit
 from spikepatch_transforms.embed_norm import EmbedNorm
 from spikepatch_transforms.embed_scale import EmbedScale
 from spikepatch_transforms.residual_init import ResidualInit
@@ -19,6 +22,9 @@ from spikepatch_transforms.untie import UntieHead
 
 _PAPER = "Takase et al. 2023, arXiv 2312.16903"
 _SMALL = "W, E ~ N(0, 2/(5d)); residual projections: std / sqrt(S)"
+
+#: OLMo 2 cuts N(0, 0.02^2) off at three of its stds; this is the std of what is left.
+_OLMO2 = 0.02 * cut_std(3.0)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -40,12 +46,59 @@ RECIPES: dict[str, Recipe] = {
             large_shortcut=True,
         ),
         Recipe(
+            "embed-detach",
+            (SmallInit(), ResidualInit(), EmbedDetach()),
+            equation=f"{_SMALL}; 0.1 of the embedding's gradient",
+            source=f"{_PAPER}, Embed Detach; GLM-130B",
+            small_sublayers=True,
+            large_shortcut=False,
+        ),
+        Recipe(
             "vanilla",
             (SmallInit(), ResidualInit()),
             equation=_SMALL,
             source=f"{_PAPER}, the baseline",
             small_sublayers=True,
             large_shortcut=False,
+        ),
+        Recipe(
+            "xavier",
+            (SmallInit(base="xavier"), ResidualInit(base="xavier", scale="none")),
+            equation="W, E ~ N(0, 2/(fan_in + fan_out))",
+            source=f"{_PAPER}, Xavier; Glorot and Bengio 2010",
+            small_sublayers=False,
+            large_shortcut=False,
+        ),
+        Recipe(
+            "wang",
+            (SmallInit(), ResidualInit(scale="wang")),
+            equation="W, E ~ N(0, 2/(5d)); residual projections: std 2 / (N sqrt(d))",
+            source="GPT-NeoX and Pythia (Wang and Komatsuzaki 2021)",
+            small_sublayers=True,
+            large_shortcut=False,
+        ),
+        Recipe(
+            "unit-embed",
+            (UntieHead(if_tied=True), SmallInit(token_embedding=False), ResidualInit(), EmbedInit(1.0)),
+            equation="W ~ N(0, 2/(5d)), E ~ N(0, 1), untied; residual projections: std / sqrt(S)",
+            source=f"{_PAPER}, a footnote; Megatron-LM, BioNeMo",
+            small_sublayers=True,
+            large_shortcut=True,
+            no_decay_embeddings=True,
+            advice="Adam's relative step on embeddings is lr, where with scaled-embed it is lr / sqrt(2/(5d))",
+        ),
+        Recipe(
+            "olmo2-init",
+            (
+                SmallInit(base="normal", std=_OLMO2, cut=3.0),
+                ResidualInit(base="normal", std=_OLMO2, cut=3.0, scale="none"),
+            ),
+            equation="W, E ~ N(0, 0.02^2), cut off at 3 of its stds",
+            source="OLMo 2 (2025), arXiv 2501.00656",
+            small_sublayers=False,
+            large_shortcut=False,
+            no_decay_embeddings=True,
+            advice="OLMo 2 also normalises branches, queries and keys, and adds a z-loss",
         ),
     )
 }
@@ -63,13 +116,11 @@ def find(recipe: str | Recipe) -> Recipe:
         Refused: there is none.
     """
     if isinstance(recipe, Recipe):
-        return recipe
+        return _own(recipe, "recipe")
     if recipe.endswith(".toml"):
-        from spikepatch.recipe_files import read_recipe
-
-        return read_recipe(Path(recipe))
+        return _own(read_recipe(Path(recipe)), recipe)
     if ":" in recipe:
-        return _imported(recipe)
+        return _own(_imported(recipe), recipe)
     if recipe not in RECIPES:
         near = difflib.get_close_matches(recipe, RECIPES, n=1)
         raise Refused(
@@ -79,6 +130,19 @@ def find(recipe: str | Recipe) -> Recipe:
             remedy=f"did you mean {near[0]}?" if near else "`spikepatch recipes` describes them",
         )
     return RECIPES[recipe]
+
+
+def _own(recipe: Recipe, where: str) -> Recipe:
+    """A user's recipe, if its name is its own: plans, manifests and model cards tell recipes by their names."""
+    known = RECIPES.get(recipe.name, recipe)
+    if not recipe.name.replace("-", "").replace("_", "").replace(".", "").isalnum() or known != recipe:
+        raise Refused(
+            what=f"{recipe.name!r} cannot be the name of this recipe",
+            where=where,
+            why="spikepatch has another recipe of this name" if known != recipe else "it is not a plain name",
+            remedy="use another name, of letters, digits, - _ and .",
+        )
+    return recipe
 
 
 def _imported(place: str) -> Recipe:
@@ -99,7 +163,7 @@ def _imported(place: str) -> Recipe:
         raise Refused(
             what="this is no recipe",
             where=place,
-            why=f"it is a {type(found).__name__}",
+            why=f"it is of type {type(found).__name__}",
             remedy="make it a spikepatch.Recipe(name, transforms)",
         )
     return found

@@ -47,7 +47,7 @@ def patched(result: Conversion, **options: Any) -> PreTrainedModel:
     model = getattr(transformers, result.auto_class).from_config(config).eval()
     plan = spikepatch.plan(source, "scaled-embed", reinit="all", **options)
     spikepatch.patch(model, plan)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def config_json(result: Conversion) -> dict[str, Any]:

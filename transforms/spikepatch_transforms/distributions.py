@@ -70,14 +70,20 @@ class Drawn:
             width: d.
             matrix: of a sub-layer; None for an embedding and the head.
         """
-        std, axes, fan = self.std or 0.0, (), 0
-        if self.base == "small":
-            std, fan = small_std(width), width
-        elif self.base != "normal":
-            fans, axes = (shape[-1], shape[-2]), (len(shape) - 1, len(shape) - 2)
-            if matrix is not None:
-                fans, axes = (matrix.fan_in, matrix.fan_out), (matrix.in_axis, matrix.out_axis)
-            std = math.sqrt(2 / sum(fans)) if self.base == "xavier" else 1 / math.sqrt(fans[0])
-            axes = axes if self.base == "xavier" else axes[:1]
-            fan = sum(shape[axis] for axis in axes)
-        return Fill(parameter, std, self.distribution, self.cut, fan, axes)
+        fans, axes = (shape[-1], shape[-2]), (len(shape) - 1, len(shape) - 2)  # (inputs, outputs)
+        if matrix is not None:
+            fans, axes = (matrix.fan_in, matrix.fan_out), (matrix.in_axis, matrix.out_axis)
+
+        def fill(std: float, fan: int = 0, along: tuple[int, ...] = ()) -> Fill:
+            return Fill(parameter, std, self.distribution, self.cut, fan, along)
+
+        match self.base:
+            case "small":
+                return fill(small_std(width), width)
+            case "xavier":
+                return fill(math.sqrt(2 / sum(fans)), sum(shape[axis] for axis in axes), axes)
+            case "fan_in":
+                return fill(1 / math.sqrt(fans[0]), shape[axes[0]], axes[:1])
+            case "normal":
+                assert self.std is not None
+                return fill(self.std)

@@ -6,7 +6,7 @@ smaller than behind a factor at d = 2304, and weight decay pulls the rows to zer
 Refuses: a tied head where s sqrt(d) > 3. The head reads a stream of std 1 with the same matrix, so the initial logits
 have a std of s sqrt(d), which costs s^2 d / 2 nats above log V; no usual initialisation comes near 3. And a model that
 normalises its embedding, whose scale then does not matter.
-Preserves: nothing learned in the table; acts with ``reinit="all"`` only. Use ``SmallInit(token_embedding=False)`` beside it.
+Also where learned embeddings are to be kept. Preserves: nothing. Goes with ``SmallInit(token_embedding=False)``.
 Sources: footnote of Takase et al., arXiv 2312.16903; BioNeMo and Megatron-LM's ``--embedding-init-method-std`` (std 1,
 untied, no weight decay on embeddings).
 """
@@ -33,7 +33,12 @@ class EmbedInit:
 
     def __call__(self, residual: ResidualMap, context: Context) -> Iterator[Edit | Skip]:
         if context.reinit != "all":
-            return
+            raise Refused(
+                what="the recipe draws the token embedding afresh, and learned weights are to be kept",
+                where=residual.source,
+                why=f"with reinit={context.reinit} the learned embedding stays",
+                remedy="use --reinit all, or scaled-embed",
+            )
         tokens = [embedding for embedding in residual.embeddings if embedding.kind == "token"]
         for token in tokens:
             if token.normed:

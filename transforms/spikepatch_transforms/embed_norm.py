@@ -1,6 +1,6 @@
 """Embedding norm: x = norm(E[token]), so that the stream starts with std 1: a LayerNorm, or an RMSNorm.
 
-Affine by default, with gain 1 and bias 0 at first, on the token embedding alone, as BLOOM has it; the paper does not say.
+Affine by default, with gain 1 and bias 0 at first, on the token embedding alone, as in BLOOM; the paper does not say.
 Refuses: a model that normalises its embedding or multiplies it by a number already, one whose table is not as wide as
 the stream, and a post-norm model.
 Preserves: with kept weights the tables exactly; the function only approximately.
@@ -21,10 +21,10 @@ from spikepatch_transforms.embed_scale import check_shortcut, multiplied, token_
 
 @dataclass(frozen=True)
 class EmbedNorm:
-    """``NormEmbedding(module, eps, kind, affine)`` on the token embedding."""
+    """``NormEmbedding(module, eps, norm, affine)`` on the token embedding."""
 
     eps: float = 1e-5
-    kind: NormKind = "layernorm"
+    norm: NormKind = "layernorm"
     affine: bool = True
 
     def __post_init__(self) -> None:
@@ -44,4 +44,4 @@ class EmbedNorm:
         check_shortcut(residual, token)
         if token.scale != 1.0:
             raise multiplied(residual, token)
-        yield NormEmbedding(token.module, self.eps, self.kind, self.affine)
+        yield NormEmbedding(token.module, self.eps, self.norm, self.affine)

@@ -1,5 +1,4 @@
-"""Residual scaling: residual projections ~ N(0, (s r / m)^2), where s is the std that ``small_init`` gives other weights
-and r falls with depth.
+"""Residual scaling: residual projections ~ N(0, (s r / m)^2): s as in ``small_init``, and r falls with depth.
 
     1/sqrt(S)   r = 1 / sqrt(S)                      S: sub-layers, counted from the map (2 N in a classic decoder)
     wang        s r = 2 / (N sqrt(d))                N: layers

@@ -22,15 +22,21 @@ from spikepatch.residual.map import ResidualMap
 
 @dataclass(frozen=True)
 class UntieHead:
-    """``Untie(head, embedding)``; ``fresh``: draw the head afresh even where learned weights are kept."""
+    """``Untie(head, embedding)``.
+
+    ``fresh``: draw the head afresh even where learned weights are kept. ``if_tied``: where no head is tied, do nothing.
+    """
 
     fresh: bool = False
+    if_tied: bool = False
 
     def __call__(self, residual: ResidualMap, context: Context) -> Iterator[Edit | Skip]:
         if context.stream:
             return  # only the stream that feeds the output has a head
         head, token = residual.head, residual.token_embedding
         if head is None or not head.tied:
+            if self.if_tied:
+                return
             raise Refused(
                 what="there is no tied head to untie",
                 where=residual.source,

@@ -15,6 +15,7 @@ from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.original import is_remote, original_of
 from spikepatch.apply.tensors import layout, values
 from spikepatch.errors import Refused
+from spikepatch.meta import build_meta
 from spikepatch.planning import plan as make_plan
 from spikepatch.planning import tensor_shapes
 from spikepatch.plans import EmbeddingEdit, Plan, Recipe, Reinit, Untie
@@ -131,9 +132,14 @@ def save(model: nn.Module, out: str | os.PathLike[str]) -> Path:
 
 
 def restructure(twin: nn.Module, plan: Plan) -> None:
-    """The plan's changes of structure on a model of one's own, usually on the meta device."""
+    """The plan's changes of structure on a model of one's own, usually on the meta device.
+
+    Raises:
+        Refused: the model's class ties the head again when it is built from a config, or unties more than the head.
+    """
     for edit in plan.select(Untie):
         _untie(twin, edit)
+        _check_untied(twin, edit)
     if plan.structural:
         install(twin, plan.record(__version__))
 
@@ -171,6 +177,32 @@ def _untie(model: Any, edit: Untie) -> None:
             config.tie_word_embeddings = False
     if hasattr(model, "all_tied_weights_keys"):
         model.all_tied_weights_keys.pop(edit.head, None)
+
+
+def _check_untied(twin: Any, edit: Untie) -> None:
+    """What is loaded later is built from a config that says that the head is not tied: is it ``twin``, then?"""
+    if not hasattr(twin, "_from_config"):
+        return
+    config = type(twin.config).from_dict(twin.config.to_dict())
+    built = build_meta(type(twin), config, where=type(twin).__name__)
+    wanted, found = _tied(twin), _tied(built)
+    if wanted != found:
+        names = sorted(set().union(*(wanted ^ found)))
+        raise Refused(
+            what="this model's class cannot untie its head alone",
+            where=type(twin).__name__,
+            why=f"built from a config that says so, it ties {edit.head} all the same"
+            if any(edit.head in group for group in found)
+            else f"with the head it unties {', '.join(names)} from each other",
+            remedy="leave --untie out",
+        )
+
+
+def _tied(model: nn.Module) -> set[frozenset[str]]:
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
 
 
 def _check_unpatched(model: nn.Module) -> None:
@@ -244,7 +276,5 @@ def _constructed_buffers(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
     """Persistent buffers as the constructor makes them: learned values must not survive a full re-initialisation."""
     persistent = {name for name, _ in model.named_buffers()} & set(model.state_dict())
     if plan.reinit == "all" and persistent and hasattr(model, "_from_config"):
-        from spikepatch.meta import build_meta
-
         model = build_meta(type(model), model.config, where=type(model).__name__)
     return {name: buffer for name, buffer in model.named_buffers() if name in persistent}

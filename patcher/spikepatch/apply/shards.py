@@ -53,7 +53,7 @@ class Shards:
 
     @property
     def fresh(self) -> list[str]:
-        """Names of the tensors that are neither drawn nor kept: mostly the architecture's own initialiser writes them."""
+        """Names of the tensors that are neither drawn at random nor kept."""
         return [t.name for t in self.tensors if t.name not in self.fills and t.name not in self.kept]
 
     @property

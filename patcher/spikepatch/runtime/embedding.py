@@ -260,20 +260,21 @@ def change_output(module: nn.Embedding, edit: EmbeddingEdit) -> None:
 def initialise(model: nn.Module, record: Mapping[str, object] | None) -> None:
     """Write every parameter that the recipe gives a value and that holds no loaded one; norms of embeddings as well.
 
-            std_now = std * sqrt(fan / fan_now) * (S_now / S)^depth
+        std_now = std * sqrt(fan / fan_now) * (S_now / S)^depth
 
     where ``fan`` and S are the recorded ones, ``fan_now`` and ``S_now`` this model's, so a config with another number
-        of layers or another width gets the stds that the recipe would give it. Other parameters keep what the
-        architecture's own initialiser gave them.
+    of layers or another width gets the stds that the recipe would give it. Other parameters keep what the
+    architecture's own initialiser gave them.
 
-        Raises:
-            ValueError: no record, its patterns match nothing in ``model``, or it holds stds for every layer by itself and
-                ``model`` has more layers.
+    Raises:
+        ValueError: no record, or its patterns match nothing in ``model``; or it has a std for every layer by itself,
+            and ``model`` has more layers.
     """
     init = _checked(model, record)["init"]
     for module in model.modules():
-        if isinstance(module, NormedEmbedding):
-            for name, parameter in module.norm.named_parameters():
+        norm = getattr(module, "norm", None) if hasattr(module, "is_spikepatched") else None
+        if norm is not None:
+            for name, parameter in norm.named_parameters():
                 initialization.constant_(parameter, first_value(name))
     # Before the head is tied it has a tensor of its own, and after that two names.
     parameters = dict(model.named_parameters(remove_duplicate=False))
