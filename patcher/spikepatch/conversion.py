@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from spikepatch import __version__, notes, recipes
+from spikepatch import notes, recipes
 from spikepatch.apply.generated import generated_classes
 from spikepatch.apply.kept import embedding_stds, match_source
 from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.module import restructure
-from spikepatch.apply.original import Original, original_of
+from spikepatch.apply.original import original_in
+from spikepatch.apply.patched import check_known, check_replaced
 from spikepatch.apply.shards import Progress, check_shards, plan_shards, write_folder
-from spikepatch.apply.source_code import check_generated, stored_as_code
 from spikepatch.apply.texts import texts
 from spikepatch.drift import Behaviour, drift_planned, drift_written, expected_initial_loss, tokenizer_problem
-from spikepatch.errors import BadTarget, Refused
+from spikepatch.errors import BadTarget
 from spikepatch.planner import make_plan
 from spikepatch.planning import check_weights, checked_recipe, tensor_shapes
-from spikepatch.plans import Plan, Recipe, Reinit, Untie
+from spikepatch.plans import Plan, Recipe, Reinit
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source import Source, build_meta, open_source
@@ -128,7 +128,7 @@ def convert(
     found = open_source(source, revision=revision, trust_remote_code=trust_remote_code, weights=reinit != "all")
     check_target(folder, found.folder, overwrite=overwrite)
     check_weights(found, reinit)
-    _check_unpatched(found)
+    check_known(found)
     found = dataclasses.replace(found, config=_with_dtype(found, asked))
 
     report("mapping the residual stream")
@@ -137,7 +137,7 @@ def convert(
     match = None if reinit == "all" else match_source(found, model)
     stds = {} if match is None else embedding_stds(match, residual)
     plan = make_plan(residual, tensor_shapes(model), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
-    _check_replaced(found, plan)
+    check_replaced(found, plan)
     report("choosing how it is stored")
     patched = build_meta(found)
     restructure(patched, plan)
@@ -202,7 +202,7 @@ def convert(
             if reinit == "all":
                 return result
             report("measuring the loss before and after")
-            written = generated_classes(_original(found)).model if route.kind == "code" else route.model_class
+            written = generated_classes(original_in(found)).model if route.kind == "code" else route.model_class
             return _with_drift(result, drift_written(found, residual, scratch, written))
     except OSError as error:
         raise BadTarget(
@@ -211,46 +211,6 @@ def convert(
             why=str(error),
             remedy="check the disk's free space and the folder's permissions; nothing was left behind",
         ) from error
-
-
-def _check_unpatched(source: Source) -> None:
-    """A patched source is read as what it was before the patch; so its patch must be known."""
-    record = getattr(source.config, "spikepatch", None)
-    if record and record.get("embeddings"):
-        raise Refused(
-            what="this model is patched already, and its config does not say what it was before",
-            where=source.name,
-            why=f"it records the recipe {record.get('recipe')}, and a second factor or norm would multiply with it",
-            remedy="convert its original",
-        )
-    if source.patched is not None and stored_as_code(source.patched):
-        assert source.folder is not None
-        check_generated(source.folder, _original(source))
-
-
-def _check_replaced(source: Source, plan: Plan) -> None:
-    """Of a patched source with its learned weights, the new plan takes the old one's place."""
-    if source.patched is None or plan.reinit == "all":
-        return
-    before, after = source.patched["embeddings"], plan.record(__version__)["embeddings"]
-    if any("norm" in edit for edit in before.values()):
-        raise Refused(
-            what="the learned norm behind the embedding cannot be replaced",
-            where=source.name,
-            why=f"it is patched already ({source.patched['recipe']}), and the norm's gain and bias are learned weights",
-            remedy="put the norm into the embedding with `spikepatch fold` first, or use --reinit all",
-        )
-    if plan.reinit == "none" and before == after and not plan.select(Untie):
-        raise Refused(
-            what="the model is patched already, with just this",
-            where=source.name,
-            why=f"its recipe is {source.patched['recipe']}; what is planned takes the old patch's place, and is equal",
-            remedy="give another --factor, or --reinit residual or all",
-        )
-
-
-def _original(source: Source) -> Original:
-    return original_of(source.model_class, type(source.config), getattr(source.config, "auto_map", None))
 
 
 def _with_dtype(source: Source, asked: torch.dtype | None) -> Any:

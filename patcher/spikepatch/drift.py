@@ -16,7 +16,7 @@ from torch import nn
 
 from spikepatch.apply.generated import generated_classes
 from spikepatch.apply.module import patch
-from spikepatch.apply.original import original_of
+from spikepatch.apply.original import original_in
 from spikepatch.apply.source_code import stored_as_code
 from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 from spikepatch.quiet import quiet
@@ -144,10 +144,7 @@ def _load_source(source: Source) -> Any:
     if source.patched is None:
         return _load(source.model_class, _folder(source))
     if stored_as_code(source.patched):
-        auto_map = getattr(source.config, "auto_map", None)
-        return _load(
-            generated_classes(original_of(source.model_class, type(source.config), auto_map)).model, _folder(source)
-        )
+        return _load(generated_classes(original_in(source)).model, _folder(source))
     from transformers import AutoModelForCausalLM
 
     return _load(AutoModelForCausalLM, _folder(source), trust_remote_code=source.needs_code)

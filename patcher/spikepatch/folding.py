@@ -20,37 +20,23 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.fx import Node
-
+from spikepatch.apply.folded import Rows, fold_shards, plain_model
 from spikepatch.apply.kept import Match, match_source
-from spikepatch.apply.original import original_of
-from spikepatch.apply.shards import Progress, Shards, as_in, check_shards, write_folder
+from spikepatch.apply.original import original_in
+from spikepatch.apply.shards import Progress, Shards, check_shards, write_folder
 from spikepatch.apply.source_code import check_generated, stored_as_code
-from spikepatch.apply.tensors import layout
 from spikepatch.errors import BadSource, BadTarget, Refused
-from spikepatch.meta import as_read
-from spikepatch.meta import build_meta as build
 from spikepatch.planning import check_weights
-from spikepatch.residual.identity import Values, forward_of
-from spikepatch.residual.ops import LOOKUPS, op
-from spikepatch.residual.trace import Trace, skeleton
-from spikepatch.runtime.embedding import change_output, install
+from spikepatch.runtime.embedding import install
 from spikepatch.source import MODEL_CARD, Source, build_meta, open_source
-from spikepatch.storage.header import DTYPES
 from spikepatch.storage.manifest import MANIFEST, fingerprint, fold_card, fold_manifest, inherited_metadata
 from spikepatch.storage.publish import check_target, publishing
-from spikepatch.storage.read import TensorEntry, read_tensor
-from spikepatch.storage.write import Planned, write_text
-
-#: Rows of a table that are folded at a time.
-_ROWS = 4096
+from spikepatch.storage.write import write_text
 
 
 @dataclass(frozen=True)
@@ -122,15 +108,15 @@ def fold(
         install(patched, record)
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # the record may have been edited by hand
         raise _bad_record(found, str(error)) from error
-    plain, held = _plain(found, patched, record["embeddings"])
+    plain, held = plain_model(found, patched, record["embeddings"])
     match = match_source(found, patched)
-    shards = _shards(found, plain, held, match, record["embeddings"])
+    shards = fold_shards(found, plain, held, match, record["embeddings"])
     result = Folded(
         out=folder,
         architecture=type(plain).__name__,
         auto_class=found.auto_class,
         trust=found.needs_code,
-        tables=tuple(name for name, value in held.items() if isinstance(value, _Rows)),
+        tables=tuple(name for name, value in held.items() if isinstance(value, Rows)),
         untied=bool(found.config.tie_word_embeddings and not plain.config.tie_word_embeddings),
         parameters=shards.elements,
         bytes=shards.bytes,
@@ -154,23 +140,6 @@ def fold(
     return result
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The table ``table`` of the patched model, with ``edit`` (JSON) applied to its rows.
-
-    ``module`` is the embedding that was patched, where the edit has parameters of its own; equal edits without any
-    give equal rows.
-    """
-
-    table: str
-    edit: str
-    module: str
-
-
-#: What a tensor of the plain model holds: a tensor of the patched model, by its name, or its folded rows.
-_Held = str | _Rows
-
-
 def _record(source: Source) -> Mapping[str, Any]:
     if source.patched is None or not stored_as_code(source.patched):
         raise Refused(
@@ -180,9 +149,8 @@ def _record(source: Source) -> Mapping[str, Any]:
             + (" (its factor is a setting of its config)" if source.patched and source.patched["embeddings"] else ""),
             remedy="use it as it is; fold takes what a patched model's save_pretrained wrote",
         )
-    auto_map = getattr(source.config, "auto_map", None)
     assert source.folder is not None
-    check_generated(source.folder, original_of(source.model_class, type(source.config), auto_map))
+    check_generated(source.folder, original_in(source))
     if not isinstance(source.patched.get("embeddings"), dict):
         raise _bad_record(source, "it has no embeddings")
     return source.patched
@@ -195,147 +163,6 @@ def _bad_record(source: Source, why: str) -> BadSource:
         why=why,
         remedy="restore config.json as spikepatch or save_pretrained wrote it",
     )
-
-
-def _plain(source: Source, patched: Any, edits: Mapping[str, Any]) -> tuple[Any, dict[str, _Held]]:
-    """The plain model, and what each of its tensors holds; untied only where one tensor would have to hold two values.
-
-    Raises:
-        Refused: it is not the patched model then, or a table cannot be told from the head's.
-    """
-    for tied in dict.fromkeys((source.config.tie_word_embeddings, False)):
-        config = as_read(source.config, {"tie_word_embeddings": tied})
-        plain = build(source.model_class, config, where=source.name)
-        held = _held(plain, patched, edits)
-        if isinstance(held, dict):
-            break
-    else:
-        raise Refused(
-            what="the embedding cannot be told from what shares its matrix",
-            where=source.name,
-            why=f"{held} would have to hold two values, also with tie_word_embeddings set to false",
-            remedy="keep the patched model, which computes the same",
-        )
-    if not _proven(plain, patched, held, edits):
-        raise Refused(
-            what="folding is not proven exact for this model",
-            where=source.name,
-            why="with the tables folded, the plain model's operations are not those of the patched one: what was"
-            " patched acts on more than single rows of its table, such as on a sum",
-            remedy="keep the patched model",
-        )
-    return plain, held
-
-
-def _held(plain: nn.Module, patched: nn.Module, edits: Mapping[str, Any]) -> dict[str, _Held] | str:
-    """Tensor of the plain model -> what it holds; or the name of one that would have to hold two things."""
-    known = _first_names(patched)
-    found: dict[str, _Held] = {}
-    for name, first in _first_names(plain).items():
-        module, _, _ = name.rpartition(".")
-        value: _Held = known[name]
-        if module in edits and edits[module].keys() != {"gradient"}:
-            owns = any(other.startswith(f"{module}.norm.") for other in known)
-            value = _Rows(known[name], json.dumps(edits[module], sort_keys=True), module if owns else "")
-        if found.setdefault(first, value) != value:
-            return first
-    return found
-
-
-def _first_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter -> the first one; a buffer's -> itself."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    names = {name: name for name in model.state_dict()}
-    return names | {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def _proven(plain: nn.Module, patched: nn.Module, held: Mapping[str, Hashable], edits: Mapping[str, Any]) -> bool:
-    """The patched model computes what the plain one does, f(E[ids]) being E'[ids]."""
-    values = Values()
-    graph = forward_of(patched)
-    names, holder = _first_names(patched), _first_names(plain)
-    places: dict[str, list[str]] = {}
-    for module in edits:
-        places.setdefault(names[f"{module}.weight"], []).append(module)
-    steps = {module: _step(patched.get_submodule(module), edit) for module, edit in edits.items()}
-
-    def seen(node: Node, numbers: Mapping[Node, int]) -> None:
-        table = node.args[0] if op(node) in LOOKUPS else None
-        if not isinstance(table, Node):
-            return
-        for module in places.get(graph.parameters.get(table, ""), ()):
-            step, lookup = steps[module]
-            own = {name: f"{module}.{name}" for name in step.parameters.values()}
-            after = values.output(step, own, start={lookup: numbers[node]})
-            rows = values.tensor(held[holder[f"{module}.weight"]])
-            values.equate(after, values.call(node, {**numbers, table: rows}))
-
-    wanted = values.output(graph, seen=seen)
-    return values.output(forward_of(plain), tensors=held) == wanted
-
-
-def _step(module: nn.Module, edit: Any) -> tuple[Trace, Node]:
-    """What ``edit`` does behind a lookup, recorded on a plain embedding of the same size; and the lookup itself."""
-    table: Any = module.weight
-    rows, width = table.shape
-    alone = nn.Embedding(rows, width, device="meta", dtype=table.dtype)
-    change_output(alone, edit)
-    graph = forward_of(alone, {"input": torch.zeros(1, 1, dtype=torch.long)})
-    return graph, next(node for node in graph.graph.nodes if op(node) in LOOKUPS)
-
-
-def _shards(source: Source, plain: Any, held: Mapping[str, _Held], match: Match, edits: Mapping[str, Any]) -> Shards:
-    assert source.checkpoint is not None
-    targets = {target.name: target for target in layout(skeleton(plain))}
-    entries: dict[str, TensorEntry] = {}
-    folded: dict[str, _Rows] = {}
-    for target in targets.values():
-        value = held[target.owner]
-        if isinstance(value, _Rows):
-            folded[target.name] = value
-        name = value.table if isinstance(value, _Rows) else value
-        whole = match.owners.get(name)
-        entries[target.name] = match.targets[target.name] if whole is None else whole
-    tensors = tuple(Planned(name, _dtype(entries[name]), target.shape) for name, target in targets.items())
-
-    def produce(name: str) -> torch.Tensor:
-        table = read_tensor(entries[name])
-        if name not in folded:
-            return table
-        rows = folded[name]
-        return _folded(table, json.loads(rows.edit), lambda own: read_tensor(match.owners[f"{rows.module}.{own}"]))
-
-    return Shards(
-        tensors,
-        as_in(source.checkpoint, tensors, entries),
-        fills={},
-        kept={name: entry for name, entry in entries.items() if name not in folded},
-        produce=produce,
-    )
-
-
-def _dtype(entry: TensorEntry) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, DTYPES[entry.dtype][0])
-    return dtype
-
-
-@torch.no_grad()
-def _folded(table: torch.Tensor, edit: Any, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """What the patched embedding returns for each row, (rows, width), in the table's dtype.
-
-    Args:
-        read: name of a parameter of the added norm -> its value.
-    """
-    rows, width = table.shape
-    module = nn.Embedding(rows, width, _weight=table, _freeze=True)
-    change_output(module, edit)
-    for name, parameter in module.named_parameters():
-        if name != "weight":
-            parameter.copy_(read(name))
-    result = torch.empty_like(table)
-    for ids in torch.split(torch.arange(rows), _ROWS):
-        result[ids] = module(ids)
-    return result
 
 
 def _notes(shards: Shards, match: Match, edits: Mapping[str, Any]) -> Iterator[str]:

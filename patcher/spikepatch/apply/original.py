@@ -8,9 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spikepatch.errors import Refused
+
+if TYPE_CHECKING:
+    from spikepatch.source import Source
 
 #: Where a class is the head of several auto classes, the one that names its task best.
 _PREFERRED = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
@@ -72,6 +75,11 @@ def original_of(
         )
     bases = heads.get("AutoModel", ()) if auto_class != "AutoModel" else ()
     return Original(model_class, next((c for c in bases if c is not model_class), None), config_class, auto_class)
+
+
+def original_in(source: Source) -> Original:
+    """``original_of`` for the model of a source."""
+    return original_of(source.model_class, type(source.config), getattr(source.config, "auto_map", None))
 
 
 def carried_files(original: Original) -> list[Path]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from spikepatch import __version__
-from spikepatch.apply.original import original_of
+from spikepatch.apply.original import original_in
 from spikepatch.apply.source_code import config_entries, original_entries, render
 from spikepatch.plans import Plan, Untie
 from spikepatch.source import MODEL_CARD
@@ -36,16 +36,17 @@ def texts(source: Source, plan: Plan, route: Route, settings: Mapping[str, Any],
     data = json.loads(config.to_json_string())
     files = {}
     if route.kind in ("host", "code"):
-        original = original_of(source.model_class, type(source.config), getattr(source.config, "auto_map", None))
+        original = original_in(source)
         entries = config_entries(original)
         # Where the source names none, AutoTokenizer would go by the model type, which is another one now.
-        data["tokenizer_class"] = data.get("tokenizer_class") or entries.pop("tokenizer_class")
+        record["original"]["tokenizer_class"] = data.get("tokenizer_class")
+        data["tokenizer_class"] = data.get("tokenizer_class") or entries["tokenizer_class"]
         if route.kind == "code":
             files = render(original)
             record["original"] |= original_entries(original, source.config)
             # Its tokenizer's code lies beside the weights, like the model's.
             others = {k: v for k, v in data.get("auto_map", {}).items() if source.needs_code and "Tokenizer" in k}
-            data |= entries | {"auto_map": others | entries["auto_map"]}
+            data |= entries | {"auto_map": others | entries["auto_map"], "tokenizer_class": data["tokenizer_class"]}
     data["spikepatch"] = record
     files["config.json"] = json.dumps(data, indent=2, sort_keys=True) + "\n"
     files[MODEL_CARD] = model_card(
