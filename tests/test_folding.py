@@ -126,6 +126,15 @@ def test_in_the_dtype_of_the_weights_it_is_exact(dtype: torch.dtype, recipe: str
         assert error > 0
 
 
+def test_weights_that_transformers_rescales_whenever_it_loads(tmp_path: Path) -> None:
+    tiny_config("mamba", rescale_prenorm_residual=True).save_pretrained(tmp_path / "source")
+    patched = spikepatch.convert(str(tmp_path / "source"), tmp_path / "patched").out
+    plain = spikepatch.fold(str(patched), tmp_path / "plain").out
+
+    assert torch.equal(logits(load(patched, trust=True)), logits(load(plain, trust=False)))
+    assert json.loads((plain / "config.json").read_text())["rescale_prenorm_residual"] is False
+
+
 def test_a_detached_embedding_is_plain_already(source: Path, tmp_path: Path) -> None:
     """Its forward pass is the plain one's, so nothing is folded, and a tied head stays tied."""
     model: Any = tiny_model("gpt2")
@@ -245,7 +254,7 @@ def test_code_is_compared_and_never_run(source: Path, tmp_path: Path) -> None:
         {"transformer.nothing": {"factor": 2.0}},
         {"transformer.wte": {"power": 2.0}},
         {"transformer.h": {"factor": 2.0}},
-        7,
+        {"transformer.wte": 7},
     ],
 )
 def test_a_record_that_fits_nothing(embeddings: Any, source: Path, tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spikepatch
+from spikepatch.cli import main
 from spikepatch.drift import SAMPLE
 from tests.architectures import ids, tiny_config, tiny_model
 from tests.folders import hashes
@@ -123,6 +125,14 @@ def test_without_code_as_well(model_type: str, storage: Any, tmp_path: Path) -> 
     assert hashes(second.out)["model.safetensors"] == hashes(tmp_path / "source")["model.safetensors"]
     with pytest.raises(spikepatch.Refused, match="patched already, with just this"):
         spikepatch.convert(str(second.out), tmp_path / "third", factor=5.0, **options)
+
+
+def test_inspect_shows_it_as_it_is(trained: Path) -> None:
+    shown = CliRunner().invoke(main, ["inspect", str(trained), "--json"])
+    (token,) = (e for e in json.loads(shown.stdout)["embeddings"] if e["kind"] == "token")
+
+    assert shown.exit_code == 0
+    assert token["scale"] == 3.0
 
 
 def test_code_that_is_not_ours_is_not_guessed(trained: Path, tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
 def _unpatched(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """config.json as it was before spikepatch, and the record of what spikepatch did; (``raw``, None) for others."""
     record = raw.get("spikepatch")
-    if not isinstance(record, dict) or not isinstance(record.get("original"), dict):
+    kinds = {"recipe": str, "original": dict, "embeddings": dict}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
         return raw, None
     before = {name: value for name, value in raw.items() if name != "spikepatch"} | record["original"]
     return {

@@ -157,11 +157,12 @@ def fold(trained: str, out: str, *, as_json: bool, **options: Any) -> None:
 def inspect(source: str, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
     with _progress() as progress:
         progress("mapping the residual stream")
+        from spikepatch.apply.patched import build_as_it_is
         from spikepatch.residual.inspect import inspect as run
-        from spikepatch.source import build_meta, open_source
+        from spikepatch.source import open_source
 
         found = open_source(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-        residual = run(build_meta(found), source=source)
+        residual = run(build_as_it_is(found), source=source)
     if as_json:
         click.echo(residual.to_json())
     else:

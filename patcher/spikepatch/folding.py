@@ -28,12 +28,12 @@ from typing import Any
 from spikepatch.apply.folded import Rows, fold_shards, plain_model
 from spikepatch.apply.kept import Match, match_source
 from spikepatch.apply.original import original_in
+from spikepatch.apply.patched import build_as_it_is
 from spikepatch.apply.shards import Progress, Shards, check_shards, write_folder
 from spikepatch.apply.source_code import check_generated, stored_as_code
-from spikepatch.errors import BadSource, BadTarget, Refused
+from spikepatch.errors import BadTarget, Refused
 from spikepatch.planning import check_weights
-from spikepatch.runtime.embedding import install
-from spikepatch.source import MODEL_CARD, Source, build_meta, open_source
+from spikepatch.source import MODEL_CARD, Source, open_source
 from spikepatch.storage.manifest import MANIFEST, fingerprint, fold_card, fold_manifest, inherited_metadata
 from spikepatch.storage.publish import check_target, publishing
 from spikepatch.storage.write import write_text
@@ -103,14 +103,10 @@ def fold(
     check_weights(found, "none")
 
     report("proving that it folds")
-    patched = build_meta(found)
-    try:
-        install(patched, record)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:  # the record may have been edited by hand
-        raise _bad_record(found, str(error)) from error
+    patched = build_as_it_is(found)
     plain, held = plain_model(found, patched, record["embeddings"])
     match = match_source(found, patched)
-    shards = fold_shards(found, plain, held, match, record["embeddings"])
+    shards = fold_shards(found, plain, held, match)
     result = Folded(
         out=folder,
         architecture=type(plain).__name__,
@@ -151,18 +147,7 @@ def _record(source: Source) -> Mapping[str, Any]:
         )
     assert source.folder is not None
     check_generated(source.folder, original_in(source))
-    if not isinstance(source.patched.get("embeddings"), dict):
-        raise _bad_record(source, "it has no embeddings")
     return source.patched
-
-
-def _bad_record(source: Source, why: str) -> BadSource:
-    return BadSource(
-        "config.json has no usable record of the patch",
-        where=source.name,
-        why=why,
-        remedy="restore config.json as spikepatch or save_pretrained wrote it",
-    )
 
 
 def _notes(shards: Shards, match: Match, edits: Mapping[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What each tensor of the plain model holds of the patched one, the proof that nothing else changes, and the values."""
+"""What each tensor of a folded model holds of the patched one, the proof that nothing else changes, and the values."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from spikepatch.apply.kept import Match
+from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.shards import Shards, as_in
 from spikepatch.apply.tensors import layout
 from spikepatch.errors import Refused
@@ -54,7 +55,9 @@ def plain_model(source: Source, patched: Any, edits: Mapping[str, Any]) -> tuple
     """
     for tied in dict.fromkeys((source.config.tie_word_embeddings, False)):
         config = as_read(source.config, {"tie_word_embeddings": tied})
-        plain = build_meta(source.model_class, config, where=source.name)
+        plain: Any = build_meta(source.model_class, config, where=source.name)
+        if settings := stable_settings(plain, None):
+            plain = build_meta(source.model_class, as_read(config, settings), where=source.name)
         held = _held(plain, patched, edits)
         if isinstance(held, dict):
             break
@@ -133,7 +136,13 @@ def _step(module: nn.Module, edit: Any) -> tuple[Trace, Node]:
     return graph, next(node for node in graph.graph.nodes if op(node) in LOOKUPS)
 
 
-def fold_shards(source: Source, plain: Any, held: Mapping[str, Held], match: Match, edits: Mapping[str, Any]) -> Shards:
+def fold_shards(source: Source, plain: nn.Module, held: Mapping[str, Held], match: Match) -> Shards:
+    """What is to be written: every tensor in the file and the dtype that it has in the source; a new head's, last.
+
+    Args:
+        plain, held: see ``plain_model``.
+        match: of the patched model's tensors in the source.
+    """
     assert source.checkpoint is not None
     targets = {target.name: target for target in layout(skeleton(plain))}
     entries: dict[str, TensorEntry] = {}

@@ -9,15 +9,41 @@ from typing import TYPE_CHECKING, Any
 from spikepatch import __version__
 from spikepatch.apply.original import original_in
 from spikepatch.apply.source_code import check_generated, stored_as_code
-from spikepatch.errors import Refused
+from spikepatch.errors import BadSource, Refused
 from spikepatch.plans import Plan, Untie
+from spikepatch.runtime.embedding import install
+from spikepatch.source import Source, build_meta
 
 if TYPE_CHECKING:
-    from spikepatch.source import Source
+    from transformers import PreTrainedModel
+
+
+def build_as_it_is(source: Source) -> PreTrainedModel:
+    """``build_meta`` of the source, and where it is patched, with its patch.
+
+    Raises:
+        BadSource: its config records a patch that does not fit the model.
+    """
+    model = build_meta(source)
+    if source.patched is not None:
+        try:
+            install(model, source.patched)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # it may have been edited by hand
+            raise BadSource(
+                "config.json has no usable record of the patch",
+                where=source.name,
+                why=str(error),
+                remedy="restore config.json as spikepatch or save_pretrained wrote it",
+            ) from error
+    return model
 
 
 def check_known(source: Source) -> None:
-    """A patched source is read as what it was before the patch; so its patch must be known."""
+    """A patched source is read as what it was before the patch; so its patch must be known.
+
+    Raises:
+        BadSource, Refused: what is recorded does not fit the model, or is not what the folder's own code does.
+    """
     record = getattr(source.config, "spikepatch", None)
     if record and record.get("embeddings"):
         raise Refused(
@@ -26,7 +52,10 @@ def check_known(source: Source) -> None:
             why=f"it records the recipe {record.get('recipe')}, and a second factor or norm would multiply with it",
             remedy="convert its original",
         )
-    if source.patched is not None and stored_as_code(source.patched):
+    if source.patched is None:
+        return
+    build_as_it_is(source)
+    if stored_as_code(source.patched):
         assert source.folder is not None
         check_generated(source.folder, original_in(source))
 
@@ -37,7 +66,7 @@ def check_replaced(source: Source, plan: Plan) -> None:
         return
     before = {name: _resolved(edit, plan) for name, edit in source.patched["embeddings"].items()}
     after = {name: _resolved(edit, plan) for name, edit in plan.record(__version__)["embeddings"].items()}
-    if any("norm" in edit for edit in before.values()):
+    if any(edit.get("affine") for edit in before.values()):
         raise Refused(
             what="the learned norm behind the embedding cannot be replaced",
             where=source.name,
