@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
 
 import spikepatch
+from spikepatch.cli import main
 from spikepatch.plans import DetachEmbedding
-from tests.architectures import tiny_config, tiny_model
+from tests.architectures import tiny_config
 from tests.elsewhere import logits_elsewhere
 from tests.folders import hashes
 from tests.storage.test_routes import config_of
@@ -137,24 +139,19 @@ def test_weights_that_transformers_rescales_whenever_it_loads(tmp_path: Path) ->
 
 def test_a_detached_embedding_is_plain_already(source: Path, tmp_path: Path) -> None:
     """Its forward pass is the plain one's, so nothing is folded, and a tied head stays tied."""
-    model: Any = tiny_model("gpt2")
-    plan = spikepatch.plan(model, "vanilla", reinit="all")
-    plan = type(plan).from_dict(plan.to_dict() | {"edits": [{"edit": "DetachEmbedding", **detach()}]})
-    spikepatch.patch(model, plan)
-    saved = spikepatch.save(model, tmp_path / "patched")
-    result = spikepatch.fold(str(saved), tmp_path / "plain")
+    patched = spikepatch.convert(str(source), tmp_path / "patched", recipe="embed-detach")
+    trained = train(patched.out, tmp_path / "trained")
+    result = spikepatch.fold(str(trained), tmp_path / "plain")
     plain = load(result.out, trust=False)
+    old, new = load_file(trained / "model.safetensors"), load_file(result.out / "model.safetensors")
 
+    assert len(patched.plan.select(DetachEmbedding)) == 1
     assert (result.tables, result.untied) == ((), False)
     assert not any("Adam" in note for note in result.notes)
-    assert torch.equal(logits(plain), logits(model))
+    assert torch.equal(logits(plain), logits(load(trained, trust=True)))
     assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
-    assert load_file(saved / "model.safetensors").keys() == load_file(result.out / "model.safetensors").keys()
-
-
-def detach() -> dict[str, Any]:
-    edit = DetachEmbedding("transformer.wte", 0.1)
-    return {"module": edit.module, "gradient": edit.gradient}
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
 
 
 def test_shards_tokenizer_and_what_is_said(gpt2_tokenizer: Path, tmp_path: Path) -> None:
@@ -193,6 +190,26 @@ def test_shards_tokenizer_and_what_is_said(gpt2_tokenizer: Path, tmp_path: Path)
     assert hashes(again.out) == hashes(result.out)
 
 
+def test_the_command(source: Path, tmp_path: Path) -> None:
+    patched = spikepatch.convert(str(source), tmp_path / "patched").out
+    shown = CliRunner().invoke(main, ["fold", str(patched), str(tmp_path / "plain")])
+    lines = shown.stdout.splitlines()
+    as_json = CliRunner().invoke(main, ["fold", str(patched), str(tmp_path / "again"), "--json"])
+    refused = CliRunner().invoke(main, ["fold", str(tmp_path / "plain"), str(tmp_path / "twice")])
+
+    assert shown.exit_code == 0
+    assert "for use, not for training on" in lines[1]
+    assert lines[2:4] == [
+        "transformer.wte.weight: rows times their factor, or behind their norm",
+        "the head has its own matrix now, and the config says so",
+    ]
+    assert lines[-1] == f'load it with AutoModelForCausalLM.from_pretrained("{tmp_path / "plain"}")'
+    assert json.loads(as_json.stdout)["tables"] == ["transformer.wte.weight"]
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "plain")
+    assert refused.exit_code == 2
+    assert "there is nothing to fold" in refused.stderr
+
+
 # What is refused
 
 
@@ -218,7 +235,8 @@ def test_what_is_plain_already(model_type: str, options: dict[str, Any], why: st
 def test_a_table_that_cannot_be_untied(tmp_path: Path) -> None:
     """T5 ties its three tables whatever its config says."""
     sizes = {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96, "vocab_size": 500}
-    config = AutoConfig.for_model("t5", **sizes, architectures=["T5ForConditionalGeneration"])
+    tokens = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    config = AutoConfig.for_model("t5", **sizes, **tokens, architectures=["T5ForConditionalGeneration"])
     config.save_pretrained(tmp_path / "source")
     patched = spikepatch.convert(str(tmp_path / "source"), tmp_path / "patched")
     found = logits_elsewhere(patched.out, trust=True, auto_class="AutoModelForSeq2SeqLM")
