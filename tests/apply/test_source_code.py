@@ -109,6 +109,13 @@ def test_a_module_path_that_is_no_identifier_never_becomes_code() -> None:
         render(dataclasses.replace(original_of(GPT2LMHeadModel), model=hostile))
 
 
+@pytest.mark.parametrize("stem", ["modeling-own", "modeling own", "import os\nx", "class"])
+def test_a_file_whose_name_is_no_identifier_never_becomes_code(stem: str) -> None:
+    own = type("Own", (object,), {"__module__": f"transformers_modules.folder.{stem}"})
+    with pytest.raises(Refused, match="cannot be imported by its name"):
+        render(dataclasses.replace(original_of(GPT2LMHeadModel), model=own))
+
+
 def test_code_from_outside_transformers_is_refused() -> None:
     class Remote(GPT2LMHeadModel):  # type: ignore[misc]
         pass

@@ -20,6 +20,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
+from spikepatch.errors import Refused
 from spikepatch.residual.ops import op, shape
 from spikepatch.residual.trace import Trace, recorded
 
@@ -35,9 +36,21 @@ def same_function(first: nn.Module, second: nn.Module) -> bool:
 
 
 def forward_of(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None) -> Trace:
-    """One forward pass of ``model``, recorded; ``example`` as in ``recorded``. Any exception of the model's own."""
-    with _ListsAreTensors():
-        return recorded(model, example)
+    """One forward pass of ``model``, recorded; ``example`` as in ``recorded``.
+
+    Raises:
+        Refused: it cannot be recorded.
+    """
+    try:
+        with _ListsAreTensors():
+            return recorded(model, example)
+    except Exception as error:  # whatever a forward pass raises
+        raise Refused(
+            what="the forward pass cannot be recorded, so what it computes cannot be compared",
+            where=type(model).__name__,
+            why=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            remedy="check that the model runs on integer token ids",
+        ) from error
 
 
 class _ListsAreTensors(TorchFunctionMode):

@@ -166,7 +166,10 @@ def _hosted(source: Source, plan: Plan, patched: PreTrainedModel, factor: float)
         return f"{host.model_type} has no {', '.join(foreign)}, which the source's config sets"
     settings = {host.factor: factor, **host.constants}
     settings |= {name: data[other] ** exponent for name, (other, exponent) in host.powers.items()}
-    config = config_class.from_dict(data | settings | _own_head(patched))
+    try:
+        config = as_read(config_class(), data | settings | _own_head(patched))
+    except Exception as error:  # whatever a config's own checks raise
+        return f"{host.model_type} does not take the source's settings: {' '.join(str(error).split())[:200]}"
     config.dtype = source.config.dtype
     classes = getattr(transformers, source.auto_class)._model_mapping
     values = Values()
@@ -203,5 +206,5 @@ def _output(values: Values, model: PreTrainedModel) -> int | None:
     """The number of the model's output; None where its forward pass does not run, or cannot be recorded."""
     try:
         return values.output(forward_of(model))
-    except Exception:  # whatever a forward pass raises for a setting that was never meant for it
+    except Refused:
         return None
