@@ -10,7 +10,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import spikepatch
 from spikepatch import recipe_files
@@ -23,6 +25,8 @@ from spikepatch_transforms.embed_norm import EmbedNorm
 from spikepatch_transforms.residual_init import ResidualInit
 from spikepatch_transforms.small_init import SmallInit
 from tests.architectures import tiny_config, tiny_model
+
+EPS = torch.finfo(torch.float32).eps
 
 
 def write(folder: Path, text: str) -> Path:
@@ -67,6 +71,27 @@ def test_a_misspelt_name() -> None:
         find("scaled_embed")
     with pytest.raises(Refused, match="spikepatch recipes"):
         find("xyzzy")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_generated_class_draws_what_the_recipe_would(name: str, model_type: str, tmp_path: Path) -> None:
+    """For a config of twice the width and depth: compared with a plan that is made for such a model."""
+    tiny_config(model_type).save_pretrained(tmp_path / "source")
+    spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", recipe=name, storage="code")
+    larger = {"hidden_size": 128, "num_hidden_layers": 6, "intermediate_size": 192, "head_dim": 32}
+    changes = {key: value for key, value in larger.items() if hasattr(tiny_config(model_type), key)}
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True, **changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    plan = spikepatch.plan(tiny_model(model_type, **changes), name, reinit="all")
+    fills = plan.select(Fill)
+    assert len(fills) >= 6 * 4
+    for fill in fills:
+        weight = fresh.get_parameter(fill.parameter).detach().double()
+        assert abs(float(weight.std()) / fill.std - 1) < 6 / math.sqrt(2 * weight.numel()), fill.parameter
+        assert fill.distribution == "normal" or float(weight.abs().max()) <= fill.cut * fill.size * (1 + EPS)
 
 
 # TOML files.

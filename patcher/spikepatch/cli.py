@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,13 +16,13 @@ import click
 from spikepatch import __version__
 from spikepatch.architectures import architectures_command
 from spikepatch.errors import SpikepatchError
+from spikepatch.map_table import columns, lines
 
 if TYPE_CHECKING:
     from spikepatch.apply.shards import Progress
     from spikepatch.conversion import Conversion
     from spikepatch.folding import Folded
     from spikepatch.plans import Plan
-    from spikepatch.residual.map import ResidualMap
 
 _SOURCE_HELP = """
     SOURCE is a hub id (gpt2), a local folder (with or without weights), or arch:TYPE, that architecture's default
@@ -74,7 +74,12 @@ def main() -> None:
 @main.command(help=f"Write a patched copy of SOURCE to OUT.\n{_SOURCE_HELP}")
 @click.argument("source")
 @click.argument("out", type=click.Path())
-@click.option("--recipe", default="scaled-embed", show_default=True, help="What to put in; see `spikepatch recipes`.")
+@click.option(
+    "--recipe",
+    default="scaled-embed",
+    show_default=True,
+    help="What to put in: a name that `spikepatch recipes` lists, a TOML file, or module:NAME of your own.",
+)
 @click.option(
     "--reinit",
     type=click.Choice(["all", "residual", "none"]),
@@ -166,7 +171,8 @@ def inspect(source: str, revision: str | None, trust_remote_code: bool, as_json:
     if as_json:
         click.echo(residual.to_json())
     else:
-        _print_map(residual)
+        for line in lines(residual):
+            click.echo(line)
 
 
 main.add_command(architectures_command)
@@ -188,8 +194,9 @@ def recipes() -> None:
         for advice in filter(None, ("no weight decay on embeddings" * recipe.no_decay_embeddings, recipe.advice)):
             click.echo(f"    {advice}")
         click.echo(f"    {recipe.source}\n")
-    click.echo("W: sub-layer matrices. E: embeddings. d: width of the residual stream.")
+    click.echo("W: sub-layer matrices. E: embeddings. d: width of the residual stream. N: number of layers.")
     click.echo("S: number of sub-layers, counted from the map (2N in a classic decoder of N layers).")
+    click.echo("--recipe takes one of your own too: a TOML file of transforms (my.toml), or module:NAME in Python.")
 
 
 def _print_conversion(result: Conversion, *, dry_run: bool) -> None:
@@ -205,7 +212,8 @@ def _print_conversion(result: Conversion, *, dry_run: bool) -> None:
     size = f"{result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, {result.dtype}, storage {result.storage}"
     if dry_run:
         click.echo(f"dry run, nothing written: {size}")
-        _print_columns([("left alone:", "")] + [(f"  {skip.target}", skip.reason) for skip in plan.skips])
+        for row in columns([("left alone:", ""), *((f"  {skip.target}", skip.reason) for skip in plan.skips)]):
+            click.echo(row)
         return
     click.echo(f"wrote {result.out}: {size}")
     click.echo(_load_line(result))
@@ -254,61 +262,6 @@ def _changes(plan: Plan) -> Iterator[str]:
     yield f"{len(others)} other tensors: " + (
         "by the architecture's own initialiser" if plan.reinit == "all" else "kept as learned"
     )
-
-
-def _print_map(residual: ResidualMap) -> None:
-    state = "proven" if residual.proven else "NOT proven"
-    click.echo(
-        f"{residual.architecture} ({residual.model_type}): {residual.placement}, width d = {residual.width},"
-        f" N = {residual.layers} layers, S = {residual.sublayers} sub-layers, {state}"
-    )
-    for leak in residual.leaks:
-        click.echo(f"  leak: {leak}")
-    rows = [
-        ("embedding", e.parameter, "", f"{e.kind}, {'normed' if e.normed else f'times {e.scale:g}'}")
-        for e in residual.embeddings
-    ]
-    rows += _by_place(residual)
-    if residual.head is not None:
-        rows.append(("head", residual.head.parameter, "", "tied" if residual.head.tied else "its own matrix"))
-    _print_columns(rows)
-
-
-def _by_place(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
-    """(part, name with * for the layer, layers, detail) of projections and norms, equal ones of all layers together."""
-    rows: dict[tuple[str, str, str], list[int | None]] = {}
-    for p in residual.residual_projections:
-        detail: list[str] = [p.kind]
-        detail += [f"then the norm {p.branch_norm.rpartition('.')[2]}"] if p.branch_norm else []
-        detail += [f"times {p.multiplier:g}"] if p.multiplier != 1 else []
-        rows.setdefault(("residual projection", _starred(p.parameter), ", ".join(detail)), []).append(p.layer)
-    for n in residual.norms:
-        key = (f"{n.role} norm", _starred(n.module), f"{n.kind}, eps {n.eps:.6g}")
-        rows.setdefault(key, []).append(n.layer)
-    for (part, name, details), layers in rows.items():
-        yield part, name, _ranges(sorted({layer for layer in layers if layer is not None})), details
-
-
-def _starred(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _ranges(layers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` -> ``layers 0-2, 5``."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return "layers " + ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) if runs else ""
-
-
-def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:
-    """Rows of plain text, each column as wide as its longest entry: names are there to be copied, so none is cut."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)).rstrip())
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import spikepatch
 from spikepatch.errors import Refused
 from spikepatch.planning import tensor_shapes
 from spikepatch.plans import Constant, Context, Fill, Recipe, Skip
+from spikepatch.residual.map import Between
 from spikepatch_transforms.residual_init import ResidualInit
 from spikepatch_transforms.small_init import SmallInit
 from tests.architectures import ids, tiny_model
@@ -172,6 +173,27 @@ def test_a_branch_norm_without_a_gain() -> None:
     )
     assert not any(isinstance(item, Constant) for item in items)
     assert len([item for item in items if isinstance(item, Skip) and item.reason == "the norm has no gain"]) == 6
+
+
+def test_a_factor_before_the_branch_norm() -> None:
+    """The norm takes it out, so it says nothing of the size on the stream; no gain is worked out from it."""
+    model = tiny_model("olmo2")
+    residual = spikepatch.inspect(model)
+    before = tuple(
+        dataclasses.replace(p, multiplier=3.0, between=(Between("multiplier", None), *p.between))
+        for p in residual.residual_projections
+    )
+    context = Context("all", shapes=tensor_shapes(model))
+    items = list(ResidualInit(branch_gain=True)(dataclasses.replace(residual, residual_projections=before), context))
+    assert not any(isinstance(item, Constant) for item in items)
+    assert len([item for item in items if isinstance(item, Skip) and "before the norm" in item.reason]) == 6
+    after = tuple(
+        dataclasses.replace(p, multiplier=3.0, between=(*p.between, Between("multiplier", None)))
+        for p in residual.residual_projections
+    )
+    gains = ResidualInit(branch_gain=True)(dataclasses.replace(residual, residual_projections=after), context)
+    values = [item.value for item in gains if isinstance(item, Constant)]
+    assert values == pytest.approx([1 / (3 * math.sqrt(6))] * 6, rel=1e-15)
 
 
 def test_without_branch_norms_there_is_no_gain_to_set() -> None:

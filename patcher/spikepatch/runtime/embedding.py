@@ -256,6 +256,31 @@ def change_output(module: nn.Embedding, edit: EmbeddingEdit) -> None:
         detach_output(module, edit["gradient"])
 
 
+def patched_embeddings(model: nn.Module) -> dict[str, Any]:
+    """Name -> module, of all that was changed in place."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "is_spikepatched")}
+
+
+def keep_patched(model: nn.Module, before: Mapping[str, Any]) -> None:
+    """Put the modules of ``before`` back where others took their places that share the matrix and are not changed, as
+    happens when the vocabulary of an encoder-decoder is resized.
+
+    Raises:
+        ValueError: an embedding with another matrix was put there; the old ones are back.
+    """
+    lost = []
+    for name, module in before.items():
+        place, _, attribute = name.rpartition(".")
+        now: Any = model.get_submodule(name)
+        if now is not module and not hasattr(now, "is_spikepatched"):
+            if getattr(now, "weight", None) is not module.weight:
+                lost.append(name)
+            module.num_embeddings = len(module.weight)
+            setattr(model.get_submodule(place), attribute, module)
+    if lost:
+        raise ValueError(f"a new embedding at {', '.join(lost)} would lose what config.spikepatch says of the old one")
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, record: Mapping[str, object] | None) -> None:
     """Write every parameter that the recipe gives a value and that holds no loaded one; norms of embeddings as well.
