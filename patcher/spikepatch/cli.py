@@ -208,7 +208,8 @@ def _print_conversion(result: Conversion, *, dry_run: bool) -> None:
         click.echo(f"  {line}")
     if result.drift:
         click.echo(f"on a sample text (log V = {result.log_vocab:.1f}):")
-        _print_columns(list(_drift_rows(result)))
+        for row in columns(list(_drift_rows(result))):
+            click.echo(row)
     size = f"{result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, {result.dtype}, storage {result.storage}"
     if dry_run:
         click.echo(f"dry run, nothing written: {size}")
