@@ -114,7 +114,7 @@ RANKS = (
     ("spikepatch_transforms",),
     ("recipes", "recipe_files"),
     ("apply", "planning"),
-    ("notes", "drift", "conversion", "folding", "architectures"),
+    ("notes", "drift", "conversion", "folding", "architectures", "map_table"),
     ("cli",),
     ("__main__",),
 )

@@ -227,8 +227,8 @@ def _load_line(result: Conversion | Folded) -> str:
 
 def _drift_rows(result: Conversion) -> Iterator[tuple[str, ...]]:
     """A row for each model; of the layers the first three and the last, where the stream grows and where it ends."""
-    layers = [i for i in (0, 1, 2, len(result.drift[0].stream) - 1) if i < len(result.drift[0].stream)]
-    layers = sorted(set(layers))
+    count = len(result.drift[0].stream)
+    layers = sorted({i for i in (0, 1, 2, count - 1) if 0 <= i < count})
     named = f"stream std at layers {', '.join(str(i + 1) for i in layers)}" if layers else ""
     yield "", "loss", "KL", named
     for row in result.drift:
