@@ -21,18 +21,19 @@ from spikepatch.storage.hosts import HOSTS
 from tests.architectures import tiny_config, tiny_model
 from tests.elsewhere import logits_elsewhere
 
-#: A pre-norm encoder-decoder with a flag for sqrt(d), and its sizes.
-PEGASUS = {
+#: Encoder-decoders; the first is pre-norm, with a flag for sqrt(d).
+SEQ2SEQ = {"pegasus": "PegasusForConditionalGeneration", "bart": "BartForConditionalGeneration"}
+_SIZES = {
     "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 500, "max_position_embeddings": 64,
-    "architectures": ["PegasusForConditionalGeneration"],
+    "decoder_start_token_id": 0, "forced_eos_token_id": None,
 }  # fmt: skip
 
 
 def config_of(model_type: str, **changes: Any) -> Any:
-    return (
-        AutoConfig.for_model(model_type, **PEGASUS) if model_type == "pegasus" else tiny_config(model_type, **changes)
-    )
+    if model_type in SEQ2SEQ:
+        return AutoConfig.for_model(model_type, **_SIZES, architectures=[SEQ2SEQ[model_type]])
+    return tiny_config(model_type, **changes)
 
 
 def convert(tmp_path: Path, model_type: str, changes: dict[str, Any] | None = None, **options: Any) -> Conversion:
@@ -126,6 +127,27 @@ def test_what_no_setting_does(tmp_path: Path) -> None:
     assert convert(tmp_path, "granite", recipe="embed-ln", dry_run=True).storage == "code"
 
 
+def test_an_encoder_decoder_as_a_subclass(tmp_path: Path) -> None:
+    """A post-norm one has no use for a large shortcut; small sub-layers it can have."""
+    with pytest.raises(spikepatch.Refused, match="does not apply to a post-norm model"):
+        convert(tmp_path, "bart")
+    result = convert(tmp_path, "bart", recipe="vanilla", storage="code")
+    found = logits_elsewhere(result.out, trust=True, auto_class="AutoModelForSeq2SeqLM")
+    live = transformers.BartForConditionalGeneration(config_of("bart")).eval()
+    spikepatch.patch(live, "vanilla", reinit="all")
+
+    assert (found["class"], found["problems"]) == ("SpikepatchBartForConditionalGeneration", {})
+    assert found["generated"].shape[1] > 3
+    with torch.no_grad():
+        assert torch.equal(found["logits"], live(**found["inputs"]).logits)
+
+
+@pytest.mark.parametrize("storage", ["auto", "native", "code"])
+def test_an_architecture_that_always_scales(storage: Any, tmp_path: Path) -> None:
+    with pytest.raises(spikepatch.Refused, match="already multiplied by 8"):
+        convert(tmp_path, "gemma2", storage=storage)
+
+
 def test_a_second_factor_would_multiply_with_the_setting(tmp_path: Path) -> None:
     with pytest.raises(spikepatch.Refused, match="already multiplied by 12"):
         convert(tmp_path, "granite", {"embedding_multiplier": 12.0})
@@ -137,7 +159,7 @@ def test_a_second_factor_would_multiply_with_the_setting(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("model_type", "changes", "untie"),
     [
-        ("llama", {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-4, "hidden_act": "gelu"}, False),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-4, "is_llama_config": True}, False),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}}, True),
         ("mistral", {"sliding_window": None}, False),
     ],

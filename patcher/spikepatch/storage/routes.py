@@ -160,8 +160,9 @@ def _hosted(source: Source, plan: Plan, patched: PreTrainedModel, factor: float)
         return f"no architecture is known to compute what {plan.architecture} does; there is one for {_listed()}"
     config_class = transformers.CONFIG_MAPPING[host.model_type]
     data = {k: v for k, v in source.config.to_dict().items() if k not in ("model_type", "architectures")}
-    known = config_class().to_dict().keys()
-    foreign = [k for k, v in data.items() if k not in known and k not in host.ignored and v is not None]
+    # Keys that the source's own class does not know are read by neither.
+    lacking = type(source.config)().to_dict().keys() - config_class().to_dict().keys() - host.ignored
+    foreign = sorted(name for name in lacking if data.get(name) is not None)
     if foreign:
         return f"{host.model_type} has no {', '.join(foreign)}, which the source's config sets"
     settings = {host.factor: factor, **host.constants}
