@@ -2,8 +2,8 @@
 
 Both forward passes are recorded at full width (no weight is read), and every value gets a number, equal for equal
 operations on equal values. Multiplying or dividing by one changes no bit and gets no number of its own. Models whose
-outputs have one number give the same bits, for any weights and in any dtype; models whose numbers differ may still be
-equal, and are not taken for it. The recorded input is ``TOKENS`` long: what a model does to longer ones by another
+outputs have one number give the same bits, for any weights; models whose numbers differ may still be equal, and are not
+taken for it. The recorded input is ``TOKENS`` long: what a model does to longer ones, or in another dtype, by another
 branch of its Python code is not seen.
 """
 
@@ -25,18 +25,8 @@ from spikepatch.residual.ops import op, shape
 from spikepatch.residual.trace import Trace, recorded
 
 
-def same_function(first: nn.Module, second: nn.Module) -> bool:
-    """The two compute the same logits for equally named tensors, bit for bit.
-
-    Args:
-        first, second: transformers models; parameters anywhere, buffers real.
-    """
-    values = Values()
-    return values.output(forward_of(first)) == values.output(forward_of(second))
-
-
 def forward_of(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None) -> Trace:
-    """One forward pass of ``model``, recorded; ``example`` as in ``recorded``.
+    """One forward pass of ``model``, recorded; parameters anywhere, buffers real, ``example`` as in ``recorded``.
 
     Raises:
         Refused: it cannot be recorded.

@@ -7,8 +7,8 @@
 
 A setting is not believed by its name, nor because the config takes it: whisper reads ``scale_embedding`` and never
 applies it, and unknown keys are accepted without a word. It is found by trying, and proven by comparing the recorded
-forward pass of the model with that setting, at full width and with all layers, with the patched model's; see
-``residual/identity.py``. So whatever the two are run on, they give the same bits.
+forward pass of the model with that setting, at full width and with all layers, with the patched model's: the same
+operations on the same tensors give the same bits; see ``residual/identity.py``.
 """
 
 from __future__ import annotations
