@@ -203,7 +203,8 @@ def _print_conversion(result: Conversion, *, dry_run: bool) -> None:
     plan = result.plan
     for note in result.notes:
         click.echo(note)
-    click.echo(f"{plan.architecture}: width d = {plan.width}, S = {len(plan.sublayers)} sub-layers, proven")
+    streams = "; ".join(f"width d = {s.width}, S = {len(s.sublayers)} sub-layers" for s in plan.streams)
+    click.echo(f"{plan.architecture}: {streams}, proven")
     for line in _changes(plan):
         click.echo(f"  {line}")
     if result.drift:

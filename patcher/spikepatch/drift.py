@@ -237,7 +237,8 @@ def _load_tokenizer(folder: Path, tokenizer_class: Any = None) -> Any:
 
 
 def expected_initial_loss(plan: Plan, residual: ResidualMap) -> float | None:
-    """Initial loss of a tied head behind a large shortcut, estimated; None where it is about log V.
+    """Initial loss of a tied head behind a large shortcut, estimated; None where it is about log V, or not known (some
+    encoder-decoders divide the logits by sqrt(d)).
 
     The head's rows are the embedding E ~ N(0, s^2), and the last norm divides the stream by its std, so the current
     token's own logit is about c d s^2 / sigma_N, with sigma_N^2 about c^2 s^2 plus what the sub-layers add: 0.11,
@@ -246,11 +247,11 @@ def expected_initial_loss(plan: Plan, residual: ResidualMap) -> float | None:
     """
     tied = residual.head is not None and residual.head.tied and not plan.select(Untie)
     token = residual.token_embedding
-    if not tied or token is None:
+    if not tied or token is None or residual.streams:
         return None
     std: float | None = next((fill.std for fill in plan.select(Fill) if fill.parameter == token.parameter), None)
     edit = next((e for e in plan.select(ScaleEmbedding | NormEmbedding) if e.module == token.module), None)
     if std is None or edit is None:
         return None
-    factor: float = edit.factor if isinstance(edit, ScaleEmbedding) else 1 / std
+    factor: float = edit.factor * token.scale if isinstance(edit, ScaleEmbedding) else 1 / std
     return factor * residual.width * std**2 / math.sqrt((factor * std) ** 2 + 0.11)

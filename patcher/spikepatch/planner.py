@@ -70,7 +70,9 @@ def make_plan(
         raise Refused(
             what=f"the recipe {recipe.name} changes nothing with reinit={reinit}",
             where=residual.source,
-            why="it only draws weights, and none are to be drawn",
+            why="its transforms find nothing to change in this model"
+            if reinit == "all"
+            else "it only draws weights that are to be kept",
             remedy="use --reinit all or residual, or a recipe that changes the embedding: scaled-embed, embed-ln",
         )
     named = {edit.parameter for edit in edits.values() if isinstance(edit, ValueEdit)} | skips.keys()

@@ -110,7 +110,8 @@ def find(recipe: str | Recipe) -> Recipe:
 
     Args:
         recipe: a name; a TOML file (``my.toml``); ``module:NAME`` for a ``Recipe`` in a Python module, which is
-            imported, so its code runs, from the current directory if it lies there; or a ``Recipe`` itself.
+            imported, so its code runs; or a ``Recipe`` itself. Modules are looked for where Python imports from, and
+            after that in the current directory, so that nothing there hides an installed package.
 
     Raises:
         Refused: there is none.
@@ -147,7 +148,8 @@ def _own(recipe: Recipe, where: str) -> Recipe:
 
 def _imported(place: str) -> Recipe:
     module, _, name = place.partition(":")
-    sys.path.insert(0, os.getcwd())
+    before = list(sys.path)
+    sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the user's module raises
@@ -155,10 +157,10 @@ def _imported(place: str) -> Recipe:
             what="the recipe cannot be imported",
             where=place,
             why=f"{type(error).__name__}: {error}",
-            remedy="module:NAME is looked for in the current directory and where Python imports from",
+            remedy="module:NAME is looked for where Python imports from, and in the current directory",
         ) from error
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path[:] = before
     if not isinstance(found, Recipe):
         raise Refused(
             what="this is no recipe",

@@ -178,7 +178,8 @@ def _changes(plan: Plan) -> list[str]:
     if fills:
         stds = sorted({fill.std for fill in fills})
         lines.append(f"{len(fills)} parameters drawn afresh, std {', '.join(f'{s:.6g}' for s in stds)}")
-        lines.append(f"S = {len(plan.sublayers)} sub-layers, stream width d = {plan.width}, seed {plan.seed}")
+        streams = "; ".join(f"S = {len(s.sublayers)} sub-layers, stream width d = {s.width}" for s in plan.streams)
+        lines.append(f"{streams}, seed {plan.seed}")
     constants = plan.select(Constant)
     for value in sorted({c.value + c.offset for c in constants}):
         names = [c.parameter for c in constants if c.value + c.offset == value]
