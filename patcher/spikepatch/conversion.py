@@ -237,8 +237,9 @@ def _check_tokenizer(result: Conversion, source: Source, folder: Path, report: P
 def _with_drift(result: Conversion, drift: tuple[Behaviour, ...] | str) -> Conversion:
     if isinstance(drift, str):
         return _noted(result, f"what the patch does to the loss is not measured: {drift}")
-    head, uniform = result.residual.head, result.log_vocab
-    if head is not None and head.tied and uniform is not None and drift[-1].loss > 1.1 * uniform:
+    head, uniform, last = result.residual.head, result.log_vocab, drift[-1]
+    above = uniform is not None and last.model == "written" and last.loss > 1.1 * uniform
+    if above and head is not None and head.tied:
         result = _noted(
             result,
             f"the loss is above log V = {uniform:.1f} now: the head is tied, so a stream that is mostly the token's own"

@@ -45,7 +45,7 @@ def check_known(source: Source) -> None:
         BadSource, Refused: what is recorded does not fit the model, or is not what the folder's own code does.
     """
     record = getattr(source.config, "spikepatch", None)
-    if record and record.get("embeddings"):
+    if isinstance(record, dict) and record.get("embeddings"):
         raise Refused(
             what="this model is patched already, and its config does not say what it was before",
             where=source.name,
