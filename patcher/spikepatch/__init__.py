@@ -5,6 +5,7 @@
     model    = spikepatch.patch(model, plan)                         # in place, on the live model
     result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
     spikepatch.save(model, "out/")
+    spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
 
 Nothing heavy is imported before the first use of a name.
 """
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from spikepatch.apply.module import patch, save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
+    from spikepatch.folding import Folded, fold
     from spikepatch.optimiser import param_groups
     from spikepatch.planning import plan
     from spikepatch.plans import Plan, Recipe
@@ -38,6 +40,8 @@ _HOME = {
     "param_groups": "spikepatch.optimiser",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
+    "fold": "spikepatch.folding",
+    "Folded": "spikepatch.folding",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
     "BadTarget": "spikepatch.errors",
@@ -48,12 +52,14 @@ __all__ = [
     "BadSource",
     "BadTarget",
     "Conversion",
+    "Folded",
     "Plan",
     "Recipe",
     "Refused",
     "ResidualMap",
     "SpikepatchError",
     "convert",
+    "fold",
     "initialize",
     "inspect",
     "param_groups",
