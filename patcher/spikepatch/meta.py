@@ -16,7 +16,6 @@ from spikepatch.errors import Refused
 from spikepatch.quiet import quiet
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 #: Elements. Buffers (rotary frequencies, statistics, masks of usual length) stay below, fused experts are above.
