@@ -114,7 +114,7 @@ RANKS = (
     ("spikepatch_transforms",),
     ("recipes", "recipe_files"),
     ("apply", "planning"),
-    ("drift", "conversion", "architectures", "map_table"),
+    ("notes", "drift", "conversion", "folding", "architectures", "map_table"),
     ("cli",),
     ("__main__",),
 )
@@ -169,5 +169,8 @@ def test_no_architecture_is_named() -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         checked += len(strings)
+        if module == "spikepatch.storage.hosts":  # the table of them, and nothing else
+            assert not [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.If, ast.IfExp))]
+            continue
         assert not types.intersection(strings), module
     assert checked > 1000

@@ -6,6 +6,7 @@
     result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
     spikepatch.save(model, "out/")
     edit     = spikepatch.codemod("model.py", "build:small_model")   # the same, as source code
+    spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
 
 Nothing heavy is imported before the first use of a name.
 """
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from spikepatch.apply.module import patch, save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
+    from spikepatch.folding import Folded, fold
     from spikepatch.optimiser import param_groups
     from spikepatch.planning import plan
     from spikepatch.plans import Plan, Recipe
@@ -42,6 +44,8 @@ _HOME = {
     "param_groups": "spikepatch.optimiser",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
+    "fold": "spikepatch.folding",
+    "Folded": "spikepatch.folding",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
     "BadTarget": "spikepatch.errors",
@@ -53,6 +57,7 @@ __all__ = [
     "BadTarget",
     "Codemod",
     "Conversion",
+    "Folded",
     "Plan",
     "Recipe",
     "Refused",
@@ -60,6 +65,7 @@ __all__ = [
     "SpikepatchError",
     "codemod",
     "convert",
+    "fold",
     "initialize",
     "inspect",
     "param_groups",

@@ -19,7 +19,9 @@ from spikepatch.errors import SpikepatchError
 from spikepatch.map_table import columns, lines
 
 if TYPE_CHECKING:
-    from spikepatch.conversion import Conversion, Progress
+    from spikepatch.apply.shards import Progress
+    from spikepatch.conversion import Conversion
+    from spikepatch.folding import Folded
     from spikepatch.plans import Plan
 
 _SOURCE_HELP = """
@@ -91,10 +93,12 @@ def main() -> None:
 @click.option("--untie", is_flag=True, help="Give a tied head its own matrix.")
 @click.option(
     "--storage",
-    type=click.Choice(["auto", "plain", "code"]),
+    type=click.Choice(["auto", "plain", "native", "host", "code"]),
     default="auto",
     show_default=True,
-    help="plain: the same architecture (re-initialisation only). code: a subclass written beside the weights.",
+    help="plain: the same architecture (re-initialisation only). native: a setting of its config. host: another"
+    " architecture with the same tensors. code: a subclass written beside the weights. auto: plain, else native, else"
+    " code.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every random weight.")
 @click.option(
@@ -104,7 +108,9 @@ def main() -> None:
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow the Python code that comes with SOURCE to run.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder at OUT, once the new one is complete.")
-@click.option("--dry-run", is_flag=True, help="Plan and check everything, print the plan, write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Plan and check everything, print the plan, and what factors do to learned weights."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")
 def convert(source: str, out: str, *, as_json: bool, dry_run: bool, **options: Any) -> None:
     with _progress() as progress:
@@ -117,6 +123,37 @@ def convert(source: str, out: str, *, as_json: bool, dry_run: bool, **options: A
         _print_conversion(result, dry_run=dry_run)
 
 
+@main.command()
+@click.argument("trained")
+@click.argument("out", type=click.Path())
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow the Python code that the original came with to run.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder at OUT, once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")
+def fold(trained: str, out: str, *, as_json: bool, **options: Any) -> None:
+    """Put the factor or norm of TRAINED into its embedding, and write the plain architecture to OUT.
+
+    TRAINED is a patched folder, as `convert` or a patched model's save_pretrained wrote it, or a hub id. A tied head
+    gets a matrix of its own. The logits stay the same; it is meant for after training, since training on is not the
+    same. No code of TRAINED is run.
+    """
+    with _progress() as progress:
+        from spikepatch.folding import fold as run
+
+        result = run(trained, out, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    for note in result.notes:
+        click.echo(note)
+    for table in result.tables:
+        click.echo(f"{table}: rows times their factor, or behind their norm")
+    if result.untied:
+        click.echo("the head has its own matrix now, and the config says so")
+    click.echo(f"wrote {result.out}: {result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, plain")
+    click.echo(_load_line(result))
+
+
 @main.command(help=f"Show the residual map of SOURCE, and whether it is proven.\n{_SOURCE_HELP}")
 @click.argument("source")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
@@ -125,11 +162,12 @@ def convert(source: str, out: str, *, as_json: bool, dry_run: bool, **options: A
 def inspect(source: str, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
     with _progress() as progress:
         progress("mapping the residual stream")
+        from spikepatch.apply.patched import build_as_it_is
         from spikepatch.residual.inspect import inspect as run
-        from spikepatch.source import build_meta, open_source
+        from spikepatch.source import open_source
 
         found = open_source(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-        residual = run(build_meta(found), source=source)
+        residual = run(build_as_it_is(found), source=source)
     if as_json:
         click.echo(residual.to_json())
     else:
@@ -216,11 +254,10 @@ def _print_conversion(result: Conversion, *, dry_run: bool) -> None:
     click.echo(f"{plan.architecture}: {streams}, proven")
     for line in _changes(plan):
         click.echo(f"  {line}")
-    if result.loss_before is not None:
-        click.echo(
-            f"loss on a sample text: {result.loss_before:.3f} before, {result.loss_after:.3f} after;"
-            f" log V = {result.log_vocab:.1f}, KL divergence {result.kl:.3f}"
-        )
+    if result.drift:
+        click.echo(f"on a sample text (log V = {result.log_vocab:.1f}):")
+        for row in columns(list(_drift_rows(result))):
+            click.echo(row)
     size = f"{result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, {result.dtype}, storage {result.storage}"
     if dry_run:
         click.echo(f"dry run, nothing written: {size}")
@@ -228,8 +265,23 @@ def _print_conversion(result: Conversion, *, dry_run: bool) -> None:
             click.echo(row)
         return
     click.echo(f"wrote {result.out}: {size}")
-    trust = ", trust_remote_code=True" if result.storage == "code" else ""
-    click.echo(f'load it with {result.auto_class}.from_pretrained("{result.out}"{trust})')
+    click.echo(_load_line(result))
+
+
+def _load_line(result: Conversion | Folded) -> str:
+    trust = ", trust_remote_code=True" if result.trust else ""
+    return f'load it with {result.auto_class}.from_pretrained("{result.out}"{trust})'
+
+
+def _drift_rows(result: Conversion) -> Iterator[tuple[str, ...]]:
+    """A row for each model; of the layers the first three and the last, where the stream grows and where it ends."""
+    count = len(result.drift[0].stream)
+    layers = sorted({i for i in (0, 1, 2, count - 1) if 0 <= i < count})
+    named = f"stream std at layers {', '.join(str(i + 1) for i in layers)}" if layers else ""
+    yield "", "loss", "KL", named
+    for row in result.drift:
+        stds = (f"{row.stream[i]:<6.3g}" for i in layers if i < len(row.stream))
+        yield row.model, f"{row.loss:.3f}", f"{row.kl:.3f}", " ".join(stds)
 
 
 def _changes(plan: Plan) -> Iterator[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,6 @@ from spikepatch.errors import Refused
 from spikepatch.quiet import quiet
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 #: Elements. Buffers (rotary frequencies, statistics, masks of usual length) stay below, fused experts are above.
@@ -108,6 +108,17 @@ def _build(
     with _parameters_on_meta(), mode, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return model_class._from_config(copy.deepcopy(config))
+
+
+def as_read(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config that its JSON text is read as, once ``changes`` are in it: constructors adjust what they are given.
+
+    Raises:
+        Exception: whatever the config's own checks raise for a value of the wrong kind.
+    """
+    read: PreTrainedConfig = type(config).from_dict(json.loads(config.to_json_string()) | dict(changes))
+    read.dtype = config.dtype
+    return read
 
 
 def not_buildable(where: str, error: Exception) -> Refused:

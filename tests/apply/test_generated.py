@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from spikepatch.apply.generated import adopt, generated_classes
-from spikepatch.apply.source_code import original_of
+from spikepatch.apply.original import original_of
 from spikepatch.errors import Refused
 
 TESTS = Path(__file__).parent
@@ -168,7 +168,13 @@ def test_a_patched_model_saves_what_loads_patched(
     assert {name for name, _ in model.named_buffers()} == buffers
     assert model.get_input_embeddings() is embedding
     assert all(m.config is model.config for m in model.modules() if getattr(m, "config", None) is not None)
-    assert model.config.spikepatch == record
+    replaced = {
+        "model_type": model_type,
+        "architectures": [type(model).__bases__[0].__name__],
+        "auto_map": None,
+        "tokenizer_class": None,
+    }
+    assert model.config.spikepatch == record | {"original": replaced}
     rows = embedding(ids)
     if edit is None:
         assert torch.equal(rows, plain_rows * float(WIDTH) ** 0.5)

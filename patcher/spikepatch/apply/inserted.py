@@ -95,7 +95,7 @@ def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -
             what="a model with several residual streams cannot be initialised by one function of its width and depth",
             where=plan.architecture,
             why=f"it has {len(plan.streams)}, as an encoder-decoder has, each with a width and depth of its own",
-            remedy="use spikepatch.initialize on the built model",
+            remedy="call spikepatch.patch on the built model",
         )
     (stream,) = plan.streams
     draws = _draws(plan, shapes, names)

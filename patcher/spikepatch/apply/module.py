@@ -13,6 +13,7 @@ from torch import nn
 from spikepatch import __version__
 from spikepatch.apply.blueprint import Blueprint, unfillable
 from spikepatch.apply.loading import stable_settings
+from spikepatch.apply.original import is_remote, original_of
 from spikepatch.apply.tensors import layout, values
 from spikepatch.errors import Refused
 from spikepatch.meta import build_meta, check_default_device, on_meta
@@ -141,7 +142,8 @@ def save(model: nn.Module, out: str | os.PathLike[str]) -> Path:
     storage = "code" if plan.structural else "plain"
     with publishing(folder) as scratch, quiet():
         write(scratch)
-        write_text(scratch / "README.md", model_card(plan, storage, auto_class=_auto_class(model)))
+        trust = plan.structural or is_remote(type(model))
+        write_text(scratch / "README.md", model_card(plan, trust=trust, auto_class=_auto_class(model)))
         hashes = {path.name: file_hash(path) for path in sorted(scratch.iterdir())}
         write_text(scratch / MANIFEST, manifest(plan, storage, {"kind": "live"}, "spikepatch.save(model, OUT)", hashes))
     return folder
@@ -175,8 +177,6 @@ def _record(model: Any, plan: Plan) -> None:
 
 def _auto_class(model: Any) -> str:
     """Name of the class of transformers that loads what ``model`` saves."""
-    from spikepatch.apply.source_code import original_of
-
     if type(model)._auto_class is not None:
         return str(type(model)._auto_class)
     try:

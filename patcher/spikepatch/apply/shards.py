@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,10 +20,17 @@ from spikepatch.plans import Fill, Plan, Untie
 from spikepatch.residual.trace import skeleton
 from spikepatch.storage.formats import SINGLE_FILE
 from spikepatch.storage.header import DTYPES
+from spikepatch.storage.manifest import file_hash
 from spikepatch.storage.read import Checkpoint, TensorEntry, read_checkpoint, read_tensor
-from spikepatch.storage.write import Planned, split
+from spikepatch.storage.write import Planned, split, write_checkpoint, write_text
 
 DEFAULT_SHARD_SIZE = "5GB"
+
+
+class Progress(Protocol):
+    """Told what is going on: a step's name, how much of it is done, how much there is (bytes; 0: not known)."""
+
+    def __call__(self, step: str, done: int = 0, total: int = 0) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ def plan_shards(
     if checkpoint is None or max_shard_size is not None:
         files: Mapping[str, Sequence[str]] = split(tensors, max_shard_size or DEFAULT_SHARD_SIZE)
     else:
-        files = _as_in(checkpoint, tensors, originals)
+        files = as_in(checkpoint, tensors, originals)
     return Shards(
         tensors,
         files,
@@ -99,6 +108,37 @@ def plan_shards(
         kept={name: entry for name, entry in originals.items() if targets[name].owner not in plan.written},
         produce=produce,
     )
+
+
+def write_folder(
+    folder: Path,
+    shards: Shards,
+    texts: Mapping[str, str],
+    source: Path | None,
+    copied: Iterable[Path],
+    report: Progress,
+) -> dict[str, str]:
+    """Write the weights, ``texts`` (file name -> text) and a copy of each file of ``copied``, all below ``source``.
+
+    Returns:
+        File name -> SHA-256.
+    """
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        report("writing weights", done, shards.bytes)
+
+    hashes = write_checkpoint(folder, shards.tensors, shards.files, shards.produce, advance)
+    hashes |= {name: write_text(folder / name, text) for name, text in texts.items()}
+    for path in copied:
+        assert source is not None
+        name = path.relative_to(source).as_posix()
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
+        hashes[name] = file_hash(folder / name)
+    return hashes
 
 
 def check_shards(folder: Path, shards: Shards) -> None:
@@ -149,7 +189,7 @@ def _dtype(target: Target, original: TensorEntry | None, asked: torch.dtype | No
     return dtype
 
 
-def _as_in(
+def as_in(
     checkpoint: Checkpoint, tensors: Sequence[Planned], originals: Mapping[str, TensorEntry]
 ) -> dict[str, list[str]]:
     """Each tensor in the file that it has in the source; what is new, in the last one."""

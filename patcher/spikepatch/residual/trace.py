@@ -77,12 +77,13 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
                 return recorded(model, example)
             except Exception as error:
                 raise _untraceable(type(model).__name__, example, _line(not_exported), _line(error)) from error
+    flat = _flat(program, model, twin, example)
     # A number that the forward pass makes a tensor of has no value in a graph that was exported on meta: only a
     # recorded graph can be run.
-    if any(isinstance(c, torch.Tensor) and c.is_meta for c in program.constants.values()):
+    if any(buffer.is_meta for buffer in flat.buffers.values()) and not any(b.is_meta for b in model.buffers()):
         with contextlib.suppress(Exception):
             return recorded(model, example)
-    return _flat(program, model, twin, example)
+    return flat
 
 
 def _untraceable(name: str, example: Mapping[str, torch.Tensor], exported: str, recorded: str) -> Refused:
@@ -180,13 +181,20 @@ def _flat(
         elif spec.kind == InputKind.BUFFER:
             buffers[node] = values[str(spec.target)].detach()
         elif spec.kind == InputKind.CONSTANT_TENSOR:
-            buffers[node] = program.constants[str(spec.target)]
+            buffers[node] = _attribute(model, str(spec.target), program.constants[str(spec.target)])
         elif spec.kind == InputKind.USER_INPUT and isinstance(node.meta.get("val"), torch.Tensor):
             inputs[node] = next(tensors)
     position = next(i for i, s in enumerate(program.graph_signature.output_specs) if s.kind == OutputKind.USER_OUTPUT)
     output = result[position]
     graph.output(output)
     return Trace(graph, parameters, buffers, inputs, output)
+
+
+def _attribute(model: nn.Module, path: str, constant: torch.Tensor) -> torch.Tensor:
+    """The value of a tensor that a module holds as a plain attribute; the traced ``constant`` if it is none."""
+    owner, _, name = path.rpartition(".")
+    value = vars(model.get_submodule(owner)).get(name)
+    return value.detach() if isinstance(value, torch.Tensor) else constant
 
 
 def _inline(module: torch.fx.GraphModule, graph: Graph, copies: dict[Node, Node]) -> list[Any]:

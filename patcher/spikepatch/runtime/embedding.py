@@ -88,7 +88,10 @@ class Init(TypedDict):
 
 
 class Record(TypedDict):
-    """``config.spikepatch``. Modules and parameters are named as in the full model, with its head."""
+    """``config.spikepatch``. Modules and parameters are named as in the full model, with its head.
+
+    ``original``: the entries of config.json that were replaced, as they were (None: absent). No model reads it.
+    """
 
     version: str
     recipe: str
@@ -97,6 +100,7 @@ class Record(TypedDict):
     no_decay: list[str]
     embeddings: dict[str, EmbeddingEdit]
     init: Init | None
+    original: dict[str, Any]
 
 
 class PatchedEmbedding(nn.Embedding):
@@ -238,13 +242,18 @@ def install(model: nn.Module, record: Mapping[str, object] | None) -> None:
             raise ValueError(f"config.spikepatch has an edit for {name} that this version does not know: {edit}")
         targets[modules[name]] = edit
     for module, edit in targets.items():
-        if "factor" in edit:
-            factor = edit["factor"]
-            scale_output(module, math.sqrt(module.embedding_dim) if factor == "sqrt(width)" else float(factor))
-        elif "norm" in edit:
-            norm_output(module, edit["eps"], edit["norm"], edit["affine"])
-        else:
-            detach_output(module, edit["gradient"])
+        change_output(module, edit)
+
+
+def change_output(module: nn.Embedding, edit: EmbeddingEdit) -> None:
+    """Apply one edit to one embedding; in place, as ``scale_output``."""
+    if "factor" in edit:
+        factor = edit["factor"]
+        scale_output(module, math.sqrt(module.embedding_dim) if factor == "sqrt(width)" else float(factor))
+    elif "norm" in edit:
+        norm_output(module, edit["eps"], edit["norm"], edit["affine"])
+    else:
+        detach_output(module, edit["gradient"])
 
 
 def patched_embeddings(model: nn.Module) -> dict[str, Any]:
