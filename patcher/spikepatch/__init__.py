@@ -6,6 +6,8 @@
     result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
     spikepatch.save(model, "out/")
     spikepatch.verify("out/")                                        # at any later time: is it still what was written?
+    edit     = spikepatch.codemod("model.py", "build:small_model")   # the same, as source code
+    spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
 
 Nothing heavy is imported before the first use of a name.
 """
@@ -17,11 +19,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from spikepatch.apply.codemod import Codemod, codemod
+    from spikepatch.apply.initialize import initialize
     from spikepatch.apply.module import patch, save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
+    from spikepatch.folding import Folded, fold
+    from spikepatch.optimiser import param_groups
     from spikepatch.planning import plan
-    from spikepatch.plans import Plan
+    from spikepatch.plans import Plan, Recipe
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
     from spikepatch.storage.verify import verify
@@ -31,10 +37,17 @@ _HOME = {
     "ResidualMap": "spikepatch.residual.map",
     "plan": "spikepatch.planning",
     "Plan": "spikepatch.plans",
+    "Recipe": "spikepatch.plans",
     "patch": "spikepatch.apply.module",
+    "initialize": "spikepatch.apply.initialize",
     "save": "spikepatch.apply.module",
+    "codemod": "spikepatch.apply.codemod",
+    "Codemod": "spikepatch.apply.codemod",
+    "param_groups": "spikepatch.optimiser",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
+    "fold": "spikepatch.folding",
+    "Folded": "spikepatch.folding",
     "verify": "spikepatch.storage.verify",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
@@ -45,13 +58,20 @@ _HOME = {
 __all__ = [
     "BadSource",
     "BadTarget",
+    "Codemod",
     "Conversion",
+    "Folded",
     "Plan",
+    "Recipe",
     "Refused",
     "ResidualMap",
     "SpikepatchError",
+    "codemod",
     "convert",
+    "fold",
+    "initialize",
     "inspect",
+    "param_groups",
     "patch",
     "plan",
     "save",

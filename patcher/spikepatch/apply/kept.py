@@ -110,25 +110,25 @@ def _equal(a: TensorEntry, b: TensorEntry) -> bool:
     return a.shape == b.shape and all(torch.equal(x, y) for x, y in zip(pieces(a), pieces(b), strict=True))
 
 
-def embedding_std(match: Match, residual: ResidualMap) -> float | None:
-    """std of all elements of the learned token embedding, in float64; None where there is none.
+def embedding_stds(match: Match, residual: ResidualMap) -> dict[str, float]:
+    """std of all elements of each stream's learned token embedding, in float64, by its parameter.
 
     Raises:
-        BadSource: it is not finite, so nothing can be derived from it.
+        BadSource: one is not finite, so nothing can be derived from it.
     """
-    token = residual.token_embedding
-    entry = match.owners.get(token.parameter) if token is not None else None
-    if entry is None:
-        return None
-    std = _std(entry)
-    if not math.isfinite(std):
-        raise BadSource(
-            f"{entry.name} holds NaN or infinite values",
-            where=str(entry.file),
-            why="the source's weights are not finite, and a learned embedding's factor is worked out from its std",
-            remedy="use a sound checkpoint; --reinit all does not need it",
-        )
-    return std
+    tokens = [each.token_embedding for each in (residual, *residual.streams)]
+    entries = {token.parameter: match.owners.get(token.parameter) for token in tokens if token is not None}
+    stds = {name: _std(entry) for name, entry in entries.items() if entry is not None}
+    for name, std in stds.items():
+        if not math.isfinite(std):
+            entry = match.owners[name]
+            raise BadSource(
+                f"{entry.name} holds NaN or infinite values",
+                where=str(entry.file),
+                why="the source's weights are not finite, and a learned embedding's factor is worked out from its std",
+                remedy="use a sound checkpoint; --reinit all does not need it",
+            )
+    return stds
 
 
 @np.errstate(invalid="ignore")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -15,19 +17,26 @@ from spikepatch.apply.kept import Match
 from spikepatch.apply.module import restructure
 from spikepatch.apply.tensors import Target, layout, values
 from spikepatch.errors import BadSource
-from spikepatch.fill import gaussian
-from spikepatch.plans import Fill, Plan, Untie
+from spikepatch.fill import draw
+from spikepatch.plans import Fill, Plan, Untie, ValueEdit
 from spikepatch.residual.trace import skeleton
 from spikepatch.storage.formats import SINGLE_FILE, some
 from spikepatch.storage.header import DTYPES
+from spikepatch.storage.manifest import file_hash
 from spikepatch.storage.read import Checkpoint, TensorEntry, read_checkpoint
 from spikepatch.storage.stream import Tally
-from spikepatch.storage.write import Planned, Written, split
+from spikepatch.storage.write import Planned, Written, split, write_checkpoint, write_text
 
 if TYPE_CHECKING:
     from spikepatch.storage.stream import Content
 
 DEFAULT_SHARD_SIZE = "5GB"
+
+
+class Progress(Protocol):
+    """Told what is going on: a step's name, how much of it is done, how much there is (bytes; 0: not known)."""
+
+    def __call__(self, step: str, done: int = 0, total: int = 0) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Shards:
     Attributes:
         tensors: each with the dtype and shape that it gets.
         files: file name -> names of its tensors.
-        fills: tensor name -> std, for those drawn from a Gaussian.
+        fills: tensor name -> std, for those drawn at random.
         kept: tensor name -> the source's tensor that it is a copy of.
         produce: tensor name -> what it is to hold; Refused where the architecture's own initialiser cannot give it.
     """
@@ -50,7 +59,7 @@ class Shards:
 
     @property
     def fresh(self) -> list[str]:
-        """Names of the tensors that the architecture's own initialiser writes."""
+        """Names of the tensors that are neither drawn at random nor kept."""
         return [t.name for t in self.tensors if t.name not in self.fills and t.name not in self.kept]
 
     @property
@@ -84,30 +93,57 @@ def plan_shards(
     targets = {target.name: target for target in layout(twin)}
     originals = {} if match is None else _originals(plan, targets.values(), match)
     tensors = tuple(Planned(n, _dtype(t, originals.get(n), dtype), t.shape) for n, t in targets.items())
-    fills: dict[str, Fill] = {fill.parameter: fill for fill in plan.select(Fill)}
+    by_owner: dict[str, ValueEdit] = {edit.parameter: edit for edit in plan.select(ValueEdit)}
+    edits = {name: by_owner[target.owner] for name, target in targets.items() if target.owner in by_owner}
     persistent = set(model.state_dict())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     fresh = values(plan, twin, buffers)
 
     def produce(name: str) -> Content:
-        fill = fills.get(targets[name].owner)
-        if fill is not None:
-            std = fill.std
-            return lambda start, stop: gaussian(plan.seed, name, start, stop, std)
+        edit = edits.get(name)
+        if edit is not None:
+            return partial(draw, edit, plan.seed, name)
         value = fresh(targets[name])
         return originals[name] if value is None else value
 
     if checkpoint is None or max_shard_size is not None:
         files: Mapping[str, Sequence[str]] = split(tensors, max_shard_size or DEFAULT_SHARD_SIZE)
     else:
-        files = _as_in(checkpoint, tensors, originals)
+        files = as_in(checkpoint, tensors, originals)
     return Shards(
         tensors,
         files,
-        fills={name: fills[target.owner].std for name, target in targets.items() if target.owner in fills},
-        kept={name: entry for name, entry in originals.items() if targets[name].owner not in fills},
+        fills={name: edit.std for name, edit in edits.items() if isinstance(edit, Fill)},
+        kept={name: entry for name, entry in originals.items() if name not in edits},
         produce=produce,
     )
+
+
+def write_folder(
+    folder: Path,
+    shards: Shards,
+    texts: Mapping[str, str],
+    source: Path | None,
+    copied: Iterable[Path],
+    report: Progress,
+) -> Written:
+    """Write the weights, ``texts`` (file name -> text) and a copy of each file of ``copied``, all below ``source``."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        report("writing weights", done, shards.bytes)
+
+    written = write_checkpoint(folder, shards.tensors, shards.files, shards.produce, advance)
+    written.hashes.update({name: write_text(folder / name, text) for name, text in texts.items()})
+    for path in copied:
+        assert source is not None
+        name = path.relative_to(source).as_posix()
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
+        written.hashes[name] = file_hash(folder / name)
+    return written
 
 
 def check_shards(folder: Path, shards: Shards, written: Written, *, allow_nonfinite: bool = False) -> None:
@@ -173,7 +209,7 @@ def _dtype(target: Target, original: TensorEntry | None, asked: torch.dtype | No
     return dtype
 
 
-def _as_in(
+def as_in(
     checkpoint: Checkpoint, tensors: Sequence[Planned], originals: Mapping[str, TensorEntry]
 ) -> dict[str, list[str]]:
     """Each tensor in the file that it has in the source; what is new, in the last one."""

@@ -35,6 +35,21 @@ class Embedding:
 
 
 @dataclass(frozen=True)
+class Between:
+    """A step on the way from a residual projection to its addition.
+
+    Attributes:
+        kind: ``bias`` (a learned vector is added), ``gain`` (a learned factor, such as a layer scale), ``gate`` (a
+            factor computed from the tokens, such as a router's weight), ``multiplier`` (a constant factor), ``norm``,
+            or ``convolution`` (along the tokens).
+        parameter: what is learned there, by name; of a norm its gain.
+    """
+
+    kind: Literal["bias", "gain", "gate", "multiplier", "norm", "convolution"]
+    parameter: str | None
+
+
+@dataclass(frozen=True)
 class ResidualProjection:
     """A weight whose product is added to the stream: W_O, W_2, an expert's down projection, a mixer's output.
 
@@ -45,7 +60,7 @@ class ResidualProjection:
         kind: what the sub-layer computes.
         branch_norm: module of a norm between the product and the addition, if any: it cancels the weight's scale.
         multiplier: constant factor between the product and the addition (1.0: none).
-        biases: parameters that are added to the product before it is added to the stream; cut with it in the proof.
+        between: all that stands between the product and the addition, in this order; sums over experts are not said.
     """
 
     parameter: str
@@ -54,18 +69,32 @@ class ResidualProjection:
     kind: SublayerKind
     branch_norm: str | None = None
     multiplier: float = 1.0
-    biases: tuple[str, ...] = ()
+    between: tuple[Between, ...] = ()
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of the model: ``role`` is its place on the stream, ``eps`` as in its forward pass."""
+    """A norm of the model.
+
+    Attributes:
+        module: path of the module whose forward computes it.
+        role: its place on the stream.
+        kind: ``layernorm`` subtracts the mean, ``rmsnorm`` does not.
+        eps: as in its forward pass.
+        layer: index of the layer that holds it.
+        gain: what its result is multiplied by: its parameter ``w``, ``1+w``, or nothing.
+        parameter: that gain, by name.
+        bias: what is added then, by name.
+    """
 
     module: str
     role: NormRole
     kind: Literal["layernorm", "rmsnorm"]
     eps: float
     layer: int | None
+    gain: Literal["w", "1+w", "none"]
+    parameter: str | None
+    bias: str | None
 
 
 @dataclass(frozen=True)
@@ -78,12 +107,28 @@ class Head:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matmul weight inside a sub-layer; ``reads_stream``: its input is the stream, normed or not."""
+    """A matmul weight inside a sub-layer.
+
+    Attributes:
+        parameter: its name in ``named_parameters()``.
+        sublayer: index of its sub-layer; the first, where several compute with it.
+        kind: what the sub-layer computes.
+        reads_stream: its input is the stream, normed or not.
+        fan_in: number of products that each output sums.
+        fan_out: number of outputs; of all matrices together, where several are fused (qkv, gate and up). Experts
+            are counted in neither.
+        in_axis: the axis of the parameter, as it lies in memory, that the inputs run along: the longest of several.
+        out_axis: the one that the outputs run along: (1, 0) of an ``nn.Linear``, (0, 1) where it is (in, out).
+    """
 
     parameter: str
     sublayer: int
     kind: SublayerKind
     reads_stream: bool
+    fan_in: int
+    fan_out: int
+    in_axis: int
+    out_axis: int
 
 
 @dataclass(frozen=True)
@@ -102,6 +147,7 @@ class ResidualMap:
         leaks: why not, naming parameters; empty when proven.
         reaches: the parameters that the output still depends on with every residual projection (and its bias) cut: the
             embedding path, norms and gains on the stream, the head.
+        tied: groups of parameter names that are one tensor; the name that the rest of the map uses comes first.
         streams: maps of further streams (an encoder's).
     """
 
@@ -120,6 +166,7 @@ class ResidualMap:
     norms: tuple[Norm, ...]
     head: Head | None
     matrices: tuple[Matrix, ...]
+    tied: tuple[tuple[str, ...], ...]
     streams: tuple[ResidualMap, ...] = field(default=())
 
     def to_json(self) -> str:
@@ -139,12 +186,13 @@ class ResidualMap:
                 "reaches": tuple(data["reaches"]),
                 "embeddings": many(Embedding, data["embeddings"]),
                 "residual_projections": tuple(
-                    ResidualProjection(**{**item, "biases": tuple(item["biases"])})
+                    ResidualProjection(**{**item, "between": many(Between, item["between"])})
                     for item in data["residual_projections"]
                 ),
                 "norms": many(Norm, data["norms"]),
                 "head": Head(**data["head"]) if data["head"] else None,
                 "matrices": many(Matrix, data["matrices"]),
+                "tied": tuple(tuple(names) for names in data["tied"]),
                 "streams": tuple(cls.from_dict(stream) for stream in data["streams"]),
             }
         )
