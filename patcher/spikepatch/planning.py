@@ -68,8 +68,12 @@ def plan(
     check_learned(model, reinit)
     residual = inspect(model, example_inputs=example_inputs)
     if reinit != "all":
+        from spikepatch.apply.kept import element_std
+        from spikepatch.storage.pieces import loaded_pieces
+
         names = [each.token_embedding.parameter for each in (residual, *residual.streams) if each.token_embedding]
-        stds = {name: float(model.get_parameter(name).detach().double().std()) for name in names}
+        tables = {name: model.get_parameter(name) for name in names}
+        stds = {name: element_std(loaded_pieces(table), table.numel()) for name, table in tables.items()}
     return make_plan(residual, tensor_shapes(model), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
 
 

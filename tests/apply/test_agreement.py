@@ -160,7 +160,9 @@ def test_kept_weights(model_type: str, recipe: str, reinit: str, tmp_path: Path)
     model.save_pretrained(tmp_path / "source")
     before = tensors(tmp_path / "source")
     result = spikepatch.convert(str(tmp_path / "source"), tmp_path / "disk", recipe=recipe, reinit=reinit)  # type: ignore[arg-type]
-    spikepatch.patch(model, recipe, reinit=reinit)  # type: ignore[arg-type]
+    plan = spikepatch.plan(model, recipe, reinit=reinit)  # type: ignore[arg-type]
+    assert plan.edits == result.plan.edits
+    spikepatch.patch(model, plan)
     spikepatch.save(model, tmp_path / "live")
     written = tensors(tmp_path / "disk")
     same_bits(written, tensors(tmp_path / "live"))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spikepatch.apply.kept import _equal, _std
+from spikepatch.apply.kept import _equal, _std, element_std
 from spikepatch.storage import pieces
 from spikepatch.storage.header import TensorEntry
+from spikepatch.storage.pieces import loaded_pieces
 from spikepatch.storage.read import read_checkpoint
 
 
@@ -36,6 +37,7 @@ def test_std(tmp_path: Path, dtype: torch.dtype, mean: float) -> None:
     (entry,) = stored(tmp_path, x=x)
 
     assert _std(entry) == pytest.approx(float(exact), rel=x.numel() * np.finfo(np.float64).eps)
+    assert element_std(loaded_pieces(x.t().contiguous().t()), x.numel()) == _std(entry)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,7 +17,7 @@ from spikepatch.apply.tensors import layout
 from spikepatch.errors import BadSource
 from spikepatch.residual.trace import skeleton
 from spikepatch.storage.header import DTYPES
-from spikepatch.storage.pieces import pieces, raw_pieces
+from spikepatch.storage.pieces import pieces
 from spikepatch.storage.read import TensorEntry
 
 if TYPE_CHECKING:
@@ -131,26 +131,34 @@ def embedding_stds(match: Match, residual: ResidualMap) -> dict[str, float]:
     return stds
 
 
-@np.errstate(invalid="ignore")
 def _std(entry: TensorEntry) -> float:
-    """In float64, by numpy: sums of torch depend on the number of threads. NaN for fewer than two elements."""
-    count = math.prod(entry.shape)
+    return element_std(pieces(entry), math.prod(entry.shape))
+
+
+@np.errstate(invalid="ignore")
+def element_std(values: Iterable[torch.Tensor], count: int) -> float:
+    """std of ``count`` elements, given as ``pieces`` or ``loaded_pieces``, which have the same bits.
+
+    In float64, by numpy: sums of torch depend on the number of threads. NaN for fewer than two elements, and where one
+    is not finite.
+    """
     if count < 2:
         return math.nan
-    name, size = DTYPES[entry.dtype]
-    if size == 2:  # there are few values, so each is counted
-        patterns = np.zeros(1 << 16, np.int64)
-        for raw in raw_pieces(entry):
-            patterns += np.bincount(np.frombuffer(raw, np.uint16), minlength=1 << 16)
-        used = np.flatnonzero(patterns)
-        values = torch.from_numpy(used.astype(np.uint16)).view(getattr(torch, name)).double().numpy()
-        weights = patterns[used]
-        mean = (weights * values).sum() / count
-        return float(np.sqrt((weights * (values - mean) ** 2).sum() / (count - 1)))
-    total, squares, middle = 0.0, 0.0, None
-    for piece in pieces(entry):
+    patterns = np.zeros(1 << 16, np.int64)
+    total, squares, middle, short = 0.0, 0.0, None, None
+    for piece in values:
+        if piece.dtype.itemsize == 2:  # there are few values, so each is counted
+            short = piece.dtype
+            patterns += np.bincount(piece.view(torch.uint16).numpy(), minlength=1 << 16)
+            continue
         wide = piece.numpy().astype(np.float64)
         middle = wide.mean() if middle is None else middle  # so that little cancels
         wide -= middle
         total, squares = total + float(wide.sum()), squares + float(np.square(wide, out=wide).sum())
+    if short is not None:
+        used = np.flatnonzero(patterns)
+        found = torch.from_numpy(used.astype(np.uint16)).view(short).double().numpy()
+        weights = patterns[used]
+        mean = (weights * found).sum() / count
+        return float(np.sqrt((weights * (found - mean) ** 2).sum() / (count - 1)))
     return math.sqrt(max(squares - total**2 / count, 0.0) / (count - 1)) if math.isfinite(squares) else math.nan

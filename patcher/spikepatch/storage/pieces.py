@@ -124,6 +124,15 @@ def pieces(entry: TensorEntry) -> Iterator[torch.Tensor]:
     return (torch.frombuffer(raw, dtype=dtype) for raw in raw_pieces(entry))
 
 
+def loaded_pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The same of a tensor in memory, on whatever device; of a sharded one (DTensor), gathered."""
+    from torch.distributed.tensor import DTensor
+
+    tensor = tensor.detach()
+    flat = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).flatten()
+    return (flat[start:stop].cpu() for start, stop in ranges(flat.numel()))
+
+
 def changed(path: Path, how: str) -> BadSource:
     """The error for a file that was written to while it was read."""
     return BadSource(
