@@ -284,18 +284,34 @@ def test_a_record_that_fits_nothing(embeddings: Any, source: Path, tmp_path: Pat
         spikepatch.fold(str(patched), tmp_path / "plain")
 
 
-def test_a_failure_on_the_way_leaves_nothing(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["transformer.h.1.mlp.c_fc.weight", "transformer.wte.weight"])
+def test_a_failure_on_the_way_leaves_nothing(name: str, source: Path, tmp_path: Path) -> None:
     patched = spikepatch.convert(str(source), tmp_path / "patched").out
     weights = load_file(patched / "model.safetensors")
-    weights["transformer.h.1.mlp.c_fc.weight"][3, 4] = math.nan
+    weights[name][3, 4] = math.nan
     save_file(weights, patched / "model.safetensors", {"format": "pt"})
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(spikepatch.BadSource, match="holds NaN"):
+    with pytest.raises(spikepatch.BadSource, match=f"{name} holds NaN") as caught:
         spikepatch.fold(str(patched), tmp_path / "plain")
+    assert "the source's weights are not finite" in caught.value.why
     with pytest.raises(spikepatch.BadTarget, match="lies inside the source"):
         spikepatch.fold(str(patched), patched / "plain")
 
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_overwrite_and_verify(source: Path, tmp_path: Path) -> None:
+    patched, out = spikepatch.convert(str(source), tmp_path / "patched").out, tmp_path / "plain"
+    spikepatch.fold(str(patched), out)
+    before = hashes(out)
+    (out / "left.txt").write_text("of the folder that is replaced")
+    with pytest.raises(spikepatch.BadTarget, match="is not empty"):
+        spikepatch.fold(str(patched), out)
+    assert (out / "left.txt").exists()
+    spikepatch.fold(str(patched), out, overwrite=True)
+
+    assert hashes(out) == before
+    assert spikepatch.verify(out).tensors == len(load_file(out / "model.safetensors"))
 
 
 # A real model

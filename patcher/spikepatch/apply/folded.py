@@ -15,7 +15,7 @@ from spikepatch.apply.kept import Match
 from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.shards import Shards, as_in
 from spikepatch.apply.tensors import layout
-from spikepatch.errors import Refused
+from spikepatch.errors import BadSource, Refused
 from spikepatch.meta import as_read, build_meta
 from spikepatch.residual.identity import Values, forward_of
 from spikepatch.residual.ops import LOOKUPS, op
@@ -145,6 +145,9 @@ def fold_shards(source: Source, plain: nn.Module, held: Mapping[str, Held], matc
     Args:
         plain, held: see ``plain_model``.
         match: of the patched model's tensors in the source.
+
+    Raises:
+        BadSource: by ``produce``: a table to fold holds NaN or infinite values.
     """
     assert source.checkpoint is not None
     targets = {target.name: target for target in layout(skeleton(plain))}
@@ -163,6 +166,13 @@ def fold_shards(source: Source, plain: nn.Module, held: Mapping[str, Held], matc
         if name not in folded:
             return entries[name]
         table, rows = read_tensor(entries[name]), folded[name]
+        if not torch.isfinite(table).all():
+            raise BadSource(
+                f"{entries[name].name} holds NaN or infinite values",
+                where=str(entries[name].file),
+                why="the source's weights are not finite",
+                remedy="use a sound checkpoint",
+            )
         return _folded(table, json.loads(rows.edit), lambda own: read_tensor(match.owners[f"{rows.module}.{own}"]))
 
     return Shards(
