@@ -29,6 +29,7 @@ from spikepatch.residual.ops import op, operands
 from spikepatch.residual.proof import Term
 from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.trace import TOKENS, Trace, trace
+from spikepatch.residual.weights import fan, gain
 
 
 def inspect(
@@ -93,6 +94,7 @@ class _Naming:
             norms=norms,
             head=self._head(embeddings),
             matrices=self._matrices(),
+            tied=_tied(self.model),
         )
 
     def _number_sublayers(self) -> list[int]:
@@ -155,10 +157,12 @@ class _Naming:
                     continue
                 weights = [a for a in operands(node) if a in self.facts.weight and len(ops.shape(a)) > 1]
                 data = self.facts.data(node)
-                if weights and len(data) == 1:
+                size = fan(self.facts, node, weights[0]) if weights and len(data) == 1 else None
+                if size is not None:
                     name = self.facts.weight[weights[0]]
                     reads = _reads_stream(self.facts, data[0])
-                    found.setdefault(name, Matrix(name, sublayer, "moe" if sublayer in moe else kind, reads))
+                    matrix = Matrix(name, sublayer, "moe" if sublayer in moe else kind, reads, *size)
+                    found.setdefault(name, matrix)
         return tuple(found.values())
 
     def _norms(self) -> tuple[Norm, ...]:
@@ -195,7 +199,7 @@ class _Naming:
                 role = "qk" if norm.output in attention and _heads(norm.output) else "inner"
             module = _module(norm.output)
             layer = self._layer(module)
-            found.setdefault((module, role), Norm(module, role, norm.kind, norm.eps, layer))
+            found.setdefault((module, role), Norm(module, role, norm.kind, norm.eps, layer, *gain(self.facts, norm)))
         return tuple(found.values())
 
     def _placement(self, norms: tuple[Norm, ...]) -> Placement:
@@ -346,6 +350,13 @@ def _block(model: nn.Module, parameter: str) -> str | None:
         if isinstance(holder, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
             return ".".join(parts[:i])
     return None
+
+
+def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
 def _own_name(model: nn.Module, parameter: str, module: str) -> str:

@@ -59,13 +59,27 @@ class ResidualProjection:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of the model: ``role`` is its place on the stream, ``eps`` as in its forward pass."""
+    """A norm of the model.
+
+    Attributes:
+        module: path of the module whose forward computes it.
+        role: its place on the stream.
+        kind: ``layernorm`` subtracts the mean, ``rmsnorm`` does not.
+        eps: as in its forward pass.
+        layer: index of the layer that holds it.
+        gain: what its result is multiplied by: its parameter ``w``, ``1+w``, or nothing.
+        parameter: that gain, by name.
+        bias: what is added then, by name.
+    """
 
     module: str
     role: NormRole
     kind: Literal["layernorm", "rmsnorm"]
     eps: float
     layer: int | None
+    gain: Literal["w", "1+w", "none"]
+    parameter: str | None
+    bias: str | None
 
 
 @dataclass(frozen=True)
@@ -78,12 +92,28 @@ class Head:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matmul weight inside a sub-layer; ``reads_stream``: its input is the stream, normed or not."""
+    """A matmul weight inside a sub-layer.
+
+    Attributes:
+        parameter: its name in ``named_parameters()``.
+        sublayer: index of its sub-layer; the first, where several compute with it.
+        kind: what the sub-layer computes.
+        reads_stream: its input is the stream, normed or not.
+        fan_in: number of products that each output sums.
+        fan_out: number of outputs; of all matrices together, where several are fused (qkv, gate and up). Experts
+            are counted in neither.
+        in_axis: the axis of the parameter, as it lies in memory, that the inputs run along.
+        out_axis: the one that the outputs run along: (1, 0) of an ``nn.Linear``, (0, 1) where it is (in, out).
+    """
 
     parameter: str
     sublayer: int
     kind: SublayerKind
     reads_stream: bool
+    fan_in: int
+    fan_out: int
+    in_axis: int
+    out_axis: int
 
 
 @dataclass(frozen=True)
@@ -102,6 +132,7 @@ class ResidualMap:
         leaks: why not, naming parameters; empty when proven.
         reaches: the parameters that the output still depends on with every residual projection (and its bias) cut: the
             embedding path, norms and gains on the stream, the head.
+        tied: groups of parameter names that are one tensor; the name that the rest of the map uses comes first.
         streams: maps of further streams (an encoder's).
     """
 
@@ -120,6 +151,7 @@ class ResidualMap:
     norms: tuple[Norm, ...]
     head: Head | None
     matrices: tuple[Matrix, ...]
+    tied: tuple[tuple[str, ...], ...]
     streams: tuple[ResidualMap, ...] = field(default=())
 
     def to_json(self) -> str:
@@ -145,6 +177,7 @@ class ResidualMap:
                 "norms": many(Norm, data["norms"]),
                 "head": Head(**data["head"]) if data["head"] else None,
                 "matrices": many(Matrix, data["matrices"]),
+                "tied": tuple(tuple(names) for names in data["tied"]),
                 "streams": tuple(cls.from_dict(stream) for stream in data["streams"]),
             }
         )
