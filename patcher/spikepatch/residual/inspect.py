@@ -65,13 +65,31 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
     return dataclasses.replace(main, streams=tuple(others))
 
 
+def sublayers_of(stream: Stream) -> tuple[list[SublayerKind], list[int]]:
+    """For each term of ``stream``: what it computes, and the index of its sub-layer.
+
+    Terms that read the same point and are both feed-forward (routed and shared experts) are one sub-layer.
+    """
+    kinds = [_kind(stream.facts, term) for term in stream.terms]
+    keys = []
+    for term, kind in zip(stream.terms, kinds, strict=True):
+        keys.append((_point(term.reads), "feed-forward" if kind in {"mlp", "moe"} else kind))
+    order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    return kinds, [order[key] for key in keys]
+
+
+def _point(node: Node) -> Node:
+    while op(node) in ops.VIEWS:
+        node = operands(node)[0]
+    return node
+
+
 class _Naming:
     """Turns nodes into names: modules from the trace's call stack, layers from the model's lists of blocks."""
 
     def __init__(self, model: nn.Module, stream: Stream) -> None:
         self.model, self.stream, self.facts = model, stream, stream.facts
-        self.kinds = [_kind(self.facts, term) for term in stream.terms]
-        self.sublayer = self._number_sublayers()
+        self.kinds, self.sublayer = sublayers_of(stream)
         parameters = [parameter for term in stream.terms for _, parameter in term.projections]
         self.layers = _layers(model, list(dict.fromkeys(parameters)))
 
@@ -96,19 +114,6 @@ class _Naming:
             matrices=self._matrices(),
             tied=_tied(self.model),
         )
-
-    def _number_sublayers(self) -> list[int]:
-        """Terms that read the same point and are both feed-forward (routed and shared experts) are one sub-layer."""
-        keys = []
-        for term, kind in zip(self.stream.terms, self.kinds, strict=True):
-            keys.append((self._point(term.reads), "feed-forward" if kind in {"mlp", "moe"} else kind))
-        order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        return [order[key] for key in keys]
-
-    def _point(self, node: Node) -> Node:
-        while op(node) in ops.VIEWS:
-            node = operands(node)[0]
-        return node
 
     def _layer(self, path: str) -> int | None:
         return next((i for block, i in self.layers.items() if path == block or path.startswith(block + ".")), None)
@@ -189,11 +194,11 @@ class _Naming:
                     role = "final"
                 else:
                     role = "post"
-            elif norm.output in self.stream.suffix and self._point(norm.input) in self.stream.spine:
+            elif norm.output in self.stream.suffix and _point(norm.input) in self.stream.spine:
                 role = "final"
             elif norm.output in between and norm.output not in projected:
                 role = "branch"
-            elif self._point(norm.input) in self.stream.spine:
+            elif _point(norm.input) in self.stream.spine:
                 role = "pre"
             else:
                 role = "qk" if norm.output in attention and _heads(norm.output) else "inner"
@@ -204,12 +209,12 @@ class _Naming:
 
     def _placement(self, norms: tuple[Norm, ...]) -> Placement:
         placements: set[Placement] = set()
-        points = [self._point(t.reads) for t in self.stream.terms]
+        points = [_point(t.reads) for t in self.stream.terms]
         normed_inputs = {
             s
             for t, s in zip(self.stream.terms, self.sublayer, strict=True)
             for n in t.interior
-            if n in self.facts.norm_at and self._point(self.facts.norm_at[n].input) in self.stream.spine
+            if n in self.facts.norm_at and _point(self.facts.norm_at[n].input) in self.stream.spine
         }
         post = any(norm.role == "post" for norm in norms)
         for projection in self._projections():
