@@ -115,6 +115,8 @@ RANKS = (
     ("recipes",),
     ("apply", "planning"),
     ("drift", "conversion", "architectures"),
+    ("report",),
+    ("preflight",),
     ("cli",),
     ("__main__",),
 )

@@ -3,6 +3,7 @@
     residual = spikepatch.inspect(model)                             # find and prove the residual stream
     plan     = spikepatch.plan(model, "scaled-embed", reinit="all")  # every change, as data
     model    = spikepatch.patch(model, plan)                         # in place, on the live model
+    report   = spikepatch.check(model, recipes=["scaled-embed"])     # whether it is at risk, measured
     result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
     spikepatch.save(model, "out/")
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
     from spikepatch.planning import plan
     from spikepatch.plans import Plan
+    from spikepatch.preflight.check import check
+    from spikepatch.preflight.result import StabilityReport
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
 
@@ -33,6 +36,8 @@ _HOME = {
     "save": "spikepatch.apply.module",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
+    "check": "spikepatch.preflight.check",
+    "StabilityReport": "spikepatch.preflight.result",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
     "BadTarget": "spikepatch.errors",
@@ -47,6 +52,8 @@ __all__ = [
     "Refused",
     "ResidualMap",
     "SpikepatchError",
+    "StabilityReport",
+    "check",
     "convert",
     "inspect",
     "patch",

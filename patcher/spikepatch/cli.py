@@ -16,6 +16,7 @@ import click
 from spikepatch import __version__
 from spikepatch.architectures import architectures_command
 from spikepatch.errors import SpikepatchError
+from spikepatch.preflight.command import check_command
 
 if TYPE_CHECKING:
     from spikepatch.conversion import Conversion, Progress
@@ -62,6 +63,7 @@ def main() -> None:
     \b
         spikepatch convert arch:gpt2 out/     a fresh, patched GPT-2
         spikepatch inspect gpt2               what its residual stream is made of
+        spikepatch check gpt2                 whether it is at risk, measured
         spikepatch recipes                    what can be put into it
     """
     # Before the first import of transformers, which reads them once.
@@ -131,6 +133,7 @@ def inspect(source: str, revision: str | None, trust_remote_code: bool, as_json:
 
 
 main.add_command(architectures_command)
+main.add_command(check_command)
 
 
 @main.command()

@@ -58,8 +58,8 @@ def check(
     memory can be checked.
 
     Args:
-        model: a loaded model, or a SOURCE: a hub id, a folder, ``arch:TYPE``. Without weights (``arch:TYPE``, a model on
-            the meta device) it is checked as its own initialiser makes it.
+        model: a loaded model, or a SOURCE: a hub id, a folder, ``arch:TYPE``. Without weights (``arch:TYPE``, a model
+            on the meta device) it is checked as its own initialiser makes it.
         recipes: to be compared with the model as it is.
         reinit, factor, positions, untie: of the recipes; as in ``spikepatch.plan``.
         tokens, batch: length and number of the random sequences.
@@ -85,9 +85,7 @@ def check(
         from spikepatch.source import open_source
 
         report("reading the source", 0, 0)
-        source = open_source(
-            model, revision=revision, trust_remote_code=trust_remote_code, weights=not recipes or reinit != "all" or True
-        )
+        source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True)
         base = of_source(source, seed)
     else:
         base = of_model(model, seed)
@@ -196,13 +194,9 @@ def _measured(
     norms = [layer.gradient_norm for layer in layers]
     jacobians = [layer.jacobian for layer in layers]
     start, end = found.start, found.end
-    steps = ()
-    if setting.steps:
-        steps = tuple(
-            run_steps(
-                program, subject.weights, steps=setting.steps, lr=setting.lr, vocabulary=vocabulary, progress=progress
-            )
-        )
+    taken = run_steps(
+        program, subject.weights, steps=setting.steps, lr=setting.lr, vocabulary=vocabulary, progress=progress
+    )
     draft = dataclasses.replace(
         draft,
         embeddings=tuple(view.embeddings()),
@@ -219,7 +213,7 @@ def _measured(
         bound_product=bound_product(layers).value,
         jacobian_product=math.prod(j for j in jacobians if j is not None) if None not in jacobians else None,
         gradients=found.gradients,
-        steps=steps,
+        steps=tuple(taken) if setting.steps else (),
         not_measured=tuple(found.problems),
     )
     finite = found.finite and all(w.finite for w in found.weights.values())

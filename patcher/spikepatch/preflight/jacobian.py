@@ -73,7 +73,8 @@ def spectral_norm(
     """
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like)
-    right, left = [start / start.norm()], []
+    right: list[torch.Tensor] = [start / start.norm()]
+    left: list[torch.Tensor] = []
     diagonal: list[float] = []
     above: list[float] = []  # the diagonal
     best = SpectralNorm(0.0, 0.0, 0)
@@ -96,9 +97,9 @@ def spectral_norm(
     return best
 
 
-def matrix_norm(matrix: torch.Tensor) -> SpectralNorm:
+def matrix_norm(matrix: torch.Tensor, steps: int = STEPS) -> SpectralNorm:
     """The spectral norm of a matrix, by products with vectors."""
-    return spectral_norm(lambda v: matrix @ v, lambda u: matrix.T @ u, matrix[0])
+    return spectral_norm(lambda v: matrix @ v, lambda u: u @ matrix, matrix[0], steps=steps)
 
 
 def _orthogonal(vector: torch.Tensor, basis: list[torch.Tensor]) -> torch.Tensor:

@@ -26,7 +26,9 @@ def run_steps(
     Raises:
         Refused: weights, gradients and optimiser state do not fit into half of this machine's memory.
     """
-    names = dict.fromkeys(program.stream.facts.trace.parameters[p] for piece in program.pieces for p in piece.parameters)
+    names = dict.fromkeys(
+        program.stream.facts.trace.parameters[p] for piece in program.pieces for p in piece.parameters
+    )
     nodes = {program.stream.facts.trace.parameters[p]: p for piece in program.pieces for p in piece.parameters}
     needed = sum(16 * node.meta["val"].numel() for node in nodes.values())
     if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
@@ -41,17 +43,18 @@ def run_steps(
     for i in range(steps + 1):
         progress("optimiser steps", i, steps)
         optimiser.zero_grad()
-        loss, seen = _forward(program, leaves, vocabulary)
+        loss, first, last, logit = _forward(program, leaves, vocabulary)
         loss.backward()  # type: ignore[no-untyped-call]
         squares = sum(float(leaf.grad.pow(2).sum()) for leaf in leaves.values() if leaf.grad is not None)
-        yield Step(step=i, loss=float(loss.detach()), gradient_norm=math.sqrt(squares), **seen)
+        yield Step(i, float(loss.detach()), math.sqrt(squares), first, last, logit)
         if i < steps:
             optimiser.step()
 
 
 def _forward(
     program: Program, leaves: dict[str, torch.Tensor], vocabulary: int | None
-) -> tuple[torch.Tensor, dict[str, float | None]]:
+) -> tuple[torch.Tensor, float, float, float | None]:
+    """The loss; sigma at the first and the last point of the stream; the largest attention logit."""
     names = program.stream.facts.trace.parameters
     weighing = {n for s in program.sublayers if s.kind == "attention" for n in s.interior if _weighs(n)}
     values: Values = {}
@@ -69,11 +72,7 @@ def _forward(
                 sizes[piece.point] = sigma(values[piece.point].detach(), rms=False).mean
             values = {n: v for n, v in values.items() if n in program.alive[i] or n is program.pieces[-1].point}
         loss = objective(program, values[program.pieces[-1].point], vocabulary)
-    return loss, {
-        "sigma_first": sizes[first],
-        "sigma_last": sizes[last],
-        "attention_logit": max(logits, default=None),
-    }
+    return loss, sizes[first], sizes[last], max(logits, default=None)
 
 
 def _weighs(node: Node) -> bool:

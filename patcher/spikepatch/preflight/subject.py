@@ -1,5 +1,4 @@
-"""What is measured: a structure without memory, and where its weights come from. The model as it is, or with a recipe.
-"""
+"""What is measured: a structure without memory and where its weights come from, as it is or with a recipe."""
 
 from __future__ import annotations
 
@@ -40,7 +39,9 @@ class Subject:
 def of_model(model: nn.Module, seed: int) -> Subject:
     """A live model as it is; one on the meta device as its own initialiser makes it."""
     if any(p.is_meta for p in model.parameters()):
-        return Subject(model, _kept(model, fresh(skeleton(model), seed, model)), "by the architecture's own initialiser")
+        return Subject(
+            model, _kept(model, fresh(skeleton(model), seed, model)), "by the architecture's own initialiser"
+        )
     return Subject(model, live(model), "of the model in memory")
 
 
@@ -67,9 +68,10 @@ def with_recipe(
         check_weights(source, reinit)
     if reinit == "all" and hasattr(structure, "_from_config"):  # nothing learned survives, persistent buffers included
         structure = build_meta(type(structure), structure.config, where=type(structure).__name__)
-    subject = source.name if source is not None and reinit != "all" else structure
-    more = {"revision": source.revision} if isinstance(subject, str) and source is not None else {}
-    found = plan(subject, recipe, reinit=reinit, seed=seed, **options, **more)
+    if source is not None and reinit != "all":  # the plan reads the learned embedding
+        found = plan(source.name, recipe, reinit=reinit, seed=seed, revision=source.revision, **options)
+    else:
+        found = plan(structure, recipe, reinit=reinit, seed=seed, **options)
     patched = _without_memory(structure)
     restructure(patched, found)
     weights = planned(skeleton(patched), found, base.weights, patched)
@@ -113,4 +115,3 @@ def _without_memory(model: nn.Module) -> nn.Module:
 
 def _kept(model: nn.Module, weights: Weights) -> Weights:
     return cached(weights) if sum(p.numel() for p in model.parameters()) <= _KEPT else weights
-

@@ -18,6 +18,10 @@ PROMISE = (
 )
 
 
+#: Sub-layers of the models that the thresholds are calibrated on.
+_CALIBRATED = 48
+
+
 @dataclass(frozen=True)
 class Thresholds:
     """Calibrated on five initialisations of GPT-2 classes with 24 layers, d = 1024 (transformers' own, and the paper's
@@ -28,8 +32,10 @@ class Thresholds:
         stream_low, stream_high: sigma of the stream entering layer 1. The paper asks for "close to 1"; its two remedies
             start at 0.632 = sqrt(2/5) and 1, Vanilla at 0.028. A factor of two either way, over units of the branch
             where the architecture norms or multiplies that.
-        excess: of Eq. 15 at layer 1. At 1 the sub-layer may change the gradient as much as the shortcut carries; the
-            remedies have 0.52 and 0.82, Vanilla 26, Xavier 576.
+        excess: of Eq. 15 at layer 1, for 48 sub-layers. At 1 the sub-layer may change the gradient as much as the
+            shortcut carries; the remedies have 0.52 and 0.82, Vanilla 26, Xavier 576. What S sub-layers add to the
+            squared gradient goes with S excess^2, so at another depth the limit is this times sqrt(48 / S): it moves as
+            the excess of every recipe with depth scaling does.
         ratio_at_risk: gradient norm, first over last layer: the remedies have 1.1 and 1.2, Vanilla 13; about their
             geometric mean.
         ratio_unstable: between Vanilla (13), which the paper trains up to 1.7 billion parameters, and Xavier (122).
@@ -87,14 +93,14 @@ def _findings(report: StabilityReport, residual: ResidualMap, limits: Thresholds
     if not finite:
         yield Finding("non-finite", "unstable", "a weight, a value of the stream or a gradient is NaN or infinite")
     yield from _stream(report, residual, limits, learned)
-    excess = report.eq15_excess_layer1
-    if excess is not None and excess >= limits.excess:
+    excess, limit = report.eq15_excess_layer1, limits.excess * math.sqrt(_CALIBRATED / report.sublayers)
+    if excess is not None and excess >= limit:
         yield Finding(
             "eq15",
             "at-risk",
             f"the first MLP may multiply the gradient by {1 + excess:.3g}: too large for its shortcut",
             excess,
-            limits.excess,
+            limit,
             "Eq. 15",
             _remedy(report, learned),
         )
