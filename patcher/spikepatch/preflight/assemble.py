@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from spikepatch.plans import small_std
 from spikepatch.preflight import bounds
 from spikepatch.preflight.bounds import Bound
-from spikepatch.preflight.measure import Measurement, SublayerStats, normed_input
+from spikepatch.preflight.deep import normed_input
+from spikepatch.preflight.measure import Measurement, SublayerStats
 from spikepatch.preflight.program import Program, Sublayer
 from spikepatch.preflight.result import EmbeddingReport, LayerReport, SublayerReport, WeightReport
 from spikepatch.preflight.verdict import Thresholds
@@ -135,7 +136,7 @@ class View:
     def _norm_jacobian(self, sublayer: Sublayer, stats: SublayerStats) -> float:
         node = normed_input(self.program, sublayer)
         norm = self._norms.get(place(node)) if node is not None else None
-        inside = sublayer.kind == "attention" and op(node) not in NORMS  # ||J_Z|| starts before the gain
+        inside = sublayer.kind == "attention" and op(node) not in NORMS | {"getitem"}  # ||J_Z|| starts before the gain
         gain = 1.0 if norm is None or inside else self._gain(norm)
         return bounds.norm_jacobian(stats.sigma_in.least, eps=norm.eps if norm is not None else 0.0, gain=gain)
 

@@ -15,8 +15,9 @@ from torch.fx import Node
 from torch.nn import functional
 
 from spikepatch.preflight.bounds import gaussian_norm
-from spikepatch.preflight.jacobian import STEPS, SpectralNorm, jacobian_products, matrix_norm, spectral_norm
-from spikepatch.preflight.program import Piece, Program, Sublayer, Values, Weights, is_float, part_of, run_piece
+from spikepatch.preflight.deep import heads_jacobian, jacobian, leads, steepest
+from spikepatch.preflight.jacobian import STEPS, SpectralNorm, matrix_norm
+from spikepatch.preflight.program import Piece, Program, Sublayer, Values, Weights, is_float, run_piece
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import LOOKUPS, op, operands
 
@@ -114,11 +115,8 @@ def _forward(
         wanted = {*program.alive[i], piece.point, *(n for s in mine for n in s.outputs)}
         with torch.no_grad():
             values |= run_piece(program, piece, values, parameters, wanted & set(piece.nodes))
-        for sublayer in mine:
-            stats = _sizes(program, sublayer, values)
-            found.sublayers.append(
-                _deeper(program, piece, sublayer, inputs, parameters, stats, found) if deep else stats
-            )
+        sizes = [_sizes(program, sublayer, values) for sublayer in mine]
+        found.sublayers += _deeper(program, piece, mine, sizes, inputs, parameters, found) if deep else sizes
         found.finite &= all(bool(v.isfinite().all()) for n, v in values.items() if n is piece.point and is_float(v))
         if i == 0:
             found.start = sigma(values[piece.point], rms=_reads_rms(program, piece.point))
@@ -141,18 +139,40 @@ def _sizes(program: Program, sublayer: Sublayer, values: Values) -> SublayerStat
     return SublayerStats(sigma(values[sublayer.point], rms=rms), sigma(branch, rms=rms))
 
 
+def _deeper(
+    program: Program,
+    piece: Piece,
+    sublayers: list[Sublayer],
+    sizes: list[SublayerStats],
+    inputs: Values,
+    parameters: Mapping[Node, torch.Tensor],
+    found: Measurement,
+) -> list[SublayerStats]:
+    """The same with Jacobians; where an operation cannot be differentiated twice, without, and ``found`` says so."""
+    if not sublayers:
+        return sizes
+    start = sublayers[0].point
+    try:
+        step = jacobian(program, piece, start, piece.point, inputs[start], inputs, parameters)
+        return [
+            dataclasses.replace(
+                stats,
+                jacobian=step,
+                heads=heads_jacobian(program, piece, sublayer, inputs, parameters),
+                slope=steepest(program, piece, sublayer, parameters),
+            )
+            for sublayer, stats in zip(sublayers, sizes, strict=True)
+        ]
+    except RuntimeError as error:
+        found.problems.append(f"Jacobian of sub-layer {sublayers[0].index}: {str(error).splitlines()[0]}")
+        return sizes
+
+
 def _reads_rms(program: Program, point: Node) -> bool:
     """An RMSNorm reads the point; where none does, the kind of the model's other norms decides."""
     facts = program.stream.facts
-    norms = [n for n in facts.norm_at.values() if _leads(point, n.input)] or list(facts.norm_at.values())
+    norms = [n for n in facts.norm_at.values() if leads(point, n.input)] or list(facts.norm_at.values())
     return sum(n.kind == "rmsnorm" for n in norms) > len(norms) / 2
-
-
-def _leads(point: Node, node: Node) -> bool:
-    """``node`` is ``point``, or a cast of it."""
-    while node is not point and op(node) in {"to", "_to_copy", "dropout", "contiguous", "clone", "view", "alias"}:
-        node = operands(node)[0]
-    return node is point
 
 
 def _weigh(
@@ -178,88 +198,6 @@ def _std(value: torch.Tensor) -> float:
         return float(value.std(correction=0)) if value.numel() > 1 else 0.0
     square = float(torch.linalg.vector_norm(value)) ** 2 / value.numel()  # several times as fast, for a mean near 0
     return math.sqrt(max(square - float(value.mean()) ** 2, 0.0))
-
-
-def _deeper(
-    program: Program,
-    piece: Piece,
-    sublayer: Sublayer,
-    inputs: Values,
-    parameters: Mapping[Node, torch.Tensor],
-    stats: SublayerStats,
-    found: Measurement,
-) -> SublayerStats:
-    def between(start: Node, stop: Node, at: torch.Tensor) -> SpectralNorm:
-        part = part_of(program, piece, start, stop)
-
-        def function(x: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = run_piece(program, part, {**inputs, start: x}, parameters, [stop])[stop]
-            return result
-
-        return spectral_norm(*jacobian_products(function, at), at)
-
-    heads = jacobian = slope = None
-    try:
-        jacobian = between(sublayer.point, piece.point, inputs[sublayer.point])
-        norm = normed_input(program, sublayer)
-        matmul = sublayer.projections[0][0]
-        last = factor_of(program, matmul)
-        if norm is not None and last is not None and len(sublayer.projections) == 1:
-            part = part_of(program, piece, sublayer.point, norm)
-            with torch.no_grad():
-                at = run_piece(program, part, inputs, parameters, [norm])[norm]
-            if sublayer.kind == "attention":
-                heads = between(norm, last, at)
-            elif sublayer.kind == "mlp":
-                slope = steepest(program, piece, sublayer, parameters)
-    except RuntimeError as error:
-        found.problems.append(f"Jacobian of sub-layer {sublayer.index}: {str(error).splitlines()[0]}")
-    return dataclasses.replace(stats, jacobian=jacobian, heads=heads, slope=slope)
-
-
-def normed_input(program: Program, sublayer: Sublayer) -> Node | None:
-    """The node at which the normed copy of the stream enters the sub-layer."""
-    facts = program.stream.facts
-    found = [n for n in sublayer.interior if n in facts.norm_at and _leads(sublayer.point, facts.norm_at[n].input)]
-    return min(found, key=facts.order.__getitem__, default=None)
-
-
-def factor_of(program: Program, matmul: Node) -> Node | None:
-    """What a matmul multiplies its weight with."""
-    facts = program.stream.facts
-    while not facts.product(matmul):  # the sum with a bias of its own
-        matmul = facts.data(matmul)[0]
-    return next(iter(facts.data(matmul)), None)
-
-
-def steepest(
-    program: Program, piece: Piece, sublayer: Sublayer, parameters: Mapping[Node, torch.Tensor]
-) -> float | None:
-    """The steepest slope of the activation between an MLP's two matrices, on +- 20; None where it is not one function
-    of each value alone.
-    """
-    facts = program.stream.facts
-    last = factor_of(program, sublayer.projections[0][0])
-    products = [n for n in facts.behind([last] if last else []) & sublayer.interior if facts.product(n)]
-    if last is None or len(products) != 1:
-        return None
-    part = part_of(program, piece, products[0], last)
-    if part.needs != (products[0],):
-        return None
-    size = products[0].meta["val"].shape
-    grid = torch.linspace(-20, 20, size.numel(), dtype=torch.float64).to(program.device)
-
-    def apply(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = values.reshape(size).clone().requires_grad_()
-        wide = {p: v.double() for p, v in parameters.items()}
-        y = run_piece(program, part, {products[0]: x}, wide, [last])[last]
-        return y.detach().flatten(), torch.autograd.grad(y.sum(), x)[0].flatten()
-
-    with torch.enable_grad():
-        value, slopes = apply(grid)
-        mirrored, _ = apply(grid.flip(0))
-    pointwise = value.shape == mirrored.shape and torch.equal(value, mirrored.flip(0))
-    return float(slopes.abs().max()) if pointwise else None
 
 
 def token_sigma(program: Program, weights: Weights) -> Sigma | None:

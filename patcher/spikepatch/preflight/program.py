@@ -19,7 +19,6 @@ import torch
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spikepatch.residual.facts import floating
 from spikepatch.residual.inspect import sublayers_of
 from spikepatch.residual.map import SublayerKind
 from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, op, operands
@@ -149,7 +148,8 @@ def run_piece(
     values: Values = {node: inputs[node] for node in piece.needs}
     if piece.writes:
         values = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
-    values.update((p, parameters[p]) for p in piece.parameters)
+    written = {_owner(node) for node in piece.nodes if _writes(node)} if piece.writes else set()
+    values.update((p, parameters[p].clone() if p in written else parameters[p]) for p in piece.parameters)
     wanted = set(keep)
     _execute(program, piece.nodes, values, wanted)
     return {node: values[node] for node in wanted if node in values}
@@ -222,10 +222,18 @@ def _writes(node: Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def _owner(node: Node) -> Node:
+    """What an in-place operation writes into, through views."""
+    target = operands(node)[0]
+    while op(target) in VIEWS:
+        target = operands(target)[0]
+    return target
+
+
 def _constants(program: Program) -> Values:
     trace = program.stream.facts.trace
-    values: Values = {n: at_least_float32(b).to(program.device) for n, b in trace.buffers.items()}
-    return values | {n: at_least_float32(x).to(program.device) for n, x in trace.inputs.items()}
+    constants = {**trace.buffers, **trace.inputs}  # copies: the graph may write into them
+    return {node: at_least_float32(value.clone()).to(program.device) for node, value in constants.items()}
 
 
 def _execute(program: Program, nodes: Sequence[Node], values: Values, keep: set[Node] | None = None) -> None:
@@ -278,7 +286,3 @@ def _grouped(
 
 def is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def differentiable(nodes: Iterable[Node]) -> list[Node]:
-    return [node for node in nodes if floating(node)]

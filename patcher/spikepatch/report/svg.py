@@ -125,7 +125,7 @@ def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     span = math.log10(high / low)
-    multiples = (1, 2, 5) if span <= 2.5 else (1,)
+    multiples: Sequence[int] = range(1, 10) if span <= 0.8 else (1, 2, 5) if span <= 2.5 else (1,)
     every = max(1, math.ceil(span / 8))
     exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     ticks = [m * 10.0**e for e in exponents if e % every == 0 for m in multiples]
