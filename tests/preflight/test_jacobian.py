@@ -24,7 +24,7 @@ MATRICES: dict[str, Callable[[], torch.Tensor]] = {
     "nearly the identity": lambda: torch.eye(600, dtype=torch.float64) + 0.005 * gaussian(600, 600),
     "identity and as much": lambda: torch.eye(600, dtype=torch.float64) + 0.04 * gaussian(600, 600),
     "rank one": lambda: torch.outer(gaussian(50), gaussian(70, seed=1)),
-    "block diagonal": lambda: torch.block_diag(*(gaussian(24, 24, seed=i) for i in range(16))),
+    "block diagonal": lambda: torch.block_diag(*(gaussian(24, 24, seed=i) for i in range(16))),  # type: ignore[no-untyped-call]
 }
 
 

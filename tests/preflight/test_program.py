@@ -85,8 +85,8 @@ def test_gradients_and_sizes_along_the_stream(model_type: str, dtype: torch.dtyp
     for each, gradient, state in zip(stats, expected, states, strict=True):
         assert each.gradient_norm == pytest.approx(float(gradient.norm()), rel=10 * tolerance)
         rms = model_type in {"llama", "olmo2"}
-        state = state.detach()
-        sigma = state.pow(2).mean(-1).sqrt() if rms else state.std(-1, correction=0)
+        x = state.detach()
+        sigma = x.pow(2).mean(-1).sqrt() if rms else x.std(-1, correction=0)
         assert each.sigma_in.mean == pytest.approx(float(sigma.mean()), rel=tolerance)
         assert each.sigma_in.least == pytest.approx(float(sigma.min()), rel=tolerance)
     if not model.config.tie_word_embeddings:  # a tied table's two gradients are two groups
@@ -128,6 +128,10 @@ def _value_of(program: Program, point: Any, weights: Weights) -> torch.Tensor:
     raise AssertionError("no such point")
 
 
+def _lower(alive: dict[str, int], elements: int) -> None:
+    alive["now"] -= elements
+
+
 def test_the_weights_of_one_piece_at_a_time() -> None:
     """The largest number of weight elements alive at once does not grow with depth."""
     peaks = {}
@@ -137,10 +141,10 @@ def test_the_weights_of_one_piece_at_a_time() -> None:
 
         def weight(name: str, model: PreTrainedModel = model, alive: dict[str, int] = alive) -> torch.Tensor:
             nonlocal peak
-            value = model.get_parameter(name).detach().clone()
+            value: torch.Tensor = model.get_parameter(name).detach().clone()
             alive["now"] += value.numel()
             peak = max(peak, alive["now"])
-            weakref.finalize(value, lambda n=value.numel(): alive.__setitem__("now", alive["now"] - n))
+            weakref.finalize(value, _lower, alive, value.numel())
             return value
 
         ids = random_ids(model)

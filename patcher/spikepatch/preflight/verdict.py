@@ -167,8 +167,8 @@ def _unit(report: StabilityReport, residual: ResidualMap) -> tuple[float, str]:
 
 def _depth_scaling(report: StabilityReport, residual: ResidualMap, learned: bool) -> Iterator[Finding]:
     """Geometric mean, over sub-layers, of the residual projections' std over that of the other matrices."""
-    cancelled = residual.placement == "post-norm" or any(p.branch_norm is not None for p in residual.residual_projections)
-    if learned or cancelled or report.sublayers < 3:
+    normed = residual.placement == "post-norm" or any(p.branch_norm is not None for p in residual.residual_projections)
+    if learned or normed or report.sublayers < 3:
         return
     factor = {p.parameter: abs(p.multiplier) for p in residual.residual_projections}
     ratios = []
