@@ -170,7 +170,7 @@ def _check(
     assert not isinstance(streams, str)
     try:
         return _measured(draft, subject, streams[0], residual, setting, limits, progress)
-    except (RuntimeError, NotImplementedError, IndexError, TypeError, AssertionError) as error:
+    except (RuntimeError, NotImplementedError, IndexError) as error:  # an operation of the model
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no reason given'}"
         finding = Finding("not-measured", "note", f"the traced graph cannot be run on numbers: {reason}")
         return dataclasses.replace(draft, findings=(finding,), not_measured=(reason,))
