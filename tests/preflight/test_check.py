@@ -23,10 +23,11 @@ from tests.residual.test_stream import EXAMPLE, Block
 
 #: Architectures of different structure: (mapping, type); the first in the default suite.
 DEFAULT: tuple[tuple[configs.Mapping, str], ...] = (
-    ("causal", "gpt2"), ("causal", "llama"), ("causal", "gemma2"), ("causal", "falcon"), ("causal", "mixtral"),
-    ("causal", "mamba2"), ("masked", "bert"), ("seq2seq", "t5"),
+    ("causal", "gpt2"), ("causal", "gemma2"), ("causal", "mixtral"), ("causal", "mamba2"), ("masked", "bert"),
+    ("seq2seq", "t5"),
 )  # fmt: skip
 OTHERS: tuple[tuple[configs.Mapping, str], ...] = (
+    ("causal", "llama"), ("causal", "falcon"),
     ("causal", "gpt_neox"), ("causal", "gptj"), ("causal", "opt"), ("causal", "bloom"), ("causal", "olmo2"),
     ("causal", "granite"), ("causal", "jamba"), ("causal", "nemotron_h"), ("causal", "deepseek_v3"),
     ("causal", "qwen3_next"), ("causal", "phi3"), ("causal", "cohere"), ("causal", "recurrent_gemma"),
@@ -72,8 +73,8 @@ def test_there_are_many_structures() -> None:
 def test_bounds_hold_for_gaussian_weights() -> None:
     """Eq. 15 and Eq. 20 from above, and not by orders of magnitude, for every initialisation."""
     checked = 0
-    model = gpt2(4, 64, 4, vocabulary=300, positions=32)
-    report = spikepatch.check(model, recipes=["vanilla", "scaled-embed", "embed-ln"], tokens=24, deep=True)
+    model = gpt2(3, 64, 4, vocabulary=300, positions=32)
+    report = spikepatch.check(model, recipes=["vanilla", "embed-ln"], tokens=16, deep=True)
     for each in (report, *report.models):
         assert each.bound_product is not None
         assert each.jacobian_product is not None
@@ -83,7 +84,7 @@ def test_bounds_hold_for_gaussian_weights() -> None:
             assert sublayer.jacobian is not None
             assert sublayer.jacobian <= sublayer.bound <= 5 * sublayer.jacobian
             checked += 1
-    assert checked >= 32
+    assert checked == 3 * 6
 
 
 def test_json_keys() -> None:

@@ -94,15 +94,13 @@ def check(
     if text is not None:
         inputs = _from_text(Path(text), source, tokens=tokens, batch=batch)
     options = {"factor": factor, "positions": positions, "untie": untie}
-    found = []
-    for recipe in (None, *recipes):
-        subject = base
-        if recipe is not None:
-            report(f"planning {recipe}", 0, 0)
-            subject = with_recipe(base, recipe, source=source, reinit=reinit, seed=seed, options=options)
-        setting = _Setting(name, tokens, batch, seed, where, deep, steps, lr)
-        found.append(_check(subject, setting, inputs, limits, report))
-    return dataclasses.replace(found[0], models=tuple(found[1:]))
+    subjects = [base]
+    for recipe in recipes:  # whatever is refused is refused before anything is measured
+        report(f"planning {recipe}", 0, 0)
+        subjects.append(with_recipe(base, recipe, source=source, reinit=reinit, seed=seed, options=options))
+    setting = _Setting(name, tokens, batch, seed, where, deep, steps, lr)
+    first, *others = (_check(subject, setting, inputs, limits, report) for subject in subjects)
+    return dataclasses.replace(first, models=tuple(others))
 
 
 @dataclasses.dataclass(frozen=True)
