@@ -99,7 +99,7 @@ def test_weights_that_are_no_gaussians() -> None:
     assert report.eq15_excess_layer1 is None
     mlp = report.layers[0].sublayers[1]
     assert mlp.bound is None
-    assert "not Gaussian" in mlp.not_covered
+    assert "learned weights" in mlp.not_covered
     assert mlp.bound_norms is not None
     assert mlp.jacobian is not None
     assert mlp.bound_norms >= mlp.jacobian
@@ -135,6 +135,23 @@ def test_the_loss_after_steps(report: StabilityReport, losses: tuple[float, floa
     residual = spikepatch.inspect(small_gpt2(2))
     changed = dataclasses.replace(report, steps=steps)
     assert judged(changed, residual, Thresholds(), finite=True).verdict == verdict
+
+
+def test_learned_weights_are_at_most_at_risk(report: StabilityReport) -> None:
+    residual = spikepatch.inspect(small_gpt2(2))
+    learned = [
+        dataclasses.replace(
+            layer,
+            sublayers=tuple(
+                dataclasses.replace(s, weights=tuple(dataclasses.replace(w, gaussianity=3.0) for w in s.weights))
+                for s in layer.sublayers
+            ),
+        )
+        for layer in report.layers
+    ]
+    for layers, verdict in ((report.layers, "unstable"), (tuple(learned), "at-risk")):
+        changed = dataclasses.replace(report, gradient_ratio=100.0, layers=layers)
+        assert judged(changed, residual, Thresholds(), finite=True).verdict == verdict
 
 
 def test_thresholds_are_settable() -> None:

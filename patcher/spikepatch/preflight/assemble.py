@@ -100,16 +100,18 @@ class View:
     def bound(self, sublayer: Sublayer, stats: SublayerStats) -> Bound:
         """Eq. 15 or Eq. 20 of one sub-layer, with the least sigma of the stream that it reads."""
         projections = self.projections(sublayer)
-        if reason := bounds.not_covered(self.residual, projections):
-            return Bound(None, reason)
-        if reason := self._not_gaussian(sublayer):
+        reason = bounds.not_covered(self.residual, projections)
+        pair = self._mlp(sublayer) if sublayer.kind == "mlp" else None
+        if not reason and isinstance(pair, str):
+            reason = pair
+        if not reason and not self._gaussian(sublayer):
+            reason = "learned weights: ||W|| is not that of a Gaussian of its std"
+        if reason:
             return Bound(None, reason)
         size = 1 / self._norm_jacobian(sublayer, stats) * _inverse(projections[0].multiplier)
         width = self.residual.width
-        if sublayer.kind == "mlp":
-            pair = self._mlp(sublayer)
-            if isinstance(pair, str):
-                return Bound(None, pair)
+        if pair is not None:
+            assert not isinstance(pair, str)
             first, second = (self.measured.weights[m.parameter].std for m in pair)
             return Bound(1 + bounds.mlp_excess(first, second, width, pair[0].fan_out, size))
         if stats.heads is None:
@@ -144,12 +146,9 @@ class View:
         stats = self.measured.weights.get(norm.parameter or "")
         return 1.0 if stats is None else stats.largest + (1 if norm.gain == "1+w" else 0)
 
-    def _not_gaussian(self, sublayer: Sublayer) -> str:
-        for matrix in self.matrices(sublayer):
-            found = self.measured.weights[matrix.parameter].gaussianity
-            if found is not None and abs(found - 1) > self.thresholds.gaussian:
-                return f"weights that are not Gaussian: ||W|| of {matrix.parameter} is {found:.2g} times a Gaussian's"
-        return ""
+    def _gaussian(self, sublayer: Sublayer) -> bool:
+        found = (self.measured.weights[matrix.parameter].gaussianity for matrix in self.matrices(sublayer))
+        return all(abs(g - 1) <= self.thresholds.gaussian for g in found if g is not None)
 
     def excesses(self) -> tuple[float | None, float | None]:
         """Excess of Eq. 15 at the first MLP: with sigma of the token embedding's output, and of the stream's start."""

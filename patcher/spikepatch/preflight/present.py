@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from spikepatch.preflight.result import LayerReport, StabilityReport, Verdict
@@ -79,8 +80,9 @@ def findings(report: StabilityReport) -> Iterable[str]:
     for f in report.findings:
         equation = f" ({f.equation})" if f.equation else ""
         yield f"{f.severity}: {f.what}{equation}" + (f"; remedy: {f.remedy}" if f.remedy else "")
-    reasons = dict.fromkeys(s.not_covered for layer in report.layers for s in layer.sublayers if s.not_covered)
-    yield from (f"bound not covered: {reason}" for reason in reasons)
+    reasons = Counter(s.not_covered for layer in report.layers for s in layer.sublayers if s.not_covered)
+    for reason, count in reasons.items():
+        yield f"bound not covered in {count} of {report.sublayers} sub-layers: {reason}"
     yield from (f"not measured: {reason}" for reason in report.not_measured)
 
 

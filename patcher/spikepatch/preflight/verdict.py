@@ -38,7 +38,8 @@ class Thresholds:
             the excess of every recipe with depth scaling does.
         ratio_at_risk: gradient norm, first over last layer: the remedies have 1.1 and 1.2, Vanilla 13; about their
             geometric mean.
-        ratio_unstable: between Vanilla (13), which the paper trains up to 1.7 billion parameters, and Xavier (122).
+        ratio_unstable: between Vanilla (13), which the paper trains up to 1.7 billion parameters, and Xavier (122). Of
+            fresh weights only: in a learned model the stream has grown, and a gradient shrinks as its stream grows.
         loss: initial loss over log V. A uniform guess has 1; logits of unit variance add 0.5 nats, 5 % of log V.
         gaussian: how far ||W|| may be from std (sqrt(in) + sqrt(out)): its fluctuation is a few n^(-2/3), 0.06 times a
             few at n = 64, and learned matrices are off by a factor.
@@ -106,7 +107,7 @@ def _findings(report: StabilityReport, residual: ResidualMap, limits: Thresholds
         )
     ratio = report.gradient_ratio
     if ratio is not None and ratio >= limits.ratio_at_risk:
-        unstable = ratio >= limits.ratio_unstable
+        unstable = ratio >= limits.ratio_unstable and not learned  # it has shown that it trains
         yield Finding(
             "gradient-ratio",
             "unstable" if unstable else "at-risk",
