@@ -204,6 +204,10 @@ def test_what_is_refused() -> None:
         spikepatch.check(tiny_model("gpt2"), tokens=1)
     with pytest.raises(spikepatch.Refused, match="no device"):
         spikepatch.check(tiny_model("gpt2"), device="nowhere")
+    partly = tiny_model("gpt2")
+    partly.transformer.h[1].to("meta")
+    with pytest.raises(spikepatch.Refused, match="not in memory"):
+        spikepatch.check(partly)
     with pytest.raises(spikepatch.Refused, match="no recipe"):
         spikepatch.check(tiny_model("gpt2"), recipes=["nothing"])
     with pytest.raises(spikepatch.BadSource, match="no learned weights"):

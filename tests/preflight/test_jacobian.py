@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from spikepatch.preflight.jacobian import STEPS, jacobian_products, matrix_norm, spectral_norm
+from spikepatch.preflight.measure import QUICK_STEPS
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -63,6 +64,17 @@ def test_the_products_are_adjoint() -> None:
     assert left == pytest.approx(right, rel=1e-12)
     numeric = (layer(at + 1e-6 * v) - layer(at - 1e-6 * v)) / 2e-6
     torch.testing.assert_close(forwards(v), numeric.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (512, 512), (256, 1024)])
+def test_few_steps_tell_a_gaussian(shape: tuple[int, int]) -> None:
+    """What a check without Jacobians relies on: 5 % below at most, and a learned-like matrix far off."""
+    matrix = gaussian(*shape)
+    dense = float(torch.linalg.svdvals(matrix)[0])
+    assert matrix_norm(matrix, QUICK_STEPS).value == pytest.approx(dense, rel=0.05)
+    outlier = matrix + torch.ones(shape, dtype=torch.float64)
+    dense = float(torch.linalg.svdvals(outlier)[0])
+    assert matrix_norm(outlier, QUICK_STEPS).value == pytest.approx(dense, rel=1e-3)
 
 
 def test_a_map_to_zero_and_one_that_overflows() -> None:

@@ -93,14 +93,16 @@ def check(
     inputs = dict(example_inputs) if example_inputs is not None else None
     if text is not None:
         inputs = _from_text(Path(text), source, tokens=tokens, batch=batch)
-    options = {"factor": factor, "positions": positions, "untie": untie}
+    options = {"factor": factor, "positions": positions, "untie": untie, "trust_remote_code": trust_remote_code}
     subjects = [base]
     for recipe in recipes:  # whatever is refused is refused before anything is measured
         report(f"planning {recipe}", 0, 0)
         subjects.append(with_recipe(base, recipe, source=source, reinit=reinit, seed=seed, options=options))
     setting = _Setting(name, tokens, batch, seed, where, deep, steps, lr)
-    first, *others = (_check(subject, setting, inputs, limits, report) for subject in subjects)
-    return dataclasses.replace(first, models=tuple(others))
+    found = []
+    while subjects:  # one model's weights in memory at a time
+        found.append(_check(subjects.pop(0), setting, inputs, limits, report))
+    return dataclasses.replace(found[0], models=tuple(found[1:]))
 
 
 @dataclasses.dataclass(frozen=True)

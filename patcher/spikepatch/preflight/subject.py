@@ -12,6 +12,7 @@ from torch import nn
 
 from spikepatch.apply.kept import match_source
 from spikepatch.apply.module import restructure
+from spikepatch.errors import Refused
 from spikepatch.meta import build_meta
 from spikepatch.planning import check_weights, plan
 from spikepatch.plans import Reinit
@@ -37,8 +38,20 @@ class Subject:
 
 
 def of_model(model: nn.Module, seed: int) -> Subject:
-    """A live model as it is; one on the meta device as its own initialiser makes it."""
-    if any(p.is_meta for p in model.parameters()):
+    """A live model as it is; one on the meta device as its own initialiser makes it.
+
+    Raises:
+        Refused: some of its weights are not in memory.
+    """
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing and len(missing) < len(list(model.parameters())):
+        raise Refused(
+            what="some weights are not in memory",
+            where=type(model).__name__,
+            why=f"{len(missing)} parameters are on the meta device, such as {missing[0]}",
+            remedy="load the whole model, or check the folder that it came from: that needs little memory",
+        )
+    if missing:
         return Subject(
             model, _kept(model, fresh(skeleton(model), seed, model)), "by the architecture's own initialiser"
         )
