@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from spikepatch.preflight.result import LayerReport, StabilityReport, Verdict
 from spikepatch.preflight.verdict import PROMISE, Thresholds
@@ -29,6 +30,8 @@ def summary_table(report: StabilityReport) -> Table:
         ("growth exponent, activations", lambda m: number(m.growth_activations)),
         ("growth exponent, gradients", lambda m: number(m.growth_gradients)),
     ]
+    groups = dict.fromkeys(name for m in models for name in m.gradients)
+    rows += [(f"gradient of {group}", partial(_gradient, group)) for group in groups]
     if report.steps:
         last = f"after {len(report.steps) - 1} steps"
         rows += [
@@ -39,6 +42,10 @@ def summary_table(report: StabilityReport) -> Table:
     shown = [(label, *(value(m) for m in models)) for label, value in rows]
     kept = [row for row in shown if any(entry not in {"-", "- (-)"} for entry in row[1:])]
     return Table("", ("", *(m.name for m in models)), tuple(kept))
+
+
+def _gradient(group: str, report: StabilityReport) -> str:
+    return number(report.gradients.get(group))
 
 
 def layer_table(report: StabilityReport) -> Table:
