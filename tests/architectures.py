@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 #: Decoder-only language models of every structure that the first version supports.
 TYPES = (
@@ -36,6 +36,24 @@ def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).eval()
+
+
+_ENCODER_DECODER = {
+    "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
+    "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 500, "max_position_embeddings": 64,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+
+
+def encoder_decoder(model_type: str, **changes: Any) -> PreTrainedModel:
+    """As ``tiny_model``: an encoder of three layers, a decoder of two, a width of 64."""
+    default = AutoConfig.for_model(model_type)
+    small = {name: value for name, value in _ENCODER_DECODER.items() if hasattr(default, name)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **small | changes)
+        return AutoModelForSeq2SeqLM.from_config(config).eval()
 
 
 def ids(model: PreTrainedModel, tokens: int = 12) -> torch.Tensor:

@@ -160,7 +160,7 @@ CASES = {
     "factor nan": Case(config, ("must be a positive number", "leave it out"), ("--factor", "nan")),
     "factor inf": Case(config, ("must be a positive number", "leave it out"), ("--factor", "inf")),
     "factor of embed-ln": Case(
-        config, ("are for the recipe scaled-embed", "leave them out"), ("--factor", "2", "--recipe", "embed-ln")
+        config, ("are for recipes that scale", "leave them out"), ("--factor", "2", "--recipe", "embed-ln")
     ),
     "dtype int8": Case(config, ("'int8' is no dtype to store weights in", "--dtype bfloat16"), ("--dtype", "int8")),
     "dtype nonsense": Case(config, ("'nn' is no dtype", "--dtype bfloat16"), ("--dtype", "nn")),

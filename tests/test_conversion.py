@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -19,9 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import spikepatch
 from spikepatch.conversion import Conversion
-from spikepatch.drift import PROBE, SAMPLE, measure_drift
+from spikepatch.drift import PROBE, SAMPLE, drift_written
 from spikepatch.plans import Fill, Plan, ScaleEmbedding
-from spikepatch.source import open_source
+from spikepatch.residual.inspect import inspect
+from spikepatch.source import build_meta, open_source
 from tests.architectures import tiny_config, tiny_model
 from tests.folders import hashes
 
@@ -138,7 +140,7 @@ def test_smollm2(converted: Conversion, smollm2: Path) -> None:
         assert (converted.out / name).read_bytes() == (smollm2 / name).read_bytes()
     assert written.keys() == source.keys()
     kept = {name for name in source if same_bits(source[name], written[name])}
-    before, after, uniform = converted.loss_before, converted.loss_after, converted.log_vocab
+    uniform = converted.log_vocab
     assert uniform is not None
     assert uniform == pytest.approx(math.log(49152))
     if plan.reinit == "all":
@@ -151,37 +153,71 @@ def test_smollm2(converted: Conversion, smollm2: Path) -> None:
         assert found["stream"][0] == pytest.approx(math.sqrt(2 / 5), rel=0.03)
         assert converted.expected_loss is not None
         assert found["loss"] == pytest.approx(converted.expected_loss, rel=0.1)
-        assert (before, after, converted.kl) == (None, None, None)
+        assert converted.drift == ()
         return
-    assert before is not None
-    assert after is not None
+    before, after = converted.drift
+    assert (before.model, after.model) == ("source", "written")
     assert converted.notes[0].startswith(f"learned weights of {smollm2}")
     assert factor == pytest.approx(1 / std, rel=1e-12)
     assert factor == pytest.approx(7.38, abs=0.01)
-    assert before < 2.5
-    assert converted.kl is not None
-    assert converted.kl > 1
+    assert before.loss < 2.5
+    assert before.kl == 0
+    assert after.kl > 1
+    assert after.stream[0] == pytest.approx(factor * before.stream[0], rel=1e-5)
+    assert after.stream[0] == pytest.approx(1, rel=0.25)  # the text's own tokens, not the whole vocabulary
     if plan.reinit == "none":
         assert kept == source.keys()
-        assert before + 1 < after < uniform
+        assert before.loss + 1 < after.loss < uniform
     else:
         assert kept == source.keys() - drawn
         assert len(drawn) == 60
-        assert after > 1.1 * uniform
+        assert after.loss > 1.1 * uniform
         assert "the head is tied" in converted.notes[-1]
 
 
 def test_the_drift_is_what_transformers_says(smollm2: Path) -> None:
     source = open_source(str(smollm2), weights=True)
-    drift = measure_drift(source, smollm2, source.model_class)
+    residual = inspect(build_meta(source))
+    drift = drift_written(source, residual, smollm2, source.model_class)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(smollm2)(SAMPLE, return_tensors="pt").input_ids
     with torch.no_grad():
-        loss = float(model(ids, labels=ids).loss)
+        output = model(ids, labels=ids, output_hidden_states=True)
 
     assert not isinstance(drift, str)
-    assert drift.before == drift.after == pytest.approx(loss, rel=1e-5)
-    assert drift.kl == 0
+    first, second = drift
+    assert first.loss == second.loss == pytest.approx(float(output.loss), rel=1e-5)
+    assert second.kl == 0
+    # hidden_states[i] is what enters block i; the last one is behind the final norm.
+    assert first.stream == second.stream == pytest.approx([float(h.std()) for h in output.hidden_states[:-1]], rel=1e-5)
+    assert len(first.stream) == 30
+
+
+#: A text of 512 tokens that is not ours: loss and stream std at layers 1, 2, 3, 30 for factors 1, 2, 4, 1/std.
+ELSEWHERE = {
+    1.0: (2.094, (0.11, 1.84, 2.73, 31.4)),
+    2.0: (2.180, (0.23, 2.32, 3.19, 31.8)),
+    4.0: (3.171, (0.46, 2.60, 3.79, 34.5)),
+    7.38: (4.049, (0.84, 2.84, 4.59, 34.6)),
+}
+
+
+@pytest.mark.slow
+def test_the_drift_over_factors_is_what_was_measured_elsewhere(smollm2: Path, tmp_path: Path) -> None:
+    result = spikepatch.convert(str(smollm2), tmp_path / "out", reinit="none", dry_run=True)
+    rows = {1.0 if row.model == "source" else float(row.model.split()[1]): row for row in result.drift}
+    found = {wanted: rows[min(rows, key=lambda factor: abs(factor - wanted))] for wanted in ELSEWHERE}
+
+    assert sorted(rows) == pytest.approx([1, 1.5, 2, 4, 7.38], abs=0.01)
+    # Another text, though also of the King James Bible. The stream is set by the factor first, and by the text at the
+    # end; what a factor adds to the loss is of the same size.
+    for factor, (loss, stream) in ELSEWHERE.items():
+        row = found[factor]
+        assert [row.stream[i] for i in (0, 1, 2)] == pytest.approx(stream[:3], rel=0.1), factor
+        assert row.stream[29] == pytest.approx(stream[3], rel=0.5), factor
+        if factor > 1:
+            assert 0.5 < (row.loss - rows[1.0].loss) / (loss - ELSEWHERE[1.0][0]) < 2, factor
+    assert not (tmp_path / "out").exists()
 
 
 # What the folder says of itself
@@ -362,13 +398,27 @@ def test_mixed_dtypes_are_kept(tmp_path: Path) -> None:
     assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in before.items()}
 
 
-def test_a_dry_run_writes_nothing(tiny: Path, tmp_path: Path) -> None:
-    dry = spikepatch.convert(str(tiny), tmp_path / "deep" / "out", reinit="none", dry_run=True)
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"reinit": "none"}, "factor 1.5"),
+        ({"reinit": "residual"}, "factor 1"),
+        ({"reinit": "none", "recipe": "embed-ln"}, "planned"),
+    ],
+)
+def test_a_dry_run_writes_nothing(options: dict[str, Any], first: str, tiny: Path, tmp_path: Path) -> None:
+    dry = spikepatch.convert(str(tiny), tmp_path / "deep" / "out", dry_run=True, **options)
     assert list(tmp_path.iterdir()) == []
-    wet = spikepatch.convert(str(tiny), tmp_path / "deep" / "out", reinit="none")
+    wet = spikepatch.convert(str(tiny), tmp_path / "deep" / "out", **options)
+    factors = [edit.factor for edit in dry.plan.select(ScaleEmbedding)]
+    names = [row.model for row in dry.drift]
 
     assert dry.plan == wet.plan
-    assert (dry.bytes, dry.loss_before) == (wet.bytes, None)
+    assert dry.bytes == wet.bytes
+    assert names[:2] == ["source", first]
+    assert {f"factor {c:.6g}" for c in (1.5, 2, 4, *factors)} <= set(names) or not factors
+    planned = dry.drift[names.index(f"factor {factors[0]:.6g}" if factors else "planned")]
+    assert wet.drift == (dry.drift[0], dataclasses.replace(planned, model="written"))
 
 
 def test_overwrite_replaces_the_folder(tiny: Path, tmp_path: Path) -> None:
@@ -532,7 +582,7 @@ def test_the_hub(tiny: Path, tmp_path: Path, hub: LocalHub) -> None:
     assert code == 0, output
     assert [request for request in hub.requests if request.endswith("/model.safetensors")]
     assert "learned weights of org/model\n" in output
-    assert "loss on a sample text: " in output
+    assert "on a sample text (log V = 10.8):\n" in output
     manifest = json.loads((tmp_path / "kept" / "spikepatch.json").read_text())
     assert (manifest["source"]["name"], manifest["source"]["commit"]) == ("org/model", commit)
     assert {"model.safetensors": hashes(source)["model.safetensors"]} == manifest["source"]["weights"]

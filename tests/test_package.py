@@ -110,11 +110,11 @@ RANKS = (
     ("meta", "architecture", "hub", "storage.formats", "storage.header", "storage.read", "source"),
     ("residual",),
     ("runtime",),
-    ("plans", "fill", "storage"),
+    ("plans", "planner", "fill", "optimiser", "storage"),
     ("spikepatch_transforms",),
-    ("recipes",),
+    ("recipes", "recipe_files"),
     ("apply", "planning"),
-    ("drift", "conversion", "architectures"),
+    ("notes", "drift", "conversion", "folding", "architectures", "map_table"),
     ("report",),
     ("preflight",),
     ("cli",),
@@ -171,5 +171,8 @@ def test_no_architecture_is_named() -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         checked += len(strings)
+        if module == "spikepatch.storage.hosts":  # the table of them, and nothing else
+            assert not [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.If, ast.IfExp))]
+            continue
         assert not types.intersection(strings), module
     assert checked > 1000

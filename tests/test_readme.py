@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from spikepatch.cli import main
-from spikepatch.recipes import RECIPES, Recipe
+from spikepatch.plans import Recipe
+from spikepatch.recipes import RECIPES
+from tests.residual.test_golden import golden
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,7 +49,7 @@ def test_python_blocks_run(tmp_path: Path) -> None:
 def test_options_exist() -> None:
     options = set(re.findall(r"`(--[a-z-]+)", TEXT))
     assert len(options) >= 7
-    help_text = CliRunner().invoke(main, ["convert", "--help"]).output
+    help_text = "".join(CliRunner().invoke(main, [command, "--help"]).output for command in main.commands)
     assert {o for o in options if o not in help_text} == set()
 
 
@@ -63,3 +66,15 @@ def test_the_file_tree_is_there() -> None:
     names = re.findall(r"^    (\w+(?:\.py|/))", tree[1], re.MULTILINE)
     assert len(names) > 8
     assert [n for n in names if not (ROOT / "patcher/spikepatch" / n).exists()] == []
+
+
+def test_architectures_are_counted_as_in_the_golden_file() -> None:
+    proven = Counter(key.partition("/")[0] for key, value in golden().items() if value.get("proven"))
+    total = Counter(key.partition("/")[0] for key in golden())
+    counts = {task: f"{proven[task]} of {'its ' if task == 'causal' else ''}{total[task]}" for task in total}
+    assert counts["tower"] == f"{total['tower']} of {total['tower']}"
+    assert all(counts[task] in TEXT for task in ("causal", "seq2seq", "masked")), counts
+    table = re.search(r"Refused are:\n\n(.*?)\n\n", TEXT, re.DOTALL)
+    assert table is not None
+    listed = [name for row in table[1].splitlines()[2:] for name in row.split("|")[1].strip().split(", ")]
+    assert sorted(listed) == sorted(key.partition("/")[2] for key, value in golden().items() if not value.get("proven"))

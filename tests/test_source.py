@@ -560,3 +560,21 @@ def test_importing_is_light() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
     assert done.stdout == "set()\n"
+
+
+def test_a_tie_made_by_the_constructor_is_kept() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from spikepatch.meta import build_meta
+
+    class Tied(LlamaForCausalLM):  # type: ignore[misc]
+        """Its config does not say that the head is the embedding."""
+
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    model: Any = build_meta(Tied, LlamaConfig(**TINY), where="here")
+    assert not model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.is_meta

@@ -6,6 +6,7 @@
     report   = spikepatch.check(model, recipes=["scaled-embed"])     # whether it is at risk, measured
     result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
     spikepatch.save(model, "out/")
+    spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
 
 Nothing heavy is imported before the first use of a name.
 """
@@ -17,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from spikepatch.apply.initialize import initialize
     from spikepatch.apply.module import patch, save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
+    from spikepatch.folding import Folded, fold
+    from spikepatch.optimiser import param_groups
     from spikepatch.planning import plan
-    from spikepatch.plans import Plan
+    from spikepatch.plans import Plan, Recipe
     from spikepatch.preflight.check import check
     from spikepatch.preflight.result import StabilityReport
     from spikepatch.residual.inspect import inspect
@@ -32,12 +36,17 @@ _HOME = {
     "ResidualMap": "spikepatch.residual.map",
     "plan": "spikepatch.planning",
     "Plan": "spikepatch.plans",
+    "Recipe": "spikepatch.plans",
     "patch": "spikepatch.apply.module",
+    "initialize": "spikepatch.apply.initialize",
     "save": "spikepatch.apply.module",
+    "param_groups": "spikepatch.optimiser",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
     "check": "spikepatch.preflight.check",
     "StabilityReport": "spikepatch.preflight.result",
+    "fold": "spikepatch.folding",
+    "Folded": "spikepatch.folding",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
     "BadTarget": "spikepatch.errors",
@@ -48,14 +57,19 @@ __all__ = [
     "BadSource",
     "BadTarget",
     "Conversion",
+    "Folded",
     "Plan",
+    "Recipe",
     "Refused",
     "ResidualMap",
     "SpikepatchError",
     "StabilityReport",
     "check",
     "convert",
+    "fold",
+    "initialize",
     "inspect",
+    "param_groups",
     "patch",
     "plan",
     "save",

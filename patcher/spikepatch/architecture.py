@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,19 @@ _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implemen
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is to be built. ``auto_class``: name of the class in transformers whose ``from_pretrained`` gives it."""
+    """What is to be built.
+
+    Attributes:
+        auto_class: name of the class in transformers whose ``from_pretrained`` gives it.
+        needs_code: it is built from Python files that came with the model.
+        patched: the record of a folder that spikepatch has written; the rest is then about the model before the patch.
+    """
 
     config: PreTrainedConfig
     model_class: type[PreTrainedModel]
     auto_class: str
+    needs_code: bool = False
+    patched: Mapping[str, Any] | None = None
 
 
 def default_architecture(model_type: str, *, where: str) -> Architecture:
@@ -54,7 +62,9 @@ def default_architecture(model_type: str, *, where: str) -> Architecture:
 
 
 def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architecture:
-    """The architecture that ``folder/config.json`` describes.
+    """The architecture that ``folder/config.json`` describes; of a patched model, the one that was patched.
+
+    spikepatch records what its entries replaced, so a patched model is read without the code that lies beside it.
 
     Args:
         where: the source, for errors.
@@ -64,10 +74,10 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
         BadSource: config.json is malformed, contradicts itself, or is of a type that transformers does not know.
         Refused: it needs code and is not ``trusted``, or it is quantised.
     """
-    raw = _read_json(folder / "config.json", where)
+    raw, patched = _unpatched(_read_json(folder / "config.json", where))
     code = sorted(set(_code_references(raw)))
     if code and not trusted:
-        raise _untrusted(raw, code, where)
+        raise _untrusted(code, where)
     if raw.get("quantization_config") is not None:
         raise Refused(
             "is quantised",
@@ -84,7 +94,10 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
         raise _unknown_type(raw.get("model_type"), where, "update transformers, or correct config.json")
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+            if patched is None:
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+            else:
+                config = _config_class(raw, folder).from_dict(raw)
         except Exception as error:
             raise BadSource(
                 "config.json does not describe a model",
@@ -94,11 +107,35 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
             ) from error
         config._name_or_path = where
         if code and (remote := _remote_class(config, folder, where)) is not None:
-            return remote
+            found = remote
         # transformers reads some configs as another type than they say; `architectures` is then about the old type.
-        if config.architectures and config.model_type == raw["model_type"]:
-            return _named_class(config, where)
-        return _preferred_class(config, where)
+        elif config.architectures and config.model_type == raw["model_type"]:
+            found = _named_class(config, where)
+        else:
+            found = _preferred_class(config, where)
+        return replace(found, needs_code=bool(code), patched=patched)
+
+
+def _unpatched(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """config.json as it was before spikepatch, and the record of what spikepatch did; (``raw``, None) for others."""
+    record = raw.get("spikepatch")
+    kinds = {"recipe": str, "original": dict, "embeddings": dict}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        return raw, None
+    before = {name: value for name, value in raw.items() if name != "spikepatch"} | record["original"]
+    return {
+        name: value for name, value in before.items() if value is not None or name not in record["original"]
+    }, record
+
+
+def _config_class(raw: dict[str, Any], folder: Path) -> Any:
+    from transformers import CONFIG_MAPPING
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    auto_map = raw.get("auto_map", {})
+    if "AutoConfig" in auto_map:
+        return get_class_from_dynamic_module(auto_map["AutoConfig"], str(folder))
+    return CONFIG_MAPPING[raw["model_type"]]
 
 
 def _read_json(path: Path, where: str) -> dict[str, Any]:
@@ -135,14 +172,7 @@ def _code_references(config: dict[str, Any]) -> Iterator[str]:
             yield from _code_references(value)
 
 
-def _untrusted(raw: dict[str, Any], code: list[str], where: str) -> Refused:
-    if "spikepatch" in raw:
-        return Refused(
-            "is already patched, and runs on code that lies beside it",
-            where=where,
-            why=f"spikepatch wrote this folder with a modelling file ({some(code)}), and code is not run unasked",
-            remedy="give the model that it was made from; or, to read this one, pass --trust-remote-code",
-        )
+def _untrusted(code: list[str], where: str) -> Refused:
     return Refused(
         "needs code that comes with the model",
         where=where,

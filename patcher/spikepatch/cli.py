@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,12 +16,14 @@ import click
 from spikepatch import __version__
 from spikepatch.architectures import architectures_command
 from spikepatch.errors import SpikepatchError
+from spikepatch.map_table import columns, lines
 from spikepatch.preflight.command import check_command
 
 if TYPE_CHECKING:
-    from spikepatch.conversion import Conversion, Progress
+    from spikepatch.apply.shards import Progress
+    from spikepatch.conversion import Conversion
+    from spikepatch.folding import Folded
     from spikepatch.plans import Plan
-    from spikepatch.residual.map import ResidualMap
 
 _SOURCE_HELP = """
     SOURCE is a hub id (gpt2), a local folder (with or without weights), or arch:TYPE, that architecture's default
@@ -74,7 +76,12 @@ def main() -> None:
 @main.command(help=f"Write a patched copy of SOURCE to OUT.\n{_SOURCE_HELP}")
 @click.argument("source")
 @click.argument("out", type=click.Path())
-@click.option("--recipe", default="scaled-embed", show_default=True, help="What to put in; see `spikepatch recipes`.")
+@click.option(
+    "--recipe",
+    default="scaled-embed",
+    show_default=True,
+    help="What to put in: a name that `spikepatch recipes` lists, a TOML file, or module:NAME of your own.",
+)
 @click.option(
     "--reinit",
     type=click.Choice(["all", "residual", "none"]),
@@ -84,13 +91,16 @@ def main() -> None:
 )
 @click.option("--factor", type=float, metavar="C", help="Embedding factor.  [default: sqrt(d), or 1/std if learned]")
 @click.option("--positions", is_flag=True, help="Scale learned position embeddings too.")
+@click.option("--replace", is_flag=True, help="Divide out a factor that SOURCE applies to its embedding already.")
 @click.option("--untie", is_flag=True, help="Give a tied head its own matrix.")
 @click.option(
     "--storage",
-    type=click.Choice(["auto", "plain", "code"]),
+    type=click.Choice(["auto", "plain", "native", "host", "code"]),
     default="auto",
     show_default=True,
-    help="plain: the same architecture (re-initialisation only). code: a subclass written beside the weights.",
+    help="plain: the same architecture (re-initialisation only). native: a setting of its config. host: another"
+    " architecture with the same tensors. code: a subclass written beside the weights. auto: plain, else native, else"
+    " code.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every random weight.")
 @click.option(
@@ -100,7 +110,9 @@ def main() -> None:
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow the Python code that comes with SOURCE to run.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder at OUT, once the new one is complete.")
-@click.option("--dry-run", is_flag=True, help="Plan and check everything, print the plan, write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Plan and check everything, print the plan, and what factors do to learned weights."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")
 def convert(source: str, out: str, *, as_json: bool, dry_run: bool, **options: Any) -> None:
     with _progress() as progress:
@@ -113,6 +125,37 @@ def convert(source: str, out: str, *, as_json: bool, dry_run: bool, **options: A
         _print_conversion(result, dry_run=dry_run)
 
 
+@main.command()
+@click.argument("trained")
+@click.argument("out", type=click.Path())
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow the Python code that the original came with to run.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder at OUT, once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")
+def fold(trained: str, out: str, *, as_json: bool, **options: Any) -> None:
+    """Put the factor or norm of TRAINED into its embedding, and write the plain architecture to OUT.
+
+    TRAINED is a patched folder, as `convert` or a patched model's save_pretrained wrote it, or a hub id. A tied head
+    gets a matrix of its own. The logits stay the same; it is meant for after training, since training on is not the
+    same. No code of TRAINED is run.
+    """
+    with _progress() as progress:
+        from spikepatch.folding import fold as run
+
+        result = run(trained, out, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    for note in result.notes:
+        click.echo(note)
+    for table in result.tables:
+        click.echo(f"{table}: rows times their factor, or behind their norm")
+    if result.untied:
+        click.echo("the head has its own matrix now, and the config says so")
+    click.echo(f"wrote {result.out}: {result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, plain")
+    click.echo(_load_line(result))
+
+
 @main.command(help=f"Show the residual map of SOURCE, and whether it is proven.\n{_SOURCE_HELP}")
 @click.argument("source")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
@@ -121,15 +164,17 @@ def convert(source: str, out: str, *, as_json: bool, dry_run: bool, **options: A
 def inspect(source: str, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
     with _progress() as progress:
         progress("mapping the residual stream")
+        from spikepatch.apply.patched import build_as_it_is
         from spikepatch.residual.inspect import inspect as run
-        from spikepatch.source import build_meta, open_source
+        from spikepatch.source import open_source
 
         found = open_source(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-        residual = run(build_meta(found), source=source)
+        residual = run(build_as_it_is(found), source=source)
     if as_json:
         click.echo(residual.to_json())
     else:
-        _print_map(residual)
+        for line in lines(residual):
+            click.echo(line)
 
 
 main.add_command(architectures_command)
@@ -149,106 +194,79 @@ def recipes() -> None:
         click.echo(f"{recipe.name}{' (default)' if recipe.name == DEFAULT else ''}")
         click.echo(f"    {recipe.equation}")
         click.echo(f"    {', '.join(conditions)}")
+        for advice in filter(None, ("no weight decay on embeddings" * recipe.no_decay_embeddings, recipe.advice)):
+            click.echo(f"    {advice}")
         click.echo(f"    {recipe.source}\n")
-    click.echo("W: sub-layer matrices. E: embeddings. d: width of the residual stream.")
+    click.echo("W: sub-layer matrices. E: embeddings. d: width of the residual stream. N: number of layers.")
     click.echo("S: number of sub-layers, counted from the map (2N in a classic decoder of N layers).")
+    click.echo("--recipe takes one of your own too: a TOML file of transforms (my.toml), or module:NAME in Python.")
 
 
 def _print_conversion(result: Conversion, *, dry_run: bool) -> None:
     plan = result.plan
     for note in result.notes:
         click.echo(note)
-    click.echo(f"{plan.architecture}: width d = {plan.width}, S = {len(plan.sublayers)} sub-layers, proven")
+    streams = "; ".join(f"width d = {s.width}, S = {len(s.sublayers)} sub-layers" for s in plan.streams)
+    click.echo(f"{plan.architecture}: {streams}, proven")
     for line in _changes(plan):
         click.echo(f"  {line}")
-    if result.loss_before is not None:
-        click.echo(
-            f"loss on a sample text: {result.loss_before:.3f} before, {result.loss_after:.3f} after;"
-            f" log V = {result.log_vocab:.1f}, KL divergence {result.kl:.3f}"
-        )
+    if result.drift:
+        click.echo(f"on a sample text (log V = {result.log_vocab:.1f}):")
+        for row in columns(list(_drift_rows(result))):
+            click.echo(row)
     size = f"{result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, {result.dtype}, storage {result.storage}"
     if dry_run:
         click.echo(f"dry run, nothing written: {size}")
-        _print_columns([("left alone:", "")] + [(f"  {skip.target}", skip.reason) for skip in plan.skips])
+        for row in columns([("left alone:", ""), *((f"  {skip.target}", skip.reason) for skip in plan.skips)]):
+            click.echo(row)
         return
     click.echo(f"wrote {result.out}: {size}")
-    trust = ", trust_remote_code=True" if result.storage == "code" else ""
-    click.echo(f'load it with {result.auto_class}.from_pretrained("{result.out}"{trust})')
+    click.echo(_load_line(result))
+
+
+def _load_line(result: Conversion | Folded) -> str:
+    trust = ", trust_remote_code=True" if result.trust else ""
+    return f'load it with {result.auto_class}.from_pretrained("{result.out}"{trust})'
+
+
+def _drift_rows(result: Conversion) -> Iterator[tuple[str, ...]]:
+    """A row for each model; of the layers the first three and the last, where the stream grows and where it ends."""
+    count = len(result.drift[0].stream)
+    layers = sorted({i for i in (0, 1, 2, count - 1) if 0 <= i < count})
+    named = f"stream std at layers {', '.join(str(i + 1) for i in layers)}" if layers else ""
+    yield "", "loss", "KL", named
+    for row in result.drift:
+        stds = (f"{row.stream[i]:<6.3g}" for i in layers if i < len(row.stream))
+        yield row.model, f"{row.loss:.3f}", f"{row.kl:.3f}", " ".join(stds)
 
 
 def _changes(plan: Plan) -> Iterator[str]:
-    from spikepatch.plans import Fill, NormEmbedding, ScaleEmbedding, Untie
+    from spikepatch.plans import NORM_NAMES, Constant, DetachEmbedding, Fill, NormEmbedding, ScaleEmbedding, Untie
 
     for edit in plan.edits:
-        if isinstance(edit, ScaleEmbedding):
-            yield f"{edit.module}: output * {edit.factor:.6g}" + (" = sqrt(d)" if edit.per_width else "")
-        elif isinstance(edit, NormEmbedding):
-            yield f"{edit.module}: output through a LayerNorm"
-        elif isinstance(edit, Untie):
-            yield f"{edit.head}: its own matrix"
+        match edit:
+            case ScaleEmbedding():
+                yield f"{edit.module}: output * {edit.factor:.6g}" + (" = sqrt(d)" if edit.per_width else "")
+            case NormEmbedding():
+                yield f"{edit.module}: output through a {NORM_NAMES[edit.kind]}" + (
+                    "" if edit.affine else " without gain"
+                )
+            case DetachEmbedding():
+                yield f"{edit.module}: {edit.gradient:g} of its gradient"
+            case Untie():
+                yield f"{edit.head}: its own matrix"
     fills = plan.select(Fill)
     for std in sorted({fill.std for fill in fills}):
         names = [fill.parameter for fill in fills if fill.std == std]
         yield f"std {std:.6g}: {len(names)} parameters, such as {names[-1]}"
-    others = {skip.target for skip in plan.skips} - {fill.parameter for fill in fills}
+    constants = plan.select(Constant)
+    for value in sorted({constant.value + constant.offset for constant in constants}):
+        names = [constant.parameter for constant in constants if constant.value + constant.offset == value]
+        yield f"all {value:.6g}: {len(names)} parameters, such as {names[-1]}"
+    others = {skip.target for skip in plan.skips} - plan.written
     yield f"{len(others)} other tensors: " + (
         "by the architecture's own initialiser" if plan.reinit == "all" else "kept as learned"
     )
-
-
-def _print_map(residual: ResidualMap) -> None:
-    state = "proven" if residual.proven else "NOT proven"
-    click.echo(
-        f"{residual.architecture} ({residual.model_type}): {residual.placement}, width d = {residual.width},"
-        f" N = {residual.layers} layers, S = {residual.sublayers} sub-layers, {state}"
-    )
-    for leak in residual.leaks:
-        click.echo(f"  leak: {leak}")
-    rows = [
-        ("embedding", e.parameter, "", f"{e.kind}, {'normed' if e.normed else f'times {e.scale:g}'}")
-        for e in residual.embeddings
-    ]
-    rows += _by_place(residual)
-    if residual.head is not None:
-        rows.append(("head", residual.head.parameter, "", "tied" if residual.head.tied else "its own matrix"))
-    _print_columns(rows)
-
-
-def _by_place(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
-    """(part, name with * for the layer, layers, detail) of projections and norms, equal ones of all layers together."""
-    rows: dict[tuple[str, str, str], list[int | None]] = {}
-    for p in residual.residual_projections:
-        detail: list[str] = [p.kind]
-        detail += [f"then the norm {p.branch_norm.rpartition('.')[2]}"] if p.branch_norm else []
-        detail += [f"times {p.multiplier:g}"] if p.multiplier != 1 else []
-        rows.setdefault(("residual projection", _starred(p.parameter), ", ".join(detail)), []).append(p.layer)
-    for n in residual.norms:
-        key = (f"{n.role} norm", _starred(n.module), f"{n.kind}, eps {n.eps:.6g}")
-        rows.setdefault(key, []).append(n.layer)
-    for (part, name, details), layers in rows.items():
-        yield part, name, _ranges(sorted({layer for layer in layers if layer is not None})), details
-
-
-def _starred(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _ranges(layers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` -> ``layers 0-2, 5``."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return "layers " + ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) if runs else ""
-
-
-def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:
-    """Rows of plain text, each column as wide as its longest entry: names are there to be copied, so none is cut."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)).rstrip())
 
 
 @contextlib.contextmanager

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from spikepatch.apply.generated import generated_classes
+from spikepatch.apply.module import patch
+from spikepatch.apply.original import original_in
+from spikepatch.apply.source_code import stored_as_code
 from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 from spikepatch.quiet import quiet
 
@@ -34,55 +42,163 @@ that it was good."""
 PROBE = "In 2025, it's 31415.9 at  10:30.\n\n\tdef f(x): return x_1**2  # naïve Ünïcode 東京 🙂 <s></s>"
 
 
+#: Embedding factors that a dry run compares, beside 1/std and the planned one.
+FACTORS = (1.0, 1.5, 2.0, 4.0)
+
+
 @dataclass(frozen=True)
-class Drift:
-    """On ``SAMPLE``, in nats per token: the next-token loss before and after, and KL(before || after)."""
+class Behaviour:
+    """What one model does on ``SAMPLE``, in float32.
 
-    before: float
-    after: float
+    Attributes:
+        model: ``source``, ``written``, or ``factor C`` for the source with its embedding multiplied by C.
+        loss: of the next token, in nats per token.
+        kl: KL(source || this model), in nats per token.
+        stream: std, over all elements, of what enters each layer; empty where the layers do not show it.
+    """
+
+    model: str
+    loss: float
     kl: float
+    stream: tuple[float, ...]
 
 
-def measure_drift(source: Source, folder: Path, model_class: Any) -> Drift | str:
-    """Compare ``source`` with the patched model in ``folder``; in float32 on the CPU, one model in memory at a time.
+def drift_written(source: Source, residual: ResidualMap, folder: Path, model_class: Any) -> tuple[Behaviour, ...] | str:
+    """Compare ``source`` with the patched model in ``folder``, one model in memory at a time.
 
     Args:
         model_class: of the patched model. Given rather than looked up, so that no code in ``folder`` is run.
 
     Returns:
-        The drift, or why it was not measured.
+        The source's behaviour and the written model's; or why they are not measured.
     """
-    assert source.folder is not None
+    return _compare(source, residual, lambda: [("written", _load(model_class, folder))])
+
+
+def drift_planned(
+    source: Source, residual: ResidualMap, plan: Plan, embedding_stds: Mapping[str, float]
+) -> tuple[Behaviour, ...] | str:
+    """The same before anything is written: over ``FACTORS``, 1/std and the planned one, where a factor is planned."""
+    scaled = {edit.module: edit.factor for edit in plan.select(ScaleEmbedding)}
+    others = tuple(edit for edit in plan.edits if not isinstance(edit, ScaleEmbedding))
+    unchanged = plan.reinit == "none" and source.patched is None
+
+    def models() -> Iterator[tuple[str, Any]]:
+        model = _load(source.model_class, _folder(source), config=copy.deepcopy(source.config))
+        if others:
+            patch(model, dataclasses.replace(plan, edits=others))
+        factors = (
+            {*FACTORS, *scaled.values(), *(1 / std for std in embedding_stds.values() if std)} if scaled else {1.0}
+        )
+        for factor in sorted(factors - ({1.0} if unchanged and not others else set())):
+            hooks = [
+                model.get_submodule(module).register_forward_hook(lambda m, a, rows, c=factor: rows * c)
+                for module in scaled
+            ]
+            yield (f"factor {factor:.6g}" if scaled else "planned"), model
+            for hook in hooks:
+                hook.remove()
+
+    return _compare(source, residual, models)
+
+
+def _compare(
+    source: Source, residual: ResidualMap, models: Callable[[], Iterable[tuple[str, Any]]]
+) -> tuple[Behaviour, ...] | str:
+    ids = _sample(source)
+    if isinstance(ids, str):
+        return ids
+    try:
+        before, stream = _run(_load_source(source), residual, ids)
+    except Exception as error:  # whatever the source's own forward pass raises
+        return f"{source.name} itself does not run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    found = [Behaviour("source", _loss(before, ids), 0.0, stream)]
+    for name, model in models():
+        after, stream = _run(model, residual, ids)
+        kl = (before.exp() * (before - after)).sum(-1)
+        found.append(Behaviour(name, _loss(after, ids), float(kl.mean()), stream))
+    return tuple(found)
+
+
+def _sample(source: Source) -> torch.Tensor | str:
+    """The ids of ``SAMPLE``, (1, tokens); or why nothing is measured."""
     assert source.checkpoint is not None
     if source.auto_class != "AutoModelForCausalLM":
         return f"{source.model_class.__name__} is no causal language model"
     needed = 4 * sum(math.prod(entry.shape) for entry in source.checkpoint.tensors.values())
     if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
         return f"in float32 the model takes {needed / 1e9:.0f} GB, more than half of this machine's memory"
-    tokenizer = _load_tokenizer(source.folder)
+    tokenizer = _load_tokenizer(_folder(source))
     if isinstance(tokenizer, str):
         return f"{source.name} has no usable tokenizer: {tokenizer}"
     config = source.config.get_text_config()
-    ids = tokenizer(SAMPLE, return_tensors="pt").input_ids[:, : getattr(config, "max_position_embeddings", None)]
+    ids: torch.Tensor = tokenizer(SAMPLE, return_tensors="pt").input_ids
+    ids = ids[:, : getattr(config, "max_position_embeddings", None)]
     if ids.shape[1] < 2 or int(ids.max()) >= config.vocab_size:
         return f"its tokenizer does not fit its vocabulary of {config.vocab_size}"
+    return ids
+
+
+def _load_source(source: Source) -> Any:
+    """The source as anybody would load it: with its patch, if it is patched."""
+    if source.patched is None:
+        return _load(source.model_class, _folder(source))
+    if stored_as_code(source.patched):
+        return _load(generated_classes(original_in(source)).model, _folder(source))
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, _folder(source), trust_remote_code=source.needs_code)
+
+
+def _load(model_class: Any, folder: Path, **options: Any) -> Any:
+    with quiet():
+        model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise RuntimeError(f"{folder} loads without {', '.join(sorted(info['missing_keys'])[:5])}")
+    return model.eval()
+
+
+def _folder(source: Source) -> Path:
+    assert source.folder is not None
+    return source.folder
+
+
+def _run(model: Any, residual: ResidualMap, ids: torch.Tensor) -> tuple[torch.Tensor, tuple[float, ...]]:
+    """Log-probabilities, (1, tokens, vocabulary), and the std of what enters each layer."""
+    found: dict[int, float] = {}
+
+    def watch(layer: int, arguments: Iterable[Any]) -> None:
+        wide = [a for a in arguments if isinstance(a, torch.Tensor) and a.shape[-1:] == (residual.width,)]
+        if wide and layer not in found:
+            found[layer] = float(wide[0].float().std())
+
+    hooks = [
+        block.register_forward_pre_hook(
+            lambda module, args, kwargs, layer=layer: watch(layer, (*args, *kwargs.values())), with_kwargs=True
+        )
+        for layer, block in _blocks(model, residual).items()
+    ]
     try:
-        before = _log_probabilities(source.model_class, source.folder, ids)
-    except Exception as error:  # whatever the source's own forward pass raises
-        return f"{source.name} itself does not run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    after = _log_probabilities(model_class, folder, ids)
-    kl = (before.exp() * (before - after)).sum(-1)
-    return Drift(_loss(before, ids), _loss(after, ids), float(kl.mean()))
+        with quiet(), torch.no_grad():
+            logits: torch.Tensor = model(ids).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    stream = tuple(found[layer] for layer in sorted(found)) if len(found) == residual.layers else ()
+    return logits.log_softmax(-1), stream
 
 
-def _log_probabilities(model_class: Any, folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """(1, tokens, vocabulary)"""
-    with quiet(), torch.no_grad():
-        model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        if info["missing_keys"]:
-            raise RuntimeError(f"{folder} loads without {', '.join(sorted(info['missing_keys'])[:5])}")
-        logits: torch.Tensor = model.eval()(ids).logits
-        return logits.log_softmax(-1)
+def _blocks(model: nn.Module, residual: ResidualMap) -> dict[int, nn.Module]:
+    """Layer -> its block: the entry, of the outermost list of modules on the way to one of its residual projections."""
+    found: dict[int, nn.Module] = {}
+    for projection in residual.residual_projections:
+        parts = projection.parameter.split(".")
+        for i in range(1, len(parts)):
+            holder = model.get_submodule(".".join(parts[: i - 1]))
+            if isinstance(holder, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and projection.layer is not None:
+                found.setdefault(projection.layer, model.get_submodule(".".join(parts[:i])))
+                break
+    return found
 
 
 def _loss(log_probabilities: torch.Tensor, ids: torch.Tensor) -> float:
@@ -121,7 +237,8 @@ def _load_tokenizer(folder: Path, tokenizer_class: Any = None) -> Any:
 
 
 def expected_initial_loss(plan: Plan, residual: ResidualMap) -> float | None:
-    """Initial loss of a tied head behind a large shortcut, estimated; None where it is about log V.
+    """Initial loss of a tied head behind a large shortcut, estimated; None where it is about log V, or not known (some
+    encoder-decoders divide the logits by sqrt(d)).
 
     The head's rows are the embedding E ~ N(0, s^2), and the last norm divides the stream by its std, so the current
     token's own logit is about c d s^2 / sigma_N, with sigma_N^2 about c^2 s^2 plus what the sub-layers add: 0.11,
@@ -129,11 +246,12 @@ def expected_initial_loss(plan: Plan, residual: ResidualMap) -> float | None:
     well above log V, since the next token is another one: 17.9 for GPT-2 at d = 1024, where 17.7 was measured.
     """
     tied = residual.head is not None and residual.head.tied and not plan.select(Untie)
-    edits = [e for e in plan.edits if isinstance(e, (ScaleEmbedding, NormEmbedding))]
     token = residual.token_embedding
-    if not tied or not edits or token is None:
+    if not tied or token is None or residual.streams:
         return None
-    std: float = next(fill.std for fill in plan.select(Fill) if fill.parameter == token.parameter)
-    edit = next(e for e in edits if e.module == token.module)
-    factor: float = edit.factor if isinstance(edit, ScaleEmbedding) else 1 / std
+    std: float | None = next((fill.std for fill in plan.select(Fill) if fill.parameter == token.parameter), None)
+    edit = next((e for e in plan.select(ScaleEmbedding | NormEmbedding) if e.module == token.module), None)
+    if std is None or edit is None:
+        return None
+    factor: float = edit.factor * token.scale if isinstance(edit, ScaleEmbedding) else 1 / std
     return factor * residual.width * std**2 / math.sqrt((factor * std) ** 2 + 0.11)

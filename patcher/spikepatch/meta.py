@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused
@@ -26,8 +27,8 @@ _FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.
 class _TensorsWithoutMemory(TorchFunctionMode):
     """New tensors that are large, or that have no values yet, are made on meta: they are to become parameters.
 
-    ``init_empty_weights`` moves a parameter to meta only after it has been allocated, and filled by ``torch.zeros``:
-    140 s for a default llama4, and out of memory for a layer of 256 experts.
+    Moved to meta only once they are registered, they would be allocated and filled first: 140 s for a default llama4,
+    and out of memory for a layer of 256 experts.
     """
 
     def __torch_function__(
@@ -39,6 +40,45 @@ class _TensorsWithoutMemory(TorchFunctionMode):
             if func is torch.empty or on_meta.numel() >= _LARGE:
                 return on_meta
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters move to meta as they are registered, buffers stay real, and shared parameters stay shared.
+
+    (``accelerate.init_empty_weights`` makes a new parameter of one that is on meta already, which takes ties apart.)
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            moved = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            moved.__dict__.update(parameter.__dict__)
+            parameter = moved
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def check_default_device() -> None:
+    """Refuse to work where new tensors have no values; a model is built there, and nothing else."""
+    if torch.get_default_device().type == "meta":
+        raise Refused(
+            "called with meta as the default device",
+            where='torch.device("meta")',
+            why="what is measured and drawn would have no values",
+            remedy='build the model inside `with torch.device("meta"):`, and leave the block before the call',
+        )
+
+
+def on_meta(model: nn.Module) -> bool:
+    """The model is structure only: it has parameters, and none has memory."""
+    parameters = list(model.parameters())
+    return bool(parameters) and all(parameter.is_meta for parameter in parameters)
 
 
 def build_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig, *, where: str) -> PreTrainedModel:
@@ -65,11 +105,20 @@ def _build(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, mode: contextlib.AbstractContextManager[Any]
 ) -> PreTrainedModel:
     # A constructor that draws a buffer draws the same one every time.
-    with init_empty_weights(include_buffers=False), mode, torch.random.fork_rng(devices=[]):
+    with _parameters_on_meta(), mode, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = model_class._from_config(copy.deepcopy(config))
-    model.tie_weights()  # init_empty_weights has made two parameters of each tied one
-    return model
+        return model_class._from_config(copy.deepcopy(config))
+
+
+def as_read(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config that its JSON text is read as, once ``changes`` are in it: constructors adjust what they are given.
+
+    Raises:
+        Exception: whatever the config's own checks raise for a value of the wrong kind.
+    """
+    read: PreTrainedConfig = type(config).from_dict(json.loads(config.to_json_string()) | dict(changes))
+    read.dtype = config.dtype
+    return read
 
 
 def not_buildable(where: str, error: Exception) -> Refused:

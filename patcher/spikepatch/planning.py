@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from spikepatch import recipes
 from spikepatch.errors import BadSource, Refused
-from spikepatch.plans import REINITS, Plan, Reinit, Transform, make_plan
+from spikepatch.meta import on_meta
+from spikepatch.planner import make_plan
+from spikepatch.plans import REINITS, Plan, Recipe, Reinit
 from spikepatch.residual.inspect import inspect
 
 if TYPE_CHECKING:
@@ -19,12 +21,13 @@ if TYPE_CHECKING:
 
 def plan(
     model: nn.Module | str,
-    recipe: str = recipes.DEFAULT,
+    recipe: str | Recipe = recipes.DEFAULT,
     *,
     reinit: Reinit,
     seed: int = 0,
     factor: float | None = None,
     positions: bool = False,
+    replace: bool = False,
     untie: bool = False,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     revision: str | None = None,
@@ -34,11 +37,12 @@ def plan(
 
     Args:
         model: a loaded model, or a SOURCE: a hub id, a folder, or ``arch:TYPE``.
-        recipe: a name that ``spikepatch recipes`` lists.
+        recipe: a name that ``spikepatch recipes`` lists, a TOML file, ``module:NAME``, or a ``Recipe``.
         reinit: ``all`` draws every weight afresh, ``residual`` the residual projections only, ``none`` nothing.
         seed: of all random fills, at least 0.
         factor: of the embedding, in place of sqrt(d) (fresh weights) or 1/std (kept weights).
         positions: scale learned position embeddings too.
+        replace: divide out a factor that the architecture applies to its embedding already.
         untie: give a tied head its own matrix.
         example_inputs: keyword arguments of ``forward``, for a module that is no transformers model.
         revision, trust_remote_code: of a SOURCE.
@@ -46,10 +50,12 @@ def plan(
     Raises:
         SpikepatchError: the model cannot be read or mapped, or the recipe does not apply to it.
     """
-    transforms = checked_transforms(recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, untie=untie)
-    std: float | None = None
+    recipe = checked_recipe(
+        recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie
+    )
+    stds: dict[str, float] = {}
     if isinstance(model, str):
-        from spikepatch.apply.kept import embedding_std, match_source
+        from spikepatch.apply.kept import embedding_stds, match_source
         from spikepatch.source import build_meta, open_source
 
         source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=reinit != "all")
@@ -57,19 +63,27 @@ def plan(
         built = build_meta(source)
         residual = inspect(built, source=model)
         if reinit != "all":
-            std = embedding_std(match_source(source, built), residual)
-        return make_plan(residual, tensor_names(built), recipe, transforms, reinit=reinit, seed=seed, embedding_std=std)
+            stds = embedding_stds(match_source(source, built), residual)
+        return make_plan(residual, tensor_shapes(built), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
+    check_learned(model, reinit)
     residual = inspect(model, example_inputs=example_inputs)
-    token = residual.token_embedding
-    if reinit != "all" and token is not None:
-        std = float(model.get_parameter(token.parameter).detach().double().std())
-    return make_plan(residual, tensor_names(model), recipe, transforms, reinit=reinit, seed=seed, embedding_std=std)
+    if reinit != "all":
+        names = [each.token_embedding.parameter for each in (residual, *residual.streams) if each.token_embedding]
+        stds = {name: float(model.get_parameter(name).detach().double().std()) for name in names}
+    return make_plan(residual, tensor_shapes(model), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
 
 
-def checked_transforms(
-    recipe: str, *, reinit: str, seed: int, factor: float | None, positions: bool, untie: bool
-) -> tuple[Transform, ...]:
-    """The recipe's transforms, once all options are found to be sensible."""
+def checked_recipe(
+    recipe: str | Recipe,
+    *,
+    reinit: str,
+    seed: int,
+    factor: float | None,
+    positions: bool,
+    replace: bool,
+    untie: bool,
+) -> Recipe:
+    """The recipe with the options in its transforms, once all are found to be sensible."""
     if reinit not in REINITS:
         raise Refused(
             what=f"there is no reinit mode {reinit!r}",
@@ -86,14 +100,26 @@ def checked_transforms(
             why="the stream would vanish, flip or overflow",
             remedy="leave it out for sqrt(d)",
         )
-    return recipes.transforms_of(recipe, factor=factor, positions=positions, untie=untie)
+    return recipes.with_options(recipes.find(recipe), factor=factor, positions=positions, replace=replace, untie=untie)
 
 
-def tensor_names(model: nn.Module) -> tuple[str, ...]:
-    """Every parameter and persistent buffer, tied ones once."""
-    parameters = dict(model.named_parameters())
+def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every parameter and persistent buffer, tied ones once, by its first name."""
     everything = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return (*parameters, *(name for name in model.state_dict() if name not in everything))
+    tensors = dict(model.named_parameters())
+    tensors |= {name: tensor for name, tensor in model.state_dict().items() if name not in everything}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_learned(model: nn.Module, reinit: Reinit) -> None:
+    """Refuse to keep the weights of a model that is structure only."""
+    if reinit != "all" and on_meta(model):
+        raise Refused(
+            what=f"reinit={reinit} on a model without weights",
+            where=type(model).__name__,
+            why="its parameters are on the meta device: there is nothing learned to keep",
+            remedy='use reinit="all", or load the weights first',
+        )
 
 
 def check_weights(source: Source, reinit: Reinit) -> None:

@@ -1,7 +1,7 @@
 """The plan: every change that a recipe makes to one model, and every tensor that it leaves alone, as plain data.
 
-Planning is pure. A plan says nothing of where it will be applied: the live model and the checkpoint folder read the
-same plan and end with the same bits.
+A plan says nothing of where it will be applied: the live model and the checkpoint folder read the same plan and end
+with the same bits. ``planner.py`` makes one.
 """
 
 from __future__ import annotations
@@ -9,30 +9,74 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from spikepatch.errors import Refused
 from spikepatch.residual.map import ResidualMap
 
 Reinit = Literal["all", "residual", "none"]
 REINITS: tuple[Reinit, ...] = ("all", "residual", "none")
+Distribution = Literal["normal", "truncated", "uniform"]
+NormKind = Literal["layernorm", "rmsnorm"]
+NORM_NAMES: dict[NormKind, str] = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
 
 
 @dataclass(frozen=True)
 class Fill:
-    """Draw every element of ``parameter`` afresh from N(0, ``std``^2); see ``fill.py`` for the bits.
+    """Draw every element of ``parameter`` afresh, with mean 0 and this ``std``; see ``fill.py`` for the bits.
 
-    ``residual`` marks a std that falls with the number of sub-layers (as 1/sqrt(S)). An embedding's padding row is a
-    row like the others, here and in a generated class, though transformers' own initialiser zeroes it: a zero row has
-    no large shortcut, the norm that reads it multiplies gradients by 1/sqrt(eps).
+    ``std`` is that of the values drawn, whatever the distribution. The other fields say where it comes from, so that a
+    generated class can follow a config with another width or depth. An embedding's padding row is a row like the
+    others, here and in a generated class, though transformers' own initialiser zeroes it: a zero row has no large
+    shortcut, the norm that reads it multiplies gradients by 1/sqrt(eps).
+
+    Attributes:
+        parameter: its name in ``named_parameters()``.
+        std: above 0.
+        distribution: ``normal``; ``truncated``: a normal distribution cut off; ``uniform`` on +- sqrt(3) std.
+        cut: of a truncated one: where it is cut, in units of its std before the cut. 0 otherwise.
+        fan: the length F that the std falls with, as 1/sqrt(F): the stream's width, or a sum of the parameter's own
+            dimensions, such as fan-in; 0 where the std is a constant of the recipe.
+        axes: the axes of the parameter whose lengths add up to ``fan``; none where it is the stream's width.
+        depth: the power of S that the std goes with: -0.5 for 1/sqrt(S).
+        stream: index of the stream whose width and S are meant; set by the planner.
     """
 
     parameter: str
     std: float
-    residual: bool = False
+    distribution: Distribution = "normal"
+    cut: float = 0.0
+    fan: int = 0
+    axes: tuple[int, ...] = ()
+    depth: float = 0.0
+    stream: int = 0
+
+    @property
+    def size(self) -> float:
+        """What draws of unit size are multiplied by: N(0, 1), N(0, 1) cut off at +- ``cut``, or uniform on +- 1."""
+        match self.distribution:
+            case "normal":
+                return self.std
+            case "truncated":
+                return self.std / cut_std(self.cut)
+            case "uniform":
+                return math.sqrt(3) * self.std
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Set every element of ``parameter`` to ``value + offset``.
+
+    ``value`` goes with S to the power of ``depth``; ``offset`` does not: a norm that multiplies by 1 + w and is to have
+    the gain 1/sqrt(S) gets the value 1/sqrt(S) and the offset -1. ``stream`` as in ``Fill``.
+    """
+
+    parameter: str
+    value: float
+    offset: float = 0.0
+    depth: float = 0.0
+    stream: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,10 +90,20 @@ class ScaleEmbedding:
 
 @dataclass(frozen=True)
 class NormEmbedding:
-    """Put an affine LayerNorm (gain 1, bias 0 at first) behind the embedding ``module``."""
+    """Put a norm behind the embedding ``module``; ``affine``: with a gain (first 1), a LayerNorm with a bias (0)."""
 
     module: str
     eps: float
+    kind: NormKind = "layernorm"
+    affine: bool = True
+
+
+@dataclass(frozen=True)
+class DetachEmbedding:
+    """Let the fraction ``gradient`` of the gradient reach the embedding ``module``; its output stays the same."""
+
+    module: str
+    gradient: float
 
 
 @dataclass(frozen=True)
@@ -71,26 +125,72 @@ class Skip:
     reason: str
 
 
-Edit = Fill | ScaleEmbedding | NormEmbedding | Untie
-_EDITS: dict[str, type[Edit]] = {kind.__name__: kind for kind in (Fill, ScaleEmbedding, NormEmbedding, Untie)}
+#: A new kind is added here, to ``planner._target``, to what a generated class does with it (``runtime/embedding.py``,
+#: by ``Plan.record``) and, where it writes values, to ``apply/tensors.py``.
+ValueEdit = Fill | Constant
+EmbeddingEdit = ScaleEmbedding | NormEmbedding | DetachEmbedding
+Edit = ValueEdit | EmbeddingEdit | Untie
+_EDITS: dict[str, type[Edit]] = {
+    kind.__name__: kind for kind in (Fill, Constant, ScaleEmbedding, NormEmbedding, DetachEmbedding, Untie)
+}
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a transform may know beside the map.
+    """What a transform may know beside the map of a stream.
 
     Attributes:
         reinit: which weights are drawn afresh: ``all``, the ``residual`` projections, or ``none``.
         embedding_std: std of the learned token embedding's elements; None where nothing learned is kept.
         untied: the head is being given its own matrix, or has one.
+        shapes: of every parameter and persistent buffer, and of a head that is being given its own matrix.
+        stream: 0 for the stream that feeds the output; the others (an encoder's) follow.
     """
 
     reinit: Reinit
     embedding_std: float | None = None
     untied: bool = False
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stream: int = 0
 
 
+#: A transform is asked once for each stream. It changes nothing itself.
 Transform = Callable[[ResidualMap, Context], Iterator[Edit | Skip]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A name for a tuple of transforms.
+
+    Attributes:
+        name: as plans and manifests record it.
+        transforms: planned in this order.
+        equation: what it does to the weights and the embedding, in one line.
+        source: where it comes from.
+        small_sublayers, large_shortcut: whether it satisfies the paper's two conditions; None: not known.
+        no_decay_embeddings: advice to the optimiser: no weight decay on embeddings; see ``param_groups``.
+        advice: what else matters for training with it.
+    """
+
+    name: str
+    transforms: tuple[Transform, ...]
+    equation: str = ""
+    source: str = ""
+    small_sublayers: bool | None = None
+    large_shortcut: bool | None = None
+    no_decay_embeddings: bool = False
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a plan knows of one residual stream: its width d, and one residual projection of each sub-layer, so that S
+    is their number. ``axis`` is the axis of the first one that is as long as the stream is wide.
+    """
+
+    width: int
+    sublayers: tuple[str, ...]
+    axis: int
 
 
 @dataclass(frozen=True)
@@ -99,29 +199,55 @@ class Plan:
 
     Attributes:
         recipe: the recipe's name.
-        source, architecture, model_type, width: of the model, from its map.
-        sublayers: one residual projection of each sub-layer, so S is its length.
+        source, architecture, model_type: of the model, from its map.
+        streams: the one that feeds the output first.
         reinit: ``all``, ``residual`` or ``none``.
         seed: of every random fill and of the architecture's own initialiser.
         edits: what changes.
         skips: what the recipe leaves alone, each with the reason.
+        no_decay: parameters with two or more dimensions to train without weight decay: those that are no matrices, and
+            embeddings where the recipe says so; see ``param_groups``.
     """
 
     recipe: str
     source: str
     architecture: str
     model_type: str
-    width: int
-    sublayers: tuple[str, ...]
+    streams: tuple[Stream, ...]
     reinit: Reinit
     seed: int
     edits: tuple[Edit, ...]
     skips: tuple[Skip, ...]
+    no_decay: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """d of the stream that feeds the output."""
+        return self.streams[0].width
+
+    @property
+    def sublayers(self) -> tuple[str, ...]:
+        """One residual projection of each sub-layer of the stream that feeds the output."""
+        return self.streams[0].sublayers
+
+    @property
+    def structural(self) -> bool:
+        """The forward or backward pass changes, not only values: the plain architecture would leave that out."""
+        return bool(self.select(EmbeddingEdit))
+
+    @property
+    def written(self) -> frozenset[str]:
+        """The parameters that get their values from an edit."""
+        return frozenset(edit.parameter for edit in self.edits if isinstance(edit, ValueEdit))
+
+    def select(self, kind: Any) -> list[Any]:
+        """The edits of one kind, in order."""
+        return [edit for edit in self.edits if isinstance(edit, kind)]
 
     def to_dict(self) -> dict[str, Any]:
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        data["edits"] = [{"edit": type(edit).__name__, **dataclasses.asdict(edit)} for edit in self.edits]
-        data["skips"] = [dataclasses.asdict(skip) for skip in self.skips]
+        data = dataclasses.asdict(self)
+        kinds = [type(edit).__name__ for edit in self.edits]
+        data["edits"] = [{"edit": kind, **edit} for kind, edit in zip(kinds, data["edits"], strict=True)]
         return data
 
     def to_json(self) -> str:
@@ -130,160 +256,90 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of ``to_dict``."""
-        edits = tuple(_EDITS[e["edit"]](**{k: v for k, v in e.items() if k != "edit"}) for e in data["edits"])
-        skips = tuple(Skip(**skip) for skip in data["skips"])
-        return cls(**{**data, "edits": edits, "skips": skips, "sublayers": tuple(data["sublayers"])})
 
-    def select(self, kind: type[Any]) -> list[Any]:
-        """The edits of one kind, in order."""
-        return [edit for edit in self.edits if isinstance(edit, kind)]
+        def edit(entry: Mapping[str, Any]) -> Edit:
+            return _EDITS[entry["edit"]](**{k: _hashable(v) for k, v in entry.items() if k != "edit"})
 
-    @property
-    def structural(self) -> bool:
-        """The forward pass changes, not only values: such a model cannot be stored as its plain architecture."""
-        return any(isinstance(edit, (ScaleEmbedding, NormEmbedding)) for edit in self.edits)
+        return cls(
+            **{
+                **data,
+                "streams": tuple(Stream(**{k: _hashable(v) for k, v in s.items()}) for s in data["streams"]),
+                "edits": tuple(edit(entry) for entry in data["edits"]),
+                "skips": tuple(Skip(**skip) for skip in data["skips"]),
+                "no_decay": tuple(data["no_decay"]),
+            }
+        )
 
     def record(self, version: str) -> dict[str, Any]:
         """What a generated model class reads from ``config.spikepatch``; see ``runtime/embedding.py``."""
         embeddings: dict[str, Any] = {}
-        for edit in self.edits:
-            if isinstance(edit, ScaleEmbedding):
-                embeddings[edit.module] = {"factor": "sqrt(width)" if edit.per_width else edit.factor}
-            elif isinstance(edit, NormEmbedding):
-                embeddings[edit.module] = {"norm": "layernorm", "eps": edit.eps}
+        for edit in self.select(EmbeddingEdit):
+            match edit:
+                case ScaleEmbedding():
+                    embeddings[edit.module] = {"factor": "sqrt(width)" if edit.per_width else edit.factor}
+                case NormEmbedding():
+                    embeddings[edit.module] = {"norm": edit.kind, "eps": edit.eps, "affine": edit.affine}
+                case DetachEmbedding():
+                    embeddings[edit.module] = {"gradient": edit.gradient}
         from spikepatch.runtime.embedding import pattern
 
-        fills = self.select(Fill)
         init = None
-        if self.reinit == "all" and fills:
+        if self.reinit == "all" and self.written:
+            streams = [
+                {
+                    "width": stream.width,
+                    "axis": stream.axis,
+                    "count": len(stream.sublayers),
+                    "sublayers": list(dict.fromkeys(pattern(name) for name in stream.sublayers)),
+                }
+                for stream in self.streams
+            ]
             init = {
-                "width": self.width,
-                "count": len(self.sublayers),
-                "sublayers": list(dict.fromkeys(pattern(name) for name in self.sublayers)),
-                "fills": _by_pattern(fills),
+                "streams": streams,
+                "fills": _by_pattern(self.select(Fill)),
+                "constants": _by_pattern(self.select(Constant)),
             }
         return {
             "version": version,
             "recipe": self.recipe,
             "reinit": self.reinit,
             "seed": self.seed,
+            "no_decay": list(dict.fromkeys(pattern(name) for name in self.no_decay)),
             "embeddings": embeddings,
             "init": init,
         }
 
 
-def _by_pattern(fills: list[Fill]) -> list[dict[str, Any]]:
+def _by_pattern(edits: list[ValueEdit]) -> list[dict[str, Any]]:
     """One entry per pattern where all layers agree, else one per parameter."""
     from spikepatch.runtime.embedding import pattern
 
-    groups: dict[str, list[Fill]] = {}
-    for fill in fills:
-        groups.setdefault(pattern(fill.parameter), []).append(fill)
+    groups: dict[str, list[ValueEdit]] = {}
+    for edit in edits:
+        groups.setdefault(pattern(edit.parameter), []).append(edit)
     entries: list[dict[str, Any]] = []
     for place, group in groups.items():
-        agreed = len({(fill.std, fill.residual) for fill in group}) == 1
-        for fill in group[:1] if agreed else group:
-            name = place if agreed else fill.parameter
-            entries.append({"parameter": name, "std": fill.std, "residual": fill.residual})
+        general = {dataclasses.replace(edit, parameter=place) for edit in group}
+        entries += [_jsonable(edit) for edit in (general if len(general) == 1 else group)]
     return entries
 
 
-def make_plan(
-    residual: ResidualMap,
-    tensors: Sequence[str],
-    recipe: str,
-    transforms: Iterable[Transform],
-    *,
-    reinit: Reinit,
-    seed: int,
-    embedding_std: float | None = None,
-) -> Plan:
-    """Work ``transforms`` out on ``residual``. Pure: equal arguments give an equal plan.
-
-    Args:
-        residual: a proven map.
-        tensors: every parameter and persistent buffer of the model; those that no transform fills become skips.
-        recipe: the recipe's name, for the record.
-        transforms: applied in order.
-        reinit: which weights are drawn afresh.
-        seed: at least 0.
-        embedding_std: std of the learned token embedding, where learned weights are kept.
-
-    Raises:
-        Refused: the map is not proven, a transform does not fit, or the recipe would change nothing.
-    """
-    if not residual.proven:
-        raise Refused(
-            what="the residual map is not proven, so nothing is changed",
-            where=residual.source,
-            why="; ".join(residual.leaks[:5]) + (f"; and {len(residual.leaks) - 5} more" if residual.leaks[5:] else ""),
-            remedy="run `spikepatch inspect` for the whole list; a model whose sum cannot be followed is left alone",
-        )
-    if residual.streams:
-        raise Refused(
-            what="models with an encoder and a decoder are mapped, but not patched yet",
-            where=residual.source,
-            why=f"they have {1 + len(residual.streams)} residual streams, and recipes are worked out for one",
-            remedy="use a decoder-only model; `spikepatch inspect` shows the streams",
-        )
-    edits: list[Edit] = []
-    skips: list[Skip] = []
-    context = Context(reinit, embedding_std, residual.head is None or not residual.head.tied)
-    for transform in transforms:
-        for item in transform(residual, context):
-            if isinstance(item, Skip):
-                skips.append(item)
-            else:
-                edits.append(item)
-            if isinstance(item, Untie):
-                context = dataclasses.replace(context, untied=True)
-    _guard_duplicates(edits, residual.source)
-    if not edits:
-        raise Refused(
-            what=f"the recipe {recipe} changes nothing with reinit={reinit}",
-            where=residual.source,
-            why="it only draws weights, and none are to be drawn",
-            remedy="use --reinit all or residual, or a recipe that changes the embedding: scaled-embed, embed-ln",
-        )
-    named = {edit.parameter for edit in edits if isinstance(edit, Fill)} | {skip.target for skip in skips}
-    left = "not a weight that this recipe draws" if reinit == "all" else "learned, kept"
-    skips += [Skip(name, left) for name in tensors if name not in named]
-    return Plan(
-        recipe=recipe,
-        source=residual.source,
-        architecture=residual.architecture,
-        model_type=residual.model_type,
-        width=residual.width,
-        sublayers=tuple({p.sublayer: p.parameter for p in reversed(residual.residual_projections)}.values())[::-1],
-        reinit=reinit,
-        seed=seed,
-        edits=tuple(edits),
-        skips=tuple(skips),
-    )
+def _jsonable(edit: ValueEdit) -> dict[str, Any]:
+    entry = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(edit).items()}
+    return entry | ({"size": edit.size} if isinstance(edit, Fill) else {})
 
 
-def _guard_duplicates(edits: list[Edit], source: str) -> None:
-    targets = Counter(_target(edit) for edit in edits)
-    twice = [f"{name} ({kind})" for (kind, name), count in targets.items() if count > 1]
-    if twice:
-        raise Refused(
-            what="two transforms of the recipe edit the same tensor",
-            where=source,
-            why=", ".join(twice[:5]),
-            remedy="keep one of them",
-        )
-
-
-def _target(edit: Edit) -> tuple[str, str]:
-    match edit:
-        case Fill(parameter=name):
-            return "values", name
-        case Untie(head=name):
-            return "head", name
-        case ScaleEmbedding(module=name) | NormEmbedding(module=name):
-            return "embedding", name
+def _hashable(value: Any) -> Any:
+    """JSON knows no tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def small_std(width: int) -> float:
     """The paper's small initialisation: std sqrt(2 / (5 d)) for a stream of width d."""
     return math.sqrt(2 / (5 * width))
+
+
+def cut_std(cut: float) -> float:
+    """std of N(0, 1) cut off at -c and c: sqrt(1 - 2 c phi(c) / (2 Phi(c) - 1)); 0.987 for 3, 0.880 for 2."""
+    density = math.exp(-(cut**2) / 2) / math.sqrt(2 * math.pi)
+    return math.sqrt(1 - 2 * cut * density / math.erf(cut / math.sqrt(2)))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from spikepatch import hub
-from spikepatch.architecture import default_architecture, read_architecture
+from spikepatch.architecture import Architecture, default_architecture, read_architecture
 from spikepatch.errors import BadSource
 from spikepatch.storage.formats import (
     INDEX_FILE,
@@ -50,7 +51,11 @@ class Source:
         commit: the Hub's commit hash that it stands for.
         checkpoint: the checked headers of the weights; None when they were not asked for or there are none.
         has_weights: there are learned weights, fetched or not; taken for granted for a Hub model out of the cache.
-        copied_files: tokenizer, generation config, chat templates and licence, all below ``folder``.
+        copied_files: tokenizer, generation config, chat templates and licence, all below ``folder``; and the Python
+            files, where the model is built from its own.
+        needs_code: the model is built from Python files that came with it.
+        patched: of a folder that spikepatch has written, the record in its config. ``config`` and ``model_class`` are
+            then those of the model that was patched, and the folder's own classes are not looked at.
     """
 
     name: str
@@ -64,6 +69,8 @@ class Source:
     checkpoint: Checkpoint | None = None
     has_weights: bool = False
     copied_files: tuple[Path, ...] = ()
+    needs_code: bool = False
+    patched: Mapping[str, Any] | None = None
 
     @property
     def short_name(self) -> str:
@@ -135,16 +142,21 @@ def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool) -> Sour
         found.auto_class,
         checkpoint=read_checkpoint(folder) if weights and has_weights else None,
         has_weights=has_weights,
-        copied_files=_copied_files(folder, names),
+        copied_files=_copied_files(folder, names, found),
+        needs_code=found.needs_code,
+        patched=found.patched,
     )
 
 
 def _hub_model(spec: str, revision: str | None, trusted: bool, weights: bool) -> Source:
     snapshot = hub.locate(spec, revision)
     names = snapshot.files
+    code = [name for name in names if name.endswith(".py")]
     if trusted:
-        hub.fetch(snapshot, [name for name in names if name.endswith(".py")])
+        hub.fetch(snapshot, code)
     found = read_architecture(snapshot.folder, where=spec, trusted=trusted)
+    if found.patched is not None:
+        hub.fetch(snapshot, code)  # to be compared, not to be run
     has_weights = _has_weights(names) or not snapshot.online
     if weights and has_weights:
         if not snapshot.online and not _has_weights(names):
@@ -164,7 +176,9 @@ def _hub_model(spec: str, revision: str | None, trusted: bool, weights: bool) ->
         snapshot.commit,
         checkpoint=read_checkpoint(snapshot.folder) if weights and has_weights else None,
         has_weights=has_weights,
-        copied_files=_copied_files(snapshot.folder, names),
+        copied_files=_copied_files(snapshot.folder, names, found),
+        needs_code=found.needs_code,
+        patched=found.patched,
     )
 
 
@@ -193,8 +207,9 @@ def _to_copy(names: Iterable[str]) -> list[str]:
     return sorted(filter(wanted, names))
 
 
-def _copied_files(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
-    files, pointers = [], []
+def _copied_files(folder: Path, names: Iterable[str], found: Architecture) -> tuple[Path, ...]:
+    files = _code_files(folder, found.config) if found.needs_code else []
+    pointers = []
     for path in (folder / name for name in _to_copy(names)):
         if not path.is_file():
             continue
@@ -212,3 +227,20 @@ def _copied_files(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
             remedy="run `git lfs pull` in the folder",
         )
     return tuple(files)
+
+
+def _code_files(folder: Path, config: Any) -> list[Path]:
+    """The Python files that ``auto_map`` names, in config.json or tokenizer_config.json, and those that they import."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    references = list(getattr(config, "auto_map", {}).values())
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a tokenizer without a usable config of its own
+        tokenizer = parse_json((folder / "tokenizer_config.json").read_bytes())
+        references += tokenizer.get("auto_map", {}).values()
+    found = set()
+    for reference in references:
+        for name in reference if isinstance(reference, list) else [reference]:
+            file = folder / f"{str(name).rpartition('--')[2].partition('.')[0]}.py"
+            if file.is_file():
+                found |= {file, *map(Path, get_relative_import_files(file))}
+    return sorted(found)

@@ -104,10 +104,7 @@ def check_fresh_weights(folder: Path) -> None:
         config.intermediate_size = 4 * width
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    patterns = {
-        fill["parameter"]: fill["std"] * math.sqrt(0.5) * (math.sqrt(0.5) if fill["residual"] else 1.0)
-        for fill in init["fills"]
-    }
+    patterns = {fill["parameter"]: fill["std"] * math.sqrt(0.5) * 2 ** fill["depth"] for fill in init["fills"]}
     checked = 0
     for name, parameter in model.named_parameters():
         std = patterns.get(re.sub(r"(?<=\.)\d+(?=\.)", "*", name))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import spikepatch
-from spikepatch.plans import Fill, ScaleEmbedding
-from tests.architectures import SCALED_ALREADY, TYPES, ids, tiny_config, tiny_model
+from spikepatch.plans import Fill, Recipe, ScaleEmbedding
+from spikepatch.recipes import RECIPES
+from spikepatch_transforms.embed_norm import EmbedNorm
+from spikepatch_transforms.residual_init import ResidualInit
+from spikepatch_transforms.small_init import SmallInit
+from tests.architectures import SCALED_ALREADY, TYPES, encoder_decoder, ids, tiny_config, tiny_model
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -69,6 +75,81 @@ def test_fresh_weights(model_type: str, dtype: torch.dtype, tmp_path: Path) -> N
         # transformers makes some non-persistent buffers in another precision when it loads than when it builds.
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "live", trust_remote_code=True, dtype=dtype).eval()
     assert torch.equal(logits(loaded), logits(model))
+
+
+#: What the built-in recipes do not have: experts by fan, std by layer, a gain of each convention, norms without gain.
+OWN = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("mitchell", (SmallInit("fan_in", cut=3.0), ResidualInit("fan_in", cut=3.0, scale="mitchell"))),
+        Recipe("gains", (SmallInit(uniform=True), ResidualInit(uniform=True, branch_gain=True))),
+        Recipe("bare-norm", (SmallInit(), ResidualInit(), EmbedNorm(norm="rmsnorm", affine=False))),
+    )
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        *(("gpt2", name) for name in RECIPES if name != "scaled-embed"),
+        ("mixtral", "xavier"),
+        ("mixtral", "mitchell"),
+        ("olmo2", "gains"),
+        ("gemma2", "gains"),
+        ("llama", "bare-norm"),
+    ],
+)
+def test_every_recipe(model_type: str, name: str, tmp_path: Path) -> None:
+    """Live and disk, for every kind of edit; and both load again, by the generated class where there is one."""
+    recipe = OWN.get(name) or RECIPES[name]
+    tiny_config(model_type).save_pretrained(tmp_path / "source")
+    result = spikepatch.convert(str(tmp_path / "source"), tmp_path / "disk", recipe=recipe, seed=3)
+    model = tiny_model(model_type)
+    spikepatch.patch(model, recipe, reinit="all", seed=3)
+    spikepatch.save(model, tmp_path / "live")
+    same_bits(tensors(tmp_path / "disk"), tensors(tmp_path / "live"))
+    configs = [json.loads((tmp_path / side / "config.json").read_text()) for side in ("disk", "live")]
+    assert configs[0]["spikepatch"] == configs[1]["spikepatch"] == result.plan.record(spikepatch.__version__)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "disk", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values())
+    same_bits(dict(loaded.state_dict()), dict(model.state_dict()))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "recipe", "reinit"),
+    [
+        ("t5", "scaled-embed", "all"),
+        ("t5", "embed-ln", "all"),
+        ("t5", "embed-detach", "none"),
+        ("t5", "scaled-embed", "residual"),
+        ("bart", "vanilla", "all"),
+    ],
+)
+def test_encoder_decoders(model_type: str, recipe: str, reinit: Any, tmp_path: Path) -> None:
+    model: Any = encoder_decoder(model_type)
+    model.save_pretrained(tmp_path / "source")
+    result = spikepatch.convert(str(tmp_path / "source"), tmp_path / "disk", recipe=recipe, reinit=reinit, seed=3)
+    spikepatch.patch(model, recipe, reinit=reinit, seed=3)
+    spikepatch.save(model, tmp_path / "live")
+    assert len(result.plan.streams) == 2
+    same_bits(tensors(tmp_path / "disk"), tensors(tmp_path / "live"))
+    tokens = {"input_ids": ids(model), "decoder_input_ids": ids(model, 5)}
+    with torch.no_grad():
+        expected = model.eval()(**tokens).logits
+    for side in ("disk", "live"):
+        loaded, info = AutoModelForSeq2SeqLM.from_pretrained(
+            tmp_path / side, trust_remote_code=True, output_loading_info=True
+        )
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        same_bits(dict(loaded.state_dict()), dict(model.state_dict()))
+        for parameter in loaded.parameters():
+            parameter.data = parameter.data.clone()
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(**tokens).logits, expected)
 
 
 @pytest.mark.parametrize("reinit", ["residual", "none"])

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from spikepatch.apply.generated import adopt, generated_classes
-from spikepatch.apply.source_code import original_of
+from spikepatch.apply.original import original_of
 from spikepatch.errors import Refused
 
 TESTS = Path(__file__).parent
@@ -95,16 +95,24 @@ def tiny_model(model_type: str) -> Any:
 
 def record_of(model_type: str, edit: dict[str, Any] | None = None) -> dict[str, Any]:
     _, embedding, residual, others = ARCHITECTURES[model_type]
-    fills = [{"parameter": name, "std": 0.3, "residual": True} for name in residual]
-    fills += [{"parameter": name, "std": 0.5, "residual": False} for name in [*others, f"{embedding}.weight"]]
+    fills = [_fill(name, 0.3, -0.5) for name in residual]
+    fills += [_fill(name, 0.5, 0.0) for name in [*others, f"{embedding}.weight"]]
+    axis = 1 if model_type == "gpt2" else 0  # of the outputs
+    stream = {"width": WIDTH, "axis": axis, "sublayers": residual, "count": 2 * len(residual)}
     return {
         "version": "0.1.0",
         "recipe": "test",
         "reinit": "none",
         "seed": 0,
+        "no_decay": [],
         "embeddings": {embedding: edit or {"factor": "sqrt(width)"}},
-        "init": {"width": WIDTH, "sublayers": residual, "count": 2 * len(residual), "fills": fills},
+        "init": {"streams": [stream], "fills": fills, "constants": []},
     }
+
+
+def _fill(parameter: str, std: float, depth: float) -> dict[str, Any]:
+    law = {"distribution": "normal", "size": std, "cut": 0.0, "fan": WIDTH, "axes": [], "stream": 0}
+    return {"parameter": parameter, "std": std, "depth": depth, **law}
 
 
 def in_a_fresh_process(script: str, *arguments: object, home: Path) -> str:
@@ -137,7 +145,7 @@ def check_in_a_fresh_process(folder: Path, model: Any, ids: torch.Tensor, home: 
 
 @pytest.mark.parametrize(
     ("model_type", "edit"),
-    [(name, None) for name in ARCHITECTURES] + [("gpt2", {"norm": "layernorm", "eps": 1e-5})],
+    [(name, None) for name in ARCHITECTURES] + [("gpt2", {"norm": "layernorm", "eps": 1e-5, "affine": True})],
 )
 def test_a_patched_model_saves_what_loads_patched(
     model_type: str, edit: dict[str, Any] | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -160,7 +168,13 @@ def test_a_patched_model_saves_what_loads_patched(
     assert {name for name, _ in model.named_buffers()} == buffers
     assert model.get_input_embeddings() is embedding
     assert all(m.config is model.config for m in model.modules() if getattr(m, "config", None) is not None)
-    assert model.config.spikepatch == record
+    replaced = {
+        "model_type": model_type,
+        "architectures": [type(model).__bases__[0].__name__],
+        "auto_map": None,
+        "tokenizer_class": None,
+    }
+    assert model.config.spikepatch == record | {"original": replaced}
     rows = embedding(ids)
     if edit is None:
         assert torch.equal(rows, plain_rows * float(WIDTH) ** 0.5)

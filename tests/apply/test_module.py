@@ -174,10 +174,18 @@ def test_untying_what_is_not_tied() -> None:
     refused(tiny_model("gpt2", tie_word_embeddings=False), dataclasses.replace(plan, skips=skips), "is not tied to")
 
 
-def test_meta() -> None:
+@pytest.mark.parametrize("reinit", ["residual", "none"])
+def test_nothing_learned_to_keep(reinit: Any) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("gpt2"))
-    refused(model, plan_of(), "meta device")
+    refused(model, plan_of(reinit=reinit), "nothing learned to keep")
+    refused(model, "scaled-embed", "nothing learned to keep", reinit=reinit)
+
+
+def test_a_part_on_the_meta_device() -> None:
+    model: Any = tiny_model("gpt2")
+    model.transformer.h[2].to("meta")
+    refused(model, plan_of(), "some of its parameters are on the meta device, and others are not")
 
 
 def test_integer_weights() -> None:

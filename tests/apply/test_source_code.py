@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
-from spikepatch.apply.source_code import Original, config_entries, module_name, original_of, render
+from spikepatch.apply.original import Original, original_of
+from spikepatch.apply.source_code import config_entries, module_name, render
 from spikepatch.errors import Refused
 
 STAND_INS = ("GPT2", "gpt2", "PatchedModel", "PatchedConfig", "PatchedForCausalLM", "type: ignore")
@@ -106,6 +107,13 @@ def test_a_module_path_that_is_no_identifier_never_becomes_code() -> None:
     hostile = type("A", (object,), {"__module__": "transformers; import os"})
     with pytest.raises(Refused, match="cannot be imported by its name"):
         render(dataclasses.replace(original_of(GPT2LMHeadModel), model=hostile))
+
+
+@pytest.mark.parametrize("stem", ["modeling-own", "modeling own", "import os\nx", "class"])
+def test_a_file_whose_name_is_no_identifier_never_becomes_code(stem: str) -> None:
+    own = type("Own", (object,), {"__module__": f"transformers_modules.folder.{stem}"})
+    with pytest.raises(Refused, match="cannot be imported by its name"):
+        render(dataclasses.replace(original_of(GPT2LMHeadModel), model=own))
 
 
 def test_code_from_outside_transformers_is_refused() -> None:

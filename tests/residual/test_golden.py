@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -61,6 +62,7 @@ def _short(residual: ResidualMap) -> dict[str, Any]:
     kind_of = {p.sublayer: p.kind for p in residual.residual_projections}
     found: dict[str, Any] = {
         "placement": residual.placement,
+        "width": residual.width,
         "layers": residual.layers,
         "sublayers": residual.sublayers,
         "kinds": dict(sorted(Counter(kind_of.values()).items())),
@@ -137,15 +139,17 @@ def test_reasons_can_be_understood() -> None:
 
 
 def write(wanted: list[str]) -> None:
-    old = golden()
-    new: dict[str, dict[str, Any]] = {}
+    maps = golden()
     for mapping, model_type in entries():
         key = f"{mapping}/{model_type}"
-        selected = not wanted or any(text in key for text in wanted)
-        new[key] = short_form(mapping, model_type) if selected or key not in old else old[key]
-        if selected:
+        if key not in maps or not wanted or any(text in key for text in wanted):
             sys.stderr.write(f"{key}\n")
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in new.items())  # one line per type
+            maps[key] = short_form(mapping, model_type)
+            _write({f"{m}/{t}": maps[f"{m}/{t}"] for m, t in entries() if f"{m}/{t}" in maps})
+
+
+def _write(maps: Mapping[str, dict[str, Any]]) -> None:
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in maps.items())  # one line per type
     FILE.write_text(f'{{"transformers": "{transformers.__version__}", "maps": {{\n{lines}\n}}}}\n')
 
 

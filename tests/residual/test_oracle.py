@@ -158,7 +158,11 @@ def disagreements(model: PreTrainedModel, residual: ResidualMap, model_type: str
     alias = {name: own for name, p in model.named_parameters(remove_duplicate=False) for own in _names(parameters, p)}
     everything = [p for stream in (residual, *residual.streams) for p in stream.residual_projections]
     projections = [p.parameter for p in everything]
-    biases = {p.parameter: p.biases for p in everything}
+    reached = {name for stream in (residual, *residual.streams) for name in stream.reaches}
+    biases = {
+        p.parameter: tuple({alias[b.parameter] for b in p.between if b.kind == "bias" and b.parameter} - reached)
+        for p in everything
+    }
     drawn = {name: p.detach().clone() for name, p in parameters.items()}
     lab = Lab(model, model_type, parameters, alias, drawn, biases)
 

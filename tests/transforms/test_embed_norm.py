@@ -1,4 +1,4 @@
-"""Embedding LayerNorm: x = LN(E[token]), affine, on the token embedding alone."""
+"""Embedding norm: x = LN(E[token]) or RMSNorm(E[token]), with a gain or without, on the token embedding alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch.nn.functional import embedding, layer_norm
 
 import spikepatch
 from spikepatch.errors import Refused
-from spikepatch.plans import Context, NormEmbedding
+from spikepatch.plans import Context, NormEmbedding, Recipe
 from spikepatch_transforms.embed_norm import EmbedNorm
+from spikepatch_transforms.small_init import SmallInit
 from tests.architectures import ids, tiny_model
 
 
@@ -30,6 +31,32 @@ def test_output_is_the_layer_norm_of_the_plain_embedding(reinit: Any, dtype: tor
         table.norm.bias.add_(1)
     expected = layer_norm(embedding(tokens, table.weight), (64,), table.norm.weight, table.norm.bias, 1e-5)
     assert torch.equal(table(tokens), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_every_norm_by_its_equation(norm: Any, affine: bool, dtype: torch.dtype) -> None:
+    """(x - mean) / sqrt(var + eps), or x / sqrt(mean(x^2) + eps), computed in float64; errors of a few roundings."""
+    model = tiny_model("llama").to(dtype)
+    recipe = Recipe("norm", (SmallInit(), EmbedNorm(norm=norm, affine=affine)))
+    spikepatch.patch(model, recipe, reinit="all")
+    table: Any = model.get_input_embeddings()
+    names = {"weight", "bias"} if norm == "layernorm" else {"weight"}
+    assert {name for name, _ in table.norm.named_parameters()} == (names if affine else set())
+    rows = table.weight.detach().double()[torch.arange(200)]
+    if norm == "layernorm":
+        rows = rows - rows.mean(-1, keepdim=True)
+    expected = rows / (rows.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    error = (table(torch.arange(200)).detach().double() - expected).abs()
+    # A sum of 64 terms, a root and a division; the mean is taken off values of size 1.
+    assert float(error.max()) < 64 * torch.finfo(dtype).eps * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5, float("inf")])
+def test_an_eps_without_sense(eps: float) -> None:
+    with pytest.raises(Refused, match="eps must be a positive number"):
+        EmbedNorm(eps)
 
 
 def test_rows_have_std_one() -> None:

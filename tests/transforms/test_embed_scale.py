@@ -87,9 +87,49 @@ def test_already_normed() -> None:
         spikepatch.plan(tiny_model("bloom"), "scaled-embed", reinit="all")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "own"), [("granite", {"embedding_multiplier": 12.0}, 12.0), ("gemma2", {}, 8.0)]
+)
+def test_replace_makes_the_total_c(model_type: str, changes: dict[str, Any], own: float) -> None:
+    """The architecture's factor is divided out: the stream starts with c std(E), and with no factor twice."""
+    model = tiny_model(model_type, **changes)
+    plan = spikepatch.plan(model, "scaled-embed", reinit="all", factor=3.0, replace=True)
+    assert plan.select(ScaleEmbedding) == [ScaleEmbedding(f"{model.base_model_prefix}.embed_tokens", 3.0 / own)]
+    spikepatch.patch(model, plan)
+    tokens = torch.arange(500)[None]
+    with torch.no_grad():
+        start = model(tokens, output_hidden_states=True).hidden_states[0].double()
+    expected = 3.0 * torch.nn.functional.embedding(tokens, model.get_input_embeddings().weight.detach().double())
+    # Two multiplications more than the exact product, and gemma rounds its factor to the weights' dtype.
+    assert float((start / expected - 1).abs().max()) < 4 * torch.finfo(torch.float32).eps
+
+
+def test_replace_of_the_same_factor() -> None:
+    """gemma2 multiplies by sqrt(d) as the recipe does: nothing to replace, and the recipe applies to the rest."""
+    plan = spikepatch.plan(tiny_model("gemma2"), "scaled-embed", reinit="all", replace=True)
+    assert not plan.select(ScaleEmbedding)
+    assert not plan.structural
+    reasons = {skip.target: skip.reason for skip in plan.skips}
+    assert reasons["model.embed_tokens * 8"] == "the architecture multiplies by that already"
+
+
+def test_replace_without_a_factor_to_replace() -> None:
+    plans = [spikepatch.plan(tiny_model("gpt2"), reinit="all", replace=replace) for replace in (False, True)]
+    assert plans[0] == plans[1]
+
+
 def test_a_table_narrower_than_the_stream() -> None:
-    with pytest.raises(Refused, match="token embedding"):
-        spikepatch.plan(tiny_model("opt", word_embed_proj_dim=32), "scaled-embed", reinit="all")
+    """A projection of unknown size stands between: a factor is not worked out, but it can be given."""
+    model = tiny_model("opt", word_embed_proj_dim=32)
+    with pytest.raises(Refused, match=r"token embedding is 32 wide, the stream 64(.|\n)*--factor"):
+        spikepatch.plan(model, "scaled-embed", reinit="all")
+    plan = spikepatch.plan(model, "scaled-embed", reinit="none", factor=2.0)
+    assert plan.edits == (ScaleEmbedding("model.decoder.embed_tokens", 2.0),)
+    tokens = ids(model)
+    with torch.no_grad():
+        rows = model.get_input_embeddings()(tokens)
+        spikepatch.patch(model, plan)
+        assert torch.equal(model.get_input_embeddings()(tokens), 2 * rows)
 
 
 def test_post_norm() -> None:

@@ -4,8 +4,9 @@ c = sqrt(d) for a fresh model (with E ~ N(0, 2 / (5 d)) the stream starts at sqr
 weights that are kept, or a given number. The factor is applied to the output of the lookup, so a tied head keeps its
 logits' scale, and Adam's relative step on a row is the unscaled table's.
 
-Refuses: a model that already multiplies or normalises its embedding, one whose table is not as wide as the stream, a
-post-norm model, and learned embeddings without a finite, positive std.
+Refuses: a model that normalises its embedding; one that multiplies it by k, unless told to ``replace`` that factor: the
+output is then multiplied by c / k; a table that is not as wide as the stream, unless c is given; a post-norm model; and
+learned embeddings without a finite, positive std.
 Preserves: with kept weights the tables exactly; the function only approximately (the stream's start is another one).
 Source: "Scaled Embed" in Takase et al., arXiv 2312.16903.
 """
@@ -20,6 +21,9 @@ from spikepatch.errors import Refused
 from spikepatch.plans import Context, Edit, ScaleEmbedding, Skip
 from spikepatch.residual.map import Embedding, ResidualMap
 
+#: Factors in the map are rounded to six digits.
+_ROUNDED = 1e-5
+
 
 @dataclass(frozen=True)
 class EmbedScale:
@@ -27,15 +31,31 @@ class EmbedScale:
 
     factor: float | None = None
     positions: bool = False
+    replace: bool = False
 
     def __call__(self, residual: ResidualMap, context: Context) -> Iterator[Edit | Skip]:
-        for embedding in plain_embeddings(residual, positions=self.positions):
-            if self.factor is not None:
-                yield ScaleEmbedding(embedding.module, self.factor)
-            elif context.embedding_std is not None:
-                yield ScaleEmbedding(embedding.module, _reciprocal(context.embedding_std, residual.source))
-            else:
-                yield ScaleEmbedding(embedding.module, math.sqrt(residual.width), per_width=True)
+        token = token_embedding(residual, context)
+        if isinstance(token, Skip):
+            yield token
+            return
+        check_shortcut(residual, token, any_width=self.factor is not None)
+        for embedding in residual.embeddings:
+            if embedding is token or (self.positions and embedding.kind == "position"):
+                yield self._scaled(embedding, residual, context)
+
+    def _scaled(self, embedding: Embedding, residual: ResidualMap, context: Context) -> Edit | Skip:
+        factor, per_width = math.sqrt(residual.width), True
+        if self.factor is not None:
+            factor, per_width = self.factor, False
+        elif context.embedding_std is not None:
+            factor, per_width = _reciprocal(context.embedding_std, residual.source), False
+        if embedding.width != residual.width or embedding.scale == 1.0:
+            return ScaleEmbedding(embedding.module, factor, per_width)
+        if not self.replace:
+            raise multiplied(residual, embedding, "; --replace divides that factor out")
+        if abs(factor / embedding.scale - 1) < _ROUNDED:
+            return Skip(f"{embedding.module} * {factor:g}", "the architecture multiplies by that already")
+        return ScaleEmbedding(embedding.module, factor / embedding.scale)
 
 
 def _reciprocal(std: float, source: str) -> float:
@@ -49,29 +69,30 @@ def _reciprocal(std: float, source: str) -> float:
     return 1 / std
 
 
-def plain_embeddings(residual: ResidualMap, *, positions: bool) -> Iterator[Embedding]:
-    """The embeddings that a large shortcut is made of; refuses a model that has one already, or has no use for it."""
+def token_embedding(residual: ResidualMap, context: Context) -> Embedding | Skip:
+    """The stream's token embedding. An encoder of sounds or images has none, and is left as it is."""
+    token = residual.token_embedding
+    if token is not None:
+        return token
+    if context.stream:
+        first = residual.residual_projections[0].parameter
+        return Skip(f"embedding of the stream of {first}", "no token embedding enters this stream")
+    raise Refused(
+        what="no token embedding enters the stream",
+        where=residual.source,
+        why=f"no table of the stream's width, {residual.width}, is indexed by the input ids",
+        remedy="use the recipe vanilla; a large shortcut is made on a language model's own embedding",
+    )
+
+
+def check_shortcut(residual: ResidualMap, token: Embedding, *, any_width: bool = False) -> None:
+    """Refuse a model that has no use for a large shortcut, or has a norm there already."""
     if residual.placement == "post-norm":
         raise Refused(
             what="a large shortcut does not apply to a post-norm model",
             where=residual.source,
             why="a norm on the stream itself, after every addition, sets its size anew, whatever the embedding's scale",
             remedy="use the recipe on a pre-norm model",
-        )
-    token = residual.token_embedding
-    if token is None:
-        raise Refused(
-            what="no token embedding enters the stream",
-            where=residual.source,
-            why=f"no table of the stream's width, {residual.width}, is indexed by the input ids",
-            remedy="use the recipe vanilla; a large shortcut is made on a language model's own embedding",
-        )
-    if token.width != residual.width:
-        raise Refused(
-            what=f"the token embedding is {token.width} wide, the stream {residual.width}",
-            where=residual.source,
-            why=f"a projection stands between {token.parameter} and the stream, and sets its size",
-            remedy="use the recipe vanilla for the small sub-layers alone",
         )
     if token.normed:
         raise Refused(
@@ -80,13 +101,20 @@ def plain_embeddings(residual: ResidualMap, *, positions: bool) -> Iterator[Embe
             why=f"a norm stands between {token.parameter} and the stream, which cancels any factor",
             remedy="the large shortcut is there; use the recipe vanilla for the small sub-layers alone",
         )
-    if token.scale != 1.0:
+    if token.width != residual.width and not any_width:
         raise Refused(
-            what=f"the token embedding is already multiplied by {token.scale:g}",
+            what=f"the token embedding is {token.width} wide, the stream {residual.width}",
             where=residual.source,
-            why=f"measured on the graph between {token.parameter} and the stream, at width {residual.width}",
-            remedy="the large shortcut is there; use the recipe vanilla for the small sub-layers alone",
+            why=f"a projection stands between {token.parameter} and the stream, and its weights set the size",
+            remedy="give a factor for the embedding with --factor, or use the recipe vanilla",
         )
-    for embedding in residual.embeddings:
-        if embedding is token or (positions and embedding.kind == "position"):
-            yield embedding
+
+
+def multiplied(residual: ResidualMap, embedding: Embedding, otherwise: str = "") -> Refused:
+    """The error for an embedding whose output the architecture multiplies by a number already."""
+    return Refused(
+        what=f"the {embedding.kind} embedding is already multiplied by {embedding.scale:g}",
+        where=residual.source,
+        why=f"measured on the graph between {embedding.parameter} and the stream, at width {residual.width}",
+        remedy="the large shortcut is there; use the recipe vanilla for the small sub-layers alone" + otherwise,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from spikepatch.apply.source_code import Original, class_name, config_entries, module_name, original_of, render
+from spikepatch.apply.original import Original, carried_files, original_of
+from spikepatch.apply.source_code import class_name, config_entries, module_name, original_entries, render
 from spikepatch.runtime.embedding import install
 
 
@@ -49,6 +51,8 @@ def generated_classes(original: Original) -> Generated:
         folder.mkdir()
         for name, text in render(original).items():
             (folder / name).write_text(text, encoding="utf-8")
+        for file in carried_files(original):
+            shutil.copyfile(file, folder / file.name)
         for auto_class, parent in originals.items():
             if parent is not None:
                 cls: Any = get_class_from_dynamic_module(f"{module}.{class_name(parent)}", folder)
@@ -72,9 +76,10 @@ def adopt(model: Any, record: Mapping[str, Any]) -> None:
         ValueError: see ``install``. In both cases the model is as it was.
     """
     config_class = type(model.config)
-    original = original_of(type(model), config_class)
+    original = original_of(type(model), config_class, getattr(model.config, "auto_map", None))
     generated = generated_classes(original)
     entries = config_entries(original)
+    replaced = original_entries(original, model.config)
     install(model, record)
 
     model.__class__ = generated.model
@@ -84,7 +89,7 @@ def adopt(model: Any, record: Mapping[str, Any]) -> None:
         if type(config) is not config_class:
             continue
         config.__class__ = generated.config
-        config.spikepatch = copy.deepcopy(dict(record))
+        config.spikepatch = copy.deepcopy({**record, "original": replaced})
         config.auto_map = dict(entries["auto_map"])
         config.architectures = list(entries["architectures"])
         if getattr(config, "tokenizer_class", None) is None:

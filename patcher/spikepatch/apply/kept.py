@@ -100,8 +100,8 @@ def _owners(model: Any, names: Iterable[str]) -> dict[str, str]:
     return owners
 
 
-def embedding_std(match: Match, residual: ResidualMap) -> float | None:
-    """std of all elements of the learned token embedding, in float64; None where there is none."""
-    token = residual.token_embedding
-    entry = match.owners.get(token.parameter) if token is not None else None
-    return None if entry is None else float(read_tensor(entry).double().std())
+def embedding_stds(match: Match, residual: ResidualMap) -> dict[str, float]:
+    """std of all elements of each stream's learned token embedding, in float64, by its parameter."""
+    tokens = [each.token_embedding for each in (residual, *residual.streams)]
+    entries = {token.parameter: match.owners.get(token.parameter) for token in tokens if token is not None}
+    return {name: float(read_tensor(entry).double().std()) for name, entry in entries.items() if entry is not None}

@@ -8,12 +8,14 @@ from typing import Any
 from torch import nn
 
 from spikepatch.errors import Refused
-from spikepatch.plans import Fill, Plan
+from spikepatch.plans import Plan
 from spikepatch.residual.trace import skeleton
 
 
-def stable_settings(model: nn.Module, plan: Plan) -> Mapping[str, bool]:
+def stable_settings(model: nn.Module, plan: Plan | None) -> Mapping[str, bool]:
     """Config values with which ``from_pretrained`` leaves what ``plan`` drew or kept unchanged; usually none.
+
+    Without a plan, all weights are kept.
 
     After loading, transformers runs ``_init_weights`` on every module and relies on each write to look at a mark on
     the tensor. Some writes do not, such as a division by the root of the number of layers, and change loaded weights.
@@ -22,10 +24,10 @@ def stable_settings(model: nn.Module, plan: Plan) -> Mapping[str, bool]:
     Raises:
         Refused: no single flag of the config stops it.
     """
-    fills = {fill.parameter for fill in plan.select(Fill)}
 
     def changed(settings: Mapping[str, bool]) -> list[str]:
-        return [name for name in _written_on_load(model, settings) if plan.reinit != "all" or name in fills]
+        written = _written_on_load(model, settings)
+        return [n for n in written if plan is None or plan.reinit != "all" or n in plan.written]
 
     if not (written := changed({})):
         return {}

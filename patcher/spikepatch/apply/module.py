@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 from spikepatch import __version__
+from spikepatch.apply.blueprint import Blueprint, unfillable
 from spikepatch.apply.loading import stable_settings
+from spikepatch.apply.original import is_remote, original_of
 from spikepatch.apply.tensors import layout, values
 from spikepatch.errors import Refused
+from spikepatch.meta import build_meta, check_default_device, on_meta
+from spikepatch.planning import check_learned, tensor_shapes
 from spikepatch.planning import plan as make_plan
-from spikepatch.planning import tensor_names
-from spikepatch.plans import Fill, NormEmbedding, Plan, Reinit, ScaleEmbedding, Untie
+from spikepatch.plans import EmbeddingEdit, Plan, Recipe, Reinit, Untie
 from spikepatch.quiet import quiet
 from spikepatch.residual.trace import skeleton
 from spikepatch.runtime.embedding import check_patchable, install
@@ -24,25 +27,29 @@ from spikepatch.runtime.embedding import check_patchable, install
 
 def patch(
     model: nn.Module,
-    plan: Plan | str,
+    plan: Plan | Recipe | str,
     *,
     reinit: Reinit | None = None,
     seed: int = 0,
     factor: float | None = None,
     positions: bool = False,
+    replace: bool = False,
     untie: bool = False,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
-    """Apply a plan, or a recipe by its name, to ``model``, in place; the same bits as on disk.
+    """Apply a plan, or a recipe, to ``model``, in place; the same bits as on disk.
 
     Parameters keep their identity (an untied head gets a new one). A patched transformers model is an instance of a
     generated class, so its own ``save_pretrained``, as a Trainer calls it, writes a folder that loads patched.
 
+    Of a model on the meta device the structure is patched; once it is sharded and has memory,
+    ``spikepatch.initialize(model, plan)`` writes the values.
+
     Args:
-        model: weights on any device, in any float dtype; not quantised and not sharded.
-        plan: from ``spikepatch.plan``, made for this very model; or a recipe's name.
-        reinit: with a name, which weights to draw afresh. No default: learned weights are not lost by omission.
-        seed, factor, positions, untie, example_inputs: as in ``spikepatch.plan``; only with a name.
+        model: weights on any device, in any float dtype; not quantised and not sharded yet.
+        plan: from ``spikepatch.plan``, made for this very model; or a recipe, as ``spikepatch.plan`` takes it.
+        reinit: with a recipe, which weights to draw afresh. No default: learned weights are not lost by omission.
+        seed, factor, positions, replace, untie, example_inputs: as in ``spikepatch.plan``; only with a recipe.
 
     Returns:
         ``model``.
@@ -50,8 +57,9 @@ def patch(
     Raises:
         Refused: the plan does not fit, or the model cannot be written. The model is then as it was.
     """
+    check_default_device()
     _check_unpatched(model)
-    if isinstance(plan, str):
+    if not isinstance(plan, Plan):
         if reinit is None:
             raise Refused(
                 what="patch(model, recipe) needs reinit=",
@@ -66,6 +74,7 @@ def patch(
             seed=seed,
             factor=factor,
             positions=positions,
+            replace=replace,
             untie=untie,
             example_inputs=example_inputs,
         )
@@ -73,10 +82,19 @@ def patch(
     twin = skeleton(model)
     restructure(twin, plan)
     targets = layout(twin)
-    value = values(plan, twin, _constructed_buffers(model, plan))
-    fills = {fill.parameter for fill in plan.select(Fill)}
+    buffers = _constructed_buffers(model, plan)
+    blueprint = Blueprint(plan, twin, targets, buffers) if on_meta(model) else None
+    if blueprint is not None and (problems := [*unfillable(blueprint)]):
+        raise Refused(
+            what="the model cannot be filled once it is sharded",
+            where=type(model).__name__,
+            why="; ".join(problems),
+            remedy="build it with real buffers: `with accelerate.init_empty_weights(include_buffers=False)`, and tie "
+            "its weights; or patch it where it has memory",
+        )
+    value = values(plan, twin, persistent(twin, buffers))
     for target in targets:
-        if target.owner not in fills:
+        if target.owner not in plan.written:
             value(target)  # may refuse, which is too late once something has changed
 
     settings = {} if plan.structural else stable_settings(model, plan)
@@ -87,6 +105,9 @@ def patch(
     for edit in plan.select(Untie):
         _untie(model, edit)
     model._spikepatch_plan = plan  # type: ignore[assignment]
+    if blueprint is not None:
+        model._spikepatch_blueprint = blueprint  # type: ignore[assignment]
+        return model
     state = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for target in targets:
@@ -121,16 +142,22 @@ def save(model: nn.Module, out: str | os.PathLike[str]) -> Path:
     storage = "code" if plan.structural else "plain"
     with publishing(folder) as scratch, quiet():
         write(scratch)
-        write_text(scratch / "README.md", model_card(plan, storage, auto_class=_auto_class(model)))
+        trust = plan.structural or is_remote(type(model))
+        write_text(scratch / "README.md", model_card(plan, trust=trust, auto_class=_auto_class(model)))
         hashes = {path.name: file_hash(path) for path in sorted(scratch.iterdir())}
         write_text(scratch / MANIFEST, manifest(plan, storage, {"kind": "live"}, "spikepatch.save(model, OUT)", hashes))
     return folder
 
 
 def restructure(twin: nn.Module, plan: Plan) -> None:
-    """The plan's changes of structure on a model of one's own, usually on the meta device."""
+    """The plan's changes of structure on a model of one's own, usually on the meta device.
+
+    Raises:
+        Refused: the model's class ties the head again when it is built from a config, or unties more than the head.
+    """
     for edit in plan.select(Untie):
         _untie(twin, edit)
+        _check_untied(twin, edit)
     if plan.structural:
         install(twin, plan.record(__version__))
 
@@ -150,8 +177,6 @@ def _record(model: Any, plan: Plan) -> None:
 
 def _auto_class(model: Any) -> str:
     """Name of the class of transformers that loads what ``model`` saves."""
-    from spikepatch.apply.source_code import original_of
-
     if type(model)._auto_class is not None:
         return str(type(model)._auto_class)
     try:
@@ -172,18 +197,45 @@ def _untie(model: Any, edit: Untie) -> None:
         model.all_tied_weights_keys.pop(edit.head, None)
 
 
+def _check_untied(twin: Any, edit: Untie) -> None:
+    """What is loaded later is built from a config that says that the head is not tied: is it ``twin``, then?"""
+    if not hasattr(twin, "_from_config"):
+        return
+    config = type(twin.config).from_dict(twin.config.to_dict())
+    built = build_meta(type(twin), config, where=type(twin).__name__)
+    wanted, found = _tied(twin), _tied(built)
+    if wanted != found:
+        names = sorted(set().union(*(wanted ^ found)))
+        raise Refused(
+            what="this model's class cannot untie its head alone",
+            where=type(twin).__name__,
+            why=f"built from a config that says so, it ties {edit.head} all the same"
+            if any(edit.head in group for group in found)
+            else f"with the head it unties {', '.join(names)} from each other",
+            remedy="leave --untie out",
+        )
+
+
+def _tied(model: nn.Module) -> set[frozenset[str]]:
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
 def _check_unpatched(model: nn.Module) -> None:
     patched = [name for name, module in model.named_modules() if hasattr(module, "is_spikepatched")]
     if patched:
         raise Refused(
             what="the model is patched already",
             where=type(model).__name__,
-            why=f"the factor or norm of {', '.join(patched)} would be applied twice",
+            why=f"what {', '.join(patched)} does already would be applied twice",
             remedy="start from the model that it was made from",
         )
 
 
 def _check(model: nn.Module, plan: Plan) -> None:
+    check_learned(model, plan.reinit)
     problems = [*_read_only(model), *_misfits(model, plan)]
     if problems:
         raise Refused(
@@ -202,10 +254,20 @@ def _read_only(model: nn.Module) -> Iterator[str]:
         yield f"its parameters are {', '.join(sorted(kinds))}, not plain tensors"
     if any(not p.is_floating_point() for p in parameters):
         yield "it holds integer weights: it is quantised"
-    if any(p.is_meta for p in parameters):
-        yield "its parameters are on the meta device: there is nothing to write to"
+    if any(p.is_meta for p in parameters) and not on_meta(model):
+        yield "some of its parameters are on the meta device, and others are not (`.to('meta')` moves them all)"
+    if on_meta(model):
+        yield from _untied(model)
     if not all(p.is_contiguous() for p in parameters):
         yield "some parameters are not contiguous in memory"
+
+
+def _untied(model: Any) -> Iterator[str]:
+    """What transformers ties on every other device; ``init_empty_weights`` takes ties apart."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    apart = [f"{a} and {b}" for a, b in tied.items() if model.get_parameter(a) is not model.get_parameter(b)]
+    if apart:
+        yield f"{', '.join(apart[:3])} are to be one parameter; call its tie_weights() first"
 
 
 def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
@@ -215,20 +277,19 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
         return
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
-    tensors = set(tensor_names(model))
-    fills = {fill.parameter for fill in plan.select(Fill)}
+    tensors = set(tensor_shapes(model))
     heads = {edit.head for edit in plan.select(Untie)}
-    embeddings = [edit.module for edit in plan.edits if isinstance(edit, (ScaleEmbedding, NormEmbedding))]
-    missing = [*sorted(fills - tensors - heads), *(name for name in embeddings if name not in modules)]
+    embeddings = [edit.module for edit in plan.select(EmbeddingEdit)]
+    missing = [*sorted(plan.written - tensors - heads), *(name for name in embeddings if name not in modules)]
     if missing:
         yield f"it has no {', '.join(missing[:3])}"
-    unplanned = sorted(tensors - fills - {skip.target for skip in plan.skips})
+    unplanned = sorted(tensors - plan.written - {skip.target for skip in plan.skips})
     if unplanned:
         yield f"the plan does not mention {', '.join(unplanned[:3])}"
-    for name in plan.sublayers:
-        if name in parameters and plan.width not in parameters[name].shape:
-            yield f"{name} is {tuple(parameters[name].shape)}, the plan is for a stream of width {plan.width}"
-            break
+    for stream in plan.streams:
+        name = stream.sublayers[0]
+        if name in parameters and parameters[name].shape[stream.axis] != stream.width:
+            yield f"{name} is {tuple(parameters[name].shape)}, the plan is for a stream of width {stream.width}"
     for edit in plan.select(Untie):
         if edit.head not in parameters or parameters[edit.head] is not parameters.get(edit.embedding):
             yield f"{edit.head} is not tied to {edit.embedding}"
@@ -240,11 +301,17 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
                 yield str(error)
 
 
-def _constructed_buffers(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
-    """Persistent buffers as the constructor makes them: learned values must not survive a full re-initialisation."""
-    persistent = {name for name, _ in model.named_buffers()} & set(model.state_dict())
-    if plan.reinit == "all" and persistent and hasattr(model, "_from_config"):
-        from spikepatch.meta import build_meta
+def persistent(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of ``buffers`` that the model's state dict has."""
+    state = model.state_dict()
+    return {name: buffer for name, buffer in buffers.items() if name in state}
 
+
+def _constructed_buffers(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
+    """Buffers as the constructor makes them: learned values must not survive a full re-initialisation.
+
+    Of a plain module they are those that it has; none that are on the meta device.
+    """
+    if plan.reinit == "all" and hasattr(model, "_from_config") and any(True for _ in model.buffers()):
         model = build_meta(type(model), model.config, where=type(model).__name__)
-    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,10 +20,17 @@ from spikepatch.plans import Fill, Plan, Untie
 from spikepatch.residual.trace import skeleton
 from spikepatch.storage.formats import SINGLE_FILE
 from spikepatch.storage.header import DTYPES
+from spikepatch.storage.manifest import file_hash
 from spikepatch.storage.read import Checkpoint, TensorEntry, read_checkpoint, read_tensor
-from spikepatch.storage.write import Planned, split
+from spikepatch.storage.write import Planned, split, write_checkpoint, write_text
 
 DEFAULT_SHARD_SIZE = "5GB"
+
+
+class Progress(Protocol):
+    """Told what is going on: a step's name, how much of it is done, how much there is (bytes; 0: not known)."""
+
+    def __call__(self, step: str, done: int = 0, total: int = 0) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Shards:
     Attributes:
         tensors: each with the dtype and shape that it gets.
         files: file name -> names of its tensors.
-        fills: tensor name -> std, for those drawn from a Gaussian.
+        fills: tensor name -> std, for those drawn at random.
         kept: tensor name -> the source's tensor that it is a copy of.
         produce: tensor name -> its value; Refused where the architecture's own initialiser cannot give one.
     """
@@ -44,7 +53,7 @@ class Shards:
 
     @property
     def fresh(self) -> list[str]:
-        """Names of the tensors that the architecture's own initialiser writes."""
+        """Names of the tensors that are neither drawn at random nor kept."""
         return [t.name for t in self.tensors if t.name not in self.fills and t.name not in self.kept]
 
     @property
@@ -91,14 +100,45 @@ def plan_shards(
     if checkpoint is None or max_shard_size is not None:
         files: Mapping[str, Sequence[str]] = split(tensors, max_shard_size or DEFAULT_SHARD_SIZE)
     else:
-        files = _as_in(checkpoint, tensors, originals)
+        files = as_in(checkpoint, tensors, originals)
     return Shards(
         tensors,
         files,
         fills={name: stds[target.owner] for name, target in targets.items() if target.owner in stds},
-        kept={name: entry for name, entry in originals.items() if targets[name].owner not in stds},
+        kept={name: entry for name, entry in originals.items() if targets[name].owner not in plan.written},
         produce=produce,
     )
+
+
+def write_folder(
+    folder: Path,
+    shards: Shards,
+    texts: Mapping[str, str],
+    source: Path | None,
+    copied: Iterable[Path],
+    report: Progress,
+) -> dict[str, str]:
+    """Write the weights, ``texts`` (file name -> text) and a copy of each file of ``copied``, all below ``source``.
+
+    Returns:
+        File name -> SHA-256.
+    """
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        report("writing weights", done, shards.bytes)
+
+    hashes = write_checkpoint(folder, shards.tensors, shards.files, shards.produce, advance)
+    hashes |= {name: write_text(folder / name, text) for name, text in texts.items()}
+    for path in copied:
+        assert source is not None
+        name = path.relative_to(source).as_posix()
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
+        hashes[name] = file_hash(folder / name)
+    return hashes
 
 
 def check_shards(folder: Path, shards: Shards) -> None:
@@ -149,7 +189,7 @@ def _dtype(target: Target, original: TensorEntry | None, asked: torch.dtype | No
     return dtype
 
 
-def _as_in(
+def as_in(
     checkpoint: Checkpoint, tensors: Sequence[Planned], originals: Mapping[str, TensorEntry]
 ) -> dict[str, list[str]]:
     """Each tensor in the file that it has in the source; what is new, in the last one."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from importlib import resources
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import libcst as cst
 import libcst.matchers as m
 
+from spikepatch.apply.original import Original, is_remote, stem
 from spikepatch.errors import Refused
 
 #: The stand-ins of runtime/template.py.
@@ -23,54 +23,6 @@ _PATCHED = {_CONFIG: "PatchedConfig", _BASE: "PatchedModel", _MODEL: "PatchedFor
 #: Unlike `embedding.py`, no file of a model repository is called so.
 _RUNTIME_FILE = "spikepatch_embedding"
 
-#: Where a class is the head of several auto classes, the one that names its task best.
-_PREFERRED = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
-
-
-@dataclass(frozen=True)
-class Original:
-    """The transformers classes that a generated file derives from.
-
-    Attributes:
-        model: the class that is patched, with its head if it has one.
-        base: the class that ``AutoModel`` gives for the same config; None where that is ``model`` itself.
-        config: the config class.
-        auto_class: the name of the auto class that loads ``model``.
-    """
-
-    model: type
-    base: type | None
-    config: type
-    auto_class: str
-
-
-def original_of(model_class: type, config_class: type | None = None) -> Original:
-    """Look ``model_class`` up in transformers' auto classes.
-
-    Args:
-        model_class: a model class of transformers.
-        config_class: the config in use; by default, the one that the class declares.
-
-    Raises:
-        Refused: the class is patched already, is not transformers' own, or no auto class loads it.
-    """
-    from transformers.models.auto import modeling_auto
-
-    config_class = config_class or getattr(model_class, "config_class", None)
-    if config_class is None or not _is_own(model_class) or not _is_own(config_class):
-        raise _not_own(model_class)
-    heads = {name: _classes(modeling_auto, name, config_class) for name in _auto_classes(modeling_auto)}
-    auto_class = next((name for name, classes in heads.items() if model_class in classes), None)
-    if auto_class is None:
-        raise Refused(
-            what="no auto class of transformers loads this model",
-            where=model_class.__name__,
-            why="a patched checkpoint that needs code is found through the auto classes",
-            remedy="patch the model class that AutoModelForCausalLM or another auto class gives for this config",
-        )
-    base = next((c for c in heads["AutoModel"] if c is not model_class), None) if auto_class != "AutoModel" else None
-    return Original(model_class, base, config_class, auto_class)
-
 
 def render(original: Original) -> dict[str, str]:
     """The files to put beside the weights: file name -> text.
@@ -80,9 +32,10 @@ def render(original: Original) -> dict[str, str]:
     Raises:
         Refused: a class cannot be imported by its name.
     """
-    for model_class in filter(None, (original.config, original.base, original.model)):
+    for model_class in original.classes:
+        path = stem(model_class) if is_remote(model_class) else model_class.__module__
         if model_class.__qualname__ != model_class.__name__ or not _identifiers(
-            (model_class.__name__, *model_class.__module__.split("."))
+            (model_class.__name__, *path.split("."))
         ):
             raise _not_importable(model_class)
     assert _identifiers((original.auto_class,)), original.auto_class
@@ -93,9 +46,52 @@ def render(original: Original) -> dict[str, str]:
     }
 
 
+def original_entries(original: Original, config: Any) -> dict[str, Any]:
+    """The entries of config.json that ``config_entries`` replaces, as they were; None: there was none.
+
+    Code that came from a repository of its own (``repository--module.Class``) lies beside the weights from now on.
+    """
+    auto_map = getattr(config, "auto_map", None)
+    return {
+        "model_type": original.model_type,
+        "architectures": [original.model.__name__],
+        "auto_map": auto_map and {auto: _beside(reference) for auto, reference in auto_map.items()},
+        "tokenizer_class": getattr(config, "tokenizer_class", None),
+    }
+
+
+def stored_as_code(record: Mapping[str, Any]) -> bool:
+    """The model of this ``config.spikepatch`` runs on generated files."""
+    return "auto_map" in record["original"]
+
+
+def check_generated(folder: Path, original: Original) -> None:
+    """The generated files in ``folder`` are those that this version writes, so what they do is known without a run.
+
+    Raises:
+        Refused: a file is missing, has been edited, or is another version's.
+    """
+    for name, text in render(original).items():
+        file = folder / name
+        if not file.is_file() or file.read_bytes() != text.encode():
+            raise Refused(
+                what=f"{name} is not the file that this version of spikepatch writes",
+                where=str(folder),
+                why="it has been edited, is missing, or was written by another version; code is compared, and never "
+                "run, so what the model computes is not known",
+                remedy="use the version of spikepatch that wrote the folder (see config.json), or restore the file",
+            )
+
+
+def _beside(reference: Any) -> Any:
+    if isinstance(reference, (list, tuple)):
+        return [_beside(one) for one in reference]
+    return reference.rpartition("--")[2] if isinstance(reference, str) else reference
+
+
 def module_name(original: Original) -> str:
     """The module of the generated classes: ``qwen2-vl`` -> ``modeling_spikepatch_qwen2_vl``."""
-    return "modeling_spikepatch_" + re.sub(r"[^a-z0-9]", "_", _type_of(original).lower())
+    return "modeling_spikepatch_" + re.sub(r"[^a-z0-9]", "_", original.model_type.lower())
 
 
 def class_name(original: type) -> str:
@@ -114,11 +110,11 @@ def config_entries(original: Original) -> dict[str, Any]:
     module = module_name(original)
     heads = {"AutoConfig": original.config, "AutoModel": original.base}
     heads[original.auto_class] = original.model
-    tokenizer = TOKENIZER_MAPPING_NAMES.get(_type_of(original))
+    tokenizer = TOKENIZER_MAPPING_NAMES.get(original.model_type)
     # transformers replaces the Mistral backend by the general one for folders without a tekken.json.
     general = tokenizer is None or tokenizer == "MistralCommonBackend"
     return {
-        "model_type": f"spikepatch_{_type_of(original)}",
+        "model_type": f"spikepatch_{original.model_type}",
         "architectures": [class_name(original.model)],
         "auto_map": {auto: f"{module}.{class_name(cls)}" for auto, cls in heads.items() if cls is not None},
         "tokenizer_class": "TokenizersBackend" if general else tokenizer,
@@ -135,7 +131,7 @@ class _Substitution(m.MatcherDecoratableTransformer):
         for stand_in, cls in self.originals.items():
             if cls is not None:
                 self.names |= {stand_in: cls.__name__, _PATCHED[stand_in]: class_name(cls)}
-        self.model_type = f"spikepatch_{_type_of(original)}"
+        self.model_type = f"spikepatch_{original.model_type}"
 
     @m.leave(m.Name())
     def rename(self, original: cst.Name, node: cst.Name) -> cst.Name:
@@ -157,7 +153,7 @@ class _Substitution(m.MatcherDecoratableTransformer):
     def import_originals(self, original: cst.Module, node: cst.Module) -> cst.Module:
         dotted = [m.matches(line, m.SimpleStatementLine([m.ImportFrom(module=m.Attribute())])) for line in node.body]
         first = dotted.index(True)
-        lines: list[cst.BaseStatement] = [*_imports([c for c in self.originals.values() if c is not None])]
+        lines = _imports([c for c in self.originals.values() if c is not None])
         lines[0] = lines[0].with_changes(leading_lines=original.body[first].leading_lines)
         others = [line for line, is_dotted in zip(node.body, dotted, strict=True) if not is_dotted]
         return node.with_changes(body=[*others[:first], *lines, *others[first:]])
@@ -172,59 +168,30 @@ class _Substitution(m.MatcherDecoratableTransformer):
 
 
 def _imports(classes: list[type]) -> list[cst.SimpleStatementLine]:
-    """``from module import A, B``, a line for each module."""
+    """``from module import A, B``, a line for each module; of files that lie beside, ``from .module``."""
     lines = []
-    for module in sorted({c.__module__ for c in classes}):
-        names = sorted({c.__name__ for c in classes if c.__module__ == module})
+    for module, dots in sorted({_place(c) for c in classes}, key=lambda place: (len(place[1]), place[0])):
         path = cst.parse_expression(module)
         assert isinstance(path, (cst.Attribute, cst.Name)), module
-        aliases = [cst.ImportAlias(cst.Name(name)) for name in names]
-        lines.append(cst.SimpleStatementLine([cst.ImportFrom(module=path, names=aliases)]))
+        aliases = [
+            cst.ImportAlias(cst.Name(c)) for c in sorted({c.__name__ for c in classes if _place(c)[0] == module})
+        ]
+        imported = cst.ImportFrom(module=path, names=aliases, relative=[cst.Dot() for _ in dots])
+        lines.append(cst.SimpleStatementLine([imported]))
     return lines
+
+
+def _place(cls: type) -> tuple[str, str]:
+    """(module, dots before it) from where generated code imports ``cls``."""
+    return (stem(cls), ".") if is_remote(cls) else (cls.__module__, "")
 
 
 def _runtime_source(module: str) -> str:
     return (resources.files("spikepatch.runtime") / f"{module}.py").read_text(encoding="utf-8")
 
 
-def _type_of(original: Original) -> str:
-    model_type: str = original.config.model_type  # type: ignore[attr-defined]
-    return model_type
-
-
 def _identifiers(names: Iterable[str]) -> bool:
     return all(name.isidentifier() and not keyword.iskeyword(name) for name in names)
-
-
-def _auto_classes(modeling_auto: ModuleType) -> list[str]:
-    others = sorted(name for name in vars(modeling_auto) if name.startswith("AutoModel") and name not in _PREFERRED)
-    return [*_PREFERRED, *others]
-
-
-def _classes(modeling_auto: ModuleType, auto_class: str, config_class: type) -> tuple[type, ...]:
-    mapping = getattr(getattr(modeling_auto, auto_class), "_model_mapping", None)
-    found = mapping.get(config_class, None) if mapping is not None else None
-    return found if isinstance(found, tuple) else (found,) if found is not None else ()
-
-
-def _is_own(model_class: type) -> bool:
-    return model_class.__module__.startswith("transformers.")
-
-
-def _not_own(model_class: type) -> Refused:
-    if model_class.__name__.startswith("Spikepatch"):
-        return Refused(
-            what="the model is patched already",
-            where=model_class.__name__,
-            why="a second factor or norm would multiply with the first",
-            remedy="patch the source that it was made from",
-        )
-    return Refused(
-        what="the model's code is not part of transformers",
-        where=f"{model_class.__module__}.{model_class.__qualname__}",
-        why="the patched checkpoint derives from the model's class, and can only import classes of transformers",
-        remedy="use a model class of transformers; re-initialisation alone (storage route `plain`) needs no code",
-    )
 
 
 def _not_importable(model_class: type) -> Refused:
@@ -232,5 +199,5 @@ def _not_importable(model_class: type) -> Refused:
         what="the model's class cannot be imported by its name",
         where=f"{model_class.__module__}.{model_class.__qualname__}",
         why="generated code derives from the class, which must be a plain name at the top level of its module",
-        remedy="use a model class that transformers has",
+        remedy="use a class of transformers, or one at the top level of a file whose name is an identifier",
     )

@@ -16,8 +16,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused
-from spikepatch.fill import gaussian, own_initialiser
-from spikepatch.plans import Fill, NormEmbedding, Plan
+from spikepatch.fill import draw, own_initialiser
+from spikepatch.plans import NormEmbedding, Plan, ValueEdit
+from spikepatch.runtime.embedding import first_value
 
 
 @dataclass(frozen=True)
@@ -101,32 +102,29 @@ def values(
 ) -> Callable[[Target], torch.Tensor | None]:
     """A function from a target to its new value in float32 (buffers: in their own dtype), or None where it is kept.
 
-    The function raises Refused where the architecture's own initialiser cannot give a value; a Gaussian always can.
+    The function raises Refused where the architecture's own initialiser cannot give a value; an edit always can.
 
     Args:
         plan: what to write.
         skeleton: the patched structure on the meta device.
         buffers: persistent buffers as the constructor makes them.
     """
-    fills: dict[str, Fill] = {edit.parameter: edit for edit in plan.select(Fill)}
+    edits: dict[str, ValueEdit] = {edit.parameter: edit for edit in plan.select(ValueEdit)}
+    norms = tuple(f"{edit.module}.norm." for edit in plan.select(NormEmbedding))
     last: dict[str, dict[str, torch.Tensor]] = {}
 
     def value(target: Target) -> torch.Tensor | None:
-        fill = fills.get(target.owner)
-        if fill is not None:
-            flat = gaussian(plan.seed, target.name, 0, target.elements, fill.std)
-            return flat.view(target.shape)
-        if plan.reinit != "all" and not _added(plan, target.owner):
+        edit = edits.get(target.owner)
+        if edit is not None:
+            return draw(edit, plan.seed, target.name, 0, target.elements).view(target.shape)
+        module, _, own_name = target.owner.rpartition(".")
+        if target.owner.startswith(norms):  # new with this plan, so there is no learned value to keep
+            return torch.full(target.shape, first_value(own_name))
+        if plan.reinit != "all":
             return None
-        module = target.owner.rpartition(".")[0]
         if module not in last:
             last.clear()
-            last[module] = own_initialiser(skeleton, module, plan.seed, buffers)
+            last[module] = own_initialiser(skeleton, module, plan.seed, buffers, edits)
         return target.view(last[module][target.owner])
 
     return value
-
-
-def _added(plan: Plan, owner: str) -> bool:
-    """The tensor is new with this plan (the norm behind an embedding), so there is no learned value to keep."""
-    return any(owner.startswith(f"{edit.module}.norm.") for edit in plan.select(NormEmbedding))

@@ -35,6 +35,21 @@ class Embedding:
 
 
 @dataclass(frozen=True)
+class Between:
+    """A step on the way from a residual projection to its addition.
+
+    Attributes:
+        kind: ``bias`` (a learned vector is added), ``gain`` (a learned factor, such as a layer scale), ``gate`` (a
+            factor computed from the tokens, such as a router's weight), ``multiplier`` (a constant factor), ``norm``,
+            or ``convolution`` (along the tokens).
+        parameter: what is learned there, by name; of a norm its gain.
+    """
+
+    kind: Literal["bias", "gain", "gate", "multiplier", "norm", "convolution"]
+    parameter: str | None
+
+
+@dataclass(frozen=True)
 class ResidualProjection:
     """A weight whose product is added to the stream: W_O, W_2, an expert's down projection, a mixer's output.
 
@@ -45,7 +60,7 @@ class ResidualProjection:
         kind: what the sub-layer computes.
         branch_norm: module of a norm between the product and the addition, if any: it cancels the weight's scale.
         multiplier: constant factor between the product and the addition (1.0: none).
-        biases: parameters that are added to the product before it is added to the stream; cut with it in the proof.
+        between: all that stands between the product and the addition, in this order; sums over experts are not said.
     """
 
     parameter: str
@@ -54,7 +69,7 @@ class ResidualProjection:
     kind: SublayerKind
     branch_norm: str | None = None
     multiplier: float = 1.0
-    biases: tuple[str, ...] = ()
+    between: tuple[Between, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,7 @@ class Matrix:
         fan_in: number of products that each output sums.
         fan_out: number of outputs; of all matrices together, where several are fused (qkv, gate and up). Experts
             are counted in neither.
-        in_axis: the axis of the parameter, as it lies in memory, that the inputs run along.
+        in_axis: the axis of the parameter, as it lies in memory, that the inputs run along: the longest of several.
         out_axis: the one that the outputs run along: (1, 0) of an ``nn.Linear``, (0, 1) where it is (in, out).
     """
 
@@ -171,7 +186,7 @@ class ResidualMap:
                 "reaches": tuple(data["reaches"]),
                 "embeddings": many(Embedding, data["embeddings"]),
                 "residual_projections": tuple(
-                    ResidualProjection(**{**item, "biases": tuple(item["biases"])})
+                    ResidualProjection(**{**item, "between": many(Between, item["between"])})
                     for item in data["residual_projections"]
                 ),
                 "norms": many(Norm, data["norms"]),

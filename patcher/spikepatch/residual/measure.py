@@ -42,9 +42,15 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
         twice = _start(trace, stream, lookup, 2.0) - silent
         linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
         looked_up = _looked_up(trace, lookup, ids)
-        scale = float(once.std() / looked_up.std()) if linear else 1.0
+        scale = _size(once) / _size(looked_up) if linear else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
     return result
+
+
+def _size(values: torch.Tensor) -> float:
+    """Root mean square of what is not zero: rows of padding are no part of an embedding."""
+    held = values[values != 0]
+    return float(held.square().mean().sqrt()) if held.numel() else 0.0
 
 
 def _kind(trace: Trace, table: Node) -> Literal["token", "position", "type"]:

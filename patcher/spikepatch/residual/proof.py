@@ -25,7 +25,6 @@ class Term:
 
     node: Node
     projections: tuple[tuple[Node, str], ...]  # (matmul, or the sum with its bias; parameter)
-    biases: tuple[tuple[str, ...], ...]  # of each projection: what is cut with it
     path: frozenset[Node]  # nodes between the projections and the addition
     interior: frozenset[Node]  # what computes it, back to the stream
     reads: Node  # the latest point of the stream that it reads
@@ -136,7 +135,7 @@ def _value(facts: Facts, node: Node, alive: Mapping[Node, int | None], bit: Mapp
     if not values:
         return 0
     if name in ops.MATMULS or name in ops.CONVOLUTIONS:
-        bias, factors = bias_and_factors(node, arguments)
+        bias, factors = _bias(node, arguments)
         if any(alive[f] is None for f in factors):
             return alive[bias] if bias is not None else None
         return union
@@ -163,7 +162,7 @@ def _positive(node: Node) -> bool:
     return isinstance(exponent, (int, float)) and exponent > 0
 
 
-def bias_and_factors(node: Node, arguments: list[Node]) -> tuple[Node | None, list[Node]]:
+def _bias(node: Node, arguments: list[Node]) -> tuple[Node | None, list[Node]]:
     """(bias, factors) of a matmul or convolution."""
     if op(node) in {"addmm", "baddbmm"}:
         return arguments[0], arguments[1:3]

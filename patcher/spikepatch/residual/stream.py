@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch.fx import Node
 
 from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts, narrows
 from spikepatch.residual.ops import last, op, operands, place, shape
-from spikepatch.residual.proof import Term, bias_and_factors, prove
+from spikepatch.residual.proof import Term, prove
 from spikepatch.residual.trace import Trace
+from spikepatch.residual.weights import matrix_weight
 
 
 @dataclass(frozen=True)
@@ -282,38 +282,25 @@ def _term(facts: Facts, node: Node, spine: set[Node], beyond: frozenset[Node]) -
         return None  # it reads nothing of the stream: part of the embedding, not a sub-layer
     crosses = any(a in beyond for n in interior for a in operands(n))
     projections = _projections(facts, node, set())
-    matmuls = tuple((matmul, found.parameter) for matmul, found in projections.items())
-    biases = tuple(found.biases for found in projections.values())
     path: set[Node] = set()
     for inner in sorted(interior, key=facts.order.__getitem__):
         if inner in projections or any(a in path for a in operands(inner)):
             path.add(inner)
     latest = max(reads, key=facts.order.__getitem__)
-    return Term(node, matmuls, biases, frozenset(path), frozenset(interior), latest, crosses)
+    return Term(node, tuple(projections.items()), frozenset(path), frozenset(interior), latest, crosses)
 
 
-class _Projection(NamedTuple):
-    parameter: str
-    biases: tuple[str, ...]
-
-
-def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, _Projection]:
+def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
     """Nearest matmuls with a parameter, walking back from ``node`` through linear ops; ``{}`` if any way is blocked."""
     seen.add(node)
     name = op(node)
     arguments = facts.data(node)
     if facts.product(node):
-        names = [facts.weight[a] for a in operands(node) if a in facts.weight and len(shape(a)) > 1]
-        bias, _ = bias_and_factors(node, operands(node))
-        own = (facts.weight[bias],) if bias in facts.weight else ()
-        return {node: _Projection(names[0], own)} if names and len(arguments) == 1 else {}
-    if name in ops.ADDS and len(arguments) == 1 and any(a in facts.weight for a in operands(node)):
-        found = _projections(facts, arguments[0], seen)
-        if len(found) != 1:
-            return found
-        added = tuple(facts.weight[a] for a in operands(node) if a in facts.weight)
-        projection = next(iter(found.values()))  # a bias of its own: cut behind it
-        return {node: _Projection(projection.parameter, projection.biases + added)}
+        weight = matrix_weight(facts, node)
+        return {node: facts.weight[weight]} if weight is not None and len(arguments) == 1 else {}
+    if name in ops.ADDS and any(a in facts.weight for a in operands(node)) and len(arguments) == 1:
+        found = _projections(facts, arguments[0], seen)  # a bias of its own: cut behind it
+        return {node: next(iter(found.values()))} if len(found) == 1 else found
     if node in facts.norm_at:
         through = [[facts.norm_at[node].input]]
     elif name in ops.JOINS:

@@ -78,8 +78,12 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
             except Exception as error:
                 raise _untraceable(type(model).__name__, example, _line(not_exported), _line(error)) from error
     flat = _flat(program, model, twin, example)
-    # A number that the forward pass makes a tensor of has no value in a graph exported on meta.
-    return recorded(model, example) if any(buffer.is_meta for buffer in flat.buffers.values()) else flat
+    # A number that the forward pass makes a tensor of has no value in a graph that was exported on meta: only a
+    # recorded graph can be run.
+    if any(buffer.is_meta for buffer in flat.buffers.values()) and not any(b.is_meta for b in model.buffers()):
+        with contextlib.suppress(Exception):
+            return recorded(model, example)
+    return flat
 
 
 def _untraceable(name: str, example: Mapping[str, torch.Tensor], exported: str, recorded: str) -> Refused:
@@ -177,13 +181,20 @@ def _flat(
         elif spec.kind == InputKind.BUFFER:
             buffers[node] = values[str(spec.target)].detach()
         elif spec.kind == InputKind.CONSTANT_TENSOR:
-            buffers[node] = program.constants[str(spec.target)]
+            buffers[node] = _attribute(model, str(spec.target), program.constants[str(spec.target)])
         elif spec.kind == InputKind.USER_INPUT and isinstance(node.meta.get("val"), torch.Tensor):
             inputs[node] = next(tensors)
     position = next(i for i, s in enumerate(program.graph_signature.output_specs) if s.kind == OutputKind.USER_OUTPUT)
     output = result[position]
     graph.output(output)
     return Trace(graph, parameters, buffers, inputs, output)
+
+
+def _attribute(model: nn.Module, path: str, constant: torch.Tensor) -> torch.Tensor:
+    """The value of a tensor that a module holds as a plain attribute; the traced ``constant`` if it is none."""
+    owner, _, name = path.rpartition(".")
+    value = vars(model.get_submodule(owner)).get(name)
+    return value.detach() if isinstance(value, torch.Tensor) else constant
 
 
 def _inline(module: torch.fx.GraphModule, graph: Graph, copies: dict[Node, Node]) -> list[Any]:
@@ -222,7 +233,8 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None
     _prefer_traceable_kernels(twin, "eager")  # a loop is no obstacle here
     for name, buffer in model.named_buffers():
         owner, _, own = name.rpartition(".")
-        twin.get_submodule(owner)._buffers[own] = buffer.detach().cpu()
+        if not buffer.is_meta:
+            twin.get_submodule(owner)._buffers[own] = buffer.detach().cpu()
     recorder, result = record(twin, example)
     output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
     recorder.graph.output(recorder.node(output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,33 +25,50 @@ class Fan(NamedTuple):
     out_axis: int
 
 
+def factors(node: Node) -> list[Node]:
+    """The operands that a matmul multiplies: without the bias of a fused one, and without offsets of groups."""
+    if op(node) == "einsum":
+        tensors = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    else:
+        tensors = node.args[1:3] if op(node) in {"addmm", "baddbmm"} else node.args[:2]
+    return [tensor for tensor in tensors if isinstance(tensor, Node)]
+
+
+def matrix_weight(facts: Facts, node: Node) -> Node | None:
+    """The operand of a product that is a parameter, seen as a matrix; None for a product of activations."""
+    weights = [a for a in factors(node) if a in facts.weight and len(shape(a)) > 1]
+    return weights[0] if weights and facts.product(node) else None
+
+
 def fan(facts: Facts, matmul: Node, weight: Node) -> Fan | None:
     """Of the parameter that ``matmul`` sees as its operand ``weight``; None where it sums over none of its axes."""
+    if op(matmul) in ops.CONVOLUTIONS:  # (out, in / groups, *kernel)
+        axes, sizes = _axes(facts, weight), shape(weight)
+        return Fan(math.prod(sizes[1:]), sizes[0], axes[1], axes[0])
     if op(matmul) == "einsum":
-        contracted, kept = _einsum(matmul, weight)
-        if not contracted or not kept:
+        summed, spread = _einsum(matmul, weight)
+        if not summed or not spread:
             return None
-        summed, spread = contracted[0], kept[0]
     else:
-        factors = matmul.args[1:3] if op(matmul) in {"addmm", "baddbmm"} else matmul.args[:2]
-        summed, spread = (-1, -2) if op(matmul) == "linear" or weight is factors[0] else (-2, -1)
+        last_is_summed = op(matmul) == "linear" or weight is factors(matmul)[0]
+        summed, spread = ([-1], [-2]) if last_is_summed else ([-2], [-1])
     axes, sizes = _axes(facts, weight), shape(weight)
-    return Fan(sizes[summed], sizes[spread], axes[summed], axes[spread])
+    longest = [max(group, key=sizes.__getitem__) for group in (summed, spread)]
+    fans = [math.prod(sizes[i] for i in group) for group in (summed, spread)]
+    return Fan(*fans, *(axes[i] for i in longest))
 
 
 def _einsum(node: Node, weight: Node) -> tuple[list[int], list[int]]:
-    """Axes of ``weight`` that the equation sums over, and those that it keeps: shared ones (experts, heads) last."""
-    equation, tensors = node.args[:2]
+    """Axes of ``weight`` that the equation sums over, and that it keeps; not those shared with the other operand."""
+    equation = node.args[0]
     assert isinstance(equation, str)
-    assert isinstance(tensors, (list, tuple))
     inputs, _, result = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    mine = terms[tensors.index(weight)]
-    others = "".join(term for term, tensor in zip(terms, tensors, strict=True) if tensor is not weight)
-    sizes = dict(zip(mine, shape(weight), strict=True))
-    contracted = [i for i, letter in enumerate(mine) if letter not in result]
-    kept = sorted((i for i, x in enumerate(mine) if x in result), key=lambda i: (mine[i] in others, -sizes[mine[i]]))
-    return contracted, kept
+    tensors = factors(node)
+    mine = inputs.split(",")[tensors.index(weight)]
+    others = "".join(term for term, tensor in zip(inputs.split(","), tensors, strict=True) if tensor is not weight)
+    summed = [i for i, letter in enumerate(mine) if letter not in result]
+    kept = [i for i, letter in enumerate(mine) if letter in result]
+    return summed, [i for i in kept if mine[i] not in others] or kept
 
 
 def _axes(facts: Facts, node: Node) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a patched model runs on: embeddings with a factor or a norm, and a recipe's stds for fresh weights.
+"""What a patched model runs on: embeddings with a factor, a norm or a detached gradient, and the stds of fresh weights.
 
 A checkpoint that needs code carries a verbatim copy of this file beside its modelling file, for processes where
 spikepatch is not installed. So it imports torch and transformers only.
@@ -20,42 +20,87 @@ from transformers.conversion_mapping import (
 )
 
 AnyModel = TypeVar("AnyModel")
+Entry = TypeVar("Entry")
 
 
 class EmbeddingEdit(TypedDict, total=False):
-    """``{"factor": 7.35}``, ``{"factor": "sqrt(width)"}`` or ``{"norm": "layernorm", "eps": 1e-05}``."""
+    """``{"factor": 7.35}``, ``{"factor": "sqrt(width)"}``, ``{"norm": "rmsnorm", "eps": 1e-05, "affine": true}`` or
+    ``{"gradient": 0.1}``.
+    """
 
     factor: float | str
     norm: str
     eps: float
+    affine: bool
+    gradient: float
+
+
+_KEYS = ({"factor"}, {"norm", "eps", "affine"}, {"gradient"})
+_NORMS: dict[str, Any] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 class Fill(TypedDict):
-    """N(0, std^2) for the parameter of this name, or for every parameter with this ``pattern``; the name wins."""
+    """How to draw the parameter of this name, or every parameter with this ``pattern``; the name wins.
+
+    ``distribution`` is ``normal``, with ``size`` for its std; ``truncated``, the same cut off at ``cut`` sizes; or
+    ``uniform``, up to ``size``. ``std`` is what comes out. Both go as fan^(-1/2) * S^depth, where ``fan`` is the width
+    of the stream, or the sum of the parameter's lengths along ``axes`` where there are some; 0: they do not.
+    """
 
     parameter: str
+    distribution: str
     std: float
-    residual: bool
+    size: float
+    cut: float
+    fan: int
+    axes: list[int]
+    depth: float
+    stream: int
+
+
+class Constant(TypedDict):
+    """Every element is value + offset, with value ~ S^depth. ``parameter`` as in ``Fill``."""
+
+    parameter: str
+    value: float
+    offset: float
+    depth: float
+    stream: int
+
+
+class Stream(TypedDict):
+    """A residual stream at the time of planning. ``sublayers`` match one parameter of each of its ``count``
+    sub-layers; those that match the first are ``width`` long along ``axis``.
+    """
+
+    width: int
+    axis: int
+    count: int
+    sublayers: list[str]
 
 
 class Init(TypedDict):
-    """The fills of a model of this width and sub-layer count; ``sublayers`` match one parameter of each sub-layer."""
+    """The values of fresh parameters, and the streams by whose width and depth they go."""
 
-    width: int
-    sublayers: list[str]
-    count: int
+    streams: list[Stream]
     fills: list[Fill]
+    constants: list[Constant]
 
 
 class Record(TypedDict):
-    """``config.spikepatch``. Modules and parameters are named as in the full model, with its head."""
+    """``config.spikepatch``. Modules and parameters are named as in the full model, with its head.
+
+    ``original``: the entries of config.json that were replaced, as they were (None: absent). No model reads it.
+    """
 
     version: str
     recipe: str
     reinit: str
     seed: int
+    no_decay: list[str]
     embeddings: dict[str, EmbeddingEdit]
     init: Init | None
+    original: dict[str, Any]
 
 
 class PatchedEmbedding(nn.Embedding):
@@ -87,13 +132,27 @@ class RescaledEmbedding(PatchedEmbedding):
 
 
 class NormedEmbedding(PatchedEmbedding):
-    """``LayerNorm(E[ids])``, with gain and bias."""
+    """``norm(E[ids])``."""
 
-    norm: nn.LayerNorm
+    norm: nn.LayerNorm | nn.RMSNorm
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         normed: torch.Tensor = self.norm(super().forward(*args, **kwargs))
         return normed
+
+
+class DetachedEmbedding(PatchedEmbedding):
+    """``E[ids]``, through which ``gradient_share`` of the gradient flows back; equal to it, but for the sign of zeros.
+
+    A head that shares the matrix has its own, whole gradient on it.
+    """
+
+    gradient_share: float
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows = super().forward(*args, **kwargs)
+        still = rows.detach()
+        return still + self.gradient_share * (rows - still)
 
 
 def _become(module: Any, patch: type) -> None:
@@ -121,16 +180,32 @@ def scale_output(module: nn.Embedding, factor: float) -> None:
         module.embed_scale = float(factor)  # type: ignore[assignment]
 
 
-def norm_output(module: nn.Embedding, eps: float) -> None:
-    """Put a LayerNorm over what ``module`` returns, as its new child ``norm``; in place, as ``scale_output``.
+def norm_output(module: nn.Embedding, eps: float, kind: str = "layernorm", affine: bool = True) -> None:
+    """Put a norm over what ``module`` returns, as its new child ``norm``; in place, as ``scale_output``.
+
+    Args:
+        kind: ``layernorm`` or ``rmsnorm``.
+        affine: with a gain and, for a LayerNorm, a bias.
 
     Raises:
         ValueError: see ``check_patchable``.
     """
     check_patchable(module)
-    norm = nn.LayerNorm(module.embedding_dim, eps=eps, device=module.weight.device, dtype=module.weight.dtype)
+    like = {"device": module.weight.device, "dtype": module.weight.dtype}
+    norm = _NORMS[kind](module.embedding_dim, eps=eps, elementwise_affine=affine, **like)
     _become(module, NormedEmbedding)
     module.norm = norm
+
+
+def detach_output(module: nn.Embedding, gradient: float) -> None:
+    """Let ``gradient`` times the gradient through ``module``; in place, as ``scale_output``.
+
+    Raises:
+        ValueError: see ``check_patchable``.
+    """
+    check_patchable(module)
+    _become(module, DetachedEmbedding)
+    module.gradient_share = float(gradient)  # type: ignore[assignment]
 
 
 def check_patchable(module: nn.Module, name: str = "the module") -> None:
@@ -163,54 +238,128 @@ def install(model: nn.Module, record: Mapping[str, object] | None) -> None:
         if name not in modules:
             raise ValueError(f"{type(model).__name__} has no module {name}, which config.spikepatch wants to patch")
         check_patchable(modules[name], name)
-        if edit.keys() not in ({"factor"}, {"norm", "eps"}) or edit.get("norm", "layernorm") != "layernorm":
+        if edit.keys() not in _KEYS or edit.get("norm", "layernorm") not in _NORMS:
             raise ValueError(f"config.spikepatch has an edit for {name} that this version does not know: {edit}")
         targets[modules[name]] = edit
     for module, edit in targets.items():
-        if "factor" in edit:
-            factor = edit["factor"]
-            scale_output(module, math.sqrt(module.embedding_dim) if factor == "sqrt(width)" else float(factor))
-        else:
-            norm_output(module, edit["eps"])
+        change_output(module, edit)
+
+
+def change_output(module: nn.Embedding, edit: EmbeddingEdit) -> None:
+    """Apply one edit to one embedding; in place, as ``scale_output``."""
+    if "factor" in edit:
+        factor = edit["factor"]
+        scale_output(module, math.sqrt(module.embedding_dim) if factor == "sqrt(width)" else float(factor))
+    elif "norm" in edit:
+        norm_output(module, edit["eps"], edit["norm"], edit["affine"])
+    else:
+        detach_output(module, edit["gradient"])
+
+
+def patched_embeddings(model: nn.Module) -> dict[str, Any]:
+    """Name -> module, of all that was changed in place."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "is_spikepatched")}
+
+
+def keep_patched(model: nn.Module, before: Mapping[str, Any]) -> None:
+    """Put the modules of ``before`` back where others took their places that share the matrix and are not changed, as
+    happens when the vocabulary of an encoder-decoder is resized.
+
+    Raises:
+        ValueError: an embedding with another matrix was put there; the old ones are back.
+    """
+    lost = []
+    for name, module in before.items():
+        place, _, attribute = name.rpartition(".")
+        now: Any = model.get_submodule(name)
+        if now is not module and not hasattr(now, "is_spikepatched"):
+            if getattr(now, "weight", None) is not module.weight:
+                lost.append(name)
+            module.num_embeddings = len(module.weight)
+            setattr(model.get_submodule(place), attribute, module)
+    if lost:
+        raise ValueError(f"a new embedding at {', '.join(lost)} would lose what config.spikepatch says of the old one")
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, record: Mapping[str, object] | None) -> None:
-    """Draw every parameter that the recipe fills and that holds no loaded value, from N(0, std_now^2).
+    """Write every parameter that the recipe gives a value and that holds no loaded one; norms of embeddings as well.
 
-        std_now = std * sqrt(width / width_now) * (sqrt(count / count_now) if residual else 1)
+        std_now = std * sqrt(fan / fan_now) * (S_now / S)^depth
 
-    ``width`` and ``count`` are the recorded ones; ``width_now`` and ``count_now`` are this model's, so a config with
-    another number of layers or another width gets the stds that the recipe would give it. Parameters without a fill
-    keep what the architecture's own initialiser gave them.
+    where ``fan`` and S are the recorded ones, ``fan_now`` and ``S_now`` this model's, so a config with another number
+    of layers or another width gets the stds that the recipe would give it. Other parameters keep what the
+    architecture's own initialiser gave them.
 
     Raises:
-        ValueError: no record, or its patterns match nothing in ``model``.
+        ValueError: no record, or its patterns match nothing in ``model``; or it has a std for every layer by itself,
+            and ``model`` has more layers.
     """
     init = _checked(model, record)["init"]
-    if init is None:
-        return
-    prefix = _missing_prefix(model)
-    sublayers = {name.removeprefix(prefix) for name in init["sublayers"]}
-    fills = {fill["parameter"].removeprefix(prefix): fill for fill in init["fills"]}
+    for module in model.modules():
+        norm = getattr(module, "norm", None) if hasattr(module, "is_spikepatched") else None
+        if norm is not None:
+            for name, parameter in norm.named_parameters():
+                initialization.constant_(parameter, first_value(name))
     # Before the head is tied it has a tensor of its own, and after that two names.
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    if all(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters.values()):
-        return  # also where a quantiser has renamed them
-    count_now = sum(pattern(name) in sublayers for name in parameters)
-    if not count_now or not any(name in fills or pattern(name) in fills for name in parameters):
+    # The second condition holds also where a quantiser has renamed them.
+    if init is None or all(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters.values()):
+        return
+    prefix = _missing_prefix(model)
+    fills = {fill["parameter"].removeprefix(prefix): fill for fill in init["fills"]}
+    constants = {constant["parameter"].removeprefix(prefix): constant for constant in init["constants"]}
+    streams = [_stream_now(stream, parameters, prefix) for stream in init["streams"]]
+    if not any(streams) or not any(_entry(name, fills) or _entry(name, constants) for name in parameters):
         raise ValueError(f"no parameter of {type(model).__name__} matches the patterns of config.spikepatch['init']")
-    width_now = getattr(model.config.get_text_config(), "hidden_size", init["width"])  # type: ignore[operator, union-attr]
+    by_layer = {pattern(name) for name in (*fills, *constants) if pattern(name) != name}
     for name, parameter in parameters.items():
-        fill = fills.get(name, fills.get(pattern(name)))
-        if fill is None:
+        fill, constant = _entry(name, fills), _entry(name, constants)
+        if fill is not None:
+            _draw(parameter, fill, *streams[fill["stream"]])
+        elif constant is not None:
+            _, deeper = streams[constant["stream"]]
+            value = constant["value"] * deeper ** constant["depth"] + constant["offset"]
+            initialization.constant_(parameter, value)
+        elif pattern(name) in by_layer and any(deeper > 1 for _, deeper in streams):
+            raise ValueError(f"{name}: the recipe has a std for every layer by itself, and the config more layers now")
+        else:
             continue
-        std = fill["std"] * math.sqrt(init["width"] / width_now)
-        if fill["residual"]:
-            std *= math.sqrt(init["count"] / count_now)
-        initialization.normal_(parameter, mean=0.0, std=std)
         # transformers' own mark of a value that later initialisation must respect.
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def _stream_now(stream: Stream, parameters: Mapping[str, nn.Parameter], prefix: str) -> tuple[int, float]:
+    """The width of a stream in this model, and S over the recorded S; as recorded where it is not part of the model."""
+    sublayers = [name.removeprefix(prefix) for name in stream["sublayers"]]
+    found = [name for name in parameters if pattern(name) in sublayers]
+    first = next((name for name in found if pattern(name) == sublayers[0]), None)
+    if first is None:
+        return stream["width"], 1.0
+    return parameters[first].shape[stream["axis"]], len(found) / stream["count"]
+
+
+def _entry(name: str, entries: Mapping[str, Entry]) -> Entry | None:
+    return entries.get(name, entries.get(pattern(name)))
+
+
+def _draw(parameter: nn.Parameter, fill: Fill, width: int, deeper: float) -> None:
+    size = fill["size"] * deeper ** fill["depth"]
+    if fill["fan"]:
+        fan = sum(parameter.shape[axis] for axis in fill["axes"]) or width
+        size *= math.sqrt(fill["fan"] / fan)
+    if fill["distribution"] == "normal":
+        initialization.normal_(parameter, mean=0.0, std=size)
+    elif fill["distribution"] == "truncated":
+        bound = fill["cut"] * size
+        initialization.trunc_normal_(parameter, mean=0.0, std=size, a=-bound, b=bound)
+    else:
+        initialization.uniform_(parameter, -size, size)
+
+
+def first_value(name: str) -> float:
+    """Of an added norm's parameter: gain 1, bias 0."""
+    return 1.0 if name == "weight" else 0.0
 
 
 def pattern(parameter: str) -> str:
@@ -233,7 +382,22 @@ def convert_like_parent(model_class: type[AnyModel]) -> type[AnyModel]:
         mapping = get_checkpoint_conversion_mapping(original_name)
         if mapping is not None:
             register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    _keep_identity(model_class)
     return model_class
+
+
+def _keep_identity(model_class: Any) -> None:
+    """Classes that torch derives at run time, as ``fully_shard`` does, are saved as ``model_class``.
+
+    ``save_pretrained`` copies the file of ``type(model)`` and writes the class's name into ``auto_map``: those of FSDP.
+    """
+
+    def derived(cls: type, /, **arguments: Any) -> None:
+        super(model_class, cls).__init_subclass__(**arguments)
+        if cls.__module__.partition(".")[0] == "torch":
+            cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
+
+    model_class.__init_subclass__ = classmethod(derived)
 
 
 def _checked(model: nn.Module, record: Mapping[str, object] | None) -> Record:

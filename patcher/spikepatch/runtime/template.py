@@ -12,7 +12,7 @@ from typing import Any
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel, GPT2Model
 
-from .embedding import convert_like_parent, initialise, install
+from .embedding import convert_like_parent, initialise, install, keep_patched, patched_embeddings
 
 
 class PatchedConfig(GPT2Config):  # type: ignore[misc]
@@ -38,6 +38,11 @@ class PatchedModel(GPT2Model):  # type: ignore[misc]
         super().initialize_weights()
         initialise(self, self.config.spikepatch)
 
+    def set_input_embeddings(self, value: Any) -> None:
+        patched = patched_embeddings(self)
+        super().set_input_embeddings(value)
+        keep_patched(self, patched)
+
 
 @convert_like_parent
 class PatchedForCausalLM(GPT2LMHeadModel):  # type: ignore[misc]
@@ -53,3 +58,8 @@ class PatchedForCausalLM(GPT2LMHeadModel):  # type: ignore[misc]
     def initialize_weights(self) -> None:
         super().initialize_weights()
         initialise(self, self.config.spikepatch)
+
+    def set_input_embeddings(self, value: Any) -> None:
+        patched = patched_embeddings(self)
+        super().set_input_embeddings(value)
+        keep_patched(self, patched)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from spikepatch import __version__
-from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
+from spikepatch.plans import NORM_NAMES, Constant, DetachEmbedding, Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 
 if TYPE_CHECKING:
     from spikepatch.source import Source
@@ -30,15 +30,22 @@ def manifest(plan: Plan, storage: str, source: Mapping[str, Any], command: str, 
     from spikepatch.fill import gaussian
 
     probe = hashlib.sha256(gaussian(plan.seed, "probe", 0, 4096, 1.0).numpy().tobytes()).hexdigest()
+    return _manifest(source, command, hashes, {"storage": storage, "probe": probe, "plan": plan.to_dict()})
+
+
+def fold_manifest(record: Mapping[str, Any], source: Mapping[str, Any], command: str, hashes: Mapping[str, str]) -> str:
+    """The same for a folded model; ``record``: what config.json had recorded of the patch."""
+    return _manifest(source, command, hashes, {"storage": "plain", "folded": dict(record)})
+
+
+def _manifest(source: Mapping[str, Any], command: str, hashes: Mapping[str, str], entries: Mapping[str, Any]) -> str:
     data = {
         "spikepatch": __version__,
         "versions": {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy")},
         "command": command,
         "source": dict(source),
-        "storage": storage,
-        "probe": probe,
+        **entries,
         "files": dict(sorted(hashes.items())),
-        "plan": plan.to_dict(),
     }
     return json.dumps(data, indent=2) + "\n"
 
@@ -93,8 +100,8 @@ def _is_repository(name: object) -> bool:
 
 def model_card(
     plan: Plan,
-    storage: str,
     *,
+    trust: bool,
     auto_class: str,
     title: str | None = None,
     inherited: Mapping[str, Any] = MappingProxyType({}),
@@ -102,13 +109,14 @@ def model_card(
     """README.md of the output: front matter by the hub's rules, and how to load it.
 
     Args:
+        trust: it loads with ``trust_remote_code=True`` only.
         title: name of the source; by default as in the plan.
         inherited: see ``inherited_metadata``.
     """
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(library_name="transformers", tags=["spikepatch", plan.recipe], **inherited)
-    trust = ", trust_remote_code=True" if storage == "code" else ""
+    option = ", trust_remote_code=True" if trust else ""
     weights = {
         "all": "**Fresh weights**: a model to pre-train. Learned weights of the source are not in it.",
         "residual": "Learned weights, with the residual projections drawn afresh: to be trained on before use.",
@@ -128,11 +136,39 @@ def model_card(
 ```python
 from transformers import {auto_class}
 
-model = {auto_class}.from_pretrained("PATH"{trust})
+model = {auto_class}.from_pretrained("PATH"{option})
 ```
 
 The recipe follows Takase et al., *Spike No More: Stabilizing the Pre-training of Large Language Models*
 (arXiv 2312.16903). `{MANIFEST}` holds the whole plan, with seed, versions and checksums.
+"""
+
+
+def fold_card(tables: Sequence[str], *, trust: bool, auto_class: str, title: str, inherited: Mapping[str, Any]) -> str:
+    """README.md of a folded model; arguments as in ``model_card``."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(library_name="transformers", tags=["spikepatch"], **inherited)
+    option = ", trust_remote_code=True" if trust else ""
+    changes = "\n".join(f"- `{table}`: holds its rows times their factor, or behind their norm" for table in tables)
+    return f"""---
+{data.to_yaml()}
+---
+
+# {title}, folded with spikepatch
+
+The plain architecture, with the logits of the patched model that it was made from. For use: training on from here is
+not the same as training the patched model on.
+
+{changes}
+
+```python
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("PATH"{option})
+```
+
+`{MANIFEST}` holds what had been patched, with versions and checksums.
 """
 
 
@@ -141,9 +177,17 @@ def _changes(plan: Plan) -> list[str]:
     lines = []
     if fills:
         stds = sorted({fill.std for fill in fills})
-        lines.append(f"{len(fills)} parameters drawn from N(0, std²), std {', '.join(f'{s:.6g}' for s in stds)}")
-        lines.append(f"S = {len(plan.sublayers)} sub-layers, stream width d = {plan.width}, seed {plan.seed}")
+        lines.append(f"{len(fills)} parameters drawn afresh, std {', '.join(f'{s:.6g}' for s in stds)}")
+        streams = "; ".join(f"S = {len(s.sublayers)} sub-layers, stream width d = {s.width}" for s in plan.streams)
+        lines.append(f"{streams}, seed {plan.seed}")
+    constants = plan.select(Constant)
+    for value in sorted({c.value + c.offset for c in constants}):
+        names = [c.parameter for c in constants if c.value + c.offset == value]
+        lines.append(f"{len(names)} parameters set to {value:.6g}, such as `{names[0]}`")
     lines += [f"`{e.module}`: output multiplied by {e.factor:.6g}" for e in plan.select(ScaleEmbedding)]
-    lines += [f"`{e.module}`: output through a LayerNorm (eps {e.eps:g})" for e in plan.select(NormEmbedding)]
+    lines += [
+        f"`{e.module}`: output through a {NORM_NAMES[e.kind]} (eps {e.eps:g})" for e in plan.select(NormEmbedding)
+    ]
+    lines += [f"`{e.module}`: {e.gradient:g} of its gradient" for e in plan.select(DetachEmbedding)]
     lines += [f"`{e.head}`: own matrix, no longer tied to `{e.embedding}`" for e in plan.select(Untie)]
     return lines

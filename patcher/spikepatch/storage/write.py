@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spikepatch.errors import Refused
 from spikepatch.storage.formats import INDEX_FILE
 from spikepatch.storage.header import DTYPES
 
@@ -45,6 +46,38 @@ def split(tensors: Sequence[Planned], max_shard_size: str | int) -> dict[str, li
     empty = {t.name: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors}
     found = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
     return {file: list(names) for file, names in found.filename_to_tensors.items()}
+
+
+def check_shard_size(max_shard_size: str | int | None) -> None:
+    """Refuse what is no size, or one that nothing fits into."""
+    import torch
+
+    try:
+        bytes_ = [Planned(name, torch.uint8, (1,)) for name in "ab"]
+        if max_shard_size is not None and len(split(bytes_, max_shard_size)) > 1:
+            raise ValueError("nothing fits into that")
+    except (ValueError, OverflowError) as error:
+        raise Refused(
+            what=f"{max_shard_size!r} is no shard size",
+            where="--max-shard-size",
+            why=str(error),
+            remedy="a number with a unit, such as 5GB or 500MB",
+        ) from error
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype called ``name``; Refused where weights are not stored in it."""
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise Refused(
+            what=f"{name!r} is no dtype to store weights in",
+            where="--dtype",
+            why="weights are stored as float32, bfloat16, float16 or float64",
+            remedy="--dtype bfloat16, or leave it out for the source's own",
+        )
+    return dtype
 
 
 def write_checkpoint(

@@ -1,0 +1,116 @@
+"""A recipe as a TOML file of built-in transforms:
+
+    name = "scaled-002"
+    no_decay_embeddings = true        # and the other fields of a Recipe, all but its transforms
+
+    [[transform]]                     # planned in this order
+    kind = "small_init"               # a module of spikepatch_transforms
+    base = "normal"                   # and the fields of its config; what is left out has its default
+    std = 0.02
+
+    [[transform]]
+    kind = "embed_scale"
+
+Nothing in such a file is code, so it may come from anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from spikepatch.errors import Refused
+from spikepatch.plans import Recipe, Transform
+from spikepatch_transforms.embed_detach import EmbedDetach
+from spikepatch_transforms.embed_init import EmbedInit
+from spikepatch_transforms.embed_norm import EmbedNorm
+from spikepatch_transforms.embed_scale import EmbedScale
+from spikepatch_transforms.residual_init import ResidualInit
+from spikepatch_transforms.small_init import SmallInit
+from spikepatch_transforms.untie import UntieHead
+
+KINDS: dict[str, type[Any]] = {
+    "small_init": SmallInit,
+    "residual_init": ResidualInit,
+    "embed_scale": EmbedScale,
+    "embed_norm": EmbedNorm,
+    "embed_detach": EmbedDetach,
+    "embed_init": EmbedInit,
+    "untie": UntieHead,
+}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file.
+
+    Raises:
+        Refused: the file cannot be read, or says something that no recipe or transform knows.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _refused(
+            "the recipe file cannot be read", str(path), str(error), "see `spikepatch convert --help`"
+        ) from None
+    transforms = data.pop("transform", [])
+    if not isinstance(transforms, list) or not all(isinstance(table, dict) for table in transforms):
+        raise _refused(
+            "the recipe has no list of transforms", str(path), "`transform` is something else", "write [[transform]]"
+        )
+    steps = tuple(_transform(table, f"{path}, transform {i}") for i, table in enumerate(transforms, 1))
+    if "name" not in data:
+        raise _refused("the recipe has no name", str(path), "plans and manifests record it", 'add name = "my-recipe"')
+    return Recipe(**_checked(Recipe, data, str(path), without=("transforms",)), transforms=steps)
+
+
+def _transform(table: Mapping[str, Any], where: str) -> Transform:
+    fields = dict(table)
+    kind = fields.pop("kind", None)
+    if kind not in KINDS:
+        raise _refused(f"there is no transform {kind!r}", where, f"they are {', '.join(KINDS)}", _meant(kind, KINDS))
+    transform: Transform = KINDS[kind](**_checked(KINDS[kind], fields, where))
+    return transform
+
+
+def _checked(config: type[Any], values: Mapping[str, Any], where: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``values``, once each is found to be a field of the dataclass ``config``, and of its type."""
+    hints = get_type_hints(config)
+    fields = [field.name for field in dataclasses.fields(config) if field.name not in without]
+    for name, value in values.items():
+        if name not in fields:
+            raise _refused(f"there is no field {name!r}", where, f"they are {', '.join(fields)}", _meant(name, fields))
+        if not _fits(value, hints[name]):
+            raise _refused(f"{name} = {value!r} does not fit", where, f"it takes {_words(hints[name])}", "change it")
+    return dict(values)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_words(part) for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(hint))
+    return {float: "a number", bool: "true or false", str: "a text"}[hint]
+
+
+def _meant(name: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {near[0]}?" if near else "leave it out"
+
+
+def _refused(what: str, where: str, why: str, remedy: str) -> Refused:
+    return Refused(what, where=where, why=why, remedy=remedy)

@@ -1,0 +1,241 @@
+"""Streams of unusual shape, each a plain module of a few lines: what is proven, and what is refused and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import spikepatch
+from spikepatch.errors import Refused
+from spikepatch.residual.map import Between
+from tests.residual.test_stream import EXAMPLE, Block
+
+WIDTH = 16
+
+
+class Model(nn.Module):
+    """Tokens, a stream that ``stream`` computes, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(50, WIDTH), nn.Linear(WIDTH, 50, bias=False)
+        self.blocks = nn.ModuleList(Block(WIDTH) for _ in range(2))
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.stream(self.tokens(ids)))
+        return logits
+
+
+def branch(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What ``block`` adds to its input."""
+    assert isinstance(block, Block)
+    out: torch.Tensor = block.down(torch.relu(block.up(block.norm(x))))
+    return out
+
+
+class Reversible(Model):
+    """Two tracks, each of which reads the other; the head reads both side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(2 * WIDTH, 50, bias=False)
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = torch.cat([x, x], dim=-1).chunk(2, dim=-1)
+        for block in self.blocks:
+            first, second = second, first + branch(block, second)
+        return torch.cat([first, second], dim=-1)
+
+
+class Pooled(Model):
+    """Half of the positions in the second block, and all of them again, added to where they were, before the head."""
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        whole = x + branch(self.blocks[0], x)
+        half = nn.functional.avg_pool2d(whole[:, None], (2, 1))[:, 0]  # (batch, tokens / 2, width)
+        half = half + branch(self.blocks[1], half)
+        return whole + half.repeat_interleave(2, dim=1)
+
+
+class ByConvolution(Model):
+    """Positions from a convolution over the neighbours; the embedding is projected first, as in a speech encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(WIDTH, WIDTH)
+        self.positions = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=2)
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.project(x)
+        x = x + nn.functional.gelu(self.positions(x.transpose(1, 2))).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Replaced(Model):
+    """The rows of one token are replaced by a learned one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids)
+        x[ids == 3] = self.end
+        logits: torch.Tensor = self.head(self.blocks[1](self.blocks[0](x)))
+        return logits
+
+
+class Interpolated(Model):
+    """Each block moves the stream a learned part of the way towards its own, normed, result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate, self.norm = nn.Parameter(torch.rand(WIDTH)), nn.LayerNorm(WIDTH)
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + self.rate * (self.norm(branch(block, x)) - x)
+        return x
+
+
+class ByPointwiseConvolution(Model):
+    """An MLP written as convolutions of size 1, as one with its channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(WIDTH, 2 * WIDTH, 1), nn.Conv1d(2 * WIDTH, WIDTH, 1, groups=2)
+        self.blocks = nn.ModuleList()
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down(torch.relu(self.up(x.transpose(1, 2)))).transpose(1, 2)
+        return x + out
+
+
+PROVEN = {
+    Reversible: ["blocks.0.down.weight", "blocks.1.down.weight"],
+    Pooled: ["blocks.0.down.weight", "blocks.1.down.weight"],
+    ByConvolution: ["blocks.0.down.weight", "blocks.1.down.weight"],
+    Replaced: ["blocks.0.down.weight", "blocks.1.down.weight"],
+    Interpolated: ["blocks.0.down.weight", "blocks.1.down.weight"],
+    ByPointwiseConvolution: ["down.weight"],
+}
+
+
+@pytest.mark.parametrize("kind", PROVEN)
+def test_proven(kind: type[Model]) -> None:
+    model = kind()
+    residual = spikepatch.inspect(model, example_inputs=EXAMPLE)
+    assert residual.proven, residual.leaks
+    assert [p.parameter for p in residual.residual_projections] == PROVEN[kind]
+    biases = [p.removesuffix("weight") + "bias" for p in PROVEN[kind]]
+    assert [p.between[0] for p in residual.residual_projections] == [Between("bias", name) for name in biases]
+    assert residual.width == WIDTH
+    assert residual.sublayers == len(PROVEN[kind])
+    assert {p.kind for p in residual.residual_projections} == {"mlp"}
+    assert set(residual.reaches) == reached(model, biases)
+
+
+def reached(model: Model, biases: list[str]) -> set[str]:
+    """By autograd: the parameters with gradient, other than the projections, while these and their biases are zero."""
+    model.double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    cut = {*biases, *(name.removesuffix("bias") + "weight" for name in biases)}
+    for name in cut:
+        nn.init.zeros_(model.get_parameter(name))
+    logits = model(EXAMPLE["ids"])
+    (logits * torch.randn_like(logits)).sum().backward()
+    live = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.ne(0).any())}
+    return live - cut
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+class Mixture(Model):
+    """Each block reads a mixture of all earlier states, with weights that are computed from them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(WIDTH, 1, bias=False)
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        states = [x]
+        for block in self.blocks:
+            states.append(branch(block, self.mixed(states)))
+        return self.mixed(states)
+
+    def mixed(self, states: list[torch.Tensor]) -> torch.Tensor:
+        stacked = torch.stack(states, dim=-2)  # (batch, tokens, states, width)
+        weights: torch.Tensor = self.query(stacked).softmax(dim=-2)
+        return (stacked * weights).sum(dim=-2)
+
+
+class Copies(Model):
+    """The stream is kept in three copies."""
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        copies = x[:, :, None].expand(-1, -1, 3, -1)
+        for block in self.blocks:
+            copies = copies + branch(block, copies.mean(dim=2))[:, :, None]
+        return copies.sum(dim=2)
+
+
+class Latents(Model):
+    """The stream begins with learned latents; the tokens are only attended to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents, self.key = nn.Parameter(torch.randn(1, 4, WIDTH)), nn.Linear(WIDTH, WIDTH)
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        weights: torch.Tensor = (self.latents @ self.key(x).transpose(1, 2)).softmax(dim=-1)
+        return self.latents + weights @ torch.sigmoid(self.key(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Mixture, "a set of states that the model mixes by computed weights"),
+        (Copies, "hyper-connections: the stream is a set of 3 mixed copies"),
+        (Latents, r"the input is not a term of it, but goes through products with weights \(key"),
+    ],
+)
+def test_refused(kind: type[Model], reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        spikepatch.inspect(kind(), example_inputs=EXAMPLE)
+
+
+class Fourier(Model):
+    """Tokens are mixed without any weight."""
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + torch.fft.fft(x, dim=1).real
+        return torch.as_tensor(self.blocks[0](x))
+
+
+class Ignored(Model):
+    """A sub-layer's input never arrives: a kernel that is not there gives zeros."""
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.blocks[0].down(torch.zeros_like(self.blocks[0].up(x)))  # type: ignore[operator]
+        return torch.as_tensor(self.blocks[1](x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "leak"),
+    [
+        (Fourier, "computed without any weight, so there is no projection to scale"),
+        (Ignored, "blocks.0.down.weight: never reaches the output, with nothing cut either"),
+    ],
+)
+def test_not_proven(kind: type[Model], leak: str) -> None:
+    residual = spikepatch.inspect(kind(), example_inputs=EXAMPLE)
+    assert not residual.proven
+    assert any(leak in line for line in residual.leaks), residual.leaks

@@ -1,0 +1,60 @@
+"""Embedding initialisation: E ~ N(0, s^2), so that the stream starts with std s without a factor or a norm.
+
+With s = 1 the large shortcut is in the weights themselves. Adam's relative step on a row is then lr / s, some 76 times
+smaller than behind a factor at d = 2304, and weight decay pulls the rows to zero: leave embeddings out of it.
+
+Refuses: a tied head where s sqrt(d) > 3. The head reads a stream of std 1 with the same matrix, so the initial logits
+have a std of s sqrt(d), which costs s^2 d / 2 nats above log V; no usual initialisation comes near 3. And a model that
+normalises its embedding, whose scale then does not matter.
+Also where learned embeddings are to be kept. Preserves: nothing. Goes with ``SmallInit(token_embedding=False)``.
+Sources: footnote of Takase et al., arXiv 2312.16903; BioNeMo and Megatron-LM's ``--embedding-init-method-std`` (std 1,
+untied, no weight decay on embeddings).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from spikepatch.errors import Refused
+from spikepatch.plans import Context, Edit, Fill, Skip
+from spikepatch.residual.map import ResidualMap
+
+#: std of the initial logits of a tied head that is refused.
+_LOGITS = 3.0
+
+
+@dataclass(frozen=True)
+class EmbedInit:
+    """``Fill(table, std)`` for the token embedding."""
+
+    std: float = 1.0
+
+    def __call__(self, residual: ResidualMap, context: Context) -> Iterator[Edit | Skip]:
+        if context.reinit != "all":
+            raise Refused(
+                what="the recipe draws the token embedding afresh, and learned weights are to be kept",
+                where=residual.source,
+                why=f"with reinit={context.reinit} the learned embedding stays",
+                remedy="use --reinit all, or scaled-embed",
+            )
+        tokens = [embedding for embedding in residual.embeddings if embedding.kind == "token"]
+        for token in tokens:
+            if token.normed:
+                raise Refused(
+                    what="the scale of the token embedding does not matter in this model",
+                    where=residual.source,
+                    why=f"a norm stands between {token.parameter} and the stream",
+                    remedy="use the recipe vanilla for the small sub-layers alone",
+                )
+        logits = self.std * math.sqrt(residual.width)
+        if tokens and not context.untied and logits > _LOGITS:
+            raise Refused(
+                what=f"embeddings of std {self.std:g} do not fit a tied head",
+                where=residual.source,
+                why=f"the head uses the same matrix, so the initial logits would have a std of about {logits:.1f}",
+                remedy="give the head its own matrix with --untie (the transform untie), or use scaled-embed",
+            )
+        for token in tokens:
+            yield Fill(token.parameter, self.std)
