@@ -6,6 +6,7 @@
     report   = spikepatch.check(model, recipes=["scaled-embed"])     # whether it is at risk, measured
     result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
     spikepatch.save(model, "out/")
+    edit     = spikepatch.codemod("model.py", "build:small_model")   # the same, as source code
     spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
 
 Nothing heavy is imported before the first use of a name.
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from spikepatch.apply.codemod import Codemod, codemod
     from spikepatch.apply.initialize import initialize
     from spikepatch.apply.module import patch, save
     from spikepatch.conversion import Conversion, convert
@@ -40,6 +42,8 @@ _HOME = {
     "patch": "spikepatch.apply.module",
     "initialize": "spikepatch.apply.initialize",
     "save": "spikepatch.apply.module",
+    "codemod": "spikepatch.apply.codemod",
+    "Codemod": "spikepatch.apply.codemod",
     "param_groups": "spikepatch.optimiser",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
@@ -56,6 +60,7 @@ _HOME = {
 __all__ = [
     "BadSource",
     "BadTarget",
+    "Codemod",
     "Conversion",
     "Folded",
     "Plan",
@@ -65,6 +70,7 @@ __all__ = [
     "SpikepatchError",
     "StabilityReport",
     "check",
+    "codemod",
     "convert",
     "fold",
     "initialize",

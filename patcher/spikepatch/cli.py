@@ -182,6 +182,53 @@ main.add_command(check_command)
 
 
 @main.command()
+@click.argument("file", type=click.Path())
+@click.option("--factory", required=True, metavar="MODULE:FUNCTION", help="What builds the model; see above.")
+@click.option(
+    "--recipe",
+    default="scaled-embed",
+    show_default=True,
+    help="What to put in: a name that `spikepatch recipes` lists, a TOML file, or module:NAME of your own.",
+)
+@click.option("--factor", type=float, metavar="C", help="Embedding factor.  [default: sqrt(d)]")
+@click.option("--positions", is_flag=True, help="Scale learned position embeddings too.")
+@click.option("--replace", is_flag=True, help="Divide out a factor that the model applies to its embedding already.")
+@click.option("--untie", is_flag=True, help="Take out the assignment that ties the head to the embedding.")
+@click.option(
+    "--write/--diff",
+    default=False,
+    help="Replace FILE, or print a unified diff and write nothing.  [default: --diff]",
+)
+def codemod(file: str, factory: str, **options: Any) -> None:
+    """Write a recipe into FILE, the Python source of a model of your own.
+
+    This runs your code: the module of --factory is imported, from the current folder or FILE's, and the function is
+    called without arguments, before and after the edit, in processes of their own. It returns the model (an nn.Module
+    whose class FILE defines), or a tuple of the model and its example inputs: ids, or a dict of arguments of forward.
+    Without them forward is given ids. A small model on the CPU will do: the edit works for any width and depth.
+
+    The embedding's construction becomes that of a class that is added to FILE, with the recipe's factor, norm or damped
+    gradient, and the model's __init__ ends with a call that draws the recipe's weights. Every other byte of FILE stays.
+    Other classes of FILE that build the same embedding get its change too, but keep their own initialisation.
+
+    \b
+        spikepatch codemod model.py --factory build:small_model
+        spikepatch codemod model.py --factory build:small_model --write
+    """
+    with _progress() as progress:
+        progress("building the model before and after the edit")
+        from spikepatch.apply.codemod import codemod as run
+
+        result = run(file, factory, **options)
+    for note in result.notes:
+        click.echo(note, err=True)
+    if options["write"]:
+        click.echo(f"wrote {file}: {result.plan.recipe}, checked by building {result.plan.architecture} from it")
+    else:
+        click.echo(result.diff, nl=False)
+
+
+@main.command()
 def recipes() -> None:
     """List the recipes: equation, the paper's two conditions, source."""
     from spikepatch.recipes import DEFAULT, RECIPES
