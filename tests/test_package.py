@@ -115,6 +115,8 @@ RANKS = (
     ("recipes", "recipe_files"),
     ("apply", "planning"),
     ("notes", "drift", "conversion", "folding", "architectures", "map_table"),
+    ("report",),
+    ("preflight",),
     ("cli",),
     ("__main__",),
 )

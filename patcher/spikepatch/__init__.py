@@ -3,6 +3,7 @@
     residual = spikepatch.inspect(model)                             # find and prove the residual stream
     plan     = spikepatch.plan(model, "scaled-embed", reinit="all")  # every change, as data
     model    = spikepatch.patch(model, plan)                         # in place, on the live model
+    report   = spikepatch.check(model, recipes=["scaled-embed"])     # whether it is at risk, measured
     result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
     spikepatch.save(model, "out/")
     spikepatch.verify("out/")                                        # at any later time: is it still what was written?
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from spikepatch.optimiser import param_groups
     from spikepatch.planning import plan
     from spikepatch.plans import Plan, Recipe
+    from spikepatch.preflight.check import check
+    from spikepatch.preflight.result import StabilityReport
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
     from spikepatch.storage.verify import verify
@@ -46,6 +49,8 @@ _HOME = {
     "param_groups": "spikepatch.optimiser",
     "convert": "spikepatch.conversion",
     "Conversion": "spikepatch.conversion",
+    "check": "spikepatch.preflight.check",
+    "StabilityReport": "spikepatch.preflight.result",
     "fold": "spikepatch.folding",
     "Folded": "spikepatch.folding",
     "verify": "spikepatch.storage.verify",
@@ -66,6 +71,8 @@ __all__ = [
     "Refused",
     "ResidualMap",
     "SpikepatchError",
+    "StabilityReport",
+    "check",
     "codemod",
     "convert",
     "fold",

@@ -17,6 +17,7 @@ from spikepatch import __version__
 from spikepatch.architectures import architectures_command
 from spikepatch.errors import SpikepatchError
 from spikepatch.map_table import columns, lines
+from spikepatch.preflight.command import check_command
 
 if TYPE_CHECKING:
     from spikepatch.apply.shards import Progress
@@ -64,6 +65,7 @@ def main() -> None:
     \b
         spikepatch convert arch:gpt2 out/     a fresh, patched GPT-2
         spikepatch inspect gpt2               what its residual stream is made of
+        spikepatch check gpt2                 whether it is at risk, measured
         spikepatch recipes                    what can be put into it
     """
     # Before the first import of transformers, which reads them once.
@@ -197,6 +199,7 @@ def verify(out: str, allow_nonfinite: bool, as_json: bool) -> None:
 
 
 main.add_command(architectures_command)
+main.add_command(check_command)
 
 
 @main.command()

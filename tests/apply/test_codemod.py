@@ -54,8 +54,9 @@ class Case:
 
 WTE = "            wte = nn.Embedding(config.vocabulary, config.width), # token embeddings"
 HELPED = ("        self.tokens = make_embedding(", "        )  # é, so that columns in bytes and in characters differ")
+SLOW = pytest.mark.slow
+#: One for each model, and more of them.
 CASES = (
-    Case("module_dict", "scaled-embed", (WTE,), {"layers": 5, "width": 48}, {}),
     Case(
         "module_dict",
         "embed-ln",
@@ -63,7 +64,6 @@ CASES = (
         {"layers": 1, "width": 64},
         {"untie": True},
     ),
-    Case("helper_factory", "embed-ln", HELPED, {"depth": 4, "width": 40}, {}),
     Case(
         "helper_factory",
         "scaled-embed",
@@ -71,7 +71,6 @@ CASES = (
         {"depth": 3, "width": 30},
         {"positions": True},
     ),
-    Case("helper_factory", "vanilla", (), {"depth": 3, "width": 30}, {}),
     Case(
         "inheritance",
         "scaled-embed",
@@ -88,6 +87,12 @@ CASES = (
         {},
     ),
 )
+MORE = (
+    Case("module_dict", "scaled-embed", (WTE,), {"layers": 5, "width": 48}, {}),
+    Case("helper_factory", "embed-ln", HELPED, {"depth": 4, "width": 40}, {}),
+    Case("helper_factory", "vanilla", (), {"depth": 3, "width": 30}, {}),
+)
+PARAMETERS = [*CASES, *(pytest.param(case, marks=SLOW) for case in MORE)]
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def source(model: str, *, crlf: bool = False) -> bytes:
     return data.replace(b"\n", b"\r\n") if crlf else data
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@pytest.fixture(scope="module", params=PARAMETERS, ids=str)
 def edited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Edited:
     case: Case = request.param
     file = tmp_path_factory.mktemp("before") / f"{case.model}.py"
@@ -349,12 +354,9 @@ def test_a_factor_that_is_there_already(tmp_path: Path) -> None:
 
 # Processes, and writing.
 
-SLOW = pytest.mark.slow
-
 
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=str(case), marks=[] if case.model == "copied_hf" else SLOW) for case in CASES],
+    "case", [c if c.model == "copied_hf" else pytest.param(c, marks=SLOW) for c in (*CASES, *MORE)], ids=str
 )
 def test_built_in_processes_of_their_own(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same text comes of it; the folder is left as it was."""

@@ -8,6 +8,7 @@ from torch import nn
 
 import spikepatch
 from spikepatch.residual.inspect import map_of
+from spikepatch.residual.record import record
 from spikepatch.residual.trace import recorded
 from tests.architectures import TYPES, tiny_model
 from tests.residual.test_stream import EXAMPLE, Block
@@ -41,6 +42,24 @@ def test_a_branch_on_data() -> None:
     residual = spikepatch.inspect(Branching(), example_inputs=EXAMPLE)
     assert residual.proven
     assert [p.parameter for p in residual.residual_projections] == ["block.down.weight"]
+
+
+class Numbers(nn.Module):
+    """Numbers in the code become tensors on the data's device, where a traced model has none."""
+
+    def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.embedding(ids, table)
+        return x[..., [-1, 2]] + torch.tensor(0.25, device=x.device) + x[[0]][..., :2]
+
+
+def test_numbers_in_the_code_keep_their_values() -> None:
+    recorder, _ = record(Numbers(), {"ids": torch.arange(3)[None], "table": torch.zeros(8, 4, device="meta")})
+    assert recorder.constants
+    assert not any(value.is_meta for value in recorder.constants.values())
+    values = [value.flatten().tolist() for value in recorder.constants.values()]
+    assert [-1, 2] in values
+    assert [0.25] in values
+    assert [0] in values
 
 
 def test_a_forward_that_cannot_run() -> None:

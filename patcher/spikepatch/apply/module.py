@@ -172,7 +172,7 @@ def _record(model: Any, plan: Plan) -> None:
 
         adopt(model, record)
     else:
-        model.config.spikepatch = record
+        model.config.spikepatch = {**record, "original": {}}
 
 
 def _auto_class(model: Any) -> str:

@@ -23,6 +23,7 @@ from spikepatch.residual.map import (
     Placement,
     ResidualMap,
     ResidualProjection,
+    SublayerKind,
 )
 from spikepatch.residual.measure import measure
 from spikepatch.residual.names import layers, own_name, tied
@@ -70,14 +71,47 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
     return dataclasses.replace(main, streams=tuple(others))
 
 
+def sublayers_of(stream: Stream) -> tuple[list[SublayerKind], list[int]]:
+    """For each term of ``stream``: what it computes, and the index of its sub-layer.
+
+    Feed-forward terms with one input, added before the stream is read again, are one: routed, shared experts.
+    """
+    order = stream.facts.order
+    kinds = [kind_of(stream.facts, term) for term in stream.terms]
+    read = sorted(order[term.reads] for term in stream.terms)
+    keys = []
+    for term, kind in zip(stream.terms, kinds, strict=True):
+        name = "feed-forward" if kind in {"mlp", "moe"} else kind
+        keys.append((_point(term.reads), bisect.bisect(read, order[_addition(stream, term)]), name))
+    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    return kinds, [number[key] for key in keys]
+
+
+def _addition(stream: Stream, term: Term) -> Node:
+    """Where the term joins the stream."""
+    seen: set[Node] = set()
+    todo = [term.node]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo.extend(node.users if node not in stream.additions else ())
+    return min(seen & stream.additions, key=stream.facts.order.__getitem__)
+
+
+def _point(node: Node) -> Node:
+    while op(node) in ops.VIEWS:
+        node = operands(node)[0]
+    return node
+
+
 class _Naming:
     """Turns nodes into names: modules from the trace's call stack, layers from the model's lists of blocks."""
 
     def __init__(self, model: nn.Module, stream: Stream) -> None:
         self.model, self.stream, self.facts = model, stream, stream.facts
         self.copies = self._copies()
-        self.kinds = [kind_of(self.facts, term) for term in stream.terms]
-        self.sublayer = self._number_sublayers()
+        self.kinds, self.sublayer = sublayers_of(stream)
         parameters = [parameter for term in stream.terms for _, parameter in term.projections]
         self.layers = layers(model, list(dict.fromkeys(parameters)))
 
@@ -121,32 +155,6 @@ class _Naming:
             if any(a in copies for a in through):
                 copies.add(node)
         return copies
-
-    def _number_sublayers(self) -> list[int]:
-        """Feed-forward terms with one input, added before the stream is read again, are one: routed, shared experts."""
-        read = sorted(self.facts.order[term.reads] for term in self.stream.terms)
-        keys = []
-        for term, kind in zip(self.stream.terms, self.kinds, strict=True):
-            name = "feed-forward" if kind in {"mlp", "moe"} else kind
-            keys.append((self._point(term.reads), bisect.bisect(read, self.facts.order[self._addition(term)]), name))
-        order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        return [order[key] for key in keys]
-
-    def _addition(self, term: Term) -> Node:
-        """Where the term joins the stream."""
-        seen: set[Node] = set()
-        todo = [term.node]
-        while todo:
-            node = todo.pop()
-            if node not in seen:
-                seen.add(node)
-                todo.extend(node.users if node not in self.stream.additions else ())
-        return min(seen & self.stream.additions, key=self.facts.order.__getitem__)
-
-    def _point(self, node: Node) -> Node:
-        while op(node) in ops.VIEWS:
-            node = operands(node)[0]
-        return node
 
     def _behind_gains(self, node: Node) -> Node:
         """The norm or addition on the stream that ``node`` is, up to views, gains and biases."""
@@ -226,11 +234,11 @@ class _Naming:
                     role = "final"
                 else:
                     role = "post"
-            elif norm.output in self.stream.suffix and self._point(norm.input) in self.stream.spine:
+            elif norm.output in self.stream.suffix and _point(norm.input) in self.stream.spine:
                 role = "final"
             elif norm.output in on_branch and norm.output not in projected:
                 role = "branch"
-            elif self._point(norm.input) in self.stream.spine:
+            elif _point(norm.input) in self.stream.spine:
                 role = "pre"
             else:
                 role = "qk" if norm.output in attention and _heads(norm.output) else "inner"
@@ -243,12 +251,12 @@ class _Naming:
         terms = list(zip(self.stream.terms, self.sublayer, strict=True))
         points: dict[int, set[Node]] = {}
         for term, s in terms:
-            points.setdefault(s, set()).add(self._point(term.reads))
+            points.setdefault(s, set()).add(_point(term.reads))
         norms = self.facts.norm_at
         stream = self.stream.spine
-        reads_normed = {s for t, s in terms for n in t.interior if n in norms and self._point(norms[n].input) in stream}
+        reads_normed = {s for t, s in terms for n in t.interior if n in norms and _point(norms[n].input) in stream}
         normed = {self._behind_gains(norm.input) for output, norm in norms.items() if output in stream}
-        post = {s for t, s in terms if self._behind_gains(t.reads) in norms or self._addition(t) in normed}
+        post = {s for t, s in terms if self._behind_gains(t.reads) in norms or _addition(self.stream, t) in normed}
         found: set[Placement] = set()
         for projection in projections:
             s = projection.sublayer

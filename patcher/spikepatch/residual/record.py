@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -98,11 +99,26 @@ def _stand_in(tensor: torch.Tensor, choices: int) -> torch.Tensor:
     return (torch.arange(tensor.numel()) % max(choices, 1)).reshape(tensor.shape).to(tensor.dtype)
 
 
+class _RealNumbers(TorchFunctionMode):
+    """Numbers in the code that become a tensor on the data's device, meta, would lose their values: keep them real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__getitem__:
+            tensor, index = args
+            parts = index if isinstance(index, tuple) else (index,)
+            real = tuple(torch.tensor(part, device="cpu") if isinstance(part, list) else part for part in parts)
+            args = (tensor, real if isinstance(index, tuple) else real[0])
+        elif func is torch.tensor and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
 def record(model: nn.Module, example: Mapping[str, torch.Tensor]) -> tuple[Recorder, Any]:
     """Run ``model`` (parameters on meta, buffers real) once on a real ``example``: the recorder, and the output."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers()), **example}
     recorder = Recorder(named)
-    with torch.no_grad(), _paths(model, recorder.path), recorder:
+    with torch.no_grad(), _paths(model, recorder.path), _RealNumbers(), recorder:
         result = model(**example)
     return recorder, result
 

@@ -66,7 +66,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
         Refused: ``torch.export`` cannot follow the forward pass.
     """
     twin = skeleton(model)
-    example = dict(example_inputs) if example_inputs is not None else _example_of(twin)
+    example = dict(example_inputs) if example_inputs is not None else example_of(twin)
     _prefer_traceable_kernels(twin, "grouped_mm")  # no loop over data
     # On failure torch prints the graph so far, thousands of lines.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
@@ -108,7 +108,7 @@ def _line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _example_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a transformers model takes, by its declared main input: token ids, an image, a spectrogram or a wave."""
     config: Any = getattr(model, "config", None)
     if config is None:
@@ -229,7 +229,7 @@ def _is_graph(module: nn.Module, node: Node) -> bool:
 def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None) -> Trace:
     """Trace ``model`` by running it once on the meta device: see ``record.py``. For what export cannot follow."""
     twin = skeleton(model)
-    example = dict(example) if example is not None else _example_of(twin)
+    example = dict(example) if example is not None else example_of(twin)
     _prefer_traceable_kernels(twin, "eager")  # a loop is no obstacle here
     for name, buffer in model.named_buffers():
         owner, _, own = name.rpartition(".")

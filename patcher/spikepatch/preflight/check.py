@@ -1,0 +1,279 @@
+"""``check(model) -> StabilityReport``: whether a model is at risk, before a cluster is spent on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from spikepatch.errors import Refused
+from spikepatch.plans import Reinit
+from spikepatch.preflight.assemble import View, bound_product, growth
+from spikepatch.preflight.measure import Progress, measure
+from spikepatch.preflight.program import compile_program
+from spikepatch.preflight.result import Finding, StabilityReport
+from spikepatch.preflight.steps import run_steps
+from spikepatch.preflight.subject import Subject, example, of_model, of_source, vocabulary_of, with_recipe
+from spikepatch.preflight.verdict import Thresholds, judged
+from spikepatch.residual.inspect import map_of
+from spikepatch.residual.ops import shape
+from spikepatch.residual.stream import Stream, find
+from spikepatch.residual.trace import Trace, trace
+
+if TYPE_CHECKING:
+    from spikepatch.source import Source
+
+
+def check(
+    model: nn.Module | str,
+    *,
+    recipes: Sequence[str] = (),
+    reinit: Reinit = "all",
+    factor: float | None = None,
+    positions: bool = False,
+    untie: bool = False,
+    tokens: int = 256,
+    batch: int = 2,
+    text: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    deep: bool = False,
+    steps: int = 0,
+    lr: float = 1e-3,
+    thresholds: Mapping[str, float] | None = None,
+    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> StabilityReport:
+    """Measure how gradients and activations grow through the depth of a model, and judge it. Nothing is changed.
+
+    Weights, stream, loss and gradients come from one forward and one backward pass in float32; with ``deep`` also the
+    spectral norms of all sub-layers' Jacobians. Weights are read or drawn piece by piece, so that a model larger than
+    memory can be checked.
+
+    Args:
+        model: a loaded model, or a SOURCE: a hub id, a folder, ``arch:TYPE``. Without weights (``arch:TYPE``, a model
+            on the meta device) it is checked as its own initialiser makes it.
+        recipes: to be compared with the model as it is.
+        reinit, factor, positions, untie: of the recipes; as in ``spikepatch.plan``.
+        tokens, batch: length and number of the random sequences.
+        text: a file to take the tokens from instead, by the source's tokenizer.
+        seed: of random tokens and of every random weight.
+        device: ``auto`` (a GPU where there is one) or as torch names it.
+        deep: measure Jacobians.
+        steps, lr: also run AdamW steps at this learning rate.
+        thresholds: instead of the defaults of ``preflight.verdict.Thresholds``, by name.
+        example_inputs: keyword arguments of ``forward`` in place of random tokens; needed for a plain module.
+        revision, trust_remote_code: of a SOURCE.
+        progress: told (step, done, total).
+
+    Raises:
+        SpikepatchError: the model cannot be read or mapped, or a recipe does not apply.
+    """
+    limits = Thresholds.changed(dict(thresholds or {}))
+    _check_numbers(tokens=tokens, batch=batch, seed=seed, steps=steps, lr=lr)
+    where = _device(device)
+    report = progress or (lambda step, done, total: None)
+    source: Source | None = None
+    if isinstance(model, str):
+        from spikepatch.source import open_source
+
+        report("reading the source", 0, 0)
+        source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True)
+        base = of_source(source, seed)
+    else:
+        base = of_model(model, seed)
+    name = source.name if source is not None else type(base.structure).__name__
+    inputs = dict(example_inputs) if example_inputs is not None else None
+    if text is not None:
+        inputs = _from_text(Path(text), source, tokens=tokens, batch=batch)
+    options = {"factor": factor, "positions": positions, "untie": untie, "trust_remote_code": trust_remote_code}
+    subjects = [base]
+    for recipe in recipes:  # whatever is refused is refused before anything is measured
+        report(f"planning {recipe}", 0, 0)
+        subjects.append(with_recipe(base, recipe, source=source, reinit=reinit, seed=seed, options=options))
+    setting = _Setting(name, tokens, batch, seed, where, deep, steps, lr)
+    found = []
+    while subjects:  # one model's weights in memory at a time
+        found.append(_check(subjects.pop(0), setting, inputs, limits, report))
+    return dataclasses.replace(found[0], models=tuple(found[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    source: str
+    tokens: int
+    batch: int
+    seed: int
+    device: torch.device
+    deep: bool
+    steps: int
+    lr: float
+
+
+def _check(
+    subject: Subject,
+    setting: _Setting,
+    inputs: Mapping[str, torch.Tensor] | None,
+    limits: Thresholds,
+    progress: Progress,
+) -> StabilityReport:
+    progress("mapping the residual stream", 0, 0)
+    if inputs is None and hasattr(subject.structure, "config"):
+        inputs = example(subject.structure, tokens=setting.tokens, batch=setting.batch, seed=setting.seed)
+    graph = trace(subject.structure, inputs)
+    residual = map_of(subject.structure, graph, setting.source)
+    if not residual.proven:
+        raise Refused(
+            what="its residual stream is not proven, so what would be measured is not known",
+            where=setting.source,
+            why="; ".join(residual.leaks[:3]),
+            remedy="`spikepatch inspect` shows the map; please report the architecture",
+        )
+    ids = next((x for x in graph.inputs.values() if not x.is_floating_point()), None)
+    draft = StabilityReport(
+        source=setting.source,
+        recipe=subject.recipe,
+        architecture=residual.architecture,
+        weights=subject.about,
+        placement=residual.placement,
+        width=residual.width,
+        sublayers=residual.sublayers,
+        device=str(setting.device),
+        tokens=ids.shape[1] if ids is not None else 0,
+        batch=ids.shape[0] if ids is not None else 1,
+        seed=setting.seed,
+        verdict="unknown",
+        findings=(),
+        embeddings=(),
+        layers=(),
+        sigma_start=None,
+        sigma_end=None,
+        initial_loss=None,
+        log_vocab=None,
+        gradient_ratio=None,
+        growth_activations=None,
+        growth_gradients=None,
+        eq15_excess_layer1=None,
+        eq15_excess_layer1_stream=None,
+        bound_product=None,
+        jacobian_product=None,
+        gradients={},
+    )
+    streams = find(graph)
+    assert not isinstance(streams, str)
+    try:
+        return _measured(draft, subject, streams[0], residual, setting, limits, progress)
+    except (RuntimeError, NotImplementedError, IndexError) as error:  # an operation of the model
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no reason given'}"
+        finding = Finding("not-measured", "note", f"the traced graph cannot be run on numbers: {reason}")
+        return dataclasses.replace(draft, findings=(finding,), not_measured=(reason,))
+
+
+def _measured(
+    draft: StabilityReport,
+    subject: Subject,
+    stream: Stream,
+    residual: Any,
+    setting: _Setting,
+    limits: Thresholds,
+    progress: Progress,
+) -> StabilityReport:
+    program = compile_program(stream, setting.device)
+    vocabulary = _logits_over(subject.structure, stream.facts.trace) if residual.head is not None else None
+    found = measure(program, residual, subject.weights, deep=setting.deep, vocabulary=vocabulary, progress=progress)
+    view = View(program, residual, found, limits)
+    layers = view.layers()
+    first, second = view.excesses()
+    norms = [layer.gradient_norm for layer in layers]
+    jacobians = [layer.jacobian for layer in layers]
+    start, end = found.start, found.end
+    taken = run_steps(
+        program, subject.weights, steps=setting.steps, lr=setting.lr, vocabulary=vocabulary, progress=progress
+    )
+    draft = dataclasses.replace(
+        draft,
+        embeddings=tuple(view.embeddings()),
+        layers=layers,
+        sigma_start=start.mean if start is not None else None,
+        sigma_end=end.mean if end is not None else None,
+        initial_loss=found.loss,
+        log_vocab=math.log(vocabulary) if vocabulary is not None else None,
+        gradient_ratio=norms[0] / norms[-1] if norms[-1] else None,
+        growth_activations=growth(start.mean, end.mean, len(layers)) if start is not None and end is not None else None,
+        growth_gradients=growth(norms[-1], norms[0], len(layers)),
+        eq15_excess_layer1=first,
+        eq15_excess_layer1_stream=second,
+        bound_product=bound_product(layers).value,
+        jacobian_product=math.prod(j for j in jacobians if j is not None) if None not in jacobians else None,
+        gradients=found.gradients,
+        steps=tuple(taken) if setting.steps else (),
+        not_measured=tuple(found.problems),
+    )
+    finite = found.finite and all(w.finite for w in found.weights.values())
+    return judged(draft, residual, limits, finite=finite)
+
+
+def _logits_over(model: nn.Module, graph: Trace) -> int | None:
+    """Length of the output's last axis, where that is the model's vocabulary and not its width."""
+    vocabulary, width = vocabulary_of(model), shape(graph.output)[-1]
+    tokens = any(not x.is_floating_point() for x in graph.inputs.values())
+    return width if tokens and vocabulary is not None and width >= vocabulary else None
+
+
+def _from_text(path: Path, source: Source | None, *, tokens: int, batch: int) -> dict[str, torch.Tensor]:
+    """``batch`` sequences of ``tokens`` ids from the beginning of a file."""
+    import transformers
+
+    from spikepatch.quiet import quiet
+
+    def refused(why: str, remedy: str) -> Refused:
+        return Refused(what="the tokens cannot be taken from the file", where=str(path), why=why, remedy=remedy)
+
+    if source is None or source.folder is None:
+        raise refused("there is no tokenizer beside the model", "pass example_inputs={'input_ids': ...} in Python")
+    if not path.is_file():
+        raise refused("there is no such file", "give a text file")
+    with quiet():
+        try:
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+            ids = tokenizer(path.read_text(encoding="utf-8")).input_ids
+        except Exception as error:  # whatever a tokenizer's own loading raises
+            raise refused(" ".join(str(error).split())[:200], "leave --text out for random tokens") from error
+    if len(ids) < tokens * batch:
+        raise refused(f"it has {len(ids)} tokens, {batch} x {tokens} are asked for", "a longer file, or --tokens")
+    return {"input_ids": torch.tensor(ids[: tokens * batch]).reshape(batch, tokens)}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(
+            what=f"no device {name!r}",
+            where="--device",
+            why=str(error).splitlines()[0],
+            remedy="leave it out for a GPU where there is one, else the CPU",
+        ) from error
+    return device
+
+
+def _check_numbers(**numbers: float) -> None:
+    least = {"tokens": 2, "batch": 1, "seed": 0, "steps": 0}
+    for name, value in numbers.items():
+        if (name == "lr" and not 0 < value < math.inf) or value < least.get(name, 0):
+            raise Refused(
+                what=f"{name} cannot be {value:g}",
+                where=f"--{name}",
+                why="there is nothing to measure",
+                remedy=f"give {least.get(name, 'more than 0')} or more",
+            )

@@ -1,0 +1,138 @@
+"""A stability report for people: tables for the terminal, and the same with curves as a page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from spikepatch.preflight.result import LayerReport, StabilityReport, Verdict
+from spikepatch.preflight.verdict import PROMISE, Thresholds
+from spikepatch.report.document import Badge, Chart, Page, Section, Series, Table, Tone, number
+
+_TONES: dict[Verdict, Tone] = {"stable": "good", "at-risk": "warning", "unstable": "bad", "unknown": "neutral"}
+
+
+def summary_table(report: StabilityReport) -> Table:
+    """One column per compared model."""
+    models = (report, *report.models)
+    rows: list[tuple[str, Callable[[StabilityReport], str]]] = [
+        ("verdict", lambda m: m.verdict),
+        ("weights", lambda m: m.weights),
+        ("stream entering layer 1, std", lambda m: number(m.sigma_start)),
+        ("stream after the last layer", lambda m: number(m.sigma_end)),
+        ("gradient, first over last layer", lambda m: number(m.gradient_ratio)),
+        ("Eq. 15 excess at layer 1", lambda m: number(m.eq15_excess_layer1)),
+        ("Eq. 15 excess, by the stream's std", lambda m: number(m.eq15_excess_layer1_stream)),
+        ("Eq. 7, product of the bounds", lambda m: number(m.bound_product)),
+        ("product of measured Jacobians", lambda m: number(m.jacobian_product)),
+        ("initial loss (log V)", lambda m: f"{number(m.initial_loss)} ({number(m.log_vocab)})"),
+        ("growth exponent, activations", lambda m: number(m.growth_activations)),
+        ("growth exponent, gradients", lambda m: number(m.growth_gradients)),
+    ]
+    groups = dict.fromkeys(name for m in models for name in m.gradients)
+    rows += [(f"gradient of {group}", partial(_gradient, group)) for group in groups]
+    if report.steps:
+        last = f"after {len(report.steps) - 1} steps"
+        rows += [
+            (f"loss {last}", lambda m: number(m.steps[-1].loss) if m.steps else "-"),
+            (f"stream std {last}", lambda m: number(m.steps[-1].sigma_last) if m.steps else "-"),
+            (f"largest attention logit {last}", lambda m: number(m.steps[-1].attention_logit) if m.steps else "-"),
+        ]
+    shown = [(label, *(value(m) for m in models)) for label, value in rows]
+    kept = [row for row in shown if any(entry not in {"-", "- (-)"} for entry in row[1:])]
+    return Table("", ("", *(m.name for m in models)), tuple(kept))
+
+
+def _gradient(group: str, report: StabilityReport) -> str:
+    return number(report.gradients.get(group))
+
+
+def layer_table(report: StabilityReport) -> Table:
+    """One row per sub-layer."""
+    rows = [
+        (
+            str(layer.layer + 1),
+            s.kind,
+            number(s.sigma_in),
+            number(s.sigma_branch),
+            number(s.ratio),
+            number(s.gradient_norm),
+            number(s.bound) if s.bound is not None else "not covered",
+            number(s.jacobian),
+        )
+        for layer in report.layers
+        for s in layer.sublayers
+    ]
+    headers = ("layer", "sub-layer", "std in", "std added", "ratio", "gradient", "bound", "Jacobian")
+    return Table(f"{report.name}: sub-layers", headers, tuple(rows))
+
+
+def embedding_table(report: StabilityReport) -> Table:
+    rows = [
+        (
+            e.parameter,
+            e.kind,
+            number(e.std),
+            number(e.small_init),
+            "through a norm" if e.normed else f"times {number(e.scale)}",
+        )
+        for e in report.embeddings
+    ]
+    return Table(f"{report.name}: embeddings", ("table", "kind", "std", "small init", "on the way"), tuple(rows))
+
+
+def findings(report: StabilityReport) -> Iterable[str]:
+    """One line each, with the remedy; reasons for what is not covered once each."""
+    for f in report.findings:
+        equation = f" ({f.equation})" if f.equation else ""
+        yield f"{f.severity}: {f.what}{equation}" + (f"; remedy: {f.remedy}" if f.remedy else "")
+    reasons = Counter(s.not_covered for layer in report.layers for s in layer.sublayers if s.not_covered)
+    for reason, count in reasons.items():
+        yield f"bound not covered in {count} of {report.sublayers} sub-layers: {reason}"
+    yield from (f"not measured: {reason}" for reason in report.not_measured)
+
+
+def page(report: StabilityReport, thresholds: Thresholds) -> Page:
+    """The whole report, with per-layer curves of all compared models."""
+    models = (report, *report.models)
+    badges = tuple(Badge(m.name, m.verdict, _TONES[m.verdict]) for m in models)
+    sections = [Section("Compared", (PROMISE,), (summary_table(report),))]
+    sections += [Section(f"Findings: {m.name}", tuple(findings(m)) or ("none",), (embedding_table(m),)) for m in models]
+    sections.append(Section("Along the layers", charts=tuple(_layer_charts(models, thresholds))))
+    if any(m.steps for m in models):
+        sections.append(Section("Optimiser steps", charts=tuple(_step_charts(models))))
+    sections.append(Section("Sub-layers", tables=tuple(layer_table(m) for m in models if m.layers)))
+    about = (
+        f"{report.architecture}, {report.placement}, width {report.width}, {report.sublayers} sub-layers;"
+        f" {report.batch} x {report.tokens} tokens, seed {report.seed}, float32 on {report.device}"
+    )
+    footer = "Equations: Takase et al., Spike No More, arXiv 2312.16903. Bounds use the least std over the tokens."
+    return Page(f"Pre-flight: {report.source}", about, badges, tuple(sections), footer)
+
+
+def _layer_charts(models: tuple[StabilityReport, ...], limits: Thresholds) -> Iterable[Chart]:
+    curves: list[tuple[str, str, Callable[[LayerReport], float | None], tuple[tuple[str, float], ...]]] = [
+        ("Stream at each layer's input", "std", lambda x: x.sigma_in, (("at-risk below", limits.stream_low),)),
+        ("What a layer adds", "std of its largest sub-layer", lambda x: x.sigma_branch, ()),
+        ("Gradient at each layer's input", "||dL/dx||", lambda x: x.gradient_norm, ()),
+        ("Bound of the MLP, Eq. 15", "bound", lambda x: x.bound_mlp, ()),
+        ("Bound of the attention, Eq. 20", "bound", lambda x: x.bound_attention, ()),
+        ("Measured Jacobian of a layer", "spectral norm", lambda x: x.jacobian, ()),
+    ]
+    for title, label, value, marks in curves:
+        series = [Series(m.name, tuple((x.layer + 1, value(x)) for x in m.layers)) for m in models]
+        drawn = tuple(s for s in series if any(y is not None for _, y in s.points))
+        if drawn:
+            yield Chart(title, "layer", label, drawn, log=True, marks=marks)
+
+
+def _step_charts(models: tuple[StabilityReport, ...]) -> Iterable[Chart]:
+    for title, label, name, log in (
+        ("Loss", "nats", "loss", False),
+        ("Gradient norm", "norm", "gradient_norm", True),
+        ("Stream after the last layer", "std", "sigma_last", True),
+        ("Largest attention logit", "logit", "attention_logit", False),
+    ):
+        series = tuple(Series(m.name, tuple((s.step, getattr(s, name)) for s in m.steps)) for m in models if m.steps)
+        yield Chart(title, "step", label, series, log=log)

@@ -1,0 +1,288 @@
+"""A traced forward pass as a program: run on real numbers, one piece of the stream at a time.
+
+The graph is cut at the points of the stream that sub-layers read. A piece computes what lies between two of them from
+the few values that are alive there (as a rule the stream alone), so forward, backward and Jacobians need the weights
+of one piece at a time: they are asked for when a piece begins and dropped when it ends. What depends on no weight
+(masks, rotary angles) is computed once.
+
+Every number is at least float32, whatever the model's dtype: what is measured is the initialisation, not rounding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from spikepatch.residual.inspect import sublayers_of
+from spikepatch.residual.map import SublayerKind
+from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, op, operands
+from spikepatch.residual.stream import Stream
+
+#: Name of a parameter, as ``named_parameters()`` gives it -> its values, of any float dtype, anywhere.
+Weights = Callable[[str], torch.Tensor]
+Values = dict[Node, Any]
+
+_GROUPED = frozenset("_grouped_mm grouped_mm grouped_mm_fallback".split())
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One sub-layer of the stream: it reads ``point`` and adds ``outputs``, whose sum is its branch.
+
+    ``projections`` are its residual projections: (the matmul, the parameter's name).
+    """
+
+    index: int
+    kind: SublayerKind
+    point: Node
+    outputs: tuple[Node, ...]
+    projections: tuple[tuple[Node, str], ...]
+    interior: frozenset[Node]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Nodes between two points of the stream, in execution order.
+
+    Attributes:
+        nodes: what to execute; nodes that are weights in another form are in every piece that reads them.
+        needs: values of earlier pieces.
+        point: the last node: a point of the stream; of the last piece the model's output.
+        parameters: placeholders that it reads.
+        writes: it holds in-place operations, so its inputs must be copies.
+    """
+
+    nodes: tuple[Node, ...]
+    needs: tuple[Node, ...]
+    point: Node
+    parameters: tuple[Node, ...]
+    writes: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """The pieces of one forward pass, first to last: the embedding, then one per point of the stream, then the head."""
+
+    stream: Stream
+    pieces: tuple[Piece, ...]
+    sublayers: tuple[Sublayer, ...]
+    alive: tuple[frozenset[Node], ...]  # after each piece: values that later ones need
+    static: Mapping[Node, Any]
+    device: torch.device
+
+    @property
+    def points(self) -> tuple[Node, ...]:
+        """The stream's points in order: the input of the first sub-layer first, the end of the stream last."""
+        return tuple(piece.point for piece in self.pieces[:-1])
+
+    def piece_of(self, point: Node) -> int:
+        """Index of the piece that begins at ``point``."""
+        return self.points.index(point) + 1
+
+    def parameter(self, node: Node, weights: Weights) -> torch.Tensor:
+        return at_least_float32(weights(self.stream.facts.trace.parameters[node]).detach()).to(self.device)
+
+
+def compile_program(stream: Stream, device: torch.device) -> Program:
+    """Cut the graph of ``stream`` at its points, and compute what depends on no weight."""
+    facts = stream.facts
+    cone = facts.behind([facts.trace.output])
+    sublayers = _sublayers(stream)
+    points = sorted({*(s.point for s in sublayers), _end(stream)}, key=facts.order.__getitem__)
+    weighted: set[Node] = set()
+    for node in facts.nodes:
+        if node in facts.trace.parameters or any(a in weighted for a in operands(node)):
+            weighted.add(node)
+    again = _scratch(stream, weighted) | {n for n in weighted - facts.varies if n not in facts.trace.parameters}
+    data = [n for n in facts.nodes if n in cone and n in weighted and n in facts.varies]
+
+    ends = [facts.order[point] for point in points]
+    place = {node: sum(facts.order[node] > end for end in ends) for node in data}
+    last_use = {node: max((place[u] for u in node.users if u in place), default=0) for node in data}
+    last_use[facts.trace.output] = len(points) + 1
+    pieces = []
+    for i, point in enumerate([*points, facts.trace.output]):
+        own = [node for node in data if place[node] == i]
+        read = {a for node in own for a in operands(node)}
+        helpers = facts.behind(read & again, stop=set(facts.nodes) - again)
+        nodes = tuple(sorted({*own, *helpers}, key=facts.order.__getitem__))
+        read |= {a for node in helpers for a in operands(node)}
+        pieces.append(
+            Piece(
+                nodes=nodes,
+                needs=tuple(a for a in data if a in read and place[a] < i),
+                point=point,
+                parameters=tuple(p for p in facts.trace.parameters if p in read),
+                writes=any(_writes(node) for node in nodes),
+            )
+        )
+    alive = tuple(frozenset(n for n in data if place[n] <= i < last_use[n]) for i in range(len(pieces)))
+    program = Program(stream, tuple(pieces), sublayers, alive, {}, device)
+    static = [n for n in facts.nodes if n in cone and n not in weighted and n not in again]
+    values = _constants(program)
+    with torch.no_grad():
+        _execute(program, static, values)
+    return Program(stream, program.pieces, sublayers, alive, values, device)
+
+
+def run_piece(
+    program: Program,
+    piece: Piece,
+    inputs: Mapping[Node, Any],
+    parameters: Mapping[Node, torch.Tensor],
+    keep: Iterable[Node],
+) -> Values:
+    """Execute one piece.
+
+    Args:
+        inputs: at least the values of ``piece.needs``.
+        parameters: at least those of ``piece.parameters``.
+        keep: nodes of the piece whose values are wanted; all others are dropped after their last use.
+    """
+    values: Values = {node: inputs[node] for node in piece.needs}
+    if piece.writes:
+        values = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+    written = {_owner(node) for node in piece.nodes if _writes(node)} if piece.writes else set()
+    values.update((p, parameters[p].clone() if p in written else parameters[p]) for p in piece.parameters)
+    wanted = set(keep)
+    _execute(program, piece.nodes, values, wanted)
+    return {node: values[node] for node in wanted if node in values}
+
+
+def part_of(program: Program, piece: Piece, start: Node, stop: Node) -> Piece:
+    """The part of ``piece`` that computes ``stop`` from ``start``, all other values of the piece's inputs held."""
+    inside = program.stream.facts.behind([stop], stop={start}) & set(piece.nodes)
+    nodes = tuple(node for node in piece.nodes if node in inside)
+    read = {a for node in nodes for a in operands(node)}
+    return Piece(
+        nodes=nodes,
+        needs=tuple(dict.fromkeys((start, *(n for n in piece.needs if n in read)))),
+        point=stop,
+        parameters=tuple(p for p in piece.parameters if p in read),
+        writes=piece.writes,
+    )
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in {torch.bfloat16, torch.float16} else tensor
+
+
+def _end(stream: Stream) -> Node:
+    """The last point of the stream that is not behind a final norm."""
+    facts = stream.facts
+    last = max(stream.additions, key=facts.order.__getitem__)
+    norms = [n for n in stream.spine if n in facts.norm_at and facts.order[n] > facts.order[stream.start]]
+    return last if all(facts.order[norm] > facts.order[last] for norm in norms) else stream.end
+
+
+def _sublayers(stream: Stream) -> tuple[Sublayer, ...]:
+    order = stream.facts.order
+    kinds, numbers = sublayers_of(stream)
+    found = []
+    for number in dict.fromkeys(numbers):
+        terms = [t for t, n in zip(stream.terms, numbers, strict=True) if n == number]
+        point = max((t.reads for t in terms), key=order.__getitem__)
+        mine = [kind for kind, n in zip(kinds, numbers, strict=True) if n == number]
+        found.append(
+            Sublayer(
+                index=number,
+                kind="moe" if "moe" in mine else mine[0],
+                point=point,
+                outputs=tuple(t.node for t in terms),
+                projections=tuple(projection for t in terms for projection in t.projections),
+                interior=frozenset().union(*(t.interior for t in terms)),
+            )
+        )
+    return tuple(found)
+
+
+def _scratch(stream: Stream, weighted: set[Node]) -> set[Node]:
+    """Memory without weights that data is written into: made anew for every run."""
+    found: set[Node] = set()
+    for node in stream.facts.nodes:
+        if not _writes(node) or node not in weighted:
+            continue
+        target = operands(node)[0]
+        while target not in weighted and target.op == "call_function" and target not in found:
+            found.add(target)
+            if op(target) not in VIEWS:
+                break
+            target = operands(target)[0]
+    return found
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _owner(node: Node) -> Node:
+    """What an in-place operation writes into, through views."""
+    target = operands(node)[0]
+    while op(target) in VIEWS:
+        target = operands(target)[0]
+    return target
+
+
+def _constants(program: Program) -> Values:
+    trace = program.stream.facts.trace
+    constants = {**trace.buffers, **trace.inputs}  # copies: the graph may write into them
+    return {node: at_least_float32(value.clone()).to(program.device) for node, value in constants.items()}
+
+
+def _execute(program: Program, nodes: Sequence[Node], values: Values, keep: set[Node] | None = None) -> None:
+    """Run ``nodes`` into ``values``; with ``keep`` given, drop all others after their last use among ``nodes``."""
+    last: dict[Node, Node] = {a: node for node in nodes for a in operands(node)} if keep is not None else {}
+    for node in nodes:
+        if op(node):
+            look = lambda n: values[n] if n in values else program.static[n]  # noqa: E731
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), look)
+            values[node] = call(node, args, kwargs, program.device)
+        if keep is not None:
+            for argument in operands(node):
+                if last[argument] is node and argument not in keep:
+                    values.pop(argument, None)
+
+
+def call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Any:
+    """One operation, on ``device``, at no less than float32, by kernels that can be differentiated twice."""
+    args = [_adapted(a, device) for a in args]
+    kwargs = {name: _adapted(value, device) for name, value in kwargs.items()}
+    if node.target is operator.getitem:
+        return args[0][args[1]]
+    if op(node) in _GROUPED:
+        return _grouped(*args, **kwargs)
+    if op(node) == "histc":
+        args = [args[0].float(), *args[1:]]  # counts of integers, which the CPU lacks
+    assert callable(node.target)
+    if op(node) in FUSED_ATTENTION and torch.is_grad_enabled():
+        with sdpa_kernel(SDPBackend.MATH):
+            return node.target(*args, **kwargs)
+    return node.target(*args, **kwargs)
+
+
+def _adapted(argument: Any, device: torch.device) -> Any:
+    """The traced graph says ``device=meta``, and the model's own precision."""
+    if isinstance(argument, torch.device):
+        return device
+    reduced = isinstance(argument, torch.dtype) and argument in {torch.bfloat16, torch.float16}
+    return torch.float32 if reduced else argument
+
+
+def _grouped(
+    tokens: torch.Tensor, matrices: torch.Tensor, offs: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:  # (rows, in), (groups, in, out), ends of the groups -> (rows, out)
+    ends = [0, *offs.tolist()]
+    parts = [tokens[a:b] @ matrix for a, b, matrix in zip(ends, ends[1:], matrices, strict=False)]
+    rest = tokens.new_zeros(len(tokens) - ends[-1], matrices.shape[-1])
+    return torch.cat([*parts, rest])
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

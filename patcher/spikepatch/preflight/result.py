@@ -1,0 +1,186 @@
+"""What ``check`` returns: frozen data with stable JSON keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Verdict = Literal["stable", "at-risk", "unstable", "unknown"]
+Severity = Literal["note", "at-risk", "unstable"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        name: stable, for scripts.
+        severity: a ``note`` does not change the verdict.
+        what: one sentence.
+        measured, limit: the number, and what it is compared with; None where it is no comparison.
+        equation: of the paper, where it comes from one.
+        remedy: what to do.
+    """
+
+    name: str
+    severity: Severity
+    what: str
+    measured: float | None = None
+    limit: float | None = None
+    equation: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class EmbeddingReport:
+    """``std``: of the table. ``scale``: what its rows are multiplied by on the way; 1 and ``normed`` behind a norm."""
+
+    parameter: str
+    kind: str
+    std: float
+    small_init: float
+    scale: float
+    normed: bool
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """A matrix of a sub-layer: its std over the paper's sqrt(2/(5d)), and ||W|| over that of a Gaussian (None: 3-D)."""
+
+    parameter: str
+    residual: bool
+    std: float
+    over_small_init: float
+    gaussianity: float | None
+
+
+@dataclass(frozen=True)
+class SublayerReport:
+    """sigma: per-token std (RMS where an RMSNorm reads it), mean and least over tokens; ``ratio`` branch over input.
+
+    ``bound``: Eq. 15 or Eq. 20 with the least sigma; ``bound_norms``: the same with measured ||W_1||, ||W_2|| and the
+    activation's steepest slope. ``not_covered`` says why there is none. ``jacobian``: measured, shortcut included.
+    """
+
+    kind: str
+    sigma_in: float
+    sigma_in_least: float
+    sigma_branch: float
+    ratio: float
+    bound: float | None
+    bound_norms: float | None
+    not_covered: str
+    jacobian: float | None
+    gradient_norm: float
+    weights: tuple[WeightReport, ...]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """``sigma_in`` and ``gradient_norm`` at the layer's input, ``sigma_branch`` of its largest sub-layer; ``jacobian``:
+    the product over its sub-layers. None: not covered (a bound), not measured (a Jacobian)."""
+
+    layer: int
+    sigma_in: float
+    sigma_branch: float
+    bound_attention: float | None
+    bound_mlp: float | None
+    jacobian: float | None
+    gradient_norm: float
+    sublayers: tuple[SublayerReport, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: values before it."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    sigma_first: float
+    sigma_last: float
+    attention_logit: float | None
+
+
+@dataclass(frozen=True)
+class StabilityReport:
+    """The verdict on one model, and what it rests on. It predicts, it does not promise: a run without spikes depends on
+    data, optimiser and precision as well.
+
+    Attributes:
+        source: as the user named it.
+        recipe: None for the model as it is.
+        architecture: class of the model.
+        weights: where they come from, in words.
+        placement, width, sublayers: of the map; S counts the sub-layers.
+        device, tokens, batch, seed: of the measurement.
+        verdict: ``stable``, ``at-risk``, ``unstable``; ``unknown`` where even the measurements failed.
+        findings: what it rests on.
+        sigma_start, sigma_end: of the stream entering the first sub-layer and after the last.
+        initial_loss, log_vocab: next-token loss on random or given tokens; None where the output holds no logits.
+        gradient_ratio: ||dL/dx|| at the first layer's input over that at the last layer's.
+        growth_activations, growth_gradients: (1/N) log of last over first, and of first over last; 0 is ideal (OLMo 2).
+        eq15_excess_layer1: excess of Eq. 15 at layer 1; sigma_x' = sigma of the token embedding's output after its
+            factor or norm, before positions.
+        eq15_excess_layer1_stream: the same with sigma_x' of the stream that enters layer 1.
+        bound_product: Eq. 7; None where a factor is not covered.
+        jacobian_product: of the measured Jacobians.
+        gradients: parameter group -> norm of its gradient.
+        steps: of ``--steps``.
+        not_measured: what could not be, and why.
+        models: the same model with each of the recipes compared.
+    """
+
+    source: str
+    recipe: str | None
+    architecture: str
+    weights: str
+    placement: str
+    width: int
+    sublayers: int
+    device: str
+    tokens: int
+    batch: int
+    seed: int
+    verdict: Verdict
+    findings: tuple[Finding, ...]
+    embeddings: tuple[EmbeddingReport, ...]
+    layers: tuple[LayerReport, ...]
+    sigma_start: float | None
+    sigma_end: float | None
+    initial_loss: float | None
+    log_vocab: float | None
+    gradient_ratio: float | None
+    growth_activations: float | None
+    growth_gradients: float | None
+    eq15_excess_layer1: float | None
+    eq15_excess_layer1_stream: float | None
+    bound_product: float | None
+    jacobian_product: float | None
+    gradients: dict[str, float]
+    steps: tuple[Step, ...] = ()
+    not_measured: tuple[str, ...] = ()
+    models: tuple[StabilityReport, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.recipe or "as it is"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON without the numbers that JSON does not have: those become None, and are findings."""
+        data: dict[str, Any] = _finite(dataclasses.asdict(self))
+        return data
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,130 @@
+"""What is measured: a structure without memory and where its weights come from, as it is or with a recipe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from spikepatch.apply.kept import match_source
+from spikepatch.apply.module import restructure
+from spikepatch.errors import Refused
+from spikepatch.meta import build_meta
+from spikepatch.planning import check_weights, plan
+from spikepatch.plans import Reinit
+from spikepatch.preflight.program import Weights
+from spikepatch.preflight.weights import cached, fresh, live, load_buffers, planned, stored
+from spikepatch.residual.trace import example_of, skeleton
+
+if TYPE_CHECKING:
+    from spikepatch.source import Source
+
+#: Elements; smaller models are drawn or read once and kept, larger ones twice.
+_KEPT = 500_000_000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """``structure``: parameters on meta or real, buffers real. ``weights``: by name. ``about``: whose they are."""
+
+    structure: nn.Module
+    weights: Weights
+    about: str
+    recipe: str | None = None
+
+
+def of_model(model: nn.Module, seed: int) -> Subject:
+    """A live model as it is; one on the meta device as its own initialiser makes it.
+
+    Raises:
+        Refused: some of its weights are not in memory.
+    """
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing and len(missing) < len(list(model.parameters())):
+        raise Refused(
+            what="some weights are not in memory",
+            where=type(model).__name__,
+            why=f"{len(missing)} parameters are on the meta device, such as {missing[0]}",
+            remedy="load the whole model, or check the folder that it came from: that needs little memory",
+        )
+    if missing:
+        return Subject(
+            model, _kept(model, fresh(skeleton(model), seed, model)), "by the architecture's own initialiser"
+        )
+    return Subject(model, live(model), "of the model in memory")
+
+
+def of_source(source: Source, seed: int) -> Subject:
+    """The checkpoint's weights; where it has none, those of the architecture's own initialiser."""
+    structure = build_meta(source.model_class, source.config, where=source.name)
+    if source.checkpoint is None:
+        return of_model(structure, seed)
+    match = match_source(source, structure)
+    load_buffers(structure, match)
+    return Subject(structure, _kept(structure, stored(structure, match)), f"learned, of {source.name}")
+
+
+def with_recipe(
+    base: Subject, recipe: str, *, source: Source | None, reinit: Reinit, seed: int, options: Mapping[str, Any]
+) -> Subject:
+    """The same model with a recipe planned and applied; ``base`` is not changed.
+
+    Raises:
+        SpikepatchError: the recipe does not apply.
+    """
+    structure: Any = base.structure
+    if source is not None:
+        check_weights(source, reinit)
+    if reinit == "all" and hasattr(structure, "_from_config"):  # nothing learned survives, persistent buffers included
+        structure = build_meta(type(structure), structure.config, where=type(structure).__name__)
+    if source is not None and reinit != "all":  # the plan reads the learned embedding
+        found = plan(source.name, recipe, reinit=reinit, seed=seed, revision=source.revision, **options)
+    else:
+        found = plan(structure, recipe, reinit=reinit, seed=seed, **options)
+    patched = _without_memory(structure)
+    restructure(patched, found)
+    weights = planned(skeleton(patched), found, base.weights, patched)
+    about = {
+        "all": "fresh",
+        "residual": f"{base.about}, residual projections fresh",
+        "none": base.about,
+    }[reinit]
+    return Subject(patched, _kept(patched, weights), about, recipe)
+
+
+def example(model: nn.Module, *, tokens: int, batch: int, seed: int) -> dict[str, torch.Tensor]:
+    """Random token ids in place of those that the model is traced with, without the padding token."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    generator = torch.Generator().manual_seed(seed)
+    longest = getattr(config, "max_position_embeddings", None) or tokens
+    result = {}
+    for name, traced in example_of(model).items():
+        if traced.is_floating_point():
+            result[name] = traced
+            continue
+        shape = (traced.shape[0] * batch, min(tokens, longest))
+        ids = torch.randint(0, config.vocab_size, shape, generator=generator)
+        padding = getattr(config, "pad_token_id", None)
+        result[name] = torch.where(ids == padding, (ids + 1) % config.vocab_size, ids) if padding is not None else ids
+    return result
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+
+
+def _without_memory(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are on meta; buffers keep their values."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def _kept(model: nn.Module, weights: Weights) -> Weights:
+    return cached(weights) if sum(p.numel() for p in model.parameters()) <= _KEPT else weights

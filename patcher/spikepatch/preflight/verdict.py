@@ -1,0 +1,245 @@
+"""From measurements to a verdict. Every threshold is in one table, with where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from spikepatch.errors import Refused
+from spikepatch.preflight.result import Finding, Severity, StabilityReport, Verdict
+from spikepatch.residual.map import ResidualMap
+
+PROMISE = (
+    "Predicted from the weights alone: whether gradients explode through the depth of the model at the start. Not"
+    " predicted: spikes that come from data, optimiser, learning rate or precision."
+)
+
+
+#: Sub-layers of the models that the thresholds are calibrated on.
+_CALIBRATED = 48
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Calibrated on five initialisations of GPT-2 classes with 24 layers, d = 1024 (transformers' own, and the paper's
+    Vanilla, Scaled Embed, Embed LN and Xavier), of which the paper trains four and calls the second and the last two
+    conditions unmet.
+
+    Attributes:
+        stream_low, stream_high: sigma of the stream entering layer 1. The paper asks for "close to 1"; its two remedies
+            start at 0.632 = sqrt(2/5) and 1, Vanilla at 0.028. A factor of two either way, over units of the branch
+            where the architecture norms or multiplies that.
+        excess: of Eq. 15 at layer 1, for 48 sub-layers. At 1 the sub-layer may change the gradient as much as the
+            shortcut carries; the remedies have 0.52 and 0.82, Vanilla 26, Xavier 576. What S sub-layers add to the
+            squared gradient goes with S excess^2, so at another depth the limit is this times sqrt(48 / S): it moves as
+            the excess of every recipe with depth scaling does.
+        ratio_at_risk: gradient norm, first over last layer: the remedies have 1.1 and 1.2, Vanilla 13; about their
+            geometric mean.
+        ratio_unstable: between Vanilla (13), which the paper trains up to 1.7 billion parameters, and Xavier (122). Of
+            fresh weights only: in a learned model the stream has grown, and a gradient shrinks as its stream grows.
+        loss: initial loss over log V. A uniform guess has 1; logits of unit variance add 0.5 nats, 5 % of log V.
+        gaussian: how far ||W|| may be from std (sqrt(in) + sqrt(out)): its fluctuation is a few n^(-2/3), 0.06 times a
+            few at n = 64, and learned matrices are off by a factor.
+    """
+
+    stream_low: float = 0.5
+    stream_high: float = 2.0
+    excess: float = 1.0
+    ratio_at_risk: float = 5.0
+    ratio_unstable: float = 50.0
+    loss: float = 1.1
+    gaussian: float = 0.25
+
+    @classmethod
+    def changed(cls, changes: dict[str, float]) -> Thresholds:
+        """The defaults with a user's own values.
+
+        Raises:
+            Refused: there is no such threshold, or the value is no positive number.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name, value in changes.items():
+            if name not in names or not 0 < value < math.inf:
+                raise Refused(
+                    what=f"no threshold {name}={value:g}",
+                    where="--threshold",
+                    why=f"they are {', '.join(names)}, each a positive number",
+                    remedy="such as --threshold ratio_at_risk=10",
+                )
+        return cls(**changes)
+
+
+def judged(report: StabilityReport, residual: ResidualMap, thresholds: Thresholds, *, finite: bool) -> StabilityReport:
+    """The report with its findings and verdict."""
+    found = tuple(_findings(report, residual, thresholds, finite=finite))
+    verdict: Verdict = "stable"
+    if any(f.severity == "at-risk" for f in found):
+        verdict = "at-risk"
+    if any(f.severity == "unstable" for f in found):
+        verdict = "unstable"
+    return dataclasses.replace(report, findings=found, verdict=verdict)
+
+
+def is_learned(report: StabilityReport, thresholds: Thresholds) -> bool:
+    """Most matrices are no Gaussians any more."""
+    measured = [w.gaussianity for layer in report.layers for s in layer.sublayers for w in s.weights if w.gaussianity]
+    return sum(abs(g - 1) > thresholds.gaussian for g in measured) * 2 > len(measured) > 0
+
+
+def _findings(report: StabilityReport, residual: ResidualMap, limits: Thresholds, *, finite: bool) -> Iterator[Finding]:
+    learned = is_learned(report, limits)
+    if not finite:
+        yield Finding("non-finite", "unstable", "a weight, a value of the stream or a gradient is NaN or infinite")
+    yield from _stream(report, residual, limits, learned)
+    excess, limit = report.eq15_excess_layer1, limits.excess * math.sqrt(_CALIBRATED / report.sublayers)
+    if excess is not None and excess >= limit:
+        yield Finding(
+            "eq15",
+            "at-risk",
+            f"the first MLP may multiply the gradient by {1 + excess:.3g}: too large for its shortcut",
+            excess,
+            limit,
+            "Eq. 15",
+            _remedy(report, learned),
+        )
+    ratio = report.gradient_ratio
+    if ratio is not None and ratio >= limits.ratio_at_risk:
+        unstable = ratio >= limits.ratio_unstable and not learned  # it has shown that it trains
+        yield Finding(
+            "gradient-ratio",
+            "unstable" if unstable else "at-risk",
+            f"the gradient is {ratio:.3g} times as large at the first layer as at the last",
+            ratio,
+            limits.ratio_unstable if unstable else limits.ratio_at_risk,
+            "Eq. 7",
+            _remedy(report, learned),
+        )
+    yield from _depth_scaling(report, residual, learned)
+    yield from _loss(report, residual, limits, learned)
+    yield from _steps(report)
+    if learned:
+        yield Finding(
+            "learned",
+            "note",
+            "the weights are learned: they are no Gaussians, so the paper's closed forms do not hold and what counts"
+            " are the measurements; a changed embedding changes the learned function",
+        )
+
+
+def _stream(report: StabilityReport, residual: ResidualMap, limits: Thresholds, learned: bool) -> Iterator[Finding]:
+    start = report.sigma_start
+    if start is None or not math.isfinite(start) or not residual.residual_projections:
+        return
+    if residual.placement == "post-norm":
+        yield Finding("stream", "note", "post-norm: norms on the stream set its size, whatever the embedding's", start)
+        return
+    unit, of = _unit(report, residual)
+    if limits.stream_low <= start / unit <= limits.stream_high:
+        return
+    small = start / unit < limits.stream_low
+    yield Finding(
+        "stream",
+        "at-risk",
+        f"the stream enters the first layer with a std of {start:.3g}{of}:"
+        + (" a small shortcut, so the first sub-layers multiply the gradient" if small else " far above 1"),
+        start / unit,
+        limits.stream_low if small else limits.stream_high,
+        "Eq. 14",
+        _remedy(report, learned) if small else "give the embedding a std near 1",
+    )
+
+
+def _unit(report: StabilityReport, residual: ResidualMap) -> tuple[float, str]:
+    """What the stream's size is relative to: 1, the size that a norm on the branch sets, or a constant factor on it.
+
+    With a factor m on every branch, x + m g(norm(x)) is m (x/m + g(norm(x/m))): the plain stream in units of m.
+    """
+    first = residual.residual_projections[0]
+    if first.branch_norm is not None and report.layers and report.layers[0].sigma_branch > 0:
+        unit = report.layers[0].sigma_branch
+        return unit, f", where the norm on the branch makes its sub-layers add {unit:.3g}"
+    if first.multiplier != 1 and first.multiplier > 0:
+        return first.multiplier, f", where the sub-layers are multiplied by {first.multiplier:.3g}"
+    return 1.0, ""
+
+
+def _depth_scaling(report: StabilityReport, residual: ResidualMap, learned: bool) -> Iterator[Finding]:
+    """Geometric mean, over sub-layers, of the residual projections' std over that of the other matrices."""
+    normed = residual.placement == "post-norm" or any(p.branch_norm is not None for p in residual.residual_projections)
+    if learned or normed or report.sublayers < 3:
+        return
+    factor = {p.parameter: abs(p.multiplier) for p in residual.residual_projections}
+    ratios = []
+    for sublayer in (s for layer in report.layers for s in layer.sublayers):
+        outputs = [w.std * factor.get(w.parameter, 1.0) for w in sublayer.weights if w.residual and w.std]
+        others = [w.std for w in sublayer.weights if not w.residual and w.std]
+        if outputs and others:
+            ratios.append(math.log(statistics.median(outputs) / statistics.median(others)))
+    if not ratios:
+        return
+    measured, expected = math.exp(statistics.fmean(ratios)), report.sublayers**-0.5
+    if measured > math.sqrt(expected):  # nearer to 1 than to 1/sqrt(S), in logarithms
+        yield Finding(
+            "depth-scaling",
+            "note",
+            f"depth scaling is missing: residual projections have {measured:.3g} times the std of the other matrices;"
+            f" 1/sqrt(S) is {expected:.3g}",
+            measured,
+            math.sqrt(expected),
+            "Eq. 15, Eq. 20",
+            f"spikepatch convert {report.source} OUT --recipe scaled-embed",
+        )
+
+
+def _loss(report: StabilityReport, residual: ResidualMap, limits: Thresholds, learned: bool) -> Iterator[Finding]:
+    loss, uniform = report.initial_loss, report.log_vocab
+    if loss is None or uniform is None or learned or not loss > limits.loss * uniform:
+        return
+    tied = residual.head is not None and residual.head.tied
+    why = (
+        ": the head is tied, so a stream that is mostly the token's own embedding makes it predict the current token"
+        if tied
+        else ""
+    )
+    yield Finding(
+        "initial-loss",
+        "note",
+        f"the initial loss is {loss:.3g}, log V is {uniform:.3g}{why}",
+        loss,
+        limits.loss * uniform,
+        remedy="--untie gives the head a matrix of its own" if tied else "smaller head weights",
+    )
+
+
+def _steps(report: StabilityReport) -> Iterator[Finding]:
+    if not report.steps:
+        return
+    first, last = report.steps[0], report.steps[-1]
+    values = [v for s in report.steps for v in (s.loss, s.gradient_norm, s.sigma_last)]
+    if not all(map(math.isfinite, values)):
+        yield Finding("steps", "unstable", "a value became NaN or infinite during the optimiser steps")
+    elif last.loss > first.loss:
+        yield Finding(
+            "steps",
+            "unstable",
+            f"the loss rose from {first.loss:.4g} to {last.loss:.4g} in {len(report.steps) - 1} optimiser steps",
+            last.loss,
+            first.loss,
+            remedy="a smaller learning rate, a warm-up, or a recipe",
+        )
+
+
+def _remedy(report: StabilityReport, learned: bool) -> str:
+    if report.recipe is not None:
+        return "another recipe: `spikepatch recipes` lists them"
+    command = f"spikepatch convert {report.source} OUT --recipe scaled-embed"
+    return f"{command}, a fresh model; --reinit none keeps what was learned" if learned else command
+
+
+def at_or_above(report: StabilityReport, severity: Severity) -> bool:
+    """The verdict is ``severity`` or worse; ``unknown`` counts as worse than anything."""
+    order = ("stable", "at-risk", "unstable", "unknown")
+    return order.index(report.verdict) >= order.index(severity)
