@@ -343,7 +343,7 @@ OWN = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling
         ({"model_type": "llama", "auto_map": "modeling_own.OwnModel"}, "needs code"),
         ({"model_type": "clip", "text_config": {"auto_map": OWN}}, "needs code"),
         ({"model_type": "llama", "attn_implementation": "org/kernel"}, "needs code"),
-        ({"model_type": "spikepatch_llama", "auto_map": OWN, "spikepatch": {}}, "is already patched"),
+        ({"model_type": "spikepatch_llama", "auto_map": OWN, "spikepatch": {}}, "needs code that comes with the model"),
     ],
 )
 def test_code_is_refused_before_it_runs(tmp_path: Path, config: dict[str, Any], what: str) -> None:
