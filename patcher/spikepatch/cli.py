@@ -63,7 +63,9 @@ def main() -> None:
     the residual stream by dataflow, proves that it found all of it, and writes a model that meets both.
 
     \b
+        spikepatch check arch:gpt2            whether it is at risk, before it is trained
         spikepatch convert arch:gpt2 out/     a fresh, patched GPT-2
+        spikepatch fold trained/ plain/       after training: the plain architecture again
         spikepatch inspect gpt2               what its residual stream is made of
         spikepatch check gpt2                 whether it is at risk, measured
         spikepatch recipes                    what can be put into it
