@@ -16,8 +16,9 @@ from spikepatch.residual.ops import LOOKUPS, op, operands, shape
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace
 
-#: Rows of each stand-in table: the example's ids are below 64, and learned positions start at small offsets.
-ROWS = 4096
+#: Rows of a stand-in table: the example's ids are below, and learned positions start at small offsets. Larger row
+#: numbers are taken modulo this.
+ROWS = 64
 
 
 class Measured(NamedTuple):
@@ -77,7 +78,7 @@ def _table(node: Node, factor: float) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     *rows, width = shape(_source(node))
     if op(node) in LOOKUPS:
-        rows = [max(64, min(rows[0], ROWS))]
+        rows = [ROWS]
     return factor * torch.randn(*rows, width, generator=generator)
 
 
@@ -154,4 +155,4 @@ def _input(example: torch.Tensor, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     if example.is_floating_point():
         return torch.randn(example.shape, generator=generator)
-    return torch.randint(5, 64, example.shape, generator=generator, dtype=example.dtype)
+    return torch.randint(5, ROWS, example.shape, generator=generator, dtype=example.dtype)
