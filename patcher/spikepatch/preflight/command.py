@@ -105,10 +105,10 @@ def _print(report: StabilityReport) -> None:
         f" {report.batch} x {report.tokens} tokens, float32 on {report.device}"
     )
     print_table(summary_table(report), console)
-    for model in (report, *report.models):
+    for model in report.every:
         print_table(embedding_table(model), console)
         print_table(layer_table(model), console)
-    for model in (report, *report.models):
+    for model in report.every:
         click.echo(f"{model.name}: {model.verdict}")
         for line in findings(model):
             click.echo(f"  {line}")

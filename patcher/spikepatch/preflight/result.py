@@ -131,6 +131,9 @@ class StabilityReport:
         gradients: parameter group -> norm of its gradient.
         steps: of ``--steps``.
         not_measured: what could not be, and why.
+        stream: ``output`` (the one that feeds the output) or ``encoder``.
+        streams: of an encoder-decoder the encoder's own report. It is measured with the same loss, its gradients come
+            through the decoder; its findings count in the verdict above it.
         models: the same model with each of the recipes compared.
     """
 
@@ -163,11 +166,18 @@ class StabilityReport:
     gradients: dict[str, float]
     steps: tuple[Step, ...] = ()
     not_measured: tuple[str, ...] = ()
+    stream: Literal["output", "encoder"] = "output"
+    streams: tuple[StabilityReport, ...] = ()
     models: tuple[StabilityReport, ...] = ()
 
     @property
     def name(self) -> str:
-        return self.recipe or "as it is"
+        return (self.recipe or "as it is") + (f", {self.stream}" if self.stream != "output" else "")
+
+    @property
+    def every(self) -> tuple[StabilityReport, ...]:
+        """This one, those of its further streams, then the same of each compared recipe."""
+        return (self, *self.streams, *(part for model in self.models for part in model.every))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON without the numbers that JSON does not have: those become None, and are findings."""

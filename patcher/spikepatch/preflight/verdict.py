@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused
@@ -17,6 +17,8 @@ PROMISE = (
     " predicted: spikes that come from data, optimiser, learning rate or precision."
 )
 
+
+_ORDER: tuple[Verdict, ...] = ("stable", "at-risk", "unstable", "unknown")
 
 #: Sub-layers of the models that the thresholds are calibrated on.
 _CALIBRATED = 48
@@ -241,5 +243,8 @@ def _remedy(report: StabilityReport, learned: bool) -> str:
 
 def at_or_above(report: StabilityReport, severity: Severity) -> bool:
     """The verdict is ``severity`` or worse; ``unknown`` counts as worse than anything."""
-    order = ("stable", "at-risk", "unstable", "unknown")
-    return order.index(report.verdict) >= order.index(severity)
+    return _ORDER.index(report.verdict) >= _ORDER.index(severity)
+
+
+def worst(reports: Iterable[StabilityReport]) -> Verdict:
+    return max((report.verdict for report in reports), key=_ORDER.index)
