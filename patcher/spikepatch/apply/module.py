@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from spikepatch import __version__
 from spikepatch.apply.blueprint import Blueprint, unfillable
@@ -117,15 +123,27 @@ def patch(
     return model
 
 
-def save(model: nn.Module, out: str | os.PathLike[str]) -> Path:
+def save(
+    model: nn.Module,
+    out: str | os.PathLike[str],
+    *,
+    files: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+) -> Path:
     """``model.save_pretrained(out)``, with the manifest and a model card, in a folder that appears whole.
+
+    A sharded model (FSDP2, DTensors) is gathered: every rank calls this, and the first one writes.
+
+    Args:
+        files: name in the folder -> what is copied there, such as a tokenizer's files.
+        overwrite: replace a model that is there.
 
     Raises:
         Refused: the model was not patched, or is no transformers model.
         BadTarget: ``out`` cannot be used.
     """
     from spikepatch.storage.manifest import MANIFEST, file_hash, manifest, model_card
-    from spikepatch.storage.publish import check_target, publishing
+    from spikepatch.storage.publish import check_target
     from spikepatch.storage.write import write_text
 
     plan: Plan | None = getattr(model, "_spikepatch_plan", None)
@@ -138,15 +156,47 @@ def save(model: nn.Module, out: str | os.PathLike[str]) -> Path:
             remedy="call spikepatch.patch first, or use the model's own way of saving",
         )
     folder = Path(out)
-    check_target(folder, None, overwrite=False)
+    check_target(folder, None, overwrite=overwrite)
     storage = "code" if plan.structural else "plain"
-    with publishing(folder) as scratch, quiet():
-        write(scratch)
-        trust = plan.structural or is_remote(type(model))
-        write_text(scratch / "README.md", model_card(plan, trust=trust, auto_class=_auto_class(model)))
-        hashes = {path.name: file_hash(path) for path in sorted(scratch.iterdir())}
-        write_text(scratch / MANIFEST, manifest(plan, storage, {"kind": "live"}, "spikepatch.save(model, OUT)", hashes))
+    with pretrained(model, folder, files=files, overwrite=overwrite) as scratch:
+        if scratch is not None:
+            trust = plan.structural or is_remote(type(model))
+            write_text(scratch / "README.md", model_card(plan, trust=trust, auto_class=_auto_class(model)))
+            names = sorted(path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file())
+            hashes = {name: file_hash(scratch / name) for name in names}
+            text = manifest(plan, storage, {"kind": "live"}, "spikepatch.save(model, OUT)", hashes)
+            write_text(scratch / MANIFEST, text)
     return folder
+
+
+@contextlib.contextmanager
+def pretrained(
+    model: Any, out: Path, *, files: Mapping[str, Path] | None = None, overwrite: bool = False
+) -> Iterator[Path | None]:
+    """What ``save_pretrained`` writes, and ``files``, in a folder that becomes ``out`` when the block ends well.
+
+    Of a sharded model every rank calls this; all but the first are given None, and go on when ``out`` is there.
+    """
+    from spikepatch.storage.publish import publishing
+
+    state = None
+    if sharded(model):
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if state is None or dist.get_rank() == 0:
+        with publishing(out, overwrite=overwrite) as scratch, quiet():
+            model.save_pretrained(scratch, state_dict=state)
+            for name, file in (files or {}).items():
+                (scratch / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, scratch / name)
+            yield scratch
+    else:
+        yield None
+    if state is not None:
+        dist.barrier()
+
+
+def sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def restructure(twin: nn.Module, plan: Plan) -> None:
@@ -177,10 +227,11 @@ def _record(model: Any, plan: Plan) -> None:
 
 def _auto_class(model: Any) -> str:
     """Name of the class of transformers that loads what ``model`` saves."""
-    if type(model)._auto_class is not None:
-        return str(type(model)._auto_class)
+    kind: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))  # fully_shard derives one
+    if kind._auto_class is not None:
+        return str(kind._auto_class)
     try:
-        return original_of(type(model), type(model.config)).auto_class
+        return original_of(kind, type(model.config)).auto_class
     except Refused:
         return "AutoModel"
 

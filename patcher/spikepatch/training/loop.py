@@ -1,0 +1,379 @@
+"""The training loop: one model, one learning rate, one seed, from the first step to the folder of the trained model.
+
+On accelerate, which brings the device, the process group, mixed precision and DistributedDataParallel; sharding is
+``fully_shard`` (FSDP2) on every layer that the residual map names. What decides anything (loss, gradient norm) is
+reduced over all ranks first, so that every rank decides alike, and is read by the host once a step.
+
+Legend: B sequences in this rank's share of a batch, T tokens in each, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import get_scheduler
+
+from spikepatch.optimiser import param_groups
+from spikepatch.training import checkpoints
+from spikepatch.training.data import Tokens, batch, held_out_batches
+from spikepatch.training.log import open_log
+from spikepatch.training.spikes import Event, SpikeDetector
+from spikepatch.training.watch import Points, gradient_norms, watching, whole
+
+Progress = Callable[[Mapping[str, Any]], None]
+
+#: After so many returns to a checkpoint a run ends: what it meets is no bad batch.
+MAX_REWINDS = 10
+
+#: After so many steps in a row that did not change the weights a run ends: the next ones will not either.
+MAX_IDLE = 100
+
+#: transformers' name of each schedule.
+_SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
+
+#: The last part of a wsd schedule falls to zero, linearly (Hägele et al. 2024, arXiv 2405.18392: 10 to 20 %).
+_DECAY = 0.2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs have in common.
+
+    Attributes:
+        steps: number of optimiser steps.
+        batch_tokens: of all ranks together, in one step; a multiple of ranks times ``seq_len``.
+        seq_len: T.
+        micro_batch: sequences of one forward pass on one rank; None: all of the rank's share.
+        warmup: steps of linear warm-up; below 1, a share of all steps.
+        schedule: cosine (to 0), constant, or wsd (constant, then linearly to 0 over the last 20 %).
+        grad_clip: largest norm of the gradient that reaches the optimiser; 0: any.
+        z_loss: factor of mean(logsumexp(logits)^2), which is added to the loss that is trained on, not to the one shown.
+        checkpoint_every: steps; 0: none but what a rewind needs.
+        on_spike: what a flagged step leads to: nothing; its gradients are dropped; a return to the last checkpoint before
+            it, with the batches since then skipped; or the end of the run. Non-finite gradients are always dropped.
+        watch_every: steps between two measurements inside the model; 0: none.
+    """
+
+    steps: int
+    batch_tokens: int = 65536
+    seq_len: int = 512
+    micro_batch: int | None = None
+    warmup: float = 0.05
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    grad_clip: float = 1.0
+    z_loss: float = 0.0
+    checkpoint_every: int = 500
+    on_spike: Literal["log", "skip", "rewind", "stop"] = "log"
+    watch_every: int = 50
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in a batch, of all ranks together."""
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup * self.steps if self.warmup < 1 else self.warmup)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is; with weights, optimiser and random states all that it takes to go on from there.
+
+    Attributes:
+        step: steps done.
+        shift: batches skipped by rewinds: step n trains on batch n - 1 + shift.
+        rewinds: how many there were.
+        idle: steps without a change of the weights, in a row, up to now.
+        tokens: trained on so far.
+    """
+
+    step: int = 0
+    shift: int = 0
+    rewinds: int = 0
+    idle: int = 0
+    tokens: int = 0
+
+
+def train(
+    model: nn.Module,
+    tokens: Tokens,
+    settings: Settings,
+    folder: Path,
+    *,
+    accelerator: Accelerator,
+    lr: float,
+    seed: int,
+    about: Mapping[str, Any],
+    points: Points,
+    shard: bool = False,
+    resume: bool = False,
+    progress: Progress = lambda record: None,
+) -> nn.Module:
+    """Train ``model`` in place; ``folder`` gets ``log.jsonl`` and ``checkpoints/``. Called on every rank alike.
+
+    AdamW on ``spikepatch.param_groups``; the mean cross-entropy of the next token over the whole batch, in float32,
+    whatever the precision of the forward pass. Batches are a pure function of ``seed`` and step.
+
+    Args:
+        model: float32 weights on the CPU, the same on every rank.
+        lr: the largest of the schedule.
+        about: the first line of the log: name, source, versions ...
+        points: ``watch.points_of(model)``.
+        shard: with ``fully_shard``, layer by layer, instead of a copy on each rank.
+        resume: go on from the last checkpoint in ``folder``, if there is one.
+        progress: is called with every record of the log, on the main process.
+
+    Returns:
+        The trained model, unwrapped, in train mode; sharded if it was to be. Whether it came to its last step stands in
+        the log: a run that ended before has a record "stop".
+    """
+    main, device, ranks, rank = _world(accelerator)
+    share = settings.sequences // ranks  # B
+    micro = settings.micro_batch or share
+
+    # The model where it is trained, and what trains it. Tensors of its own that sharding makes are known only after it.
+    torch.manual_seed(seed + rank), np.random.seed(seed + rank), random.seed(seed + rank)
+    model.train()
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.compile:
+        model.compile()
+    wrapped = _sharded(model, points, settings) if shard else accelerator.prepare(model)
+    parameters = list(model.parameters())
+    scaler: torch.amp.GradScaler | None = accelerator.scaler
+    optimizer = torch.optim.AdamW(
+        param_groups(model, settings.weight_decay), lr=lr, betas=settings.betas, eps=1e-8, fused=True
+    )
+    factor = _schedule(optimizer, settings)
+    forward = _forward(wrapped)
+
+    # Where to begin: at the last checkpoint, or with the first step.
+    store = checkpoints.Store(folder / "checkpoints", model, optimizer, scaler)
+    at, detector, written = Position(), SpikeDetector(), None
+    saved = store.latest() if resume else None
+    if saved is not None:
+        state = store.load(saved)
+        at, detector, written = Position(**state["position"]), SpikeDetector.from_dict(state["detector"]), state["log"]
+    log = open_log(folder / "log.jsonl", resume_at=written) if main else None
+
+    def write(record: Mapping[str, Any]) -> None:
+        if log is not None:
+            log.write(record)
+            progress(record)
+
+    def save() -> None:
+        store.save(
+            at.step,
+            {
+                "position": dataclasses.asdict(at),
+                "detector": detector.to_dict(),
+                "log": log.position() if log is not None else None,
+            },
+        )
+
+    if saved is None:
+        parts = {"points": list(points.streams), "layers": list(points.layers), "notes": list(points.notes)}
+        write({"type": "run", **about, "warmup_steps": settings.warmup_steps, **parts})
+        if settings.on_spike == "rewind":
+            save()
+
+    while at.step < settings.steps:
+        started = time.perf_counter()
+        step, index = at.step + 1, at.step + at.shift
+        for group in optimizer.param_groups:
+            group["lr"] = lr * factor(step - 1)
+
+        # Forward and backward. The gradients of the micro-batches add up to that of the mean loss of the whole batch.
+        rows = batch(
+            tokens, seed=seed, index=index, sequences=settings.sequences, length=settings.seq_len, rank=rank, ranks=ranks
+        )
+        ids = torch.from_numpy(rows).to(device, non_blocking=True)  # (B, T + 1)
+        loss = torch.zeros((), device=device)
+        watched = bool(settings.watch_every and points.layers) and step % settings.watch_every == 1 % settings.watch_every
+        streams: dict[str, torch.Tensor] = {}
+        for first in range(0, share, micro):
+            part = ids[first : first + micro]
+            last = first + micro >= share
+            with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                with watching(model, points) if watched and not first else contextlib.nullcontext(streams) as streams:
+                    entropy, objective = _losses(forward(part[:, :-1]), part[:, 1:], settings.z_loss)
+                objective = objective * (len(part) / share)
+                (objective if scaler is None else scaler.scale(objective)).backward()
+            loss += entropy.detach() * (len(part) / share)
+
+        # Two numbers, the same on every rank, before anything is changed; the only wait for the device in a step.
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        total = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        both: list[float] = accelerator.reduce(torch.stack([loss, whole(total)]), reduction="mean").tolist()
+        value, norm = both
+
+        # In fp16 a norm that is not finite says that the loss was scaled too much, which the scaler mends: no event.
+        overflow = scaler is not None and math.isfinite(value) and not math.isfinite(norm)
+        before = detector.events
+        flags: tuple[str, ...] = ("overflow",)
+        if not overflow:
+            detector = detector.observe(step, value, norm)
+            flags = tuple(detector.flags)
+        flagged = bool(flags) and not overflow
+        applied = math.isfinite(value) and math.isfinite(norm) and not (flagged and settings.on_spike != "log")
+        if watched:
+            layers = gradient_norms(model, points)
+        if applied:
+            if 0 < settings.grad_clip < norm:
+                clip_grads_with_norm_(parameters, settings.grad_clip, total)
+            optimizer.step()
+        if scaler is not None:
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        at = dataclasses.replace(
+            at,
+            step=step,
+            idle=0 if applied else at.idle + 1,
+            tokens=at.tokens + applied * settings.sequences * settings.seq_len,
+        )
+        write(
+            {
+                "type": "step", "step": step, "batch": index, "loss": value, "gradient_norm": norm,
+                "lr": optimizer.param_groups[0]["lr"], "tokens": at.tokens, "seconds": time.perf_counter() - started,
+                "applied": applied, "flags": list(flags),
+            }
+        )  # fmt: skip
+        for event in _changed(before, detector.events):
+            write({"type": "event", "step": step, **dataclasses.asdict(event)})
+        if watched:
+            stds = accelerator.reduce(torch.stack([streams[name] for name in points.streams]), reduction="mean")
+            write({"type": "layers", "step": step, "stream": stds.tolist(), "gradients": layers.tolist()})
+
+        # What a spike leads to.
+        stop = None
+        if flagged and settings.on_spike == "stop":
+            stop = f"{' and '.join(flags)} flagged, and --on-spike is stop"
+        elif flagged and settings.on_spike == "rewind" and at.rewinds == MAX_REWINDS:
+            stop = f"a spike after {MAX_REWINDS} rewinds"
+        elif flagged and settings.on_spike == "rewind":
+            onset = min((event.onset for event in detector.events if event.outcome == "ongoing"), default=step)
+            good = store.latest(before=onset)
+            assert good is not None, "there is one at step 0"
+            state = store.load(good)
+            to = Position(**state["position"])
+            write({"type": "rewind", "step": step, "to": to.step, "skipped": [to.step + at.shift, index]})
+            at = dataclasses.replace(to, shift=at.shift + step - to.step, rewinds=at.rewinds + 1)
+            detector = SpikeDetector.from_dict(state["detector"])
+            continue
+        elif at.idle == MAX_IDLE:
+            stop = f"{MAX_IDLE} steps in a row that did not change the weights"
+        if stop is not None:
+            write({"type": "stop", "step": step, "why": stop})
+            break
+        if settings.checkpoint_every and step % settings.checkpoint_every == 0:
+            save()
+    else:
+        write({"type": "eval", "step": at.step, "loss": evaluate(wrapped, tokens, settings, accelerator)})
+
+    if log is not None:
+        log.close()
+    return model
+
+
+@torch.no_grad()
+def evaluate(wrapped: nn.Module, tokens: Tokens, settings: Settings, accelerator: Accelerator) -> float | None:
+    """Mean cross-entropy on all held-out tokens, the same on every rank; None where there are none.
+
+    Every rank runs as many forward passes as the others, since sharded ones wait for each other.
+    """
+    _, device, ranks, rank = _world(accelerator)
+    forward = _forward(wrapped)
+    sums = torch.zeros(2, device=device, dtype=torch.float64)  # of the loss, of the tokens
+    wrapped.eval()
+    rows = settings.micro_batch or settings.sequences // ranks
+    batches = list(held_out_batches(tokens, sequences=rows, length=settings.seq_len))
+    for first in range(0, len(batches), ranks):
+        ids = torch.from_numpy(batches[min(first + rank, len(batches) - 1)]).to(device)
+        entropy, _ = _losses(forward(ids[:, :-1]), ids[:, 1:], 0.0)
+        if first + rank < len(batches):
+            count = ids[:, 1:].numel()
+            sums += torch.stack([entropy.double() * count, torch.tensor(count, device=device)])
+    wrapped.train()
+    loss, count = accelerator.reduce(sums, reduction="sum").tolist()
+    return loss / count if count else None
+
+
+def _losses(output: Any, targets: torch.Tensor, z_loss: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean cross-entropy; and what is trained on: with the z-loss, and an auxiliary loss that the model adds."""
+    logits = output.logits.float().flatten(0, 1)  # (B T, V)
+    entropy = F.cross_entropy(logits, targets.flatten())
+    objective = entropy
+    if z_loss:
+        objective = objective + z_loss * logits.logsumexp(-1).pow(2).mean()
+    return entropy, objective
+
+
+def _forward(model: nn.Module) -> Callable[[torch.Tensor], Any]:
+    """The model as a function of ids alone, without the cache that is of use when text is generated."""
+    inner = getattr(model, "module", model)  # of DistributedDataParallel
+    cached = "use_cache" in inspect.signature(type(inner).forward).parameters
+    return lambda ids: model(input_ids=ids, use_cache=False) if cached else model(input_ids=ids)
+
+
+def _sharded(model: nn.Module, points: Points, settings: Settings) -> nn.Module:
+    """FSDP2: every layer is a unit, the root holds the rest. Gradients are summed in float32."""
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for path in points.layers:
+        fully_shard(model.get_submodule(path), mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    assert isinstance(model, FSDPModule)
+    return model
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: Settings) -> Callable[[int], float]:
+    """The factor of the learning rate after so many steps; a pure function, so that nothing of it needs saving."""
+    decay = {"num_decay_steps": round(_DECAY * settings.steps), "decay_type": "linear"}
+    schedule = get_scheduler(
+        _SCHEDULES[settings.schedule],
+        optimizer,
+        num_warmup_steps=settings.warmup_steps,
+        num_training_steps=settings.steps,
+        scheduler_specific_kwargs=decay if settings.schedule == "wsd" else {},
+    )
+    factor: Callable[[int], float] = schedule.lr_lambdas[0]
+    return factor
+
+
+def _changed(before: tuple[Event, ...], now: tuple[Event, ...]) -> list[Event]:
+    """Events that have opened, and those that have closed."""
+    known = {(event.kind, event.onset): event.outcome for event in before}
+    return [event for event in now if known.get((event.kind, event.onset)) != event.outcome]
+
+
+def _world(accelerator: Accelerator) -> tuple[bool, torch.device, int, int]:
+    return (
+        accelerator.is_main_process,
+        accelerator.device,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
