@@ -8,6 +8,7 @@
     spikepatch.save(model, "out/")
     spikepatch.verify("out/")                                        # at any later time: is it still what was written?
     edit     = spikepatch.codemod("model.py", "build:small_model")   # the same, as source code
+    detector = spikepatch.SpikeDetector()                            # loss spikes in your own training loop
     spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
 
 Nothing heavy is imported before the first use of a name.
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
     from spikepatch.storage.verify import verify
+    from spikepatch.training.spikes import SpikeDetector
 
 _HOME = {
     "inspect": "spikepatch.residual.inspect",
@@ -54,6 +56,7 @@ _HOME = {
     "fold": "spikepatch.folding",
     "Folded": "spikepatch.folding",
     "verify": "spikepatch.storage.verify",
+    "SpikeDetector": "spikepatch.training.spikes",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
     "BadTarget": "spikepatch.errors",
@@ -70,6 +73,7 @@ __all__ = [
     "Recipe",
     "Refused",
     "ResidualMap",
+    "SpikeDetector",
     "SpikepatchError",
     "StabilityReport",
     "check",
