@@ -69,7 +69,10 @@ class Layers:
 
 @dataclass(frozen=True)
 class Rewind:
-    """After ``step`` the run went back to the checkpoint of step ``to``; batches ``skipped`` (first, last) are unseen."""
+    """After ``step`` the run went back to the checkpoint of step ``to``.
+
+    ``skipped``: the first and the last batch that are left out.
+    """
 
     step: int
     to: int
