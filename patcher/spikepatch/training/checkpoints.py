@@ -12,13 +12,12 @@ is complete and on the disk, so that resuming takes the last one without a look 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -61,8 +59,6 @@ def save(
     new = folder / f".{path.name}.new"
     if _rank() == 0:
         _log.debug("create")
-        _remove(new)
-        _remove(path)  # of this very step, before a rewind
         new.mkdir(parents=True)
     _barrier()
     _log.debug("write")
@@ -149,11 +145,6 @@ def sweep(folder: Path) -> None:
         for path in (*folder.glob(".step-*.new"), *folder.glob(".step-*.old")):
             shutil.rmtree(path, ignore_errors=True)
     _barrier()
-
-
-def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights, whole, on the CPU of the first rank; nothing on the others. Called on every rank alike."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[return-value]
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, trained: bool | None = None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from spikepatch.optimiser import param_groups
 from spikepatch.training import checkpoints
 from spikepatch.training.data import Tokens, batch, held_out_batches
 from spikepatch.training.log import open_log
-from spikepatch.training.spikes import Event, SpikeDetector
+from spikepatch.training.spikes import SpikeDetector
 from spikepatch.training.watch import Points, gradient_norms, watching, whole
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -130,7 +130,7 @@ def train(
     shard: bool = False,
     resume: bool = False,
     progress: Progress = lambda record: None,
-) -> nn.Module:
+) -> None:
     """Train ``model`` in place; ``folder`` gets ``log.jsonl`` and ``checkpoints/``. Called on every rank alike.
 
     AdamW on ``spikepatch.param_groups``; the mean cross-entropy of the next token over the whole batch, in float32,
@@ -145,16 +145,15 @@ def train(
         resume: go on from the last checkpoint in ``folder``, if there is one.
         progress: is called with every record of the log, on the main process.
 
-    Returns:
-        The trained model, unwrapped, in train mode; sharded if it was to be. Whether it came to its last step stands in
-        the log: a run that ended before has a record "stop".
+    Whether it came to its last step stands in the log: a run that ended before has a record "stop".
     """
     main, device, ranks, rank = _world(accelerator)
     share = settings.sequences // ranks  # B
     micro = settings.micro_batch or share
 
     # The model where it is trained, and what trains it. Tensors of its own that sharding makes are known only after it.
-    torch.manual_seed(seed + rank), np.random.seed(seed + rank), random.seed(seed + rank)
+    for seed_generator in (torch.manual_seed, np.random.seed, random.seed):  # of dropout; batches have their own
+        seed_generator(seed + rank)
     model.train()
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -170,31 +169,28 @@ def train(
     forward = _forward(wrapped)
 
     # Where to begin: at the last checkpoint, or with the first step.
-    store = checkpoints.Store(folder / "checkpoints", model, optimizer, scaler)
+    store = folder / "checkpoints"
     at, detector, written = Position(), SpikeDetector(), None
-    saved = store.latest() if resume else None
+    saved = checkpoints.latest(store) if resume else None
     if saved is not None:
-        state = store.load(saved)
-        at, detector, written = Position(**state["position"]), SpikeDetector.from_dict(state["detector"]), state["log"]
+        at, detector, written = _restored(checkpoints.load(saved, model, optimizer), scaler)
     log = open_log(folder / "log.jsonl", resume_at=written) if main else None
 
     def write(record: Mapping[str, Any]) -> None:
         if log is not None:
-            log.write(record)
-            progress(record)
+            progress(log.write(record))
 
     def save() -> None:
-        store.save(
-            at.step,
-            {
-                "position": dataclasses.asdict(at),
-                "detector": detector.to_dict(),
-                "log": log.position() if log is not None else None,
-            },
-        )
+        state = {
+            "position": dataclasses.asdict(at),
+            "detector": detector.to_dict(),
+            "log": log.position() if log is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        checkpoints.save(store, at.step, model, optimizer, state)
 
     if saved is None:
-        parts = {"points": list(points.streams), "layers": list(points.layers), "notes": list(points.notes)}
+        parts = {"points": points.streams, "layers": points.layers, "notes": points.notes}
         write({"type": "run", **about, "warmup_steps": settings.warmup_steps, **parts})
         if settings.on_spike == "rewind":
             save()
@@ -231,14 +227,11 @@ def train(
         value, norm = both
 
         # In fp16 a norm that is not finite says that the loss was scaled too much, which the scaler mends: no event.
-        overflow = scaler is not None and math.isfinite(value) and not math.isfinite(norm)
-        before = detector.events
-        flags: tuple[str, ...] = ("overflow",)
-        if not overflow:
-            detector = detector.observe(step, value, norm)
-            flags = tuple(detector.flags)
-        flagged = bool(flags) and not overflow
-        applied = math.isfinite(value) and math.isfinite(norm) and not (flagged and settings.on_spike != "log")
+        finite = math.isfinite(value) and math.isfinite(norm)
+        overflow = scaler is not None and math.isfinite(value) and not finite
+        before, detector = detector, detector.observe(step, value, None if overflow else norm)
+        flagged = bool(detector.flags)
+        applied = finite and not (flagged and settings.on_spike != "log")
         if watched:
             layers = gradient_norms(model, points)
         if applied:
@@ -259,10 +252,11 @@ def train(
             {
                 "type": "step", "step": step, "batch": index, "loss": value, "gradient_norm": norm,
                 "lr": optimizer.param_groups[0]["lr"], "tokens": at.tokens, "seconds": time.perf_counter() - started,
-                "applied": applied, "flags": list(flags),
+                "applied": applied, "flags": (*detector.flags, *(("overflow",) if overflow else ())),
             }
         )  # fmt: skip
-        for event in _changed(before, detector.events):
+        opened = [event for event in detector.events if event.onset == step]
+        for event in (*detector.closed[len(before.closed) :], *opened):
             write({"type": "event", "step": step, **dataclasses.asdict(event)})
         if watched:
             stds = accelerator.reduce(torch.stack([streams[name] for name in points.streams]), reduction="mean")
@@ -271,18 +265,17 @@ def train(
         # What a spike leads to.
         stop = None
         if flagged and settings.on_spike == "stop":
-            stop = f"{' and '.join(flags)} flagged, and --on-spike is stop"
+            stop = f"a spike of {' and '.join(detector.flags)}"
         elif flagged and settings.on_spike == "rewind" and at.rewinds == MAX_REWINDS:
             stop = f"a spike after {MAX_REWINDS} rewinds"
         elif flagged and settings.on_spike == "rewind":
             onset = min((event.onset for event in detector.events if event.outcome == "ongoing"), default=step)
-            good = store.latest(before=onset)
+            good = checkpoints.latest(store, before=onset)
             assert good is not None, "there is one at step 0"
-            state = store.load(good)
-            to = Position(**state["position"])
-            write({"type": "rewind", "step": step, "to": to.step, "skipped": [to.step + at.shift, index]})
+            to, detector, _ = _restored(checkpoints.load(good, model, optimizer), scaler)
+            checkpoints.drop(store, after=to.step)
+            write({"type": "rewind", "step": step, "to": to.step, "skipped": (to.step + at.shift, index)})
             at = dataclasses.replace(to, shift=at.shift + step - to.step, rewinds=at.rewinds + 1)
-            detector = SpikeDetector.from_dict(state["detector"])
             continue
         elif at.idle == MAX_IDLE:
             stop = f"{MAX_IDLE} steps in a row that did not change the weights"
@@ -296,7 +289,6 @@ def train(
 
     if log is not None:
         log.close()
-    return model
 
 
 @torch.no_grad()
@@ -364,10 +356,13 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: Settings) -> Callable[
     return factor
 
 
-def _changed(before: tuple[Event, ...], now: tuple[Event, ...]) -> list[Event]:
-    """Events that have opened, and those that have closed."""
-    known = {(event.kind, event.onset): event.outcome for event in before}
-    return [event for event in now if known.get((event.kind, event.onset)) != event.outcome]
+def _restored(
+    state: Mapping[str, Any], scaler: torch.amp.GradScaler | None
+) -> tuple[Position, SpikeDetector, int | None]:
+    """What ``save`` has put into a checkpoint; the scaler is set to it."""
+    if scaler is not None:
+        scaler.load_state_dict(state["scaler"])
+    return Position(**state["position"]), SpikeDetector.from_dict(state["detector"]), state["log"]
 
 
 def _world(accelerator: Accelerator) -> tuple[bool, torch.device, int, int]:
