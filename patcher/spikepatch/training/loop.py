@@ -33,7 +33,7 @@ from spikepatch.optimiser import param_groups
 from spikepatch.training import checkpoints
 from spikepatch.training.data import Tokens, batch, held_out_batches
 from spikepatch.training.log import open_log
-from spikepatch.training.spikes import SpikeDetector
+from spikepatch.training.spikes import SpikeDetector, news
 from spikepatch.training.watch import Points, gradient_norms, watching, whole
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -128,10 +128,11 @@ def train(
     about: Mapping[str, Any],
     points: Points,
     shard: bool = False,
-    resume: bool = False,
     progress: Progress = lambda record: None,
-) -> None:
+) -> str | None:
     """Train ``model`` in place; ``folder`` gets ``log.jsonl`` and ``checkpoints/``. Called on every rank alike.
+
+    Where ``folder`` holds a checkpoint already, the run goes on from the last one.
 
     AdamW on ``spikepatch.param_groups``; the mean cross-entropy of the next token over the whole batch, in float32,
     whatever the precision of the forward pass. Batches are a pure function of ``seed`` and step.
@@ -142,10 +143,10 @@ def train(
         about: the first line of the log: name, source, versions ...
         points: ``watch.points_of(model)``.
         shard: with ``fully_shard``, layer by layer, instead of a copy on each rank.
-        resume: go on from the last checkpoint in ``folder``, if there is one.
         progress: is called with every record of the log, on the main process.
 
-    Whether it came to its last step stands in the log: a run that ended before has a record "stop".
+    Returns:
+        Why it ended before its last step, if it did; so says the log.
     """
     main, device, ranks, rank = _world(accelerator)
     share = settings.sequences // ranks  # B
@@ -171,124 +172,120 @@ def train(
     # Where to begin: at the last checkpoint, or with the first step.
     store = folder / "checkpoints"
     at, detector, written = Position(), SpikeDetector(), None
-    saved = checkpoints.latest(store) if resume else None
+    saved = checkpoints.latest(store)
     if saved is not None:
         at, detector, written = _restored(checkpoints.load(saved, model, optimizer), scaler)
-    log = open_log(folder / "log.jsonl", resume_at=written) if main else None
+    with open_log(folder / "log.jsonl", resume_at=written) if main else contextlib.nullcontext() as log:
 
-    def write(record: Mapping[str, Any]) -> None:
-        if log is not None:
-            progress(log.write(record))
+        def write(record: Mapping[str, Any]) -> None:
+            if log is not None:
+                progress(log.write(record))
 
-    def save() -> None:
-        state = {
-            "position": dataclasses.asdict(at),
-            "detector": detector.to_dict(),
-            "log": log.position() if log is not None else None,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        checkpoints.save(store, at.step, model, optimizer, state)
-
-    if saved is None:
-        parts = {"points": points.streams, "layers": points.layers, "notes": points.notes}
-        write({"type": "run", **about, "warmup_steps": settings.warmup_steps, **parts})
-        if settings.on_spike == "rewind":
-            save()
-
-    while at.step < settings.steps:
-        started = time.perf_counter()
-        step, index = at.step + 1, at.step + at.shift
-        for group in optimizer.param_groups:
-            group["lr"] = lr * factor(step - 1)
-
-        # Forward and backward. The gradients of the micro-batches add up to that of the mean loss of the whole batch.
-        rows = batch(
-            tokens, seed=seed, index=index, sequences=settings.sequences, length=settings.seq_len, rank=rank, ranks=ranks
-        )
-        ids = torch.from_numpy(rows).to(device, non_blocking=True)  # (B, T + 1)
-        loss = torch.zeros((), device=device)
-        watched = bool(settings.watch_every and points.layers) and step % settings.watch_every == 1 % settings.watch_every
-        streams: dict[str, torch.Tensor] = {}
-        for first in range(0, share, micro):
-            part = ids[first : first + micro]
-            last = first + micro >= share
-            with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                with watching(model, points) if watched and not first else contextlib.nullcontext(streams) as streams:
-                    entropy, objective = _losses(forward(part[:, :-1]), part[:, 1:], settings.z_loss)
-                objective = objective * (len(part) / share)
-                (objective if scaler is None else scaler.scale(objective)).backward()
-            loss += entropy.detach() * (len(part) / share)
-
-        # Two numbers, the same on every rank, before anything is changed; the only wait for the device in a step.
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        total = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        both: list[float] = accelerator.reduce(torch.stack([loss, whole(total)]), reduction="mean").tolist()
-        value, norm = both
-
-        # In fp16 a norm that is not finite says that the loss was scaled too much, which the scaler mends: no event.
-        finite = math.isfinite(value) and math.isfinite(norm)
-        overflow = scaler is not None and math.isfinite(value) and not finite
-        before, detector = detector, detector.observe(step, value, None if overflow else norm)
-        flagged = bool(detector.flags)
-        applied = finite and not (flagged and settings.on_spike != "log")
-        if watched:
-            layers = gradient_norms(model, points)
-        if applied:
-            if 0 < settings.grad_clip < norm:
-                clip_grads_with_norm_(parameters, settings.grad_clip, total)
-            optimizer.step()
-        if scaler is not None:
-            scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        at = dataclasses.replace(
-            at,
-            step=step,
-            idle=0 if applied else at.idle + 1,
-            tokens=at.tokens + applied * settings.sequences * settings.seq_len,
-        )
-        write(
-            {
-                "type": "step", "step": step, "batch": index, "loss": value, "gradient_norm": norm,
-                "lr": optimizer.param_groups[0]["lr"], "tokens": at.tokens, "seconds": time.perf_counter() - started,
-                "applied": applied, "flags": (*detector.flags, *(("overflow",) if overflow else ())),
+        def save() -> None:
+            state = {
+                "position": dataclasses.asdict(at),
+                "detector": detector.to_dict(),
+                "log": log.position() if log is not None else None,
+                "scaler": scaler.state_dict() if scaler is not None else None,
             }
-        )  # fmt: skip
-        opened = [event for event in detector.events if event.onset == step]
-        for event in (*detector.closed[len(before.closed) :], *opened):
-            write({"type": "event", "step": step, **dataclasses.asdict(event)})
-        if watched:
-            stds = accelerator.reduce(torch.stack([streams[name] for name in points.streams]), reduction="mean")
-            write({"type": "layers", "step": step, "stream": stds.tolist(), "gradients": layers.tolist()})
+            checkpoints.save(store, at.step, model, optimizer, state)
 
-        # What a spike leads to.
-        stop = None
-        if flagged and settings.on_spike == "stop":
-            stop = f"a spike of {' and '.join(detector.flags)}"
-        elif flagged and settings.on_spike == "rewind" and at.rewinds == MAX_REWINDS:
-            stop = f"a spike after {MAX_REWINDS} rewinds"
-        elif flagged and settings.on_spike == "rewind":
-            onset = min((event.onset for event in detector.events if event.outcome == "ongoing"), default=step)
-            good = checkpoints.latest(store, before=onset)
-            assert good is not None, "there is one at step 0"
-            to, detector, _ = _restored(checkpoints.load(good, model, optimizer), scaler)
-            checkpoints.drop(store, after=to.step)
-            write({"type": "rewind", "step": step, "to": to.step, "skipped": (to.step + at.shift, index)})
-            at = dataclasses.replace(to, shift=at.shift + step - to.step, rewinds=at.rewinds + 1)
-            continue
-        elif at.idle == MAX_IDLE:
-            stop = f"{MAX_IDLE} steps in a row that did not change the weights"
-        if stop is not None:
-            write({"type": "stop", "step": step, "why": stop})
-            break
-        if settings.checkpoint_every and step % settings.checkpoint_every == 0:
-            save()
-    else:
-        write({"type": "eval", "step": at.step, "loss": evaluate(wrapped, tokens, settings, accelerator)})
+        if saved is None:
+            parts = {"points": points.streams, "layers": points.layers, "notes": points.notes}
+            write({"type": "run", **about, "warmup_steps": settings.warmup_steps, **parts})
+            if settings.on_spike == "rewind":
+                save()
 
-    if log is not None:
-        log.close()
+        stop: str | None = None
+        while at.step < settings.steps:
+            started = time.perf_counter()
+            step, index = at.step + 1, at.step + at.shift
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor(step - 1)
+
+            # Forward and backward. The gradients of the micro-batches add up to that of the mean loss of the whole batch.
+            rows = batch(
+                tokens, seed=seed, index=index, sequences=settings.sequences, length=settings.seq_len, rank=rank, ranks=ranks
+            )
+            ids = torch.from_numpy(rows).to(device, non_blocking=True)  # (B, T + 1)
+            loss = torch.zeros((), device=device)
+            watched = bool(settings.watch_every and points.layers) and step % settings.watch_every == 1 % settings.watch_every
+            streams: dict[str, torch.Tensor] = {}
+            for first in range(0, share, micro):
+                part = ids[first : first + micro]
+                last = first + micro >= share
+                with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                    with watching(model, points) if watched and not first else contextlib.nullcontext(streams) as streams:
+                        entropy, objective = _losses(forward(part[:, :-1]), part[:, 1:], settings.z_loss)
+                    objective = objective * (len(part) / share)
+                    (objective if scaler is None else scaler.scale(objective)).backward()
+                loss += entropy.detach() * (len(part) / share)
+
+            # Two numbers, the same on every rank, before anything is changed; the only wait for the device in a step.
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            total = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            both: list[float] = accelerator.reduce(torch.stack([loss, whole(total)]), reduction="mean").tolist()
+            value, norm = both
+
+            # In fp16 a norm that is not finite says that the loss was scaled too much, which the scaler mends: no event.
+            finite = math.isfinite(value) and math.isfinite(norm)
+            overflow = scaler is not None and math.isfinite(value) and not finite
+            before, detector = detector, detector.observe(step, value, None if overflow else norm)
+            flagged = bool(detector.flags)
+            applied = finite and not (flagged and settings.on_spike != "log")
+            if watched:
+                layers = gradient_norms(model, points)
+            if applied:
+                if 0 < settings.grad_clip < norm:
+                    clip_grads_with_norm_(parameters, settings.grad_clip, total)
+                optimizer.step()
+            if scaler is not None:
+                scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            at = dataclasses.replace(
+                at,
+                step=step,
+                idle=0 if applied else at.idle + 1,
+                tokens=at.tokens + applied * settings.sequences * settings.seq_len,
+            )
+            write(
+                {
+                    "type": "step", "step": step, "batch": index, "loss": value, "gradient_norm": norm,
+                    "lr": optimizer.param_groups[0]["lr"], "tokens": at.tokens, "seconds": time.perf_counter() - started,
+                    "applied": applied, "flags": (*detector.flags, *(("overflow",) if overflow else ())),
+                }
+            )  # fmt: skip
+            for event in news(before, detector):
+                write({"type": "event", "step": step, **dataclasses.asdict(event)})
+            if watched:
+                stds = accelerator.reduce(torch.stack([streams[name] for name in points.streams]), reduction="mean")
+                write({"type": "layers", "step": step, "stream": stds.tolist(), "gradients": layers.tolist()})
+
+            # What a spike leads to.
+            if flagged and settings.on_spike == "stop":
+                stop = f"a spike of {' and '.join(detector.flags)}"
+            elif flagged and settings.on_spike == "rewind" and at.rewinds == MAX_REWINDS:
+                stop = f"a spike after {MAX_REWINDS} rewinds"
+            elif flagged and settings.on_spike == "rewind":
+                good = checkpoints.latest(store, before=min(event.onset for event in detector.under_way))
+                assert good is not None, "there is one at step 0"
+                to, detector, _ = _restored(checkpoints.load(good, model, optimizer), scaler)
+                checkpoints.drop(store, after=to.step)
+                write({"type": "rewind", "step": step, "to": to.step, "skipped": (to.step + at.shift, index)})
+                at = dataclasses.replace(to, shift=at.shift + step - to.step, rewinds=at.rewinds + 1)
+                continue
+            elif at.idle == MAX_IDLE:
+                stop = f"{MAX_IDLE} steps in a row that did not change the weights"
+            if stop is not None:
+                write({"type": "stop", "step": step, "why": stop})
+                break
+            if settings.checkpoint_every and step % settings.checkpoint_every == 0:
+                save()
+        else:
+            write({"type": "eval", "step": at.step, "loss": evaluate(wrapped, tokens, settings, accelerator)})
+    return stop
 
 
 @torch.no_grad()
