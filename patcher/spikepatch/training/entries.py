@@ -165,10 +165,10 @@ def _split(argument: str) -> tuple[str, str, str | None]:
         source, at, after = spec.rpartition("@")
         spec, recipe = (source, after) if at else (spec, None)
     if recipe is not None:
-        _check_recipe(recipe, argument)
+        recipes.find(recipe, argument)
     if not named:
         last = Path(spec.removeprefix("arch:")).expanduser()
-        parts = [last.name or last.resolve().name, *([recipe.removesuffix(".toml")] if recipe else [])]
+        parts = [last.name or last.resolve().name, *([Path(recipe).name.removesuffix(".toml")] if recipe else [])]
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-._")
     if _NAME.fullmatch(name) is None or name in _TAKEN:
         raise Refused(
@@ -178,13 +178,6 @@ def _split(argument: str) -> tuple[str, str, str | None]:
             remedy=f"give one of letters, digits, . _ and -: NAME={spec}" + (f"@{recipe}" if recipe else ""),
         )
     return name, spec, recipe
-
-
-def _check_recipe(recipe: str, argument: str) -> None:
-    try:
-        recipes.find(recipe)
-    except Refused as error:
-        raise Refused(what=error.what, where=argument, why=error.why, remedy=error.remedy) from error
 
 
 def _check_causal(source: Source) -> None:
