@@ -20,10 +20,10 @@ It also makes the decision independent of how the loss is scaled. The resolution
 error of bfloat16: a series printed in fewer digits has ties, and MAD can be 0.
 
 **The threshold.** For Gaussian noise MAD at n values has the relative variance 1.36 / n (its efficiency is 37 % of the
-standard deviation's 1 / (2n)), that of a chi distribution with 0.367 n degrees of freedom; the level adds at most
-5 sigma^2 / n on average over both signs of m. So score / sqrt(1 + 5 / n) is close to Student's t with 0.367 n degrees of
-freedom: 12 at n = 32, 47 at n = 128. The tails at the start are what decides. Chance of a false alarm per value, by
-simulation of the statistic:
+standard deviation's 1 / (2n)), that of a chi distribution with 0.367 n degrees of freedom; the level has the
+variance pi sigma^2 / n, or 2.5 times that where m > 0: about 5 sigma^2 / n. So score / sqrt(1 + 5 / n) is close to
+Student's t with 0.367 n degrees of freedom, 12 at n = 32 and 47 at n = 128: the first values decide. Chance of a false
+alarm per value, by simulation of the statistic:
 
     threshold   Gaussian n = 32   n = 64    n = 128   Laplace n = 128   t(5) n = 128
      8          3.2e-6            2.4e-8    1.5e-10   2.2e-4            2.1e-4
@@ -92,7 +92,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Series:
-    """State of one kind: its baseline, the event under way, the steps since its onset and the last ones without a flag."""
+    """One kind's baseline, the event under way, steps since its onset, and how many of the last ones had no flag."""
 
     baseline: tuple[float, ...] = ()
     event: Event | None = None
@@ -212,6 +212,12 @@ class SpikeDetector:
         if not score > self.threshold:
             return None
         return Event(kind, step, step, value, level if kind == "loss" else math.exp(level), score)
+
+
+def news(before: SpikeDetector, after: SpikeDetector) -> tuple[Event, ...]:
+    """Events that opened, diverged or ended from one state to a later one, as they then stood."""
+    known = {(event.kind, event.onset, event.outcome) for event in before.events}
+    return tuple(event for event in after.events if (event.kind, event.onset, event.outcome) not in known)
 
 
 def judged(baseline: Sequence[float], x: float, *, relative: bool) -> tuple[float, float]:
