@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -101,11 +103,12 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         )
     optimizer.zero_grad(set_to_none=True)
     optimizer.state.clear()
-    tensors = _tensors(model, optimizer, trained=state["step"] > 0)
     try:
         with quiet():
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))  # type: ignore[attr-defined]
-    except (dcp.CheckpointException, OSError) as error:  # type: ignore[attr-defined]
+            reader = dcp.FileSystemReader(path)  # type: ignore[attr-defined]
+            tensors = _targets(set(reader.read_metadata().state_dict_metadata), model, optimizer)
+            dcp.load(tensors, storage_reader=reader)  # type: ignore[attr-defined]
+    except (dcp.CheckpointException, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:  # type: ignore[attr-defined]
         raise BadSource(
             "the checkpoint does not fit the model, or is damaged",
             where=str(path),
@@ -114,7 +117,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         ) from error
     set_model_state_dict(model, tensors["model"])
     if "optimizer" in tensors:
-        set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+        # Not strict: what no gradient has reached has no state.
+        options = StateDictOptions(strict=False)
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
     _set_random_states(torch.load(path / f"rank-{_rank()}.pt", weights_only=True))
     return state
 
@@ -147,12 +152,30 @@ def sweep(folder: Path) -> None:
     _barrier()
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, trained: bool | None = None) -> dict[str, Any]:
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Weights, and the optimiser's state where it has any: asked for it before the first step, torch would make one."""
     tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
-    if optimizer.state if trained is None else trained:
+    if optimizer.state:
         tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)
     return tensors
+
+
+def _targets(saved: set[str], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What the checkpoint is to be read into, in this run's placement: all that it has, and no more."""
+    weights = get_model_state_dict(model)
+    differing = sorted(_named(saved, "model.") ^ set(weights))
+    if differing:
+        raise ValueError(f"only one of them has {', '.join(differing[:3])}")
+    targets: dict[str, Any] = {"model": weights}
+    states = {name.rpartition(".")[0] for name in _named(saved, "optimizer.state.")}
+    if states:
+        state: Any = get_optimizer_state_dict(model, optimizer)
+        targets["optimizer"] = {**state, "state": {name: state["state"][name] for name in states}}
+    return targets
+
+
+def _named(saved: set[str], prefix: str) -> set[str]:
+    return {name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
 
 
 def _random_states() -> dict[str, Any]:

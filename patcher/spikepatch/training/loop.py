@@ -27,9 +27,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from spikepatch.optimiser import param_groups
+from spikepatch.quiet import quiet
 from spikepatch.training import checkpoints
 from spikepatch.training.data import Tokens, batch, held_out_batches
 from spikepatch.training.log import open_log
@@ -117,7 +118,7 @@ class Position:
 
 
 def train(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokens: Tokens,
     settings: Settings,
     folder: Path,
@@ -157,7 +158,8 @@ def train(
         seed_generator(seed + rank)
     model.train()
     if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with quiet():  # of its newer name, which older versions of transformers do not have
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.compile:
         model.compile()
     wrapped = _sharded(model, points, settings) if shard else accelerator.prepare(model)

@@ -103,7 +103,7 @@ def run_all(
         quiet_steps("reading the models")
         entries = parse_entries(models, **access)
         sources = {entry.name: open_source(entry.source, **access, weights=False) for entry in entries}
-        _check_length(sources, settings)
+        _check_models(sources, settings)
         tokenizing = tokenizer_of(entries, **access)
         tokens = prepare(data, tokenizing, out / "data", eval_data=eval_data, progress=quiet_steps)
         check_enough(tokens, sequences=settings.sequences, length=settings.seq_len)
@@ -188,7 +188,7 @@ def _save(model: nn.Module, out: Path, source: Source, main: bool) -> None:
             pass
 
 
-def _check_length(sources: Mapping[str, Source], settings: Settings) -> None:
+def _check_models(sources: Mapping[str, Source], settings: Settings) -> None:
     for source in sources.values():
         longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and longest < settings.seq_len:
@@ -197,6 +197,13 @@ def _check_length(sources: Mapping[str, Source], settings: Settings) -> None:
                 where=source.name,
                 why=f"its config has {longest} positions",
                 remedy=f"--seq-len {longest}, or less",
+            )
+        if settings.activation_checkpointing and not source.model_class.supports_gradient_checkpointing:
+            raise Refused(
+                what="its activations cannot be recomputed",
+                where=source.name,
+                why=f"{source.model_class.__name__} does not support it",
+                remedy="leave --activation-checkpointing out",
             )
 
 
