@@ -19,6 +19,7 @@ from spikepatch.errors import SpikepatchError
 from spikepatch.map_table import columns, lines
 from spikepatch.preflight.command import check_command
 from spikepatch.training.command import train_command
+from spikepatch.training.report_command import report_command
 
 if TYPE_CHECKING:
     from spikepatch.apply.shards import Progress
@@ -204,6 +205,7 @@ def verify(out: str, allow_nonfinite: bool, as_json: bool) -> None:
 main.add_command(architectures_command)
 main.add_command(check_command)
 main.add_command(train_command)
+main.add_command(report_command)
 
 
 @main.command()

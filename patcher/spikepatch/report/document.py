@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 Tone = Literal["good", "warning", "bad", "neutral"]
+_NUMBER = re.compile(r"-|n/a|[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?[x%]?")
 Shape = Literal["triangle", "diamond", "cross", "square", "ring"]
 
 
@@ -16,6 +18,11 @@ class Table:
     title: str
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Whether a column has numbers only."""
+        return tuple(all(_NUMBER.fullmatch(row[i]) for row in self.rows) for i in range(len(self.headers)))
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ class Chart:
 class HeatMap:
     """Positive values by row and column as colours on a logarithmic scale; None, or what is not positive, has none.
 
-    ``values`` has a tuple for each of ``rows``, the lowest first, with a value for each of ``columns``.
+    ``values`` has a tuple for each of ``rows``, the lowest first, with a value for each of ``columns``. ``scale``: the
+    values at its ends, for maps that are to be compared; by default the smallest and the largest value.
     """
 
     title: str
@@ -76,6 +84,7 @@ class HeatMap:
     rows: tuple[str, ...]
     columns: tuple[float, ...]
     values: tuple[tuple[float | None, ...], ...]
+    scale: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class Badge:
 
 @dataclass(frozen=True)
 class Section:
-    """``code``: texts that are shown letter by letter, such as commands."""
+    """``code``: texts that are shown letter by letter, such as commands. ``folded``: closed until it is opened."""
 
     title: str
     paragraphs: tuple[str, ...] = ()
@@ -97,6 +106,7 @@ class Section:
     charts: tuple[Chart, ...] = ()
     heat_maps: tuple[HeatMap, ...] = ()
     code: tuple[str, ...] = ()
+    folded: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def heat(chart: HeatMap) -> Markup:
     present = [value for row in values for value in row if value is not None]
     if not present:
         return nothing()
-    low, high = min(present), max(present)
+    low, high = chart.scale or (min(present), max(present))
     if low == high:
         low, high = low / 1.1, high * 1.1
     cells = [bytes(_level(value, low, high) for value in row) for row in reversed(values)]
@@ -73,7 +73,8 @@ def _largest(values: Iterable[float | None]) -> float | None:
 def _level(value: float | None, low: float, high: float) -> int:
     if value is None:
         return 0
-    return 1 + round((_LEVELS - 1) * (math.log(value) - math.log(low)) / (math.log(high) - math.log(low)))
+    at = (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+    return 1 + round((_LEVELS - 1) * min(max(at, 0.0), 1.0))
 
 
 def _scale(low: float, high: float) -> list[float]:
