@@ -26,12 +26,15 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from spikepatch.cli import main as spikepatch
-from spikepatch.training import checkpoints
+from spikepatch.training import checkpoints, loop
 
 Case = Callable[[Path], None]
 CASES: dict[str, Case] = {}
 
 STEPS, EVERY = 10, 4
+
+#: Forward passes in a step of one of two ranks: 8 sequences, 2 at a time.
+PARTS = 2
 
 #: The exit code of so few steps.
 TOO_SHORT = 1
@@ -66,6 +69,7 @@ def start(
     fsdp: bool = False,
     killed_at: tuple[str, int] | None = None,
     killed_after: int | None = None,
+    before: Callable[[int], None] = lambda rank: None,
 ) -> list[int]:
     """Run ``spikepatch ARGUMENTS`` on every rank; their exit codes, -9 for a killed one.
 
@@ -73,6 +77,7 @@ def start(
         log: the output of the first rank; ``.1`` of the second.
         killed_at: the first rank kills itself at this message, the n-th time.
         killed_after: all are killed once the log of the run has so many lines.
+        before: called in each process, with its rank.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,6 +102,7 @@ def start(
             logging.getLogger(checkpoints.__name__).addHandler(_Killer(*killed_at))
         code = 70
         try:
+            before(rank)
             spikepatch(list(arguments), prog_name="spikepatch")
         except SystemExit as end:
             code = int(end.code or 0)
@@ -173,7 +179,39 @@ def killed_and_resumed(folder: Path, name: str, *, ranks: int = 1, fsdp: bool = 
     assert sorted(left) == ["step-00000004", "step-00000008"]
 
 
+def not_a_number_on_one_rank(folder: Path, name: str, *, fsdp: bool) -> None:
+    """At its third step the second rank's loss is NaN: both drop it, go back to the start, and leave out three batches."""
+
+    def spoil(rank: int) -> None:
+        real, calls = loop.F.cross_entropy, iter(range(1000))
+        ruined = {2 * PARTS} if rank else set()
+
+        def cross_entropy(*arguments: Any) -> torch.Tensor:
+            return real(*arguments) * (torch.nan if next(calls) in ruined else 1.0)
+
+        loop.F.cross_entropy = cross_entropy  # type: ignore[assignment]
+
+    out, log = folder / name.replace(" ", "-"), folder / f"{name.replace(' ', '-')}.txt"
+    wanted = arguments(folder, out, "--on-spike", "rewind")
+    assert start(wanted, log, ranks=2, fsdp=fsdp, before=spoil) == [TOO_SHORT] * 2, log.read_text()
+    records, weights = outcome(out)
+    steps = [r for r in records if r["type"] == "step"]
+    assert [(r["step"], r["batch"]) for r in steps] == [
+        (1, 0),
+        (2, 1),
+        (3, 2),
+        *((n, n + 2) for n in range(1, STEPS + 1)),
+    ]
+    assert [r["step"] for r in steps if not r["applied"]] == [3]
+    assert (steps[2]["loss"], steps[2]["gradient_norm"], steps[2]["flags"]) == (None, None, ["nonfinite"])
+    assert [r["skipped"] for r in records if r["type"] == "rewind"] == [[0, 2]]
+    assert all(bool(w.isfinite().all()) for w in weights.values())
+
+
 def _cases() -> None:
+    for fsdp in (False, True):
+        name = f"two ranks, {'sharded' if fsdp else 'replicated'}, one with NaN"
+        add(name, lambda folder, n=name, f=fsdp: not_a_number_on_one_rank(folder, n, fsdp=f))  # type: ignore[misc]
     for message in PROTOCOL:
         name = f"killed before: {message}"
         add(name, lambda folder, n=name, m=message: killed_and_resumed(folder, n, killed_at=(m, 2)))  # type: ignore[misc]

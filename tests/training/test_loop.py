@@ -286,7 +286,13 @@ def test_a_run_ends_where_nothing_changes_any_more(tokens: Tokens, tmp_path: Pat
 
 
 def spiked(
-    tokens: Tokens, folder: Path, on_spike: Any, batches: Any = (45,), seen: Any = None, resid_pdrop: float = 0.0, **more: Any
+    tokens: Tokens,
+    folder: Path,
+    on_spike: Any,
+    batches: Any = (45,),
+    seen: Any = None,
+    resid_pdrop: float = 0.0,
+    **more: Any,
 ) -> tuple[RunLog, Planted]:
     model = small_model(resid_pdrop=resid_pdrop)
     planted = Planted(model, tokens, batches, loud)
@@ -379,9 +385,7 @@ def test_what_is_watched_is_in_the_log(tokens: Tokens, tmp_path: Path) -> None:
     model = small_model()
     points = points_of(model)
     seen: list[Any] = []
-    log = run(
-        model, tokens, tmp_path / "run", settings(watch_every=5, micro_batch=4), points=points, seen=seen.append
-    )
+    log = run(model, tokens, tmp_path / "run", settings(watch_every=5, micro_batch=4), points=points, seen=seen.append)
     assert [record["type"] for record in seen[:4]] == ["run", "step", "layers", "step"]
     assert seen[1]["loss"] == log.steps[0].loss
     assert [layers.step for layers in log.layers] == [1, 6, 11]

@@ -39,6 +39,7 @@ def launched(settings: Settings) -> Iterator[Launch]:
     cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     _check_precision(settings, cpu)
     fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "")
+    ours = not torch.distributed.is_initialized()
     with_buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # not a second copy of all gradients
     try:
         accelerator = Accelerator(
@@ -55,6 +56,8 @@ def launched(settings: Settings) -> Iterator[Launch]:
         # accelerate keeps the first accelerator's settings for the whole process.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        if ours and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _notes(accelerator: Accelerator, fsdp: bool) -> Iterator[str]:
