@@ -180,7 +180,7 @@ def killed_and_resumed(folder: Path, name: str, *, ranks: int = 1, fsdp: bool = 
 
 
 def not_a_number_on_one_rank(folder: Path, name: str, *, fsdp: bool) -> None:
-    """At its third step the second rank's loss is NaN: both drop it, go back to the start, and leave out three batches."""
+    """At step 3 the second rank's loss is NaN: both drop it, go back to the start, and leave out three batches."""
 
     def spoil(rank: int) -> None:
         real, calls = loop.F.cross_entropy, iter(range(1000))
