@@ -22,11 +22,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from spikepatch.cli import main as spikepatch
-from spikepatch.training import checkpoints, loop
+from spikepatch.storage import publish
+from spikepatch.training import checkpoints
 
 Case = Callable[[Path], None]
 CASES: dict[str, Case] = {}
@@ -98,8 +100,10 @@ def start(
         os.dup2(output, 1)
         os.dup2(output, 2)
         if killed_at is not None and rank == 0:
-            logging.getLogger(checkpoints.__name__).setLevel(logging.DEBUG)
-            logging.getLogger(checkpoints.__name__).addHandler(_Killer(*killed_at))
+            killer = _Killer(*killed_at)
+            for module in (checkpoints, publish):
+                logging.getLogger(module.__name__).setLevel(logging.DEBUG)
+                logging.getLogger(module.__name__).addHandler(killer)
         code = 70
         try:
             before(rank)
@@ -183,13 +187,13 @@ def not_a_number_on_one_rank(folder: Path, name: str, *, fsdp: bool) -> None:
     """At step 3 the second rank's loss is NaN: both drop it, go back to the start, and leave out three batches."""
 
     def spoil(rank: int) -> None:
-        real, calls = loop.F.cross_entropy, iter(range(1000))
+        real, calls = functional.cross_entropy, iter(range(1000))
         ruined = {2 * PARTS} if rank else set()
 
-        def cross_entropy(*arguments: Any) -> torch.Tensor:
+        def cross_entropy(*arguments: Any) -> Any:
             return real(*arguments) * (torch.nan if next(calls) in ruined else 1.0)
 
-        loop.F.cross_entropy = cross_entropy  # type: ignore[assignment]
+        functional.cross_entropy = cross_entropy  # type: ignore[assignment]
 
     out, log = folder / name.replace(" ", "-"), folder / f"{name.replace(' ', '-')}.txt"
     wanted = arguments(folder, out, "--on-spike", "rewind")
@@ -217,6 +221,8 @@ def _cases() -> None:
         add(name, lambda folder, n=name, m=message: killed_and_resumed(folder, n, killed_at=(m, 2)))  # type: ignore[misc]
     first = "killed before the first checkpoint is committed"
     add(first, lambda folder: killed_and_resumed(folder, first, killed_at=("commit", 1)))
+    last = "killed while the trained model is written"
+    add(last, lambda folder: killed_and_resumed(folder, last, killed_at=("swap", 1)))
     between = "killed between checkpoints"
     add(between, lambda folder: killed_and_resumed(folder, between, killed_after=7))
     for fsdp in (False, True):

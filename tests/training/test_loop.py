@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,14 +57,17 @@ def run(
     lr: float = LR,
     points: Points = NOWHERE,
     seen: Any = None,
+    scaler: Any = None,
 ) -> RunLog:
+    accelerator = on_cpu(wanted.precision)
+    accelerator.scaler = scaler
     about: dict[str, Any] = {
         "name": "a", "source": "a", "recipe": None, "patched": False, "lr": lr, "multiplier": 1.0, "seed": 0,
         "steps": wanted.steps, "parameters": 1, "versions": {}, "command": "",
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     train(
-        model, tokens, wanted, folder, accelerator=on_cpu(wanted.precision), lr=lr, seed=0, about=about, points=points,
+        model, tokens, wanted, folder, accelerator=accelerator, lr=lr, seed=0, about=about, points=points,
         progress=seen or (lambda record: None),
     )  # fmt: skip
     return read(folder / "log.jsonl")
@@ -272,6 +276,29 @@ def test_what_is_not_finite_never_reaches_the_optimizer(
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert [(e.kind, e.onset) for e in log.events] == [("nonfinite", 4)]
     assert log.stop is None
+
+
+def test_a_scaled_loss(tokens: Tokens, tmp_path: Path) -> None:
+    """As in fp16: a power of two changes no bit; what overflows is dropped, lowers the scale, and is no spike."""
+    expected = losses(run(small_model(), tokens, tmp_path / "plain", settings()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    assert losses(run(small_model(), tokens, tmp_path / "scaled", settings(), scaler=scaler)) == expected
+    assert scaler.get_scale() == 1024.0
+
+    model = small_model()
+    Planted(model, tokens, [3], Ruin.apply)
+    log = run(model, tokens, tmp_path / "run", settings(checkpoint_every=6, on_spike="rewind"), scaler=scaler)
+    assert [s.step for s in log.steps if not s.applied] == [4]
+    assert "overflow" in log.steps[3].flags
+    assert log.events == ()
+    assert log.rewinds == ()
+    assert scaler.get_scale() == 512.0
+    state = json.loads((tmp_path / "run/checkpoints/step-00000012/state.json").read_text())
+    assert state["scaler"]["scale"] == 512.0
+
+    again = torch.amp.GradScaler("cpu", init_scale=4.0)
+    run(small_model(), tokens, tmp_path / "run", settings(checkpoint_every=6, on_spike="rewind"), scaler=again)
+    assert again.get_scale() == 512.0
 
 
 def test_a_run_ends_where_nothing_changes_any_more(tokens: Tokens, tmp_path: Path) -> None:

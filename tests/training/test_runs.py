@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import spikepatch
 from spikepatch.cli import main
 from spikepatch.errors import BadTarget, Refused
-from spikepatch.training.folder import check_out, record, run_folder
+from spikepatch.training.folder import check_out, run_folder, write_record
 from spikepatch.training.log import read
 from tests.folders import hashes
 from tests.training.models import config_folder, text
@@ -75,7 +75,7 @@ def test_what_a_folder_holds(pair: Path) -> None:
         assert len(log.steps) == 6
         assert json.loads((pair / name / "result.json").read_text())["verdict"] == "too short to tell"
     whole = json.loads((pair / "run.json").read_text())
-    assert whole["commands"][0].startswith("spikepatch ")
+    assert whole["commands"][0].startswith("spikepatch")
     assert {"torch", "transformers", "spikepatch"} <= set(whole["versions"])
     verdict = json.loads((pair / "verdict.json").read_text())
     assert verdict["exit_code"] == 1
@@ -214,12 +214,12 @@ def test_the_record(tmp_path: Path) -> None:
     check_out(tmp_path, resume=True)
     with pytest.raises(BadTarget):
         check_out(tmp_path, resume=False)
-    record(tmp_path, {"a": (1, 2), "b": {"c": None}}, "one")
+    write_record(tmp_path, {"a": (1, 2), "b": {"c": None}}, "one")
     check_out(tmp_path, resume=True)
-    record(tmp_path, {"a": [1, 2], "b": {"c": None}}, "two")
+    write_record(tmp_path, {"a": [1, 2], "b": {"c": None}}, "two")
     assert json.loads((tmp_path / "run.json").read_text())["commands"] == ["one", "two"]
     with pytest.raises(Refused, match=r"a was \[1, 2\] and is \[1\]; b\.c was null and is 3"):
-        record(tmp_path, {"a": [1], "b": {"c": 3}}, "three")
+        write_record(tmp_path, {"a": [1], "b": {"c": 3}}, "three")
     assert json.loads((tmp_path / "run.json").read_text())["commands"] == ["one", "two"]
 
 

@@ -49,7 +49,12 @@ class Collecting(GeneralTracker):  # type: ignore[misc]
 def test_what_a_tracker_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tracker = Collecting()
     made: list[tuple[str, Path]] = []
-    monkeypatch.setattr(trackers, "TRACKERS", {"x": lambda run, folder: (made.append((run, folder)), tracker)[1]})
+
+    def make(run: str, folder: Path) -> GeneralTracker:
+        made.append((run, folder))
+        return tracker
+
+    monkeypatch.setattr(trackers, "TRACKERS", {"x": make})
     with trackers.tracking(["x"], "a/lr1e-3-seed0", tmp_path, ABOUT) as observe:
         for record in RECORDS:
             observe(record)

@@ -34,7 +34,7 @@ def check_out(out: Path, *, resume: bool) -> None:
     raise BadTarget("the output folder is not empty", where=str(out), why=why, remedy=remedy)
 
 
-def record(out: Path, wanted: Mapping[str, Any], command: str) -> None:
+def write_record(out: Path, wanted: Mapping[str, Any], command: str) -> None:
     """Write ``run.json``; where there is one, it must be of the same run.
 
     Raises:

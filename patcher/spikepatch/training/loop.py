@@ -255,19 +255,19 @@ def evaluate(
     Every rank runs as many forward passes as the others, since sharded ones wait for each other.
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)  # of the loss, of the tokens
     sequences = settings.micro_batch or settings.sequences // ranks
     batches = list(held_out_batches(tokens, sequences=sequences, length=settings.seq_len))
+    total = count = 0.0
     model.eval()
     for first in range(0, len(batches), ranks):
         rows = torch.from_numpy(batches[min(first + rank, len(batches) - 1)]).to(accelerator.device)
         entropy, _ = loss_of(rows)
         if first + rank < len(batches):
-            count = rows[:, 1:].numel()
-            sums += torch.stack([entropy.double() * count, torch.full_like(sums[1], count)])
+            total += entropy.item() * rows[:, 1:].numel()
+            count += rows[:, 1:].numel()
     model.train()
-    loss, count = accelerator.reduce(sums, reduction="sum").tolist()
-    return loss / count if count else None
+    total, count = accelerator.reduce(torch.tensor([total, count], device=accelerator.device)).tolist()
+    return total / count if count else None
 
 
 def _loss(wrapped: nn.Module, model: PreTrainedModel, settings: Settings) -> Loss:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from spikepatch.source import Source, open_source
 from spikepatch.training import checkpoints
 from spikepatch.training.data import Tokens, check_enough, prepare
 from spikepatch.training.entries import Entry, build, parse_entries, tokenizer_of
-from spikepatch.training.folder import RECORD, check_out, record, run_folder, write_json
+from spikepatch.training.folder import RECORD, check_out, run_folder, write_json, write_record
 from spikepatch.training.launch import Launch, launched
 from spikepatch.training.log import read
 from spikepatch.training.loop import Progress, train
@@ -116,15 +116,16 @@ def run_all(
             "ranks": launch.accelerator.num_processes, "sharded": launch.shard,
         }  # fmt: skip
         if main:
-            record(out, wanted, command)
+            write_record(out, wanted, command)
         launch.accelerator.wait_for_everyone()
 
         results, points = [], dict[str, Points]()
         for run in (Run(e, sources[e.name], m, lr * m, seed) for m in multipliers for seed in seeds for e in entries):
             folder = out / run.name
-            if main and (folder / "result.json").exists():
-                progress({"type": "run", **dataclasses.asdict(read(folder / "log.jsonl").run)})
-            if not (folder / "result.json").exists():
+            if (folder / "result.json").exists():
+                if main:
+                    progress({"type": "run", **dataclasses.asdict(read(folder / "log.jsonl").run)})
+            else:
                 quiet_steps(f"building {run.entry.name}")
                 model = build(run.entry, seed=run.seed, **access)
                 if run.entry.name not in points:
@@ -216,11 +217,11 @@ def _digest(source: Source) -> str:
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Any:
+def _locked(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
     try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise BadTarget(
             "another command is training into the output folder",
@@ -228,3 +229,7 @@ def _locked(out: Path) -> Any:
             why="it holds .lock",
             remedy="wait until it has ended, or give every command a folder of its own",
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
