@@ -334,7 +334,7 @@ def refused_fsdp1() -> None:
 
 @case(TWO)
 def gathered_and_saved() -> None:
-    """What all ranks save together loads as the whole model, and has its plan, card and code."""
+    """What all ranks save together is, byte for byte, what one process saves of the whole model."""
     for model_type in ("gpt2", "mixtral"):
         model = initialized(model_type, shard_blocks, forward=False)
         shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
@@ -347,10 +347,7 @@ def gathered_and_saved() -> None:
         if dist.get_rank() == 0:
             spikepatch.save(whole, folder / "whole")
         dist.barrier()
-        one, other = hashes(folder / "sharded"), hashes(folder / "whole")
-        assert one.keys() == other.keys()
-        # Under which of its names a tied tensor is stored, and so the hash in the manifest.
-        assert {name for name in one if one[name] != other[name]} <= {"model.safetensors", "spikepatch.json"}
+        assert hashes(folder / "sharded") == hashes(folder / "whole")
         compare(AutoModelForCausalLM.from_pretrained(folder / "sharded", trust_remote_code=True), whole)
         spikepatch.verify(folder / "sharded")
         dist.barrier()

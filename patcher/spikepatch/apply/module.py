@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from spikepatch import __version__
 from spikepatch.apply.blueprint import Blueprint, unfillable
 from spikepatch.apply.loading import stable_settings
-from spikepatch.apply.original import is_remote, original_of
 from spikepatch.apply.tensors import layout, values
 from spikepatch.errors import Refused
 from spikepatch.meta import build_meta, check_default_device, on_meta
 from spikepatch.planning import check_learned, tensor_shapes
 from spikepatch.planning import plan as make_plan
 from spikepatch.plans import EmbeddingEdit, Plan, Recipe, Reinit, Untie
-from spikepatch.quiet import quiet
 from spikepatch.residual.trace import skeleton
 from spikepatch.runtime.embedding import check_patchable, install
 
@@ -123,82 +113,6 @@ def patch(
     return model
 
 
-def save(
-    model: nn.Module,
-    out: str | os.PathLike[str],
-    *,
-    files: Mapping[str, Path] | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """``model.save_pretrained(out)``, with the manifest and a model card, in a folder that appears whole.
-
-    A sharded model (FSDP2, DTensors) is gathered: every rank calls this, and the first one writes.
-
-    Args:
-        files: name in the folder -> what is copied there, such as a tokenizer's files.
-        overwrite: replace a model that is there.
-
-    Raises:
-        Refused: the model was not patched, or is no transformers model.
-        BadTarget: ``out`` cannot be used.
-    """
-    from spikepatch.storage.manifest import MANIFEST, file_hash, manifest, model_card
-    from spikepatch.storage.publish import check_target
-    from spikepatch.storage.write import write_text
-
-    plan: Plan | None = getattr(model, "_spikepatch_plan", None)
-    write = getattr(model, "save_pretrained", None)
-    if plan is None or write is None:
-        raise Refused(
-            what="only a patched transformers model is saved here",
-            where=type(model).__name__,
-            why="there is no plan to record" if plan is None else "it has no save_pretrained",
-            remedy="call spikepatch.patch first, or use the model's own way of saving",
-        )
-    folder = Path(out)
-    check_target(folder, None, overwrite=overwrite)
-    storage = "code" if plan.structural else "plain"
-    with pretrained(model, folder, files=files, overwrite=overwrite) as scratch:
-        if scratch is not None:
-            trust = plan.structural or is_remote(type(model))
-            write_text(scratch / "README.md", model_card(plan, trust=trust, auto_class=_auto_class(model)))
-            names = sorted(path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file())
-            hashes = {name: file_hash(scratch / name) for name in names}
-            text = manifest(plan, storage, {"kind": "live"}, "spikepatch.save(model, OUT)", hashes)
-            write_text(scratch / MANIFEST, text)
-    return folder
-
-
-@contextlib.contextmanager
-def pretrained(
-    model: Any, out: Path, *, files: Mapping[str, Path] | None = None, overwrite: bool = False
-) -> Iterator[Path | None]:
-    """What ``save_pretrained`` writes, and ``files``, in a folder that becomes ``out`` when the block ends well.
-
-    Of a sharded model every rank calls this; all but the first are given None, and go on when ``out`` is there.
-    """
-    from spikepatch.storage.publish import publishing
-
-    state = None
-    if sharded(model):
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if state is None or dist.get_rank() == 0:
-        with publishing(out, overwrite=overwrite) as scratch, quiet():
-            model.save_pretrained(scratch, state_dict=state)
-            for name, file in (files or {}).items():
-                (scratch / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, scratch / name)
-            yield scratch
-    else:
-        yield None
-    if state is not None:
-        dist.barrier()
-
-
-def sharded(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
 def restructure(twin: nn.Module, plan: Plan) -> None:
     """The plan's changes of structure on a model of one's own, usually on the meta device.
 
@@ -223,17 +137,6 @@ def _record(model: Any, plan: Plan) -> None:
         adopt(model, record)
     else:
         model.config.spikepatch = {**record, "original": {}}
-
-
-def _auto_class(model: Any) -> str:
-    """Name of the class of transformers that loads what ``model`` saves."""
-    kind: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))  # fully_shard derives one
-    if kind._auto_class is not None:
-        return str(kind._auto_class)
-    try:
-        return original_of(kind, type(model.config)).auto_class
-    except Refused:
-        return "AutoModel"
 
 
 def _untie(model: Any, edit: Untie) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from torch import nn
 
-from spikepatch.apply.module import pretrained, save, sharded
+from spikepatch.apply.saving import pretrained, save, sharded
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.source import Source, open_source
 from spikepatch.training import checkpoints
