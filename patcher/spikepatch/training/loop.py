@@ -227,7 +227,8 @@ def train(
             elif flagged and settings.on_spike == "rewind" and at.rewinds == MAX_REWINDS:
                 stop = f"a spike after {MAX_REWINDS} rewinds"
             elif flagged and settings.on_spike == "rewind":
-                good = checkpoints.latest(store, before=min(event.onset for event in detector.under_way))
+                onset = min(event.onset for event in detector.events if event not in detector.closed)
+                good = checkpoints.latest(store, before=onset)
                 assert good is not None, "there is one at step 0"
                 to, detector, _ = _restored(checkpoints.load(good, model, optimizer), scaler)
                 checkpoints.drop(store, after=to.step)
