@@ -70,6 +70,8 @@ def main() -> None:
         spikepatch fold trained/ plain/       after training: the plain architecture again
         spikepatch inspect gpt2               what its residual stream is made of
         spikepatch check gpt2                 whether it is at risk, measured
+        spikepatch train gpt2 out/ ...        trained on the same batches: which stays free of spikes
+        spikepatch report runs/x              what became of it, as a page
         spikepatch recipes                    what can be put into it
     """
     # Before the first import of transformers, which reads them once.

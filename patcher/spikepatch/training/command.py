@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import sys
@@ -31,7 +32,19 @@ def _numbers(kind: type[int] | type[float], least: float) -> Any:
     return parse
 
 
-_POSITIVE = click.FloatRange(min=0, min_open=True)
+class _Finite(click.FloatRange):
+    """click takes nan and inf for numbers of any range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not finite", param, ctx)
+        return number
+
+
+_POSITIVE = _Finite(min=0, min_open=True)
+_NOT_NEGATIVE = _Finite(min=0)
+_BELOW_1 = _Finite(min=0, max=1, max_open=True)
 
 
 @click.command("train")
@@ -61,25 +74,19 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     metavar="B",
     help="Sequences of one forward pass on one device; gradients are accumulated.  [default: all of a step's]",
 )
-@click.option(
-    "--warmup", type=click.FloatRange(min=0), default=0.05, show_default=True, help="Steps, or below 1 a share of all."
-)
+@click.option("--warmup", type=_NOT_NEGATIVE, default=0.05, show_default=True, help="Steps, or below 1 a share of all.")
 @click.option("--schedule", type=click.Choice(["cosine", "constant", "wsd"]), default="cosine", show_default=True)
-@click.option("--weight-decay", type=click.FloatRange(min=0), default=0.1, show_default=True)
+@click.option("--weight-decay", type=_NOT_NEGATIVE, default=0.1, show_default=True)
 @click.option(
     "--betas",
-    type=(click.FloatRange(0, 1), click.FloatRange(0, 1)),
+    type=(_BELOW_1, _BELOW_1),
     default=(0.9, 0.95),
     show_default=True,
     help="AdamW's.",
 )
 @click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
-@click.option(
-    "--grad-clip", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Largest gradient norm; 0: any."
-)
-@click.option(
-    "--z-loss", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Its factor, such as 1e-4."
-)
+@click.option("--grad-clip", type=_NOT_NEGATIVE, default=1.0, show_default=True, help="Largest gradient norm; 0: any.")
+@click.option("--z-loss", type=_NOT_NEGATIVE, default=0.0, show_default=True, help="Its factor, such as 1e-4.")
 @click.option(
     "--checkpoint-every",
     type=click.IntRange(min=0),
