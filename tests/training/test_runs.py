@@ -196,6 +196,21 @@ def test_refused_before_anything_is_trained(more: tuple[str, ...], match: str, i
     assert not (tmp_path / "x/run.json").exists()
 
 
+def test_a_full_disk_is_no_bug(inputs: Path, tmp_path: Path) -> None:
+    """The limit of a file's size stands for it; what was there before can be gone on with."""
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from spikepatch.cli import main;"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1)); main()"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    more = ("--checkpoint-every", "2")
+    done = subprocess.run(
+        [*command, *arguments(inputs, tmp_path / "x", *more)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "the checkpoint cannot be written" in done.stderr
+    assert "go on with --resume" in done.stderr
+    run(inputs, tmp_path / "x", *more, "--resume", code=1)
+
+
 def test_one_command_at_a_time(inputs: Path, tmp_path: Path) -> None:
     from filelock import FileLock
 

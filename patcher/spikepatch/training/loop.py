@@ -1,4 +1,4 @@
-"""The training loop: one model, one learning rate, one seed, from the first step to the folder of the trained model.
+"""The training loop: one model, one learning rate, one seed, from the first step to the last.
 
 On accelerate, which brings the device, the process group, mixed precision and DistributedDataParallel; sharding is
 ``fully_shard`` (FSDP2) on every layer that the residual map names. What decides anything (loss, gradient norm) is

@@ -165,18 +165,26 @@ def _run(
         "lr": run.lr, "multiplier": run.multiplier, "seed": run.seed, "steps": settings.steps,
         "parameters": sum(p.numel() for p in model.parameters()), "versions": versions, "command": command,
     }  # fmt: skip
-    with tracking(log_with if main else (), run.name, folder, about) as track:
+    try:
+        with tracking(log_with if main else (), run.name, folder, about) as track:
 
-        def observe(record: Mapping[str, Any]) -> None:
-            progress(record)
-            track(record)
+            def observe(record: Mapping[str, Any]) -> None:
+                progress(record)
+                track(record)
 
-        stop = train(
-            model, tokens, settings, folder, accelerator=launch.accelerator, lr=run.lr, seed=run.seed, about=about,
-            points=points, shard=launch.shard, progress=observe,
-        )  # fmt: skip
-    if stop is None:
-        _save(model, folder / "model", run.source, main)
+            stop = train(
+                model, tokens, settings, folder, accelerator=launch.accelerator, lr=run.lr, seed=run.seed, about=about,
+                points=points, shard=launch.shard, progress=observe,
+            )  # fmt: skip
+        if stop is None:
+            _save(model, folder / "model", run.source, main)
+    except OSError as error:
+        raise BadTarget(
+            "the run cannot be written",
+            where=str(folder),
+            why=str(error),
+            remedy="check the disk's free space and the folder's permissions, and go on with --resume",
+        ) from error
     launch.accelerator.free_memory()
 
 
