@@ -33,7 +33,7 @@ def reporting(
     console: Console | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Reporter]:
-    """A function that takes every record of every run's log, as it is written.
+    """A function that takes every record of every run's log, as it is written; the first of a run may come twice.
 
     Args:
         runs: how many there will be.
@@ -66,11 +66,12 @@ class _State:
     def take(self, record: Mapping[str, Any]) -> str | None:
         """Take a record in; what is to be said of it by itself, if anything."""
         match record["type"]:
-            case "run":
-                self.begun.add((record["name"], record["lr"], record["seed"]))
+            case "run" if (key := (record["name"], record["lr"], record["seed"])) not in self.begun:
+                self.begun.add(key)
                 self.name = f"{record['name']}, lr {record['lr']:g}, seed {record['seed']}"
                 self.steps, self.step, self.spikes = record["steps"], {}, set()
                 self.recent.clear()
+                return self.run()
             case "step":
                 self.step = record
                 self.recent.append((record["tokens"], record["seconds"]))
@@ -124,10 +125,8 @@ def _lines(runs: int, console: Console, clock: Callable[[], float]) -> Reporter:
     def report(record: Mapping[str, Any]) -> None:
         nonlocal said
         news = state.take(record)
-        if record["type"] == "run":
-            say(state.run())
-        elif news is not None:
-            say(f"  {news}")
+        if news is not None:
+            say(news if record["type"] == "run" else f"  {news}")
         elif record["type"] == "step":
             first, last = len(state.recent) == 1, record["step"] == state.steps
             if first or last or clock() - said >= _EVERY:
@@ -151,11 +150,11 @@ def _live(runs: int, console: Console) -> Iterator[Reporter]:
 
         def report(record: Mapping[str, Any]) -> None:
             news = state.take(record)
-            if news is not None:
-                console.print(f"{state.run()}: {news}", markup=False, highlight=False)
-            if record["type"] == "run":
-                bar.reset(task, description=state.run(), total=record["steps"], visible=True, figures="")
-            elif record["type"] == "step":
+            if record["type"] == "step":
                 bar.update(task, completed=record["step"], figures=state.figures())
+            elif record["type"] == "run" and news is not None:
+                bar.reset(task, description=news, total=record["steps"], visible=True, figures="")
+            elif news is not None:
+                console.print(f"{state.run()}: {news}", markup=False, highlight=False)
 
         yield report
