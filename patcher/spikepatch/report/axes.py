@@ -75,8 +75,9 @@ def _rounded(values: Sequence[float]) -> tuple[float, float]:
 def _decades(values: Sequence[float]) -> tuple[float, float]:
     """The nearest 1, 2 or 5 times a power of ten below and above."""
     steps = [m * 10.0**e for e in range(-45, 45) for m in (1, 2, 5)]
-    low = max((s for s in steps if s <= min(values)), default=min(values))
-    high = min((s for s in steps if s >= max(values)), default=max(values))
+    least, most = min(values), max(values)
+    low = max((s for s in steps if s <= least), default=least)
+    high = min((s for s in steps if s >= most), default=most)
     return (low, high) if high > low else (low / 2, high * 2)
 
 
