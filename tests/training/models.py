@@ -12,11 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from spikepatch.training.data import Tokens, prepare
 from spikepatch.training.entries import parse_entries, tokenizer_of
 
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "llama": {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
         "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": None,
+    },
+    "mixtral": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "intermediate_size": 32, "max_position_embeddings": 64,
     },
 }  # fmt: skip
 

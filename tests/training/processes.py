@@ -2,8 +2,8 @@
 
     python -m tests.training.processes FOLDER
 
-Every command is forked from this process, so that everything is imported once. FOLDER/report.json tells, for every case, what
-was wrong; the names of the cases are read by ``test_resume.py``.
+Every command is forked from this process, so that everything is imported once. FOLDER/report.json tells, for every
+case, what was wrong; the names of the cases are read by ``test_checkpoints.py``.
 """
 
 from __future__ import annotations

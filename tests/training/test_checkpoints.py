@@ -26,7 +26,9 @@ ROOT = Path(__file__).parents[2]
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Case -> what failed."""
     folder = tmp_path_factory.mktemp("processes")
-    subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.training.processes", str(folder)], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.training.processes", str(folder)], check=True, cwd=ROOT
+    )
     found: dict[str, str] = json.loads((folder / "report.json").read_text())
     return found
 
@@ -140,7 +142,8 @@ def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
 def test_another_model_is_refused(tmp_path: Path) -> None:
     model = small_model()
     path = checkpoints.save(tmp_path, 1, model, trained(model, 1), {})
-    for changes in ({"n_layer": 3}, {"n_layer": 1}, {"n_embd": 64}):
+    different: list[dict[str, Any]] = [{"n_layer": 3}, {"n_layer": 1}, {"n_embd": 64}]
+    for changes in different:
         other = small_model(**changes)
         with pytest.raises(BadSource, match="does not fit the model, or is damaged"):
             checkpoints.load(path, other, torch.optim.AdamW(other.parameters()))

@@ -18,7 +18,8 @@ import spikepatch
 from spikepatch.training import checkpoints, loop
 from spikepatch.training.data import Tokens, batch, held_out_batches
 from spikepatch.training.log import RunLog, read
-from spikepatch.training.loop import Settings, train
+from spikepatch.training.loop import train
+from spikepatch.training.settings import Settings
 from spikepatch.training.watch import Points, points_of
 from tests.training.models import on_cpu, small_model, small_tokens
 
@@ -40,21 +41,30 @@ def _fresh_accelerator() -> Iterator[None]:
 
 
 def settings(**changes: Any) -> Settings:
-    return Settings(**{"steps": 12, "batch_tokens": 256, "seq_len": 32, "watch_every": 0, "checkpoint_every": 0} | changes)
+    return Settings(
+        **{"steps": 12, "batch_tokens": 256, "seq_len": 32, "watch_every": 0, "checkpoint_every": 0} | changes
+    )
 
 
 def run(
-    model: Any, tokens: Tokens, folder: Path, wanted: Settings, *, lr: float = LR, points: Points = NOWHERE, seed: int = 0
+    model: Any,
+    tokens: Tokens,
+    folder: Path,
+    wanted: Settings,
+    *,
+    lr: float = LR,
+    points: Points = NOWHERE,
+    seed: int = 0,
 ) -> RunLog:
-    about = {
+    about: dict[str, Any] = {
         "name": "a", "source": "a", "recipe": None, "patched": False, "lr": lr, "multiplier": 1.0, "seed": seed,
         "steps": wanted.steps, "parameters": 1, "versions": {}, "command": "",
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     seen: list[Any] = []
     train(
-        model, tokens, wanted, folder, accelerator=on_cpu(wanted.precision), lr=lr, seed=seed, about=about, points=points,
-        progress=seen.append,
+        model, tokens, wanted, folder, accelerator=on_cpu(wanted.precision), lr=lr, seed=seed, about=about,
+        points=points, progress=seen.append,
     )  # fmt: skip
     log = read(folder / "log.jsonl")
     assert [r["step"] for r in seen if r["type"] == "step"] == [s.step for s in log.steps]
@@ -78,7 +88,7 @@ def bare(model: Any, tokens: Tokens, wanted: Settings, lr: float = LR) -> Iterat
         rows = torch.from_numpy(batch(tokens, seed=0, index=index, sequences=wanted.sequences, length=wanted.seq_len))
         logits = model(rows[:, :-1]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), wanted.grad_clip or math.inf)
         yield loss.item(), norm.item(), schedule.get_last_lr()[0]
         optimizer.step()
@@ -122,9 +132,8 @@ def test_micro_batches_add_up(micro: int, tokens: Tokens, tmp_path: Path) -> Non
 
 
 def test_activation_checkpointing_changes_no_bit(tokens: Tokens, tmp_path: Path) -> None:
-    dropout = {"resid_pdrop": 0.1}
-    expected = losses(run(small_model(**dropout), tokens, tmp_path / "a", settings()))
-    found = run(small_model(**dropout), tokens, tmp_path / "b", settings(activation_checkpointing=True))
+    expected = losses(run(small_model(resid_pdrop=0.1), tokens, tmp_path / "a", settings()))
+    found = run(small_model(resid_pdrop=0.1), tokens, tmp_path / "b", settings(activation_checkpointing=True))
     assert losses(found) == expected
 
 
@@ -186,6 +195,23 @@ def test_evaluation_is_the_mean_over_all_that_is_held_out(tokens: Tokens, tmp_pa
     assert found.loss == pytest.approx(total / count, rel=256 * EPS)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_load_balancing_loss_is_trained_on_where_the_config_asks_for_it(
+    wanted: bool, tokens: Tokens, tmp_path: Path
+) -> None:
+    sizes: dict[str, Any] = {"num_local_experts": 4, "output_router_logits": wanted, "router_aux_loss_coef": 0.5}
+    model = small_model("mixtral", **sizes)
+    log = run(model, tokens, tmp_path / "run", settings(steps=1, weight_decay=0.0), lr=0.0)
+    rows = torch.from_numpy(batch(tokens, seed=0, index=0, sequences=8, length=32))
+    output = model(rows[:, :-1], labels=rows[:, :-1], shift_labels=rows[:, 1:].contiguous())
+    output.loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    entropy = F.cross_entropy(output.logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+    assert log.steps[0].loss == pytest.approx(entropy, rel=256 * EPS)
+    assert (output.loss.item() > entropy + 0.1) == wanted
+    assert log.steps[0].gradient_norm == pytest.approx(norm.item(), rel=256 * EPS)
+
+
 class Planted:
     """Does something to the logits of those batches whose first row is that of one of ``batches``."""
 
@@ -210,7 +236,7 @@ class Ruin(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient * math.inf
 
 

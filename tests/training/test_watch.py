@@ -25,7 +25,8 @@ def test_every_type_has_points(model_type: str) -> None:
     assert points.width == residual.width == 64
     assert len(points.streams) in (3, 6)
     assert bool(points.notes) == (residual.placement == "branch-norm" and points.streams == points.layers)
-    with watching(model, points) as found:
+    found: dict[str, torch.Tensor] = {}
+    with watching(model, points, found):
         model(ids(model))
     assert list(found) == list(points.streams)
     assert all(0 < value < 1e3 for value in found.values())
@@ -40,7 +41,8 @@ def test_layers_inputs_are_hidden_states(model_type: str) -> None:
     """The first pre-norm of each layer, or the layer itself, reads what transformers calls a hidden state."""
     model = tiny_model(model_type)
     points = points_of(model)
-    with watching(model, points) as found, torch.no_grad():
+    found: dict[str, torch.Tensor] = {}
+    with watching(model, points, found), torch.no_grad():
         states = model(ids(model), output_hidden_states=True).hidden_states
     per_layer = len(points.streams) // len(points.layers)
     assert per_layer == (1 if model_type == "olmo2" else 2)
@@ -61,7 +63,7 @@ def test_a_model_without_a_map_is_not_watched() -> None:
             super().__init__()
             self.linear = nn.Linear(4, 4)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return self.linear(x)
 
     points = points_of(Plain())
@@ -75,7 +77,7 @@ def test_gradient_norms() -> None:
     model(ids(model), labels=ids(model)).loss.backward()
     found = gradient_norms(model, points).tolist()
     expected = [
-        sum(p.grad.double().square().sum().item() for p in model.get_submodule(path).parameters()) ** 0.5  # type: ignore[union-attr]
+        sum(p.grad.double().square().sum().item() for p in model.get_submodule(path).parameters()) ** 0.5
         for path in points.layers
     ]
     assert len(expected) == 3
@@ -85,7 +87,8 @@ def test_gradient_norms() -> None:
 def test_of_a_module_called_twice_the_first_call_counts() -> None:
     model: Any = tiny_model("gpt2")
     points = dataclasses.replace(points_of(model), streams=("transformer.ln_f",))
-    with watching(model, points) as found, torch.no_grad():
+    found: dict[str, torch.Tensor] = {}
+    with watching(model, points, found), torch.no_grad():
         model.transformer.ln_f(torch.arange(64.0))
         model(ids(model))
     assert found["transformer.ln_f"] == torch.arange(64.0).std(correction=0)
@@ -109,7 +112,8 @@ def test_a_compiled_model_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
         model(ids(model), use_cache=False)
         compiled = len(calls)
         assert compiled
-        with watching(model, points) as found:
+        found: dict[str, torch.Tensor] = {}
+        with watching(model, points, found):
             model(ids(model), use_cache=False)
         assert len(found) == 6
         assert len(calls) == compiled

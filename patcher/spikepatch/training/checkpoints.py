@@ -6,8 +6,8 @@
     checkpoints/.step-00001000.new    being written; or left behind by a run that was killed, and swept by the next one
     checkpoints/.step-00000000.old    being deleted
 
-All ranks write into the ``.new`` folder; when all of them are done, the first one renames it. A folder of the final name
-is complete and on the disk, so that resuming takes the last one without a look inside.
+All ranks write into the ``.new`` folder; when all of them are done, the first one renames it. A folder of the final
+name is complete and on the disk, so that resuming takes the last one without a look inside.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from spikepatch.errors import BadSource, Refused
+from spikepatch.errors import BadSource, BadTarget, Refused
 from spikepatch.quiet import quiet
 from spikepatch.storage.write import sync
 
@@ -46,9 +46,7 @@ _log = logging.getLogger(__name__)
 _KEEP = 2
 
 
-def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
-) -> Path:
+def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
     """Write the checkpoint of ``step``, and delete all but the last two. Called on every rank alike.
 
     Args:
@@ -56,6 +54,9 @@ def save(
         model: with its weights in any placement: whole, replicated by DistributedDataParallel, or sharded.
         optimizer: between two steps, with no gradients around.
         state: JSON; of the first rank.
+
+    Raises:
+        BadTarget: it cannot be written; the ones before are still there.
     """
     path = folder / _name(step)
     new = folder / f".{path.name}.new"
@@ -64,8 +65,16 @@ def save(
         new.mkdir(parents=True)
     _barrier()
     _log.debug("write")
-    with quiet():
-        dcp.save(_tensors(model, optimizer), storage_writer=dcp.FileSystemWriter(new))  # type: ignore[attr-defined]
+    try:
+        with quiet():
+            dcp.save(_tensors(model, optimizer), storage_writer=dcp.FileSystemWriter(new))  # type: ignore[attr-defined]
+    except (dcp.CheckpointException, OSError) as error:  # type: ignore[attr-defined]
+        raise BadTarget(
+            "the checkpoint cannot be written",
+            where=str(path),
+            why=str(error).strip().splitlines()[-1],
+            remedy="free some space on the disk, and go on with --resume",
+        ) from error
     _log.debug("write the random states")
     torch.save(_random_states(), new / f"rank-{_rank()}.pt")
     sync(new / f"rank-{_rank()}.pt")

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spikepatch.errors import Refused
-
 if TYPE_CHECKING:
     from spikepatch.training.verdict import Verdict
 
@@ -37,7 +35,9 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.command("train")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--data", multiple=True, required=True, metavar="DATA", help="What to train on; may be repeated.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs; new, or with --resume.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs; new, or with --resume."
+)
 @click.option("--steps", type=click.IntRange(min=1), required=True, metavar="N", help="Optimiser steps of each run.")
 @click.option("--lr", type=_POSITIVE, required=True, help="Largest learning rate.")
 @click.option(
@@ -65,15 +65,26 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--schedule", type=click.Choice(["cosine", "constant", "wsd"]), default="cosine", show_default=True)
 @click.option("--weight-decay", type=click.FloatRange(min=0), default=0.1, show_default=True)
 @click.option(
-    "--betas", type=(click.FloatRange(0, 1), click.FloatRange(0, 1)), default=(0.9, 0.95), show_default=True, help="AdamW's."
+    "--betas",
+    type=(click.FloatRange(0, 1), click.FloatRange(0, 1)),
+    default=(0.9, 0.95),
+    show_default=True,
+    help="AdamW's.",
 )
 @click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
 @click.option(
     "--grad-clip", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Largest gradient norm; 0: any."
 )
-@click.option("--z-loss", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Its factor, such as 1e-4.")
 @click.option(
-    "--checkpoint-every", type=click.IntRange(min=0), default=500, show_default=True, metavar="N", help="Steps; 0: never."
+    "--z-loss", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Its factor, such as 1e-4."
+)
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(min=0),
+    default=500,
+    show_default=True,
+    metavar="N",
+    help="Steps; 0: never.",
 )
 @click.option("--resume", is_flag=True, help="Go on with what is in --out, from the last checkpoint of each run.")
 @click.option(
@@ -98,7 +109,9 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of hub ids.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow the Python code that comes with a MODEL to run.")
-@click.option("--json", "as_json", is_flag=True, help="Print the verdict as one JSON object, and nothing else, on stdout.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the verdict as one JSON object, and nothing else, on stdout."
+)
 @click.pass_context
 def train_command(
     ctx: click.Context,
@@ -132,8 +145,8 @@ def train_command(
     """
     import json
 
-    from spikepatch.training.loop import Settings
     from spikepatch.training.runs import run_all
+    from spikepatch.training.settings import Settings
 
     say = _say()
     verdict = run_all(

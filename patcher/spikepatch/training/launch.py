@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, is_bf16_available
 
 from spikepatch.errors import Refused
-from spikepatch.training.loop import Settings
+from spikepatch.training.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _notes(accelerator: Accelerator, fsdp: bool) -> Iterator[str]:
     elif fsdp and device == "cpu":
         yield "accelerate ignores FSDP on a CPU: spikepatch shards the models itself, by fully_shard over gloo"
     elif fsdp:
-        yield f"FSDP2: every layer is sharded over {ranks} processes by fully_shard; accelerate's --fsdp options are not used"
+        yield f"FSDP2 over {ranks} processes: fully_shard on every layer; other --fsdp options have no effect"
     elif ranks > 1:
         yield f"{ranks} processes on {device}, each with a copy of the model"
 

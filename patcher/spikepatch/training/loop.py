@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +33,13 @@ from spikepatch.optimiser import param_groups
 from spikepatch.quiet import quiet
 from spikepatch.training import checkpoints
 from spikepatch.training.data import Tokens, batch, held_out_batches
-from spikepatch.training.log import open_log
+from spikepatch.training.log import open_log, read
+from spikepatch.training.settings import Settings
 from spikepatch.training.spikes import SpikeDetector, news
 from spikepatch.training.watch import Points, gradient_norms, watching, whole
 
 Progress = Callable[[Mapping[str, Any]], None]
+Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 #: After so many returns to a checkpoint a run ends: what it meets is no bad batch.
 MAX_REWINDS = 10
@@ -50,52 +52,6 @@ _SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup", "wsd": "wa
 
 #: The last part of a wsd schedule falls to zero, linearly (Hägele et al. 2024, arXiv 2405.18392: 10 to 20 %).
 _DECAY = 0.2
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all runs have in common.
-
-    Attributes:
-        steps: number of optimiser steps.
-        batch_tokens: of all ranks together, in one step; a multiple of ranks times ``seq_len``.
-        seq_len: T.
-        micro_batch: sequences of one forward pass on one rank; None: all of the rank's share.
-        warmup: steps of linear warm-up; below 1, a share of all steps.
-        schedule: cosine (to 0), constant, or wsd (constant, then linearly to 0 over the last 20 %).
-        grad_clip: largest norm of the gradient that reaches the optimiser; 0: any.
-        z_loss: factor of mean(logsumexp(logits)^2), which is added to the loss that is trained on, not to the one shown.
-        checkpoint_every: steps; 0: none but what a rewind needs.
-        on_spike: what a flagged step leads to: nothing; its gradients are dropped; a return to the last checkpoint before
-            it, with the batches since then skipped; or the end of the run. Non-finite gradients are always dropped.
-        watch_every: steps between two measurements inside the model; 0: none.
-    """
-
-    steps: int
-    batch_tokens: int = 65536
-    seq_len: int = 512
-    micro_batch: int | None = None
-    warmup: float = 0.05
-    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    grad_clip: float = 1.0
-    z_loss: float = 0.0
-    checkpoint_every: int = 500
-    on_spike: Literal["log", "skip", "rewind", "stop"] = "log"
-    watch_every: int = 50
-    activation_checkpointing: bool = False
-    compile: bool = False
-
-    @property
-    def sequences(self) -> int:
-        """Sequences in a batch, of all ranks together."""
-        return self.batch_tokens // self.seq_len
-
-    @property
-    def warmup_steps(self) -> int:
-        return round(self.warmup * self.steps if self.warmup < 1 else self.warmup)
 
 
 @dataclass(frozen=True)
@@ -149,11 +105,11 @@ def train(
     Returns:
         Why it ended before its last step, if it did; so says the log.
     """
-    main, device, ranks, rank = _world(accelerator)
+    device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
     share = settings.sequences // ranks  # B
     micro = settings.micro_batch or share
 
-    # The model where it is trained, and what trains it. Tensors of its own that sharding makes are known only after it.
+    # The model where it is trained, and what trains it. Sharding makes new parameters, so the optimiser comes after it.
     for seed_generator in (torch.manual_seed, np.random.seed, random.seed):  # of dropout; batches have their own
         seed_generator(seed + rank)
     model.train()
@@ -165,11 +121,10 @@ def train(
     wrapped = _sharded(model, points, settings) if shard else accelerator.prepare(model)
     parameters = list(model.parameters())
     scaler: torch.amp.GradScaler | None = accelerator.scaler
-    optimizer = torch.optim.AdamW(
-        param_groups(model, settings.weight_decay), lr=lr, betas=settings.betas, eps=1e-8, fused=True
-    )
+    groups = param_groups(model, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=1e-8, fused=True)
     factor = _schedule(optimizer, settings)
-    forward = _forward(wrapped)
+    loss_of = _loss(wrapped, model, settings)
 
     # Where to begin: at the last checkpoint, or with the first step.
     store = folder / "checkpoints"
@@ -177,6 +132,7 @@ def train(
     saved = checkpoints.latest(store)
     if saved is not None:
         at, detector, written = _restored(checkpoints.load(saved, model, optimizer), scaler)
+    main = accelerator.is_main_process
     with open_log(folder / "log.jsonl", resume_at=written) if main else contextlib.nullcontext() as log:
 
         def write(record: Mapping[str, Any]) -> None:
@@ -197,6 +153,8 @@ def train(
             write({"type": "run", **about, "warmup_steps": settings.warmup_steps, **parts})
             if settings.on_spike == "rewind":
                 save()
+        elif log is not None:
+            progress({"type": "run", **dataclasses.asdict(read(folder / "log.jsonl").run)})
 
         stop: str | None = None
         while at.step < settings.steps:
@@ -205,32 +163,32 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor(step - 1)
 
-            # Forward and backward. The gradients of the micro-batches add up to that of the mean loss of the whole batch.
-            rows = batch(
-                tokens, seed=seed, index=index, sequences=settings.sequences, length=settings.seq_len, rank=rank, ranks=ranks
-            )
-            ids = torch.from_numpy(rows).to(device, non_blocking=True)  # (B, T + 1)
+            # Forward and backward; the gradients of the micro-batches add up to those of the whole batch's mean loss.
+            sizes = {"sequences": settings.sequences, "length": settings.seq_len, "rank": rank, "ranks": ranks}
+            rows = torch.from_numpy(batch(tokens, seed=seed, index=index, **sizes))
+            rows = rows.to(device, non_blocking=True)  # (B, T + 1)
             loss = torch.zeros((), device=device)
-            watched = bool(settings.watch_every and points.layers) and step % settings.watch_every == 1 % settings.watch_every
+            every = settings.watch_every
+            watched = bool(every and points.layers) and step % every == 1 % every
             streams: dict[str, torch.Tensor] = {}
             for first in range(0, share, micro):
-                part = ids[first : first + micro]
-                last = first + micro >= share
-                with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                    with watching(model, points) if watched and not first else contextlib.nullcontext(streams) as streams:
-                        entropy, objective = _losses(forward(part[:, :-1]), part[:, 1:], settings.z_loss)
-                    objective = objective * (len(part) / share)
-                    (objective if scaler is None else scaler.scale(objective)).backward()
-                loss += entropy.detach() * (len(part) / share)
+                part = rows[first : first + micro]
+                part_of = len(part) / share
+                whole_batch = first + micro >= share
+                with contextlib.nullcontext() if whole_batch else accelerator.no_sync(wrapped):
+                    with watching(model, points, streams) if watched and not first else contextlib.nullcontext():
+                        entropy, objective = loss_of(part)
+                    scaled = objective * part_of if scaler is None else scaler.scale(objective * part_of)
+                    scaled.backward()
+                loss += entropy.detach() * part_of
 
             # Two numbers, the same on every rank, before anything is changed; the only wait for the device in a step.
             if scaler is not None:
                 scaler.unscale_(optimizer)
             total = get_total_norm([p.grad for p in parameters if p.grad is not None])
-            both: list[float] = accelerator.reduce(torch.stack([loss, whole(total)]), reduction="mean").tolist()
-            value, norm = both
+            value, norm = accelerator.reduce(torch.stack([loss, whole(total)]), reduction="mean").tolist()
 
-            # In fp16 a norm that is not finite says that the loss was scaled too much, which the scaler mends: no event.
+            # In fp16 such a norm with a finite loss says that the loss was scaled too much, which the scaler mends.
             finite = math.isfinite(value) and math.isfinite(norm)
             overflow = scaler is not None and math.isfinite(value) and not finite
             before, detector = detector, detector.observe(step, value, None if overflow else norm)
@@ -246,17 +204,15 @@ def train(
                 scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-            at = dataclasses.replace(
-                at,
-                step=step,
-                idle=0 if applied else at.idle + 1,
-                tokens=at.tokens + applied * settings.sequences * settings.seq_len,
-            )
+            trained = at.tokens + applied * settings.sequences * settings.seq_len
+            at = dataclasses.replace(at, step=step, idle=0 if applied else at.idle + 1, tokens=trained)
+            seconds = time.perf_counter() - started
+            flags = (*detector.flags, "overflow") if overflow else detector.flags
             write(
                 {
                     "type": "step", "step": step, "batch": index, "loss": value, "gradient_norm": norm,
-                    "lr": optimizer.param_groups[0]["lr"], "tokens": at.tokens, "seconds": time.perf_counter() - started,
-                    "applied": applied, "flags": (*detector.flags, *(("overflow",) if overflow else ())),
+                    "lr": optimizer.param_groups[0]["lr"], "tokens": trained, "seconds": seconds,
+                    "applied": applied, "flags": flags,
                 }
             )  # fmt: skip
             for event in news(before, detector):
@@ -267,7 +223,7 @@ def train(
 
             # What a spike leads to.
             if flagged and settings.on_spike == "stop":
-                stop = f"a spike of {' and '.join(detector.flags)}"
+                stop = f"a spike ({', '.join(detector.flags)})"
             elif flagged and settings.on_spike == "rewind" and at.rewinds == MAX_REWINDS:
                 stop = f"a spike after {MAX_REWINDS} rewinds"
             elif flagged and settings.on_spike == "rewind":
@@ -286,48 +242,54 @@ def train(
             if settings.checkpoint_every and step % settings.checkpoint_every == 0:
                 save()
         else:
-            write({"type": "eval", "step": at.step, "loss": evaluate(wrapped, tokens, settings, accelerator)})
+            write({"type": "eval", "step": at.step, "loss": evaluate(model, loss_of, tokens, settings, accelerator)})
     return stop
 
 
 @torch.no_grad()
-def evaluate(wrapped: nn.Module, tokens: Tokens, settings: Settings, accelerator: Accelerator) -> float | None:
+def evaluate(
+    model: nn.Module, loss_of: Loss, tokens: Tokens, settings: Settings, accelerator: Accelerator
+) -> float | None:
     """Mean cross-entropy on all held-out tokens, the same on every rank; None where there are none.
 
     Every rank runs as many forward passes as the others, since sharded ones wait for each other.
     """
-    _, device, ranks, rank = _world(accelerator)
-    forward = _forward(wrapped)
-    sums = torch.zeros(2, device=device, dtype=torch.float64)  # of the loss, of the tokens
-    wrapped.eval()
-    rows = settings.micro_batch or settings.sequences // ranks
-    batches = list(held_out_batches(tokens, sequences=rows, length=settings.seq_len))
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)  # of the loss, of the tokens
+    sequences = settings.micro_batch or settings.sequences // ranks
+    batches = list(held_out_batches(tokens, sequences=sequences, length=settings.seq_len))
+    model.eval()
     for first in range(0, len(batches), ranks):
-        ids = torch.from_numpy(batches[min(first + rank, len(batches) - 1)]).to(device)
-        entropy, _ = _losses(forward(ids[:, :-1]), ids[:, 1:], 0.0)
+        rows = torch.from_numpy(batches[min(first + rank, len(batches) - 1)]).to(accelerator.device)
+        entropy, _ = loss_of(rows)
         if first + rank < len(batches):
-            count = ids[:, 1:].numel()
-            sums += torch.stack([entropy.double() * count, torch.tensor(count, device=device)])
-    wrapped.train()
+            count = rows[:, 1:].numel()
+            sums += torch.stack([entropy.double() * count, torch.full_like(sums[1], count)])
+    model.train()
     loss, count = accelerator.reduce(sums, reduction="sum").tolist()
     return loss / count if count else None
 
 
-def _losses(output: Any, targets: torch.Tensor, z_loss: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean cross-entropy; and what is trained on: with the z-loss, and an auxiliary loss that the model adds."""
-    logits = output.logits.float().flatten(0, 1)  # (B T, V)
-    entropy = F.cross_entropy(logits, targets.flatten())
-    objective = entropy
-    if z_loss:
-        objective = objective + z_loss * logits.logsumexp(-1).pow(2).mean()
-    return entropy, objective
+def _loss(wrapped: nn.Module, model: PreTrainedModel, settings: Settings) -> Loss:
+    """A function of rows of T + 1 tokens: their mean cross-entropy, and what is trained on.
 
+    That is with the z-loss, and with the load-balancing loss of a mixture of experts, where its config asks for it.
+    """
+    # A cache is of use when text is generated.
+    cache = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
+    balance = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
 
-def _forward(model: nn.Module) -> Callable[[torch.Tensor], Any]:
-    """The model as a function of ids alone, without the cache that is of use when text is generated."""
-    inner = getattr(model, "module", model)  # of DistributedDataParallel
-    cached = "use_cache" in inspect.signature(type(inner).forward).parameters
-    return lambda ids: model(input_ids=ids, use_cache=False) if cached else model(input_ids=ids)
+    def loss_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = wrapped(input_ids=rows[:, :-1], **cache)
+        logits = output.logits.float().flatten(0, 1)  # (B T, V)
+        entropy = objective = F.cross_entropy(logits, rows[:, 1:].flatten())
+        if settings.z_loss:
+            objective = objective + settings.z_loss * logits.logsumexp(-1).pow(2).mean()
+        if getattr(output, "aux_loss", None) is not None:
+            objective = objective + balance * output.aux_loss
+        return entropy, objective
+
+    return loss_of
 
 
 def _sharded(model: nn.Module, points: Points, settings: Settings) -> nn.Module:
@@ -362,12 +324,3 @@ def _restored(
     if scaler is not None:
         scaler.load_state_dict(state["scaler"])
     return Position(**state["position"]), SpikeDetector.from_dict(state["detector"]), state["log"]
-
-
-def _world(accelerator: Accelerator) -> tuple[bool, torch.device, int, int]:
-    return (
-        accelerator.is_main_process,
-        accelerator.device,
-        accelerator.num_processes,
-        accelerator.process_index,
-    )

@@ -1,9 +1,9 @@
 """All runs of one command: every model at every learning rate and seed, on identical batches, and the verdict on them.
 
-    OUT/run.json                            what is run: settings, models, data, versions, the exact commands
-    OUT/data/                               tokens
-    OUT/NAME/lr5e-4-seed0/log.jsonl         checkpoints/    model/ (the trained model)    result.json (once it is done)
-    OUT/verdict.json
+OUT/run.json                            what is run: settings, models, data, versions, the exact commands
+OUT/data/                               tokens
+OUT/NAME/lr5e-4-seed0/log.jsonl         checkpoints/    model/ (the trained model)    result.json (once it is done)
+OUT/verdict.json
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from spikepatch.training.entries import Entry, build, parse_entries, tokenizer_o
 from spikepatch.training.folder import RECORD, check_out, record, run_folder, write_json
 from spikepatch.training.launch import Launch, launched
 from spikepatch.training.log import read
-from spikepatch.training.loop import Progress, Settings, train
+from spikepatch.training.loop import Progress, train
+from spikepatch.training.settings import Settings
 from spikepatch.training.trackers import check_installed, tracking
 from spikepatch.training.verdict import Verdict, judge, summarise
 from spikepatch.training.watch import Points, points_of
@@ -121,6 +122,8 @@ def run_all(
         results, points = [], dict[str, Points]()
         for run in (Run(e, sources[e.name], m, lr * m, seed) for m in multipliers for seed in seeds for e in entries):
             folder = out / run.name
+            if main and (folder / "result.json").exists():
+                progress({"type": "run", **dataclasses.asdict(read(folder / "log.jsonl").run)})
             if not (folder / "result.json").exists():
                 quiet_steps(f"building {run.entry.name}")
                 model = build(run.entry, seed=run.seed, **access)

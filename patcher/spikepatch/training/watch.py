@@ -65,20 +65,19 @@ def _is_alone(module: str, residual: ResidualMap) -> bool:
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module, points: Points) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields a dict that one forward pass of ``model`` inside the block fills: point -> std of the stream there.
+def watching(model: nn.Module, points: Points, found: dict[str, torch.Tensor]) -> Iterator[None]:
+    """One forward pass of ``model`` inside the block fills ``found``: point -> std of the stream there.
 
     The std is that of each token's vector over the width, the mean of it over all tokens, float32, on the device of the
     stream. Of a module that is called more than once, the first call counts. A compiled model runs uncompiled.
     """
-    found: dict[str, torch.Tensor] = {}
     handles = [
         model.get_submodule(path).register_forward_pre_hook(partial(_note, found, path, points.width), with_kwargs=True)
         for path in points.streams
     ]
     try:
         with torch.compiler.set_stance("force_eager"):
-            yield found
+            yield
     finally:
         for handle in handles:
             handle.remove()
