@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -54,21 +55,18 @@ def run(
     *,
     lr: float = LR,
     points: Points = NOWHERE,
-    seed: int = 0,
+    seen: Any = None,
 ) -> RunLog:
     about: dict[str, Any] = {
-        "name": "a", "source": "a", "recipe": None, "patched": False, "lr": lr, "multiplier": 1.0, "seed": seed,
+        "name": "a", "source": "a", "recipe": None, "patched": False, "lr": lr, "multiplier": 1.0, "seed": 0,
         "steps": wanted.steps, "parameters": 1, "versions": {}, "command": "",
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
-    seen: list[Any] = []
     train(
-        model, tokens, wanted, folder, accelerator=on_cpu(wanted.precision), lr=lr, seed=seed, about=about,
-        points=points, progress=seen.append,
+        model, tokens, wanted, folder, accelerator=on_cpu(wanted.precision), lr=lr, seed=0, about=about, points=points,
+        progress=seen or (lambda record: None),
     )  # fmt: skip
-    log = read(folder / "log.jsonl")
-    assert [r["step"] for r in seen if r["type"] == "step"] == [s.step for s in log.steps]
-    return log
+    return read(folder / "log.jsonl")
 
 
 def losses(log: RunLog) -> list[float | None]:
@@ -287,10 +285,34 @@ def test_a_run_ends_where_nothing_changes_any_more(tokens: Tokens, tmp_path: Pat
     assert [e.outcome for e in log.events] == ["diverged"]
 
 
-def spiked(tokens: Tokens, folder: Path, on_spike: Any, batches: Any = (45,), **changes: Any) -> tuple[RunLog, Planted]:
-    model = small_model()
+def spiked(
+    tokens: Tokens, folder: Path, on_spike: Any, batches: Any = (45,), seen: Any = None, resid_pdrop: float = 0.0, **more: Any
+) -> tuple[RunLog, Planted]:
+    model = small_model(resid_pdrop=resid_pdrop)
     planted = Planted(model, tokens, batches, loud)
-    return run(model, tokens, folder, settings(steps=60, on_spike=on_spike, warmup=0.0, **changes)), planted
+    return run(model, tokens, folder, settings(steps=60, on_spike=on_spike, warmup=0.0, **more), seen=seen), planted
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tokens: Tokens, tmp_path: Path) -> None:
+    """The spike at step 46 is seen by a detector that was saved at step 40, whose baseline is of the steps before."""
+
+    class Interruption(Exception):
+        pass
+
+    def interrupt(record: Any) -> None:
+        if record["type"] == "step" and record["step"] == 44:
+            raise Interruption
+
+    wanted = {"checkpoint_every": 20, "resid_pdrop": 0.1}
+    expected, _ = spiked(tokens, tmp_path / "whole", "log", **wanted)
+    with pytest.raises(Interruption):
+        spiked(tokens, tmp_path / "run", "log", seen=interrupt, **wanted)
+    found, _ = spiked(tokens, tmp_path / "run", "log", **wanted)
+    assert ("loss", 46) in {(e.kind, e.onset) for e in found.events}
+    assert found.events == expected.events
+    assert [dataclasses.replace(s, seconds=0) for s in found.steps] == [
+        dataclasses.replace(s, seconds=0) for s in expected.steps
+    ]
 
 
 def test_on_spike_log(tokens: Tokens, tmp_path: Path) -> None:
@@ -356,7 +378,12 @@ def test_rewinds_have_an_end(tokens: Tokens, tmp_path: Path) -> None:
 def test_what_is_watched_is_in_the_log(tokens: Tokens, tmp_path: Path) -> None:
     model = small_model()
     points = points_of(model)
-    log = run(model, tokens, tmp_path / "run", settings(watch_every=5, micro_batch=4), points=points)
+    seen: list[Any] = []
+    log = run(
+        model, tokens, tmp_path / "run", settings(watch_every=5, micro_batch=4), points=points, seen=seen.append
+    )
+    assert [record["type"] for record in seen[:4]] == ["run", "step", "layers", "step"]
+    assert seen[1]["loss"] == log.steps[0].loss
     assert [layers.step for layers in log.layers] == [1, 6, 11]
     assert all(len(layers.stream) == 4 and len(layers.gradients) == 2 for layers in log.layers)
     assert losses(log) == losses(run(small_model(), tokens, tmp_path / "b", settings(micro_batch=4)))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from spikepatch.training.verdict import Verdict
+    from spikepatch.apply.shards import Progress as Steps
 
 
 def _numbers(kind: type[int] | type[float], least: float) -> Any:
@@ -145,35 +147,56 @@ def train_command(
     """
     import json
 
+    from spikepatch.report.html import write_page
+    from spikepatch.training.page import page
+    from spikepatch.training.progress import reporting
     from spikepatch.training.runs import run_all
     from spikepatch.training.settings import Settings
+    from spikepatch.training.tables import print_verdict
 
-    say = _say()
-    verdict = run_all(
-        models, data, out, Settings(**options), lr=lr, multipliers=multipliers, seeds=seeds, eval_data=eval_data,
-        log_with=log_with, resume=resume, revision=revision, trust_remote_code=trust_remote_code,
-        command=shlex.join(["spikepatch", *sys.argv[1:]]), steps=say, say=lambda text: click.echo(text, err=True),
-    )  # fmt: skip
-    if os.environ.get("RANK", "0") == "0":
+    main = int(os.environ.get("RANK", "0")) == 0
+    count = len(models) * len(multipliers) * len(seeds)
+    with reporting(count, main=main) as progress, _steps() as steps:
+        verdict = run_all(
+            models, data, out, Settings(**options), lr=lr, multipliers=multipliers, seeds=seeds, eval_data=eval_data,
+            log_with=log_with, resume=resume, revision=revision, trust_remote_code=trust_remote_code,
+            command=shlex.join(["spikepatch", *sys.argv[1:]]), steps=steps, progress=progress,
+            say=lambda text: click.echo(text, err=True),
+        )  # fmt: skip
+    if main:
+        write_page(page(out), out / "report.html")
         if as_json:
-            click.echo(json.dumps(verdict.to_dict(), indent=2))
+            click.echo(json.dumps(verdict.to_dict(), indent=2, allow_nan=False))
         else:
-            _print(verdict)
+            print_verdict(verdict)
+            click.echo(f"page: {out / 'report.html'}")
     ctx.exit(verdict.exit_code)
 
 
-def _print(verdict: Verdict) -> None:
-    for run in verdict.runs:
-        click.echo(f"{run.name}, seed {run.seed}: {run.text}")
+@contextlib.contextmanager
+def _steps() -> Iterator[Steps]:
+    """What is being prepared, on stderr: each step once, and on a terminal a bar for one of known length."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-
-def _say() -> Any:
-    """Each step once, on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     seen: set[str] = set()
+    with contextlib.ExitStack() as shown:
+        bars: list[Progress] = []
 
-    def line(step: str, done: int = 0, total: int = 0) -> None:
-        if step not in seen:
-            seen.add(step)
-            click.echo(f"{step} ...", err=True)
+        def update(step: str, done: int = 0, total: int = 0) -> None:
+            if step not in seen:
+                seen.add(step)
+                shown.close()
+                bars.clear()
+                click.echo(f"{step} ...", err=True)
+            if total and sys.stderr.isatty():
+                if not bars:
+                    bars.append(shown.enter_context(Progress(*columns, console=Console(stderr=True), transient=True)))
+                    bars[0].add_task(step, total=total)
+                bars[0].update(bars[0].task_ids[0], completed=done)
+                if done >= total:  # the display of a run is to have the terminal for itself
+                    shown.close()
+                    bars.clear()
 
-    return line
+        yield update
