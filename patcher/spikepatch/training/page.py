@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from spikepatch.errors import BadTarget
 from spikepatch.report.document import Badge, Page, Section, Table, Tone
-from spikepatch.report.html import write_page
 from spikepatch.training.curves import Pair, curves, heat_maps, pairs, rates, which
 from spikepatch.training.outcome import Outcome, outcome
 from spikepatch.training.spikes import SpikeDetector
@@ -35,23 +32,6 @@ def page(folder: str | os.PathLike[str]) -> Page:
         BadSource: it is no such folder, or its files are not as they were written.
     """
     return page_of(outcome(folder))
-
-
-def save_page(found: Outcome, path: Path) -> None:
-    """Write the page.
-
-    Raises:
-        BadTarget: it cannot be written there.
-    """
-    try:
-        write_page(page_of(found), path)
-    except OSError as error:
-        raise BadTarget(
-            "the page cannot be written",
-            where=str(path),
-            why=str(error.strerror),
-            remedy="spikepatch report FOLDER --out HTML",
-        ) from error
 
 
 def page_of(found: Outcome) -> Page:

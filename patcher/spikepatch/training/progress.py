@@ -75,8 +75,8 @@ class _State:
             case "step":
                 self.step = record
                 self.recent.append((record["tokens"], record["seconds"]))
-            case "event" if (key := (record["kind"], record["onset"])) not in self.spikes:
-                self.spikes.add(key)
+            case "event" if (spike := (record["kind"], record["onset"])) not in self.spikes:
+                self.spikes.add(spike)
                 return _opened(record)
             case "event" if record["outcome"] != "ongoing":
                 return f"step {record['step']}: the event of step {record['onset']} has {record['outcome']}"
@@ -145,16 +145,20 @@ def _live(runs: int, console: Console) -> Iterator[Reporter]:
         TextColumn("{task.completed}/{task.total}", markup=False),
         TextColumn("{task.fields[figures]}", markup=False),
     )
-    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
-        task = bar.add_task("", total=None, visible=False, figures="")
+    bar = Progress(*columns, console=console, transient=True, refresh_per_second=4)
+    task = bar.add_task("", total=None, figures="")
 
-        def report(record: Mapping[str, Any]) -> None:
-            news = state.take(record)
-            if record["type"] == "step":
-                bar.update(task, completed=record["step"], figures=state.figures())
-            elif record["type"] == "run" and news is not None:
-                bar.reset(task, description=news, total=record["steps"], visible=True, figures="")
-            elif news is not None:
-                console.print(f"{state.run()}: {news}", markup=False, highlight=False)
+    def report(record: Mapping[str, Any]) -> None:
+        news = state.take(record)
+        if record["type"] == "step":
+            bar.update(task, completed=record["step"], figures=state.figures())
+        elif record["type"] == "run" and news is not None:
+            bar.reset(task, description=news, total=record["steps"], figures="")
+            bar.start()  # not before: what is prepared until then has a bar of its own
+        elif news is not None:
+            console.print(f"{state.run()}: {news}", markup=False, highlight=False)
 
+    try:
         yield report
+    finally:
+        bar.stop()

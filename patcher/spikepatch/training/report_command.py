@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from spikepatch.errors import BadTarget
+
 
 @click.command("report")
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -25,13 +27,22 @@ def report_command(folder: Path, out: Path | None, as_json: bool) -> None:
     """
     import json
 
+    from spikepatch.report.html import write_page
     from spikepatch.training.outcome import outcome
-    from spikepatch.training.page import save_page
+    from spikepatch.training.page import page_of
     from spikepatch.training.tables import print_verdict
 
     found = outcome(folder)
     path = out or folder / "report.html"
-    save_page(found, path)
+    try:
+        write_page(page_of(found), path)
+    except OSError as error:
+        raise BadTarget(
+            "the page cannot be written",
+            where=str(path),
+            why=str(error.strerror),
+            remedy="give another path with --out",
+        ) from error
     if as_json:
         click.echo(json.dumps(found.verdict.to_dict(), indent=2, allow_nan=False))
         return
