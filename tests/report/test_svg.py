@@ -86,7 +86,8 @@ def test_a_long_line_keeps_every_spike(count: int, sign: int) -> None:
         ys[x] = y
     root = drawn(Chart("t", "x", "y", (Series("a", tuple(enumerate(ys))),)))
     assert not circles(root)
-    (line,) = root.iter("polyline")
+    line, *medians = root.iter("polyline")
+    assert len(medians) == (count > 4 * WIDTH)
     points = dots(line)
     assert len(points) <= min(count, 4 * (WIDTH - LEFT - RIGHT + 1))
     assert [x for x, _ in points] == sorted(x for x, _ in points)
@@ -105,6 +106,17 @@ def test_a_long_line_keeps_every_spike(count: int, sign: int) -> None:
             assert min(abs(y - other) for other in here) <= 0.11, column
             checked += 1
     assert checked > 100
+
+
+def test_a_dense_line_has_its_medians() -> None:
+    noise = random.Random(0)
+    points = tuple((float(x), 100.0 * (x >= 25_000) + noise.random()) for x in range(50_000))
+    area, medians = drawn(Chart("t", "x", "y", (Series("a", points),))).iter("polyline")
+    assert (area.attrib["class"], medians.attrib["class"]) == ("area", "line")
+    heights = {round(y) for _, y in dots(medians)}
+    tops = [y for _, y in dots(area)]
+    assert len(heights) == 2
+    assert min(tops) < min(heights) < max(heights) < max(tops)
 
 
 def test_a_short_line_keeps_every_point() -> None:

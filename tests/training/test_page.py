@@ -16,10 +16,11 @@ from spikepatch.report.document import Page
 from spikepatch.report.html import render, write_page
 from spikepatch.report.svg import svg
 from spikepatch.training.folder import run_folder
-from spikepatch.training.log import open_log
+from spikepatch.training.log import open_log, read
 from spikepatch.training.page import page
 from spikepatch.training.verdict import Verdict
 from tests.report.test_html import BROWSER, browse
+from tests.training.models import config_folder, text
 from tests.training.synthetic import calm, folder
 
 
@@ -119,8 +120,8 @@ def test_an_unfinished_training(tmp_path: Path) -> None:
     log = path / run_folder("patched", 1e-3, 0) / "log.jsonl"
     log.write_bytes(log.read_bytes()[:-7])  # torn
     found = page(path)
-    text = found.sections[0].paragraphs[0]
-    assert text.startswith("Not finished. patched is at step 69; 2 runs not begun: vanilla/lr1e-3-seed1")
+    told = found.sections[0].paragraphs[0]
+    assert told.startswith("Not finished. patched is at step 69; 2 runs not begun: vanilla/lr1e-3-seed1")
     assert len(found.sections[0].tables[0].rows) == 2
     assert "69 of 200" in texts(found, "Runs")
     assert "Not finished" in render(found)
@@ -185,18 +186,18 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     first, *lines = log.read_text().splitlines()
     run_record = json.loads(first) | {"name": hostile, "source": hostile, "notes": [hostile], "points": [hostile] * 8}
     log.write_text("\n".join([json.dumps(run_record), *lines]) + "\n")
-    text = render(page(path))
-    assert "<script" not in text
-    assert text.count("</title>") == 1 + text.count("<title>", text.index("</head>"))
-    assert text.count("&lt;script&gt;") > 5
-    assert "{{ 7 * 7 }}" in text
+    html = render(page(path))
+    assert "<script" not in html
+    assert html.count("</title>") == 1 + html.count("<title>", html.index("</head>"))
+    assert html.count("&lt;script&gt;") > 5
+    assert "{{ 7 * 7 }}" in html
     assert "[bold]" in run(str(path)).stdout
 
 
 def test_nothing_from_the_network(tmp_path: Path) -> None:
-    text = render(page(folder(tmp_path, curve=spiky)))
-    assert "<script" not in text
-    links = re.findall(r"(?:src|href|action)\s*=\s*[\"']([^\"']*)", text) + re.findall(r"url\(([^)]*)\)", text)
+    html = render(page(folder(tmp_path, curve=spiky)))
+    assert "<script" not in html
+    links = re.findall(r"(?:src|href|action)\s*=\s*[\"']([^\"']*)", html) + re.findall(r"url\(([^)]*)\)", html)
     assert len(links) > 4
     assert all(link.startswith("data:") for link in links)
 
@@ -214,6 +215,29 @@ def test_the_command(tmp_path: Path) -> None:
     assert other.read_text() == render(page(path))
     verdict = Verdict.from_dict(json.loads(done.stdout))
     assert [(r.name, r.verdict) for r in verdict.runs] == [("vanilla", "spikes"), ("patched", "spike-free")]
+
+
+def test_a_real_training(tmp_path: Path) -> None:
+    """The page that the command leaves has every step of every log, and what was watched in between."""
+    source, out = config_folder(tmp_path / "model"), tmp_path / "x"
+    words = ["train", f"plain={source}", f"patched={source}@scaled-embed", "--data", str(text(tmp_path))]
+    more = "--steps 5 --lr 3e-3 --batch-tokens 256 --seq-len 32 --watch-every 2".split()
+    done = CliRunner().invoke(main, [*words, *more, "--out", str(out)])
+    assert done.exit_code == 1, done.output
+    assert "too short to tell" in done.stdout
+    found = page(out)
+    assert (out / "report.html").read_text() == render(found)
+    losses, norms = found.sections[1].charts
+    for i, name in enumerate(("plain", "patched")):
+        steps = read(out / run_folder(name, 3e-3, 0) / "log.jsonl").steps
+        assert len(steps) == 5
+        assert losses.series[i].points == tuple((s.step, s.loss) for s in steps)
+        assert norms.series[i].points == tuple((s.step, s.gradient_norm) for s in steps)
+    inside = next(section for section in found.sections if section.title.startswith("Inside"))
+    plain, patched, *_ = inside.heat_maps
+    assert (len(plain.rows), plain.columns) == (4, (1, 3, 5))
+    assert min(row[0] or 0 for row in patched.values) > max(row[0] or 0 for row in plain.values)  # a large shortcut
+    assert not [section for section in found.sections if "Not finished" in " ".join(section.paragraphs)]
 
 
 def test_many_events_are_not_all_printed(tmp_path: Path) -> None:

@@ -89,12 +89,11 @@ def test_runs_are_counted_once_and_spikes_per_run() -> None:
     told = lines(run("a"), step(1), event(7), step(100), run("a"), run("a", seed=1), step(1), run("b"), runs=3)
     assert [line for line in told if line.startswith("run")] == [
         "run 1 of 3: a, lr 0.0005, seed 0",
-        "run 1 of 3: a, lr 0.0005, seed 0",
         "run 2 of 3: a, lr 0.0005, seed 1",
         "run 3 of 3: b, lr 0.0005, seed 0",
     ]
     assert told[3].endswith("1 spike")
-    assert told[6].endswith("no spikes")
+    assert told[5].endswith("no spikes")
 
 
 def test_names_are_not_markup() -> None:

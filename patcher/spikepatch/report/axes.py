@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 640, 320
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
+LEFT, RIGHT, TOP, BOTTOM = 64, 26, 16, 44
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,18 @@ class Axis:
 def vertical(values: Sequence[float], *, log: bool) -> Axis:
     """Upwards, from a round number below all values to one above them."""
     low, high = _decades(values) if log else _rounded(values)
-    return Axis(low, high, HEIGHT - BOTTOM, TOP, log, tuple(log_ticks(low, high) if log else _ticks(low, high)))
+    return Axis(low, high, HEIGHT - BOTTOM, TOP, log, tuple(log_ticks(low, high) if log else ticks(low, high)))
 
 
 def horizontal(values: Sequence[float], *, log: bool) -> Axis:
     """To the right, over just the values; a logarithmic one has margins, and its few values as ticks."""
     if not log:
         low, high = _padded(values)
-        return Axis(low, high, LEFT, WIDTH - RIGHT, False, tuple(_ticks(low, high, whole=True)))
+        return Axis(low, high, LEFT, WIDTH - RIGHT, False, tuple(ticks(low, high, whole=True)))
     distinct = sorted(set(values))
     margin = (distinct[-1] / distinct[0]) ** 0.05 if len(distinct) > 1 else 2.0
     low, high = distinct[0] / margin, distinct[-1] * margin
-    ticks = distinct if len(distinct) <= 8 else log_ticks(low, high)
-    return Axis(low, high, LEFT, WIDTH - RIGHT, True, tuple(ticks))
+    return Axis(low, high, LEFT, WIDTH - RIGHT, True, tuple(distinct if len(distinct) <= 8 else log_ticks(low, high)))
 
 
 def opening(title: str) -> str:
@@ -75,8 +74,9 @@ def _rounded(values: Sequence[float]) -> tuple[float, float]:
 def _decades(values: Sequence[float]) -> tuple[float, float]:
     """The nearest 1, 2 or 5 times a power of ten below and above."""
     steps = [m * 10.0**e for e in range(-45, 45) for m in (1, 2, 5)]
-    low = max((s for s in steps if s <= min(values)), default=min(values))
-    high = min((s for s in steps if s >= max(values)), default=max(values))
+    least, most = min(values), max(values)
+    low = max((s for s in steps if s <= least), default=least)
+    high = min((s for s in steps if s >= most), default=most)
     return (low, high) if high > low else (low / 2, high * 2)
 
 
@@ -86,7 +86,8 @@ def _step(span: float) -> float:
     return next(power * m for m in (1, 2, 5, 10) if power * m >= span / 5)
 
 
-def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Round numbers from ``low`` to ``high``, some five of them; ``whole``: without a fraction."""
     step = max(_step(high - low), 1.0) if whole else _step(high - low)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
@@ -98,5 +99,5 @@ def log_ticks(low: float, high: float) -> list[float]:
     multiples: Sequence[int] = range(1, 10) if span <= 0.8 else (1, 2, 5) if span <= 2.5 else (1,)
     every = max(1, math.ceil(span / 8))
     exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    ticks = [m * 10.0**e for e in exponents if e % every == 0 for m in multiples]
-    return [t for t in ticks if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)]
+    found = [m * 10.0**e for e in exponents if e % every == 0 for m in multiples]
+    return [t for t in found if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)]

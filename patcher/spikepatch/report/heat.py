@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import bisect
 import math
 import struct
 import zlib
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
 
-from spikepatch.report.axes import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, log_ticks, names, nothing, opening
+from spikepatch.report.axes import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, log_ticks, names, nothing, opening, ticks
 from spikepatch.report.document import HeatMap
 
 #: Room for the scale at the right.
@@ -91,10 +92,13 @@ def _rows(rows: Sequence[str], height: float) -> Iterable[str]:
 
 
 def _columns(columns: Sequence[float], width: float) -> Iterable[str]:
-    every = math.ceil(len(columns) / 7)
-    for i in range(0, len(columns), every):
-        at = LEFT + width * (i + 0.5) / len(columns)
-        yield f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{columns[i]:g}</text>'
+    """Round numbers at their places between the columns' middles."""
+    whole = ticks(columns[0], columns[-1], whole=True) if len(columns) > 1 else columns
+    for x in whole:
+        i = max(bisect.bisect_right(columns, x) - 1, 0)
+        part = (x - columns[i]) / (columns[i + 1] - columns[i]) if i + 1 < len(columns) else 0.0
+        at = LEFT + width * (i + part + 0.5) / len(columns)
+        yield f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>'
 
 
 def _image(rows: Sequence[bytes], x: float, y: float, width: float, height: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -30,6 +31,9 @@ STYLES = 8
 #: A line of more points is drawn without a dot on each.
 _DOTS = 60
 
+#: Columns of pixels that share a median.
+_MEDIAN = 4
+
 _PATHS: dict[Shape, str] = {
     "triangle": "M0-6L5.5 4H-5.5Z",
     "diamond": "M0-6L5 0L0 6L-5 0Z",
@@ -56,7 +60,7 @@ def svg(chart: Chart) -> Markup:
     parts += [_mark(label, y, y_axis) for label, y in marks]
     for i, (series, line) in enumerate(zip(chart.series, lines, strict=True)):
         parts.append(f'<g class="series s{i % STYLES}" data-name="{escape(series.name)}">')
-        parts += [_line(_thinned(run, x_axis), x_axis, y_axis) for run in line]
+        parts += [polyline for run in line for polyline in _lines(run, x_axis, y_axis)]
         dotted = line if sum(map(len, line)) <= _DOTS else [run for run in line if len(run) == 1]
         parts += [f'<circle cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="2.5"/>' for run in dotted for x, y in run]
         parts.append("</g>")
@@ -89,6 +93,17 @@ def _drawable(points: Iterable[tuple[float, float | None]], chart: Chart) -> lis
     return [run for run in runs if run]
 
 
+def _lines(run: Sequence[_Point], x_axis: Axis, y_axis: Axis) -> Iterable[str]:
+    """The line; of one that is so long that it fills an area, this and the line of its medians."""
+    thin = _thinned(run, x_axis)
+    dense = len(thin) < len(run) / 2
+    yield _polyline(thin, x_axis, y_axis, "area" if dense else "line")
+    if dense:
+        columns = [list(column) for _, column in groupby(run, key=lambda point: int(x_axis(point[0])) // _MEDIAN)]
+        medians = [(column[len(column) // 2][0], statistics.median(y for _, y in column)) for column in columns]
+        yield _polyline(medians, x_axis, y_axis, "line")
+
+
 def _thinned(run: Sequence[_Point], axis: Axis) -> list[_Point]:
     """Of each column of pixels the first, the lowest, the highest and the last point: no spike is lost, and the line
     covers the same pixels (M4; Jugel et al. 2014, "M4: A Visualization-Oriented Time Series Data Aggregation")."""
@@ -101,9 +116,9 @@ def _thinned(run: Sequence[_Point], axis: Axis) -> list[_Point]:
     return kept
 
 
-def _line(run: Iterable[_Point], x_axis: Axis, y_axis: Axis) -> str:
+def _polyline(run: Iterable[_Point], x_axis: Axis, y_axis: Axis, kind: str) -> str:
     points = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in run)
-    return f'<polyline points="{points}"/>'
+    return f'<polyline class="{kind}" points="{points}"/>'
 
 
 def _events(events: Sequence[Sequence[Event]], x_axis: Axis, y_axis: Axis) -> Iterable[str]:

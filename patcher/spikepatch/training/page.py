@@ -9,8 +9,8 @@ from typing import Any
 
 from spikepatch.report.document import Badge, Page, Section, Table, Tone
 from spikepatch.training.curves import Pair, curves, heat_maps, pairs, rates, which
-from spikepatch.training.log import RunLog
 from spikepatch.training.outcome import Outcome, outcome
+from spikepatch.training.spikes import SpikeDetector
 from spikepatch.training.tables import event_table, model_table, run_table, score_table
 from spikepatch.training.verdict import RunVerdict, Verdict
 
@@ -91,7 +91,7 @@ def _state(found: Outcome) -> Iterator[str]:
 
 def _no_events(verdict: Verdict) -> Iterator[str]:
     if not any(run.events for run in verdict.runs):
-        yield "none"
+        yield f"None. A step is judged as soon as {SpikeDetector().warmup} steps before it are known."
 
 
 def _event_tables(found: Outcome) -> tuple[Table, ...]:

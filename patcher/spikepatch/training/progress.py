@@ -33,7 +33,7 @@ def reporting(
     console: Console | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Reporter]:
-    """A function that takes every record of every run's log, as it is written.
+    """A function that takes every record of every run's log, as it is written; the first of a run may come twice.
 
     Args:
         runs: how many there will be.
@@ -66,16 +66,17 @@ class _State:
     def take(self, record: Mapping[str, Any]) -> str | None:
         """Take a record in; what is to be said of it by itself, if anything."""
         match record["type"]:
-            case "run":
-                self.begun.add((record["name"], record["lr"], record["seed"]))
+            case "run" if (key := (record["name"], record["lr"], record["seed"])) not in self.begun:
+                self.begun.add(key)
                 self.name = f"{record['name']}, lr {record['lr']:g}, seed {record['seed']}"
                 self.steps, self.step, self.spikes = record["steps"], {}, set()
                 self.recent.clear()
+                return self.run()
             case "step":
                 self.step = record
                 self.recent.append((record["tokens"], record["seconds"]))
-            case "event" if (key := (record["kind"], record["onset"])) not in self.spikes:
-                self.spikes.add(key)
+            case "event" if (spike := (record["kind"], record["onset"])) not in self.spikes:
+                self.spikes.add(spike)
                 return _opened(record)
             case "event" if record["outcome"] != "ongoing":
                 return f"step {record['step']}: the event of step {record['onset']} has {record['outcome']}"
@@ -124,10 +125,8 @@ def _lines(runs: int, console: Console, clock: Callable[[], float]) -> Reporter:
     def report(record: Mapping[str, Any]) -> None:
         nonlocal said
         news = state.take(record)
-        if record["type"] == "run":
-            say(state.run())
-        elif news is not None:
-            say(f"  {news}")
+        if news is not None:
+            say(news if record["type"] == "run" else f"  {news}")
         elif record["type"] == "step":
             first, last = len(state.recent) == 1, record["step"] == state.steps
             if first or last or clock() - said >= _EVERY:
@@ -146,16 +145,20 @@ def _live(runs: int, console: Console) -> Iterator[Reporter]:
         TextColumn("{task.completed}/{task.total}", markup=False),
         TextColumn("{task.fields[figures]}", markup=False),
     )
-    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
-        task = bar.add_task("", total=None, visible=False, figures="")
+    bar = Progress(*columns, console=console, transient=True, refresh_per_second=4)
+    task = bar.add_task("", total=None, figures="")
 
-        def report(record: Mapping[str, Any]) -> None:
-            news = state.take(record)
-            if news is not None:
-                console.print(f"{state.run()}: {news}", markup=False, highlight=False)
-            if record["type"] == "run":
-                bar.reset(task, description=state.run(), total=record["steps"], visible=True, figures="")
-            elif record["type"] == "step":
-                bar.update(task, completed=record["step"], figures=state.figures())
+    def report(record: Mapping[str, Any]) -> None:
+        news = state.take(record)
+        if record["type"] == "step":
+            bar.update(task, completed=record["step"], figures=state.figures())
+        elif record["type"] == "run" and news is not None:
+            bar.reset(task, description=news, total=record["steps"], figures="")
+            bar.start()  # not before: what is prepared until then has a bar of its own
+        elif news is not None:
+            console.print(f"{state.run()}: {news}", markup=False, highlight=False)
 
+    try:
         yield report
+    finally:
+        bar.stop()

@@ -12,7 +12,10 @@ from spikepatch.errors import BadTarget
 @click.command("report")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="HTML", help="[default: FOLDER/report.html]"
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="HTML",
+    help="Write the page here.  [default: FOLDER/report.html]",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the verdict as one JSON object, and nothing else, on stdout."
