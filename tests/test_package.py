@@ -117,6 +117,7 @@ RANKS = (
     ("notes", "drift", "conversion", "folding", "architectures", "map_table"),
     ("report",),
     ("preflight",),
+    ("training",),
     ("cli",),
     ("__main__",),
 )

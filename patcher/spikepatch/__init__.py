@@ -8,6 +8,7 @@
     spikepatch.save(model, "out/")
     spikepatch.verify("out/")                                        # at any later time: is it still what was written?
     edit     = spikepatch.codemod("model.py", "build:small_model")   # the same, as source code
+    detector = spikepatch.SpikeDetector()                            # loss spikes in your own training loop
     spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
 
 Nothing heavy is imported before the first use of a name.
@@ -22,7 +23,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from spikepatch.apply.codemod import Codemod, codemod
     from spikepatch.apply.initialize import initialize
-    from spikepatch.apply.module import patch, save
+    from spikepatch.apply.module import patch
+    from spikepatch.apply.saving import save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
     from spikepatch.folding import Folded, fold
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
     from spikepatch.storage.verify import verify
+    from spikepatch.training.spikes import SpikeDetector
 
 _HOME = {
     "inspect": "spikepatch.residual.inspect",
@@ -43,7 +46,7 @@ _HOME = {
     "Recipe": "spikepatch.plans",
     "patch": "spikepatch.apply.module",
     "initialize": "spikepatch.apply.initialize",
-    "save": "spikepatch.apply.module",
+    "save": "spikepatch.apply.saving",
     "codemod": "spikepatch.apply.codemod",
     "Codemod": "spikepatch.apply.codemod",
     "param_groups": "spikepatch.optimiser",
@@ -54,6 +57,7 @@ _HOME = {
     "fold": "spikepatch.folding",
     "Folded": "spikepatch.folding",
     "verify": "spikepatch.storage.verify",
+    "SpikeDetector": "spikepatch.training.spikes",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
     "BadTarget": "spikepatch.errors",
@@ -70,6 +74,7 @@ __all__ = [
     "Recipe",
     "Refused",
     "ResidualMap",
+    "SpikeDetector",
     "SpikepatchError",
     "StabilityReport",
     "check",
