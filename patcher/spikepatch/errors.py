@@ -14,7 +14,10 @@ class SpikepatchError(Exception):
     """
 
     def __init__(self, what: str, *, where: str, why: str, remedy: str) -> None:
-        self.what, self.where, self.why, self.remedy = what, where, why, remedy
+        self.what: str = what
+        self.where: str = where
+        self.why: str = why
+        self.remedy: str = remedy
         super().__init__(f"{where}: {what}\n  why: {why}\n  remedy: {remedy}")
 
 
