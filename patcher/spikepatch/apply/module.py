@@ -120,6 +120,13 @@ def patch(
 def save(model: nn.Module, out: str | os.PathLike[str]) -> Path:
     """``model.save_pretrained(out)``, with the manifest and a model card, in a folder that appears whole.
 
+    Args:
+        model: a transformers model that ``patch`` has patched, not sharded.
+        out: absent or empty.
+
+    Returns:
+        ``out``, which ``from_pretrained`` loads patched.
+
     Raises:
         Refused: the model was not patched, or is no transformers model.
         BadTarget: ``out`` cannot be used.
