@@ -57,4 +57,3 @@ def test_help_is_readable() -> None:
     head, _, rest = text.partition("PACKAGE CONTENTS")
     assert all(f"spikepatch.{name}(" in head for name in FUNCTIONS)
     assert all(re.search(rf"^    (class )?{name}\(", rest, re.MULTILINE) for name in PUBLIC)
-    assert max(map(len, head.splitlines())) <= 124

@@ -5,7 +5,7 @@ On a live model:
     residual = spikepatch.inspect(model)                             # find and prove the residual stream
     plan     = spikepatch.plan(model, "scaled-embed", reinit="all")  # every change, as data
     model    = spikepatch.patch(model, plan)                         # in place
-    model    = spikepatch.initialize(model, plan)                    # after patch on the meta device: each rank its shards
+    model    = spikepatch.initialize(model, plan)                    # on meta: each rank its own shards
     groups   = spikepatch.param_groups(model, weight_decay=0.1)      # for the optimiser: what is not to decay
     spikepatch.save(model, "out/")
 
