@@ -53,7 +53,7 @@ def test_every_field_and_method_of_a_class_is_explained(name: str) -> None:
 
 def test_help_is_readable() -> None:
     """``help(spikepatch)`` says first how the names are used, then has each of them."""
-    text = pydoc.render_doc(spikepatch, renderer=pydoc.plaintext)
+    text = pydoc.plain(pydoc.render_doc(spikepatch))
     head, _, rest = text.partition("PACKAGE CONTENTS")
     assert all(f"spikepatch.{name}(" in head for name in FUNCTIONS)
     assert all(re.search(rf"^    (class )?{name}\(", rest, re.MULTILINE) for name in PUBLIC)

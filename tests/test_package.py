@@ -114,9 +114,10 @@ RANKS = (
     ("spikepatch_transforms",),
     ("recipes", "recipe_files"),
     ("apply", "planning"),
-    ("notes", "drift", "conversion", "folding", "architectures", "map_table"),
+    ("notes", "drift", "conversion", "folding", "architectures", "map_table", "megatron"),
     ("report",),
     ("preflight",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

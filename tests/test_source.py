@@ -92,7 +92,7 @@ def test_an_unknown_type_names_near_misses() -> None:
     error = refusal("arch:gtp2")
 
     assert error.what == "the model type 'gtp2' is unknown"
-    assert "near misses: gpt2" in error.why
+    assert error.remedy.startswith("did you mean gpt2")
 
 
 @pytest.mark.parametrize("broken", ["configuration_gpt2.GPT2Config", "modeling_gpt2.GPT2LMHeadModel"])

@@ -1,0 +1,73 @@
+"""The arguments and options that several commands share, each said once: one name, one meaning everywhere."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import CompletionItem
+
+SOURCE_HELP = """
+    SOURCE is a hub id (gpt2), a local folder (with or without weights), or arch:TYPE, that architecture's default
+    config, which needs no download (arch:gpt2).
+"""
+
+
+def complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of recipes, each with its equation; where none begins so, files."""
+    from spikepatch.recipes import RECIPES
+
+    found = [CompletionItem(r.name, help=r.equation) for r in RECIPES.values() if r.name.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
+
+
+def _complete_folder(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(incomplete, type="dir")]
+
+
+def _complete_dtype(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from spikepatch.storage.formats import STORED
+
+    return [name for name in STORED if name.startswith(incomplete)]
+
+
+source = click.argument("source", shell_complete=_complete_folder)
+out = click.argument("out", type=click.Path())
+recipe = click.option(
+    "--recipe",
+    default="scaled-embed",
+    show_default=True,
+    shell_complete=complete_recipe,
+    help="What to put in: a name that `spikepatch recipes` lists, a TOML file, or module:NAME of your own.",
+)
+reinit = click.option(
+    "--reinit",
+    type=click.Choice(["all", "residual", "none"]),
+    default="all",
+    show_default=True,
+    help="Weights to draw afresh: all (a model to pre-train), the residual projections, or none (keep all).",
+)
+factor = click.option(
+    "--factor", type=float, metavar="C", help="Embedding factor.  [default: sqrt(d), or 1/std if learned]"
+)
+positions = click.option("--positions", is_flag=True, help="Scale learned position embeddings too.")
+replace = click.option(
+    "--replace", is_flag=True, help="Divide out a factor that the model applies to its embedding already."
+)
+untie = click.option("--untie", is_flag=True, help="Give a tied head its own matrix.")
+seed = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything that is drawn at random."
+)
+dtype = click.option(
+    "--dtype",
+    metavar="DTYPE",
+    shell_complete=_complete_dtype,
+    help="float32, bfloat16, float16 or float64.  [default: the source's, else float32]",
+)
+revision = click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
+trust_remote_code = click.option(
+    "--trust-remote-code", is_flag=True, help="Allow the Python code that comes with the model to run."
+)
+allow_nonfinite = click.option(
+    "--allow-nonfinite", is_flag=True, help="Weights may be NaN or infinite, which is refused otherwise."
+)
+overwrite = click.option("--overwrite", is_flag=True, help="Replace a folder at OUT, once the new one is complete.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")

@@ -1,0 +1,52 @@
+"""The surface of the command as text: every command with its arguments, options, types and defaults.
+
+``python -m tests.cli_surface > tests/cli_surface.txt`` after a change that is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import click
+
+from spikepatch.cli import main
+
+
+def surface() -> str:
+    """A block for the program itself and for each command, as it is called."""
+    blocks = [_block("spikepatch", main), *(_block(name, main.commands[name]) for name in sorted(main.commands))]
+    return "\n\n".join("\n".join(block) for block in blocks) + "\n"
+
+
+def _block(name: str, command: click.Command) -> Iterator[str]:
+    arguments = [p for p in command.params if isinstance(p, click.Argument)]
+    yield " ".join([name, *(a.human_readable_name if a.required else f"[{a.human_readable_name}]" for a in arguments)])
+    for option in command.params:
+        if isinstance(option, click.Option):
+            yield f"    {_option(option)}"
+
+
+def _option(option: click.Option) -> str:
+    words = ["/".join([*option.opts, *option.secondary_opts])]
+    if not option.is_flag:
+        words.append(_type(option.type))
+    if option.multiple:
+        words.append("(repeatable)")
+    if option.required:
+        words.append("(required)")
+    elif not option.is_flag and not option.multiple and option.get_default(click.Context(main)) is not None:
+        words.append(f"= {option.get_default(click.Context(main))}")
+    return " ".join(words)
+
+
+def _type(kind: click.ParamType) -> str:
+    match kind:
+        case click.Choice():
+            return "|".join(kind.choices)
+        case click.IntRange():
+            return f"integer>={kind.min}"
+    return kind.name
+
+
+if __name__ == "__main__":
+    click.echo(surface(), nl=False)
