@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -34,12 +35,12 @@ def _option(option: click.Option) -> str:
         words.append("(repeatable)")
     if option.required:
         words.append("(required)")
-    elif not option.is_flag and not option.multiple and option.get_default(click.Context(main)) is not None:
-        words.append(f"= {option.get_default(click.Context(main))}")
+    if not option.is_flag and (default := option.to_info_dict()["default"]) not in (None, ""):
+        words.append(f"= {default}")
     return " ".join(words)
 
 
-def _type(kind: click.ParamType) -> str:
+def _type(kind: click.ParamType[Any]) -> str:
     match kind:
         case click.Choice():
             return "|".join(kind.choices)

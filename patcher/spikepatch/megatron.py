@@ -28,6 +28,9 @@ from spikepatch.planner import make_plan
 from spikepatch.plans import DetachEmbedding, Fill, NormEmbedding, Plan, Recipe, ScaleEmbedding, Untie
 from spikepatch.residual.map import Embedding, Head, Matrix, ResidualMap, ResidualProjection, SublayerKind
 
+#: Two ways to the same number, each of a few operations in float64.
+_ROUNDING = 1e-14
+
 _TOKENS, _POSITIONS, _HEAD = "tokens", "positions", "head"
 _READERS, _WRITERS = ("attention.qkv", "mlp.input"), ("attention.output", "mlp.output")
 
@@ -144,7 +147,7 @@ def _missing_stds(inner: list[Fill], outer: list[Fill], a: float | None, layers:
         yield f"output layers (W_O, W_2) with std {_range(outer)}: Megatron-LM divides --init-method-std by sqrt(2 N)"
     elif outer and a is not None:
         drawn = a / math.sqrt(2 * layers)
-        if not all(math.isclose(fill.std, drawn, rel_tol=1e-9) for fill in outer):
+        if not all(math.isclose(fill.std, drawn, rel_tol=_ROUNDING) for fill in outer):
             remedy = "; in Python, TransformerConfig.output_layer_init_method takes any function" * _one_std(outer)
             yield (
                 f"output layers (W_O, W_2) with std {_range(outer)}: Megatron-LM draws them with {_number(drawn)},"
@@ -156,7 +159,7 @@ def _missing_stds(inner: list[Fill], outer: list[Fill], a: float | None, layers:
 
 
 def _missing_head(head: Fill | None, drawn: float | None) -> Iterator[str]:
-    if head is not None and (drawn is None or not math.isclose(head.std, drawn, rel_tol=1e-9)):
+    if head is not None and (drawn is None or not math.isclose(head.std, drawn, rel_tol=_ROUNDING)):
         instead = "" if drawn is None else f", Megatron-LM draws it with {_number(drawn)}"
         yield f"a head with std {_number(head.std)}{instead}"
 

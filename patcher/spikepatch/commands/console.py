@@ -86,6 +86,7 @@ def _bar() -> Iterator[Progress]:
         task = bar.add_task("starting", total=None)
 
         def show(step: str, done: int = 0, total: int = 0) -> None:
-            bar.update(task, description=step, completed=done, total=total or None)
+            new = bar.tasks[0].description != step  # every step is seen, however short it is
+            bar.update(task, description=step, completed=done, total=total or None, refresh=new)
 
         yield show
