@@ -203,6 +203,18 @@ def test_verbose_tells_what_is_left_alone_and_how_long_it_took(source: str, tmp_
     assert "writing weights" in timed
 
 
+def test_levels_of_the_other_commands(source: str) -> None:
+    quiet = CliRunner().invoke(main, ["check", source, "--tokens", "8", "-q"])
+    assert (quiet.stdout, quiet.stderr) == ("as it is: at-risk\n", "")
+    shown = CliRunner().invoke(main, ["inspect", source, "-q"])
+    assert shown.stderr == ""
+    verbose = CliRunner().invoke(main, ["inspect", source, "-v"])
+    assert verbose.stdout.startswith(shown.stdout)
+    reached = verbose.stdout.removeprefix(shown.stdout).split("\n  ")
+    assert {"transformer.wte.weight", "transformer.ln_f.weight"} <= set(reached)
+    assert not any("c_proj" in name for name in reached)
+
+
 def test_verbose_and_quiet_exclude_each_other() -> None:
     done = CliRunner().invoke(main, ["recipes", "-v", "-q"])
     assert done.exit_code == 2
@@ -436,3 +448,12 @@ def test_no_warning_of_a_dependency_is_shown(source: str, tmp_path: Path) -> Non
         done = run(*words)
         assert done.returncode == 0, done.stderr
         assert not [line for line in done.stderr.splitlines() if not line.endswith(" ...")], (words, done.stderr)
+
+
+def test_a_reader_that_stops_reading_is_no_bug() -> None:
+    """``spikepatch recipes | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*COMMAND, "recipes"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")

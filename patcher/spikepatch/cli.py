@@ -37,7 +37,7 @@ class _Group(click.Group):
         except SpikepatchError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):  # click ends on these
             raise
         except Exception:
             click.echo(traceback.format_exc(), err=True)
