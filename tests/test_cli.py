@@ -241,10 +241,11 @@ def test_completion(words: str, offered: set[str]) -> None:
 
 def test_completion_is_switched_on_as_the_help_says() -> None:
     shown = CliRunner().invoke(main, ["--help"]).output
-    switch = next(line.strip() for line in shown.splitlines() if line.strip().startswith("eval"))
+    switch = re.search(r"^ *(eval .*bash_source.*?)  ", shown, re.MULTILINE)
+    assert switch is not None
     path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", "--norc", "-c", f"{switch}; complete -p spikepatch"],
+        ["bash", "--norc", "-c", f"{switch[1]}; complete -p spikepatch"],
         capture_output=True,
         text=True,
         check=True,

@@ -66,10 +66,12 @@ def main() -> None:
         spikepatch inspect gpt2               what its residual stream is made of
         spikepatch recipes                    what can be put into it
 
-    Completion of commands, options and recipes, for this shell (bash, zsh; fish: fish_source | source):
+    Completion of commands, options and names of recipes is switched on by one line:
 
     \b
-        eval "$(_SPIKEPATCH_COMPLETE=bash_source spikepatch)"
+        eval "$(_SPIKEPATCH_COMPLETE=bash_source spikepatch)"    in ~/.bashrc
+        eval "$(_SPIKEPATCH_COMPLETE=zsh_source spikepatch)"     in ~/.zshrc
+        _SPIKEPATCH_COMPLETE=fish_source spikepatch | source     in ~/.config/fish/config.fish
     """
     # Before the first import of transformers, which reads them once.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

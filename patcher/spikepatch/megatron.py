@@ -10,7 +10,7 @@ What Megatron-LM does to a classic decoder (N layers of width d, each with atten
 
 --use-mup alone changes nothing else: its base width is the width itself, so that stds, logits and learning rates are
 multiplied by 1, and with --mup-attn-scale-power 0.5 attention divides by the root of its head's width, as without it.
---init-method-xavier-uniform is not used: it is uniform, and its output layers are those above.
+--init-method-xavier-uniform is not used: it is uniform, and TransformerConfig does not take what it sets.
 
 The options are those of commit d98e8a64 (August 2026), which ``tests/megatron_options.txt`` lists. The values are read
 from the plan of the recipe, as for any model.
