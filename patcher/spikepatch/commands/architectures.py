@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 @click.option("--filter", "text", default="", metavar="TEXT", help="Only types that contain TEXT.")
 @options.as_json
 def architectures_command(text: str, as_json: bool) -> None:
-    """List the architectures of the installed transformers, and whether their map is proven.
+    """List which types of the installed transformers are proven.
 
-    Each type's default config is mapped now, with one layer of each kind: a second or two for each. A type whose
-    default config cannot be built may well work: give the real model to `spikepatch inspect`.
+    The residual map of each type's default config is made now, with one layer of each kind: a second or two for each. A
+    type whose default config cannot be built may well work: give the real model to `spikepatch inspect`.
     """
     with progress() as report:
         from spikepatch.architectures import survey, types

@@ -54,8 +54,9 @@ def check_command(
     fail_on: Any,
     **options: Any,
 ) -> None:
-    """Measure whether SOURCE is at risk of loss spikes, before it is trained: the size of its residual stream, of its
-    gradients through the layers, and the paper's bounds.
+    """Measure whether SOURCE is at risk, before it is trained.
+
+    What is measured: the size of its residual stream, of its gradients through the layers, and the paper's bounds.
 
     SOURCE is a hub id (gpt2), a local folder (with or without weights), or arch:TYPE (arch:gpt2). Without weights it is
     checked as its own initialiser makes it. --reinit, --factor, --positions and --untie are of the recipes.

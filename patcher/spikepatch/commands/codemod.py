@@ -24,7 +24,7 @@ from spikepatch.commands.console import is_quiet, is_verbose, progress
     help="Replace FILE, or print a unified diff and write nothing.  [default: --diff]",
 )
 def codemod_command(file: str, factory: str, **options: Any) -> None:
-    """Write a recipe into FILE, the Python source of a model of your own.
+    """Write a recipe into FILE, the source of your own model.
 
     This runs your code: the module of --factory is imported, from the current folder or FILE's, and the function is
     called without arguments, before and after the edit, in processes of their own. It returns the model (an nn.Module

@@ -40,10 +40,11 @@ def recipes_command(
     untie: bool,
     as_json: bool,
 ) -> None:
-    """List the recipes: equation, the paper's two conditions, source. With NAME, one of them in detail.
+    """List the recipes, or show one in detail.
 
-    NAME may be one of your own, as --recipe takes it. With --for megatron it is printed as options of Megatron-LM for
-    a classic decoder of that width and depth, with what these cannot say of it.
+    Each with its equation, the paper's two conditions and its source. NAME may be one of your own, as --recipe takes it.
+    With --for megatron it is printed as options of Megatron-LM for a classic decoder of that width and depth, with what
+    these cannot say of it.
 
     \b
         spikepatch recipes scaled-embed
@@ -51,27 +52,27 @@ def recipes_command(
     """
     from spikepatch.recipes import RECIPES, find, with_options
 
-    if program is None:
-        if width or layers or vocab or factor is not None or positions or untie:
-            raise click.UsageError("--width, --layers, --vocab, --factor, --positions and --untie go with --for.")
-        found = list(RECIPES.values()) if name is None else [find(name)]
-        if as_json:
-            data = [_plain(recipe) for recipe in found]
-            click.echo(json.dumps(data if name is None else data[0], indent=2))
-            return
-        for line in _list(found) if name is None else _detail(found[0]):
-            click.echo(line)
-        return
-    if name is None or width is None or layers is None:
-        raise click.UsageError("--for needs NAME, --width and --layers.")
-    from spikepatch.megatron import express
+    if program is not None:
+        if name is None or width is None or layers is None:
+            raise click.UsageError("--for needs NAME, --width and --layers.")
+        from spikepatch.megatron import express
 
-    recipe = with_options(find(name), factor=factor, positions=positions, untie=untie)
-    expressed = express(recipe, width=width, layers=layers, vocab=vocab)
+        recipe = with_options(find(name), factor=factor, positions=positions, untie=untie)
+        expressed = express(recipe, width=width, layers=layers, vocab=vocab)
+        data: Any = expressed.to_dict()
+        lines = _options(expressed)
+    elif width or layers or vocab or factor is not None or positions or untie:
+        raise click.UsageError("--width, --layers, --vocab, --factor, --positions and --untie go with --for.")
+    elif name is not None:
+        data = _plain(find(name))
+        lines = _detail(find(name))
+    else:
+        data = [_plain(recipe) for recipe in RECIPES.values()]
+        lines = _list(list(RECIPES.values()))
     if as_json:
-        click.echo(json.dumps(expressed.to_dict(), indent=2))
+        click.echo(json.dumps(data, indent=2))
         return
-    for line in _options(expressed):
+    for line in lines:
         click.echo(line)
 
 

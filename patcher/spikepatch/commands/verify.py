@@ -15,7 +15,9 @@ from spikepatch.commands.console import progress
 @options.allow_nonfinite
 @options.as_json
 def verify_command(out: str, allow_nonfinite: bool, as_json: bool) -> None:
-    """Compare a folder that spikepatch wrote with its manifest: hashes, headers, finite values.
+    """Compare a folder that spikepatch wrote with its manifest.
+
+    What is compared: hashes, headers, and that all values are finite.
 
     Exit code 0: it is what was written. 2: it is not; everything that differs is named.
     """
