@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 import spikepatch
 from spikepatch.cli import main
+from spikepatch.commands import options
 from spikepatch.recipe_files import KINDS
 from spikepatch.recipes import RECIPES
 from tests.architectures import tiny_config
@@ -65,6 +66,7 @@ def test_help_is_light() -> None:
 import sys
 from click.testing import CliRunner
 from spikepatch.cli import main
+from spikepatch.commands import options
 for words in (["--help"], ["convert", "--help"], ["inspect", "--help"], ["recipes"], ["--version"]):
     assert CliRunner().invoke(main, words).exit_code == 0, words
 print(sorted({"torch", "transformers", "numpy", "libcst", "rich", "huggingface_hub"} & set(sys.modules)))
@@ -94,9 +96,9 @@ def test_the_surface_is_what_it_was() -> None:
 @pytest.mark.parametrize("command", main.commands)
 def test_every_option_is_explained(command: str) -> None:
     shown = CliRunner().invoke(main, [command, "--help"], terminal_width=100).output
-    options = [p for p in main.commands[command].params if isinstance(p, click.Option)]
-    assert {"-v", "-q"} <= {name for option in options for name in option.opts}
-    for option in options:
+    found = [p for p in main.commands[command].params if isinstance(p, click.Option)]
+    assert {"-v", "-q"} <= {name for option in found for name in option.opts}
+    for option in found:
         assert option.help is not None
         assert option.help.endswith((".", "]"))
         assert option.opts[-1] in shown
@@ -105,18 +107,22 @@ def test_every_option_is_explained(command: str) -> None:
 
 
 def test_one_name_has_one_meaning() -> None:
-    """Whatever several commands share has the same name, type and default wherever it is."""
-    shared: dict[str, list[tuple[str, click.Option]]] = {}
-    for name, command in main.commands.items():
+    """What several commands share is written, typed and explained alike wherever it is."""
+    uses: dict[str, list[click.Option]] = {}
+    for command in main.commands.values():
         for option in command.params:
             if isinstance(option, click.Option):
-                shared.setdefault(option.opts[-1], []).append((name, option))
-    several = {name: uses for name, uses in shared.items() if len(uses) > 1}
+                uses.setdefault(option.opts[-1], []).append(option)
+    several = {name: found for name, found in uses.items() if len(found) > 1}
     assert several.keys() >= {"--recipe", "--reinit", "--factor", "--seed", "--json", "--revision", "--overwrite"}
-    for name, uses in several.items():
-        assert len({(str(o.type), tuple(o.opts), o.is_flag, o.metavar) for _, o in uses}) == 1, name
-        if name != "--recipe":  # check compares with any number of them
-            assert len({(o.help, str(o.default), o.name) for _, o in uses}) == 1, name
+    for name, found in several.items():
+        assert len({(option.type.name, tuple(option.opts), option.is_flag) for option in found}) == 1, name
+    shared = {
+        "--json" if name == "as_json" else f"--{name.replace('_', '-')}" for name in vars(options)
+    } & several.keys()
+    assert len(shared) >= 10
+    for name in shared - {"--recipe"}:  # check compares with any number of recipes
+        assert len({(option.name, option.help, str(option.default), option.metavar) for option in several[name]}) == 1
 
 
 @pytest.mark.parametrize("command", ["check", "codemod", "convert", "fold", "verify"])

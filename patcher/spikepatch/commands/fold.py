@@ -22,9 +22,9 @@ from spikepatch.commands.convert import load_line
 def fold_command(trained: str, out: str, *, as_json: bool, **options: Any) -> None:
     """Write TRAINED to OUT as the plain architecture again.
 
-    Its factor or norm goes into the embedding, and a tied head gets a matrix of its own. TRAINED is a patched folder, as
-    `convert` or a patched model's save_pretrained wrote it, or a hub id. The logits stay the same; it is meant for after
-    training, since training on is not the same. No code that spikepatch wrote is run.
+    Its factor or norm goes into the embedding, and a tied head gets a matrix of its own. TRAINED is a patched folder,
+    as `convert` or a patched model's save_pretrained wrote it, or a hub id. The logits stay the same; it is meant for
+    after training, since training on is not the same. No code that spikepatch wrote is run.
     """
     with progress() as report:
         from spikepatch.folding import fold

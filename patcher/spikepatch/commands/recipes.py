@@ -42,9 +42,9 @@ def recipes_command(
 ) -> None:
     """List the recipes, or show one in detail.
 
-    Each with its equation, the paper's two conditions and its source. NAME may be one of your own, as --recipe takes it.
-    With --for megatron it is printed as options of Megatron-LM for a classic decoder of that width and depth, with what
-    these cannot say of it.
+    Each with its equation, the paper's two conditions and its source. NAME may be one of your own, as --recipe takes
+    it. With --for megatron it is printed as options of Megatron-LM for a classic decoder of that width and depth, with
+    what these cannot say of it.
 
     \b
         spikepatch recipes scaled-embed
