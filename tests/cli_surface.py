@@ -44,8 +44,12 @@ def _type(kind: click.ParamType[Any]) -> str:
     match kind:
         case click.Choice():
             return "|".join(kind.choices)
-        case click.IntRange():
-            return f"integer>={kind.min}"
+        case click.IntRange() | click.FloatRange():
+            least = "" if kind.min is None else f">{'' if kind.min_open else '='}{kind.min:g}"
+            most = "" if kind.max is None else f"<{'' if kind.max_open else '='}{kind.max:g}"
+            return kind.name.removesuffix(" range") + least + most
+        case click.Tuple():
+            return " ".join(_type(part) for part in kind.types)
     return kind.name
 
 
