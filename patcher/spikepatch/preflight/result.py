@@ -119,6 +119,7 @@ class StabilityReport:
         device, tokens, batch, seed: of the measurement.
         verdict: ``stable``, ``at-risk``, ``unstable``; ``unknown`` where even the measurements failed.
         findings: what it rests on.
+        embeddings, layers: what was measured at each table, and at each sub-layer of each layer.
         sigma_start, sigma_end: of the stream entering the first sub-layer and after the last.
         initial_loss, log_vocab: next-token loss on random or given tokens; None where the output holds no logits.
         gradient_ratio: ||dL/dx|| at the first layer's input over that at the last layer's.
@@ -172,6 +173,7 @@ class StabilityReport:
 
     @property
     def name(self) -> str:
+        """The recipe, or ``as it is``; then the stream, where it is not the one that feeds the output."""
         return (self.recipe or "as it is") + (f", {self.stream}" if self.stream != "output" else "")
 
     @property
@@ -185,6 +187,7 @@ class StabilityReport:
         return data
 
     def to_json(self) -> str:
+        """``to_dict`` as text, as ``spikepatch check --json`` prints it."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 

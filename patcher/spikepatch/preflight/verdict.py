@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, did_you_mean
 from spikepatch.preflight.result import Finding, Severity, StabilityReport, Verdict
 from spikepatch.residual.map import ResidualMap
 
@@ -69,7 +69,7 @@ class Thresholds:
                     what=f"no threshold {name}={value:g}",
                     where="--threshold",
                     why=f"they are {', '.join(names)}, each a positive number",
-                    remedy="such as --threshold ratio_at_risk=10",
+                    remedy=did_you_mean(name, set(names) - {name}, "such as --threshold ratio_at_risk=10"),
                 )
         return cls(**changes)
 
