@@ -36,8 +36,13 @@ def save(
     A sharded model (FSDP2, DTensors) is gathered: every rank calls this, and the first one writes.
 
     Args:
+        model: a transformers model that ``patch`` has patched.
+        out: absent or empty, or with ``overwrite`` a folder to replace.
         files: name in the folder -> what is copied there, such as a tokenizer's files.
         overwrite: replace a model that is there.
+
+    Returns:
+        ``out``, which ``from_pretrained`` loads patched.
 
     Raises:
         Refused: the model was not patched, or is no transformers model.
