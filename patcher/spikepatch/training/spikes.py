@@ -173,10 +173,14 @@ class SpikeDetector:
         return dataclasses.replace(self, flags=tuple(flags), closed=tuple(closed), **changed)  # type: ignore[arg-type]
 
     @property
+    def under_way(self) -> tuple[Event, ...]:
+        """Those that have not ended."""
+        return tuple(s.event for s in (self.loss, self.gradient_norm, self.nonfinite) if s.event is not None)
+
+    @property
     def events(self) -> tuple[Event, ...]:
-        """All of them, ended or not, in the order of their onsets."""
-        under_way = (series.event for series in (self.loss, self.gradient_norm, self.nonfinite))
-        return tuple(sorted((*self.closed, *filter(None, under_way)), key=lambda event: event.onset))
+        """All of them, in the order of their onsets."""
+        return tuple(sorted((*self.closed, *self.under_way), key=lambda event: event.onset))
 
     @property
     def diverged(self) -> bool:
@@ -216,8 +220,9 @@ class SpikeDetector:
 
 def news(before: SpikeDetector, after: SpikeDetector) -> tuple[Event, ...]:
     """Events that opened, diverged or ended from one state to a later one, as they then stood."""
-    known = {(event.kind, event.onset, event.outcome) for event in before.events}
-    return tuple(event for event in after.events if (event.kind, event.onset, event.outcome) not in known)
+    known = {(event.kind, event.onset, event.outcome) for event in before.under_way}
+    changed = (e for e in after.under_way if (e.kind, e.onset, e.outcome) not in known)
+    return (*after.closed[len(before.closed) :], *changed)
 
 
 def judged(baseline: Sequence[float], x: float, *, relative: bool) -> tuple[float, float]:
@@ -228,18 +233,29 @@ def judged(baseline: Sequence[float], x: float, *, relative: bool) -> tuple[floa
         x: the value, in the units of the baseline.
         relative: the resolution is 2^-9 of the level, not 2^-9.
     """
-    n, half = len(baseline), len(baseline) // 2
-    older, newer = _median(baseline[:half]), _median(baseline[n - half :])
-    slope = (newer - older) / (n - half)
+    half = len(baseline) // 2
+    slope, newer = _line(baseline)
     level = newer + max(slope, 0.0) * (half + 1) / 2
     if x <= level:
         return level, 0.0
-    residuals = [value - slope * t for t, value in enumerate(baseline)]
-    middle = _median(residuals)
-    noise = 1.4826 * _median([abs(r - middle) for r in residuals])
-    scale = max(noise, _RESOLUTION * abs(level) if relative else _RESOLUTION)
+    scale = max(noise(baseline), _RESOLUTION * (abs(level) if relative else 1.0))
     # A series of zeros has no scale: nothing is judged until it has.
     return level, min((x - level) / scale, LARGEST) if scale else 0.0
+
+
+def noise(baseline: Sequence[float]) -> float:
+    """1.4826 MAD around the line: the standard deviation of Gaussian noise on a linear trend, robustly."""
+    slope, _ = _line(baseline)
+    residuals = [value - slope * t for t, value in enumerate(baseline)]
+    middle = _median(residuals)
+    return 1.4826 * _median([abs(r - middle) for r in residuals])
+
+
+def _line(baseline: Sequence[float]) -> tuple[float, float]:
+    """Slope per value between the medians of the older and the newer half, and the latter."""
+    n, half = len(baseline), len(baseline) // 2
+    older, newer = _median(baseline[:half]), _median(baseline[n - half :])
+    return (newer - older) / (n - half), newer
 
 
 def _scaled(kind: Kind, value: float) -> float:
