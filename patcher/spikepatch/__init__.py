@@ -23,7 +23,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from spikepatch.apply.codemod import Codemod, codemod
     from spikepatch.apply.initialize import initialize
-    from spikepatch.apply.module import patch, save
+    from spikepatch.apply.module import patch
+    from spikepatch.apply.saving import save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
     from spikepatch.folding import Folded, fold
@@ -45,7 +46,7 @@ _HOME = {
     "Recipe": "spikepatch.plans",
     "patch": "spikepatch.apply.module",
     "initialize": "spikepatch.apply.initialize",
-    "save": "spikepatch.apply.module",
+    "save": "spikepatch.apply.saving",
     "codemod": "spikepatch.apply.codemod",
     "Codemod": "spikepatch.apply.codemod",
     "param_groups": "spikepatch.optimiser",

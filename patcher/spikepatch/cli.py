@@ -18,6 +18,8 @@ from spikepatch.architectures import architectures_command
 from spikepatch.errors import SpikepatchError
 from spikepatch.map_table import columns, lines
 from spikepatch.preflight.command import check_command
+from spikepatch.training.command import train_command
+from spikepatch.training.report_command import report_command
 
 if TYPE_CHECKING:
     from spikepatch.apply.shards import Progress
@@ -68,6 +70,8 @@ def main() -> None:
         spikepatch fold trained/ plain/       after training: the plain architecture again
         spikepatch inspect gpt2               what its residual stream is made of
         spikepatch check gpt2                 whether it is at risk, measured
+        spikepatch train gpt2 out/ ...        trained on the same batches: which stays free of spikes
+        spikepatch report runs/x              what became of it, as a page
         spikepatch recipes                    what can be put into it
     """
     # Before the first import of transformers, which reads them once.
@@ -202,6 +206,8 @@ def verify(out: str, allow_nonfinite: bool, as_json: bool) -> None:
 
 main.add_command(architectures_command)
 main.add_command(check_command)
+main.add_command(train_command)
+main.add_command(report_command)
 
 
 @main.command()

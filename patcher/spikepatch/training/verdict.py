@@ -19,6 +19,10 @@ RunVerdict = Literal["spike-free", "spikes", "diverged", "too short to tell"]
 #: for a baseline, so that half of them are judged whatever came before.
 LEAST_STEPS = 64
 
+#: A loss this many times the initial one, within the steps that the detector needs for its baseline, is a spike: the
+#: factor of llm-foundry's ``KillLossSpike``. A fresh model starts near log V, a learned one below.
+EXPLODED = 2.0
+
 #: Applied steps whose mean is a level of the loss.
 LEVEL = 50
 
@@ -31,8 +35,9 @@ class RunResult:
         name, source, recipe, patched, lr, multiplier, seed, steps, warmup_steps: as in the log's first record.
         done: steps in the log that no rewind took back.
         verdict: ``diverged`` where the loss rose and did not come back, or steps stayed non-finite; ``spikes`` where
-            the detector saw an event of any kind, one that was rewound or skipped too; ``too short to tell`` with fewer
-            than 64 steps after warm-up; else ``spike-free``.
+            the detector saw an event of any kind, one that was rewound or skipped too, or where the loss was more than
+            twice the initial one before the detector had a baseline; ``too short to tell`` with fewer than 64 steps
+            after warm-up; else ``spike-free``.
         text: the verdict as a sentence.
         events: in the order of their onsets.
         scores: published ones, by name; None is "n/a".
@@ -179,19 +184,25 @@ def sensitivity(runs: Sequence[RunResult]) -> float | None:
     initialisation, which is also what a run counts that ended non-finite. 0 for a model that does not mind its learning
     rate; None for fewer than two rates, or without a first loss.
     """
+    losses = losses_by_rate(runs)
+    if len(losses) < 2:
+        return None
+    means = [statistics.fmean(own) for own in losses.values()]
+    return statistics.fmean(mean - min(means) for mean in means)
+
+
+def losses_by_rate(runs: Sequence[RunResult]) -> dict[float, tuple[float, ...]]:
+    """What ``sensitivity`` averages: learning rate -> min(loss, loss_0) of each seed; empty without a first loss."""
     held_out = all(run.eval_loss is not None for run in runs)
-    by_rate: dict[float, list[float]] = {}
+    by_rate: dict[float, tuple[float, ...]] = {}
     for run in runs:
         if run.initial_loss is None:
-            return None
+            return {}
         loss = run.eval_loss if held_out else run.final_loss
         broken = loss is None or any(e.kind == "nonfinite" and e.outcome == "diverged" for e in run.events)
         capped = run.initial_loss if broken or loss is None else min(loss, run.initial_loss)
-        by_rate.setdefault(run.lr, []).append(capped)
-    if len(by_rate) < 2:
-        return None
-    means = [statistics.fmean(losses) for losses in by_rate.values()]
-    return statistics.fmean(mean - min(means) for mean in means)
+        by_rate[run.lr] = (*by_rate.get(run.lr, ()), capped)
+    return by_rate
 
 
 def _stable_lr(runs: Sequence[RunResult]) -> float | None:
@@ -215,6 +226,10 @@ def _verdict(log: RunLog, events: Sequence[Event], done: int) -> tuple[RunVerdic
         counts = {text: sum(e.kind == kind for e in events) for kind, text in kinds.items()}
         told = ", ".join(f"{count} {text}" for text, count in counts.items() if count)
         return "spikes", f"spikes {where}: {told}{ended}"
+    first = [s for s in log.steps[: SpikeDetector().warmup] if s.loss is not None]
+    highest = max(first, key=lambda s: s.loss or 0.0, default=None)
+    if highest is not None and highest.loss and first[0].loss and highest.loss > EXPLODED * first[0].loss > 0:
+        return "spikes", f"spikes {where}: the loss went to {highest.loss:.3g} at step {highest.step}{ended}"
     after = done - run.warmup_steps
     if after < LEAST_STEPS:
         return (
