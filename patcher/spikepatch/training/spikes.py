@@ -9,8 +9,8 @@ through the baseline and b the median of the baseline's newer half, the next val
     score = (x - level) / scale,    flagged when score > threshold and n >= warmup
 
 MAD is the median absolute residual, each half of the baseline around a line of its own; 1.4826 makes it the standard
-deviation of Gaussian noise, n / (n - 4) makes up for the four fitted parameters. So trends cancel in the scale, and the
-steep fall of early training neither hides a spike nor raises an alarm. A rise is extrapolated; a fall is not, because a
+deviation of Gaussian noise, n / (n - 4) makes up for the four fitted parameters. So a trend hardly enters the scale, and
+the steep fall of early training neither hides a spike nor raises an alarm. A rise is extrapolated; a fall is not, because a
 loss that stops falling is no spike: a series that never rises is never flagged. Only what lies above the level counts.
 
 The loss is a mean over many tokens, so its noise is additive and close to Gaussian. A gradient norm is judged by its
@@ -19,11 +19,11 @@ product of many factors is the sum that tends to a Gaussian; norms themselves ar
 It also makes the decision independent of how the loss is scaled. The resolution is 2^-9 of the value, the rounding
 error of bfloat16: a series printed in fewer digits has ties, and MAD can be 0.
 
-**The threshold.** For Gaussian noise a MAD of n values has the relative variance 1.36 / n (its efficiency is 37 % of the
-standard deviation's 1 / (2n)), that of a chi distribution with 0.367 n degrees of freedom; the level has the variance
-pi sigma^2 / n, or 2.5 times that where m > 0: about 5 sigma^2 / n. So score / sqrt(1 + 5 / n) is close to Student's t
-with 0.367 n degrees of freedom, 12 at n = 32 and 47 at n = 128: the first values decide. Chance of a false alarm per
-value, by simulation of the statistic:
+**The threshold.** For Gaussian noise a MAD of n values has the relative variance 1.36 / n (the standard deviation has
+1 / (2n), and MAD's efficiency is 37 %), that of a chi distribution with 0.367 n degrees of freedom; the level has the
+variance pi sigma^2 / n, or 2.5 times that where m > 0: about 5 sigma^2 / n. So score / sqrt(1 + 5 / n) is close to
+Student's t with 0.367 n degrees of freedom, 12 at n = 32 and 47 at n = 128: the first values decide. Chance of a false
+alarm per value, by simulation of the statistic:
 
     threshold   Gaussian n = 32   n = 64    n = 128   Laplace n = 128   t(5) n = 128
      8          4.0e-6            2.7e-8    1.9e-10   1.9e-4            1.9e-4

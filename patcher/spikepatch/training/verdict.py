@@ -226,10 +226,10 @@ def _verdict(log: RunLog, events: Sequence[Event], done: int) -> tuple[RunVerdic
         counts = {text: sum(e.kind == kind for e in events) for kind, text in kinds.items()}
         told = ", ".join(f"{count} {text}" for text, count in counts.items() if count)
         return "spikes", f"spikes {where}: {told}{ended}"
-    first = [s for s in log.steps[: SpikeDetector().warmup] if s.loss is not None]
-    highest = max(first, key=lambda s: s.loss or 0.0, default=None)
-    if highest is not None and highest.loss and first[0].loss and highest.loss > EXPLODED * first[0].loss > 0:
-        return "spikes", f"spikes {where}: the loss went to {highest.loss:.3g} at step {highest.step}{ended}"
+    exploded = _exploded(log.steps[: SpikeDetector().warmup])
+    if exploded is not None:
+        loss, step = exploded
+        return "spikes", f"spikes {where}: the loss went to {loss:.3g} at step {step}{ended}"
     after = done - run.warmup_steps
     if after < LEAST_STEPS:
         return (
@@ -241,6 +241,13 @@ def _verdict(log: RunLog, events: Sequence[Event], done: int) -> tuple[RunVerdic
 
 def _steps(count: int) -> str:
     return f"{count:,} step{'' if count == 1 else 's'}"
+
+
+def _exploded(steps: Sequence[Step]) -> tuple[float, int] | None:
+    """The highest loss and its step, where that is more than ``EXPLODED`` times the first one."""
+    losses = [(s.loss, s.step) for s in steps if s.loss is not None]
+    highest = max(losses, default=None)
+    return highest if highest is not None and highest[0] > EXPLODED * losses[0][0] > 0 else None
 
 
 def _risen(steps: Sequence[Step]) -> float | None:
