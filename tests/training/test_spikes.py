@@ -70,9 +70,8 @@ def test_the_statistic_is_what_the_docstring_says(n: int) -> None:
 @pytest.mark.parametrize("n", [32, 128])
 @pytest.mark.parametrize("slope", [-3.0, -0.1, 0.0, 0.1, 3.0])
 def test_a_trend_hardly_enters_the_scale(slope: float, n: int) -> None:
-    """The medians of a steep trend are means of two values, n / 4 apart, with variance 1/2 each: an error of the slope of
-    up to 4 / n, which adds up to 1/3 to the variance of residuals over +- n / 4, so up to sqrt(4/3) = 1.15 to the scale.
-    """
+    """The medians of a steep trend are means of two values, n / 4 apart, with variance 1/2 each: an error of the slope
+    of up to 4 / n. Over +- n / 4 that adds up to 1/3 to the variance of residuals: a factor of up to sqrt(4/3)."""
     scales = [noise((np.random.default_rng(s).normal(0, 1, n) + slope * np.arange(n)).tolist()) for s in range(400)]
     error = 4 * np.std(scales) / math.sqrt(len(scales))
     assert 1 - error < np.mean(scales) < math.sqrt(4 / 3) + error
@@ -135,7 +134,7 @@ def test_gaussian_noise_around_a_smooth_fall_raises_no_alarm(curve: str) -> None
     steps = 300
     for seed in range(20):
         draw = np.random.default_rng([seed, len(curve)])
-        smooth = SMOOTH[curve](np.arange(steps))
+        smooth = SMOOTH[curve](np.arange(float(steps)))
         losses = smooth + draw.normal(0, 0.02 * (1 + seed % 5), steps)
         norms = smooth * np.exp(draw.normal(0, 0.2, steps))
         detector = observed(losses.tolist(), norms.tolist())
@@ -234,7 +233,7 @@ def test_a_state_read_back_goes_on_with_the_same_bits(seed: int, cut: int, stran
 
 
 def flat(steps: int, level: float = 2.0, seed: int = 0) -> list[float]:
-    return (level + np.random.default_rng([seed, steps]).normal(0, 0.05, steps)).tolist()
+    return [level + x for x in np.random.default_rng([seed, steps]).normal(0, 0.05, steps).tolist()]
 
 
 def test_echoes_within_ten_steps_are_one_event() -> None:
