@@ -11,7 +11,7 @@ through the baseline and b the median of the baseline's newer half, the next val
 MAD is the median absolute residual, each half of the baseline around a line of its own; 1.4826 makes it the standard
 deviation of Gaussian noise, n / (n - 4) makes up for the four fitted parameters. So a trend hardly enters the scale:
 the steep fall of early training neither hides a spike nor raises an alarm. A rise is extrapolated; a fall is not, since
-a loss that stops falling is no spike: a series that never rises is never flagged. Only what lies above the level counts.
+a loss that stops falling is no spike: a series that never rises is never flagged. Only values above the level count.
 
 The loss is a mean over many tokens, so its noise is additive and close to Gaussian. A gradient norm is judged by its
 logarithm: by Eq. 7 of Takase et al. (arXiv 2312.16903) its size is a product over sub-layers, and the logarithm of a
