@@ -26,10 +26,10 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
         trainer.train()
         print(monitor.report())
 
-    It reads the loss and ``grad_norm`` (before clipping) that Trainer logs, both reduced over all processes, so that all
-    of them decide alike; it needs those of every step, NaN too. When training begins it therefore sets
+    It reads the loss and ``grad_norm`` (before clipping) that Trainer logs, both reduced over all processes, so all of
+    them decide alike; it needs those of every step, NaN too. When training begins it therefore sets
     ``logging_strategy="steps"``, ``logging_steps=1`` and ``logging_nan_inf_filter=False`` where they are otherwise, and
-    says so with a warning in the log; a step whose loss does not reach it, because another callback forbids logging, is
+    says so with a warning in the log; steps whose loss does not reach it, because another callback forbids logging, are
     told in the log and in the report.
 
     What Trainer does is not changed: it applies gradients that are not finite, and its running loss stays NaN once it
@@ -56,9 +56,12 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
                 remedy='"log" or "stop"',
             )
         self.on_spike: Literal["log", "stop"] = on_spike
+        self._begin()
+
+    def _begin(self, step: int = 0) -> None:
         self.detector = SpikeDetector()
         self._seen = 0  # steps observed
-        self._last = 0  # the last of them
+        self._last = step  # the last of them
         self._missed = 0
         self._nan_since: int | None = None  # Trainer's running loss is NaN from this step on
 
@@ -83,7 +86,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         if state.global_step == 0:
-            self.__init__(self.on_spike)  # type: ignore[misc]
+            self._begin()
         else:
             self._resume(state)
         changed = []
@@ -152,7 +155,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
                 remedy="give Trainer one SpikeMonitor",
             )
         if saved is None:
-            self._last = state.global_step
+            self._begin(state.global_step)
             state.stateful_callbacks[name] = self.state()  # Trainer updates, but does not add, entries when it saves
             return
         for attribute, value in saved["attributes"].items():
