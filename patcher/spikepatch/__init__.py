@@ -1,17 +1,32 @@
-"""spikepatch: the stable pre-training initialisation of "Spike No More" for any HuggingFace model or checkpoint.
+"""The stable pre-training initialisation of "Spike No More" for any HuggingFace model or checkpoint.
+
+On a live model:
 
     residual = spikepatch.inspect(model)                             # find and prove the residual stream
     plan     = spikepatch.plan(model, "scaled-embed", reinit="all")  # every change, as data
-    model    = spikepatch.patch(model, plan)                         # in place, on the live model
-    report   = spikepatch.check(model, recipes=["scaled-embed"])     # whether it is at risk, measured
-    result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
+    model    = spikepatch.patch(model, plan)                         # in place
+    model    = spikepatch.initialize(model, plan)                    # on meta: each rank its own shards
+    groups   = spikepatch.param_groups(model, weight_decay=0.1)      # for the optimiser: what is not to decay
     spikepatch.save(model, "out/")
-    spikepatch.verify("out/")                                        # at any later time: is it still what was written?
-    edit     = spikepatch.codemod("model.py", "build:small_model")   # the same, as source code
-    detector = spikepatch.SpikeDetector()                            # loss spikes in your own training loop
-    spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
 
-Nothing heavy is imported before the first use of a name.
+The same from and to a folder, and in source code:
+
+    result   = spikepatch.convert("gpt2", "out/")
+    spikepatch.verify("out/")                                        # at any later time: is it still what was written?
+    spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
+    edit     = spikepatch.codemod("model.py", "build:small_model")
+
+Before training, whether it is at risk, measured:
+
+    report   = spikepatch.check(model, recipes=["scaled-embed"])
+
+And while it trains, loss spikes in any training loop:
+
+    detector = spikepatch.SpikeDetector()
+
+What cannot be done, or not safely, raises a SpikepatchError: BadSource, BadTarget or Refused. Each says what is wrong,
+where, why, and what to do, and nothing has been written or changed. Widths are in elements, stds those of the elements,
+losses in nats. Nothing heavy is imported before the first use of a name.
 """
 
 from __future__ import annotations

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import os
 import sys
 from pathlib import Path
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, did_you_mean
 from spikepatch.plans import Recipe, cut_std
 from spikepatch.recipe_files import read_recipe
 from spikepatch_transforms.embed_detach import EmbedDetach
@@ -124,12 +123,11 @@ def find(recipe: str | Recipe, where: str = "--recipe") -> Recipe:
     if ":" in recipe:
         return _own(_imported(recipe), recipe)
     if recipe not in RECIPES:
-        near = difflib.get_close_matches(recipe, RECIPES, n=1)
         raise Refused(
             what=f"there is no recipe {recipe!r}",
             where=where,
             why="the recipes are " + ", ".join(RECIPES),
-            remedy=f"did you mean {near[0]}?" if near else "`spikepatch recipes` describes them",
+            remedy=did_you_mean(recipe, RECIPES, "`spikepatch recipes` describes them"),
         )
     return RECIPES[recipe]
 

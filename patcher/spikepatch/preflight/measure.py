@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -262,8 +262,8 @@ def _backward(
                 continue
             if node in parameters:
                 name = program.stream.facts.trace.parameters[node]
-                edge = {0: "embedding", len(program.pieces) - 1: "head"}.get(i)
-                group = edge or groups.get(name, "norms and biases")
+                edge = {0: "embedding", len(program.pieces) - 1: "head"}.get(i, "other matrices")
+                group = groups.get(name, edge if parameters[node].ndim > 1 else "norms and biases")
                 squares[group] = squares.get(group, 0.0) + float(grad.pow(2).sum())
             else:
                 gradients[node] = gradients[node] + grad if node in gradients else grad
@@ -273,8 +273,11 @@ def _backward(
 
 
 def _groups(residual: ResidualMap) -> dict[str, str]:
-    outputs: Iterable[str] = (p.parameter for p in residual.residual_projections)
-    return {m.parameter: m.kind for m in residual.matrices} | dict.fromkeys(outputs, "residual projections")
+    """What each matrix of a sub-layer belongs to, an encoder's included; the rest goes by its size and place."""
+    streams = (residual, *residual.streams)
+    outputs = (p.parameter for stream in streams for p in stream.residual_projections)
+    kinds: dict[str, str] = {m.parameter: m.kind for stream in streams for m in stream.matrices}
+    return kinds | dict.fromkeys(outputs, "residual projections")
 
 
 def objective(program: Program, output: torch.Tensor, vocabulary: int | None) -> torch.Tensor:

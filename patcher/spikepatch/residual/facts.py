@@ -30,14 +30,16 @@ class Facts:
     """The facts of one graph; ``carries`` may be computed anew for another root of the stream."""
 
     def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        self.nodes = list(trace.graph.nodes)
-        self.order = {node: i for i, node in enumerate(self.nodes)}
-        self.weight = self._weight_views()
-        self.fed = self._fed()
-        self.varies = self._input_dependent()
-        self.norm_at = {node: norm for node in self.nodes if (norm := self._norm(node)) is not None}
-        self.carries = self.carriers(None)
+        self.trace: Trace = trace
+        self.nodes: list[Node] = list(trace.graph.nodes)
+        self.order: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
+        self.weight: dict[Node, str] = self._weight_views()
+        self.fed: set[Node] = self._fed()
+        self.varies: set[Node] = self._input_dependent()
+        self.norm_at: dict[Node, NormNode] = {
+            node: norm for node in self.nodes if (norm := self._norm(node)) is not None
+        }
+        self.carries: dict[Node, list[Node]] = self.carriers(None)
 
     def _weight_views(self) -> dict[Node, str]:
         """Nodes that are one parameter, seen through views, casts, gathers and constant factors -> its name."""

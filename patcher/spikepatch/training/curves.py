@@ -90,7 +90,7 @@ def rates(verdict: Verdict) -> Chart | None:
     series = []
     for model in verdict.models:
         runs = [run for run in verdict.runs if run.name == model.name]
-        losses = losses_by_rate(runs) or {}
+        losses = losses_by_rate(runs)
         means = tuple((lr, statistics.fmean(own)) for lr, own in sorted(losses.items()))
         seeds = [Event(lr, x, "ring", "one seed") for lr, own in losses.items() if len(own) > 1 for x in own]
         gone = {run.lr: run for run in runs if run.verdict == "diverged" and run.lr in losses}

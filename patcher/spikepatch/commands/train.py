@@ -1,4 +1,4 @@
-"""The command ``spikepatch train``: parse, call, print."""
+"""``spikepatch train``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from spikepatch.commands import options
+from spikepatch.commands.console import is_quiet
 
 if TYPE_CHECKING:
     from spikepatch.apply.shards import Progress as Steps
@@ -75,8 +78,20 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
     help="Sequences of one forward pass on one device; gradients are accumulated.  [default: all of a step's]",
 )
 @click.option("--warmup", type=_NOT_NEGATIVE, default=0.05, show_default=True, help="Steps, or below 1 a share of all.")
-@click.option("--schedule", type=click.Choice(["cosine", "constant", "wsd"]), default="cosine", show_default=True)
-@click.option("--weight-decay", type=_NOT_NEGATIVE, default=0.1, show_default=True)
+@click.option(
+    "--schedule",
+    type=click.Choice(["cosine", "constant", "wsd"]),
+    default="cosine",
+    show_default=True,
+    help="Of the learning rate, after the warm-up; wsd falls in the last part only.",
+)
+@click.option(
+    "--weight-decay",
+    type=_NOT_NEGATIVE,
+    default=0.1,
+    show_default=True,
+    help="Of matrices; none of vectors, and of embeddings as the recipe says.",
+)
 @click.option(
     "--betas",
     type=(_BELOW_1, _BELOW_1),
@@ -84,7 +99,13 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
     show_default=True,
     help="AdamW's.",
 )
-@click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["no", "bf16", "fp16"]),
+    default="no",
+    show_default=True,
+    help="Of the forward pass; weights and optimiser stay float32.",
+)
 @click.option("--grad-clip", type=_NOT_NEGATIVE, default=1.0, show_default=True, help="Largest gradient norm; 0: any.")
 @click.option("--z-loss", type=_NOT_NEGATIVE, default=0.0, show_default=True, help="Its factor, such as 1e-4.")
 @click.option(
@@ -105,7 +126,12 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
     " out the batches since. stop: end the run. Gradients that are not finite are always dropped.",
 )
 @click.option("--eval-data", multiple=True, metavar="DATA", help="Held out.  [default: the last 5 % of --data]")
-@click.option("--log-with", multiple=True, type=click.Choice(["tensorboard", "trackio", "wandb"]))
+@click.option(
+    "--log-with",
+    multiple=True,
+    type=click.Choice(["tensorboard", "trackio", "wandb"]),
+    help="Send every step there too; may be repeated.",
+)
 @click.option("--activation-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--compile", is_flag=True, help="Compile the models with torch.compile.")
 @click.option(
@@ -116,11 +142,9 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
     metavar="N",
     help="Steps between two measurements of stream and gradients in each layer; 0: none.",
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of hub ids.")
-@click.option("--trust-remote-code", is_flag=True, help="Allow the Python code that comes with a MODEL to run.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the verdict as one JSON object, and nothing else, on stdout."
-)
+@options.revision
+@options.trust_remote_code
+@options.as_json
 @click.pass_context
 def train_command(
     ctx: click.Context,
@@ -137,7 +161,7 @@ def train_command(
     revision: str | None,
     trust_remote_code: bool,
     as_json: bool,
-    **options: Any,
+    **settings: Any,
 ) -> None:
     """Train each MODEL on the same batches, and say of each run whether it stayed free of loss spikes.
 
@@ -163,12 +187,12 @@ def train_command(
 
     main = int(os.environ.get("RANK", "0")) == 0
     count = len(models) * len(multipliers) * len(seeds)
-    with reporting(count, main=main) as progress, _steps() as steps:
+    with reporting(count, main=main and not is_quiet()) as progress, _steps() as steps:
         verdict = run_all(
-            models, data, out, Settings(**options), lr=lr, multipliers=multipliers, seeds=seeds, eval_data=eval_data,
+            models, data, out, Settings(**settings), lr=lr, multipliers=multipliers, seeds=seeds, eval_data=eval_data,
             log_with=log_with, resume=resume, revision=revision, trust_remote_code=trust_remote_code,
             command=shlex.join(["spikepatch", *sys.argv[1:]]), steps=steps, progress=progress,
-            say=lambda text: click.echo(text, err=True),
+            say=(lambda text: None) if is_quiet() else (lambda text: click.echo(text, err=True)),
         )  # fmt: skip
     if main:
         write_page(page(out), out / "report.html")
@@ -176,7 +200,8 @@ def train_command(
             click.echo(json.dumps(verdict.to_dict(), indent=2, allow_nan=False))
         else:
             print_verdict(verdict)
-            click.echo(f"page: {out / 'report.html'}")
+            if not is_quiet():
+                click.echo(f"page: {out / 'report.html'}")
     ctx.exit(verdict.exit_code)
 
 
@@ -186,6 +211,9 @@ def _steps() -> Iterator[Steps]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+    if is_quiet():
+        yield lambda step, done=0, total=0: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     seen: set[str] = set()
     with contextlib.ExitStack() as shown:

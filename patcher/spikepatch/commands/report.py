@@ -1,4 +1,4 @@
-"""The command ``spikepatch report``: parse, call, print."""
+"""``spikepatch report``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from spikepatch.commands import options
+from spikepatch.commands.console import is_quiet
 from spikepatch.errors import BadTarget
 
 
@@ -17,9 +19,7 @@ from spikepatch.errors import BadTarget
     metavar="HTML",
     help="Write the page here.  [default: FOLDER/report.html]",
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the verdict as one JSON object, and nothing else, on stdout."
-)
+@options.as_json
 def report_command(folder: Path, out: Path | None, as_json: bool) -> None:
     """Show what became of a training: verdicts, and a page with the curves.
 
@@ -50,6 +50,8 @@ def report_command(folder: Path, out: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(found.verdict.to_dict(), indent=2, allow_nan=False))
         return
     print_verdict(found.verdict)
+    if is_quiet():
+        return
     if found.under_way or found.waiting:
         click.echo(f"not finished: {len(found.under_way)} under way, {len(found.waiting)} not begun")
     click.echo(f"page: {path}")
