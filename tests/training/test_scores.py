@@ -20,14 +20,14 @@ def slow_spike_score(values: Array, window: int, deviations: float) -> float:
         last = values[i - window : i]
         mean = math.fsum(last) / window
         deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in last) / window)
-        found += float(deviation > 0 and abs(values[i] - mean) >= deviations * deviation)
+        found += 1.0 if deviation > 0 and abs(values[i] - mean) >= deviations * deviation else 0.0
     return 100 * found / (len(values) - window)
 
 
 def slow_above_median(losses: Array, window: int, margin: float) -> float:
     judged = range(window - 1, len(losses))
     found = sum(losses[i] > sorted(losses[i - window + 1 : i + 1])[window // 2] + margin for i in judged)
-    return 10_000 * found / len(judged)
+    return 10_000 * float(found) / len(judged)
 
 
 def slow_loss_doubled(losses: Array, window: int, factor: float, patience: int) -> float:

@@ -38,13 +38,13 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Its state is saved with Trainer's checkpoints, and ``resume_from_checkpoint`` goes on with it. (With
     ``restore_callback_states_from_checkpoint=True`` Trainer puts a new monitor in the place of the one it was given:
-    take it from ``trainer.callback_handler.callbacks``.)
+    take it from ``trainer.callback_handler.callbacks``.) ``monitor.detector`` is the state after the last step.
 
     Args:
         on_spike: ``log`` a warning, or also ``stop`` the training after that step.
 
-    Attributes:
-        detector: the state after the last step.
+    Raises:
+        Refused: ``on_spike`` is neither; a checkpoint holds the states of several monitors.
     """
 
     def __init__(self, on_spike: Literal["log", "stop"] = "log") -> None:
@@ -85,6 +85,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
+        """Makes sure that every loss is logged; goes on from a checkpoint."""
         if state.global_step == 0:
             self._begin()
         else:
@@ -108,6 +109,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> TrainerControl:
+        """Observes a step."""
         if logs is None or "loss" not in logs:
             return control  # an evaluation, or the summary at the end
         step, loss, norm = state.global_step, float(logs["loss"]), logs.get("grad_norm")
@@ -131,6 +133,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
+        """Says what was not seen."""
         self._missed += state.global_step - self._last
         self._last = state.global_step
         if self._missed and state.is_world_process_zero:

@@ -119,6 +119,7 @@ class SpikeDetector:
         threshold: in units of the noise's standard deviation; how the default is derived stands in the module.
         flags: kinds flagged at the very last step.
         closed: events that have ended, in the order of their ends.
+        loss, gradient_norm, nonfinite: the state of each kind.
 
     Raises:
         Refused: 8 <= warmup <= window and 0 < threshold do not hold.
