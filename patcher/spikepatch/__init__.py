@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
     from spikepatch.storage.verify import verify
+    from spikepatch.training.callback import SpikeMonitor
     from spikepatch.training.spikes import SpikeDetector
 
 _HOME = {
@@ -73,6 +74,7 @@ _HOME = {
     "Folded": "spikepatch.folding",
     "verify": "spikepatch.storage.verify",
     "SpikeDetector": "spikepatch.training.spikes",
+    "SpikeMonitor": "spikepatch.training.callback",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
     "BadTarget": "spikepatch.errors",
@@ -90,6 +92,7 @@ __all__ = [
     "Refused",
     "ResidualMap",
     "SpikeDetector",
+    "SpikeMonitor",
     "SpikepatchError",
     "StabilityReport",
     "check",

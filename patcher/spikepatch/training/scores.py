@@ -29,8 +29,8 @@ def scores(losses: Sequence[float | None], gradient_norms: Sequence[float | None
 
 
 def spike_score(values: Values, *, window: int = 1000, deviations: float = 7.0) -> float | None:
-    """OLMo 2's spike score: the percentage of values at least seven standard deviations away from the rolling average
-    of the last 1,000 values (OLMo team, arXiv 2501.00656). Used there on training loss and gradient norm.
+    """OLMo 2's spike score: the percentage of values that are at least seven standard deviations away from the rolling
+    average of the last 1,000 values (arXiv 2501.00656). Used there on training loss and gradient norm.
 
     "Last" is read as the ones before the value: a value that is part of its own window of n is never more than
     (n - 1) / sqrt(n) deviations away. Both directions count, as "away" says. The deviation is the window's own, with
@@ -51,7 +51,7 @@ def spike_score(values: Values, *, window: int = 1000, deviations: float = 7.0) 
 def above_median(losses: Values, *, window: int = 201, margin: float = 0.1) -> float | None:
     """Steps whose loss is more than 0.1 above the rolling median of 201 steps, per 10,000 steps (Qwen team).
 
-    The window ends with the step itself: its own loss moves a median of 201 by one rank at most. Per step that has a
+    The window ends with the step itself, whose own loss moves a median of 201 by one rank at most. Per step that has a
     full window.
     """
     if len(losses) < window:
@@ -63,11 +63,11 @@ def above_median(losses: Values, *, window: int = 201, margin: float = 0.1) -> f
 
 
 def loss_doubled(losses: Values, *, window: int = 100, factor: float = 2.0, patience: int = 4) -> float | None:
-    """Stretches of more than 4 steps in a row with a loss of at least twice the mean of the last 100 before it: how
-    often ``KillLossSpike`` of llm-foundry would have ended the run.
+    """Stretches of more than 4 steps in a row whose loss is at least twice the mean of the 100 before it: how often
+    ``KillLossSpike`` of llm-foundry would have ended the run.
 
-    Outliers enter the mean, as there. The window has the 100 steps that are its least; for a run longer than 2,000
-    steps llm-foundry widens it to a twentieth of the run.
+    Outliers enter the mean, as there. The window has 100 steps, its least; llm-foundry widens it to a twentieth of a
+    run of more than 2,000 steps.
     """
     if len(losses) <= window:
         return None

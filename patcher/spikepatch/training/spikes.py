@@ -1,17 +1,17 @@
 """The one detector of loss spikes, gradient-norm spikes and non-finite steps.
 
-**The statistic.** The baseline of a series is its last n <= ``window`` values that were not flagged. Let a and b be the
-medians of its older and its newer half, and m = (b - a) per step the slope between them (Brown and Mood's line). For
-the next value x
+**The statistic.** The baseline of a series is its last n <= ``window`` values that were not flagged. The line through
+the medians of the older and the newer half of some values is Brown and Mood's. With m the slope per step of that line
+through the baseline and b the median of the baseline's newer half, the next value x has
 
     level = b + max(m, 0) (steps from the middle of the newer half)
-    scale = max(1.4826 MAD(baseline - m t), resolution)
+    scale = max(1.4826 n / (n - 4) MAD, resolution)
     score = (x - level) / scale,    flagged when score > threshold and n >= warmup
 
-MAD is the median absolute deviation from the median; 1.4826 makes it the standard deviation of Gaussian noise. A linear
-trend cancels in the scale, so the steep fall of early training hides no spike and raises no alarm. A rise is
-extrapolated; a fall is not, because a loss that stops falling is no spike: no series that never rises is ever flagged.
-Only what lies above the level counts.
+MAD is the median absolute residual, each half of the baseline around a line of its own; 1.4826 makes it the standard
+deviation of Gaussian noise, n / (n - 4) makes up for the four fitted parameters. So a trend hardly enters the scale:
+the steep fall of early training neither hides a spike nor raises an alarm. A rise is extrapolated; a fall is not, since
+a loss that stops falling is no spike: a series that never rises is never flagged. Only values above the level count.
 
 The loss is a mean over many tokens, so its noise is additive and close to Gaussian. A gradient norm is judged by its
 logarithm: by Eq. 7 of Takase et al. (arXiv 2312.16903) its size is a product over sub-layers, and the logarithm of a
@@ -19,16 +19,16 @@ product of many factors is the sum that tends to a Gaussian; norms themselves ar
 It also makes the decision independent of how the loss is scaled. The resolution is 2^-9 of the value, the rounding
 error of bfloat16: a series printed in fewer digits has ties, and MAD can be 0.
 
-**The threshold.** For Gaussian noise MAD at n values has the relative variance 1.36 / n (its efficiency is 37 % of the
-standard deviation's 1 / (2n)), that of a chi distribution with 0.367 n degrees of freedom; the level has the
+**The threshold.** For Gaussian noise a MAD of n values has the relative variance 1.36 / n (the standard deviation has
+1 / (2n), and MAD's efficiency is 37 %), that of a chi distribution with 0.367 n degrees of freedom; the level has the
 variance pi sigma^2 / n, or 2.5 times that where m > 0: about 5 sigma^2 / n. So score / sqrt(1 + 5 / n) is close to
 Student's t with 0.367 n degrees of freedom, 12 at n = 32 and 47 at n = 128: the first values decide. Chance of a false
 alarm per value, by simulation of the statistic:
 
     threshold   Gaussian n = 32   n = 64    n = 128   Laplace n = 128   t(5) n = 128
-     8          3.2e-6            2.4e-8    1.5e-10   2.2e-4            2.1e-4
-     9          8.2e-7            2.5e-9    4.2e-12   9.1e-5            1.2e-4
-    10          2.1e-7            2.4e-10   1.0e-13   3.8e-5            7.3e-5
+     8          4.0e-6            2.7e-8    1.9e-10   1.9e-4            1.9e-4
+     9          1.2e-6            4.2e-9    9.5e-12   7.6e-5            1.1e-4
+    10          3.8e-7            7.7e-10   5.1e-13   3.1e-5            6.7e-5
 
 10 is the least integer with fewer than one false alarm in 100,000 runs, each of up to a million steps, both series
 counted. The price of noise with heavy tails stands beside it: one alarm in some 10,000 steps.
@@ -122,7 +122,7 @@ class SpikeDetector:
         loss, gradient_norm, nonfinite: the state of each kind.
 
     Raises:
-        Refused: 4 <= warmup <= window and 0 < threshold do not hold.
+        Refused: 8 <= warmup <= window and 0 < threshold do not hold.
     """
 
     window: int = 128
@@ -135,12 +135,12 @@ class SpikeDetector:
     nonfinite: Series = Series()
 
     def __post_init__(self) -> None:
-        if not (4 <= self.warmup <= self.window and self.threshold > 0):
+        if not (8 <= self.warmup <= self.window and self.threshold > 0):
             raise Refused(
                 what=f"window={self.window}, warmup={self.warmup}, threshold={self.threshold:g}",
                 where="SpikeDetector",
-                why="a baseline has two halves with a median each, and a spike is above it",
-                remedy="4 <= warmup <= window and 0 < threshold",
+                why="a baseline has four quarters with a median each, and a spike is above it",
+                remedy="8 <= warmup <= window and 0 < threshold",
             )
 
     def observe(self, step: int, loss: float | None, gradient_norm: float | None = None) -> SpikeDetector:
@@ -174,10 +174,14 @@ class SpikeDetector:
         return dataclasses.replace(self, flags=tuple(flags), closed=tuple(closed), **changed)  # type: ignore[arg-type]
 
     @property
+    def under_way(self) -> tuple[Event, ...]:
+        """Those that have not ended."""
+        return tuple(s.event for s in (self.loss, self.gradient_norm, self.nonfinite) if s.event is not None)
+
+    @property
     def events(self) -> tuple[Event, ...]:
-        """All of them, ended or not, in the order of their onsets."""
-        under_way = (series.event for series in (self.loss, self.gradient_norm, self.nonfinite))
-        return tuple(sorted((*self.closed, *filter(None, under_way)), key=lambda event: event.onset))
+        """All of them, in the order of their onsets."""
+        return tuple(sorted((*self.closed, *self.under_way), key=lambda event: event.onset))
 
     @property
     def diverged(self) -> bool:
@@ -217,30 +221,49 @@ class SpikeDetector:
 
 def news(before: SpikeDetector, after: SpikeDetector) -> tuple[Event, ...]:
     """Events that opened, diverged or ended from one state to a later one, as they then stood."""
-    known = {(event.kind, event.onset, event.outcome) for event in before.events}
-    return tuple(event for event in after.events if (event.kind, event.onset, event.outcome) not in known)
+    known = {(event.kind, event.onset, event.outcome) for event in before.under_way}
+    changed = (e for e in after.under_way if (e.kind, e.onset, e.outcome) not in known)
+    return (*after.closed[len(before.closed) :], *changed)
 
 
 def judged(baseline: Sequence[float], x: float, *, relative: bool) -> tuple[float, float]:
     """Level and score of the next value (see the module); the score is 0 at and below the level.
 
     Args:
-        baseline: oldest first, at least 4 values.
+        baseline: oldest first, at least 8 values.
         x: the value, in the units of the baseline.
         relative: the resolution is 2^-9 of the level, not 2^-9.
     """
-    n, half = len(baseline), len(baseline) // 2
-    older, newer = _median(baseline[:half]), _median(baseline[n - half :])
-    slope = (newer - older) / (n - half)
+    half = len(baseline) // 2
+    slope, newer = _line(baseline)
     level = newer + max(slope, 0.0) * (half + 1) / 2
     if x <= level:
         return level, 0.0
-    residuals = [value - slope * t for t, value in enumerate(baseline)]
-    middle = _median(residuals)
-    noise = 1.4826 * _median([abs(r - middle) for r in residuals])
-    scale = max(noise, _RESOLUTION * abs(level) if relative else _RESOLUTION)
+    scale = max(noise(baseline), _RESOLUTION * (abs(level) if relative else 1.0))
     # A series of zeros has no scale: nothing is judged until it has.
     return level, min((x - level) / scale, LARGEST) if scale else 0.0
+
+
+def noise(baseline: Sequence[float]) -> float:
+    """Standard deviation of Gaussian noise on a smooth curve, robustly: the scale of the module without resolution."""
+    n, half = len(baseline), len(baseline) // 2
+    residuals = [*_residuals(baseline[:half]), *_residuals(baseline[half:])]
+    return 1.4826 * n / (n - 4) * _median(residuals)
+
+
+def _residuals(values: Sequence[float]) -> list[float]:
+    """Absolute residuals around the line."""
+    slope, _ = _line(values)
+    level = [value - slope * t for t, value in enumerate(values)]
+    middle = _median(level)
+    return [abs(value - middle) for value in level]
+
+
+def _line(values: Sequence[float]) -> tuple[float, float]:
+    """Slope per value between the medians of the older and the newer half, and the latter median."""
+    n, half = len(values), len(values) // 2
+    older, newer = _median(values[:half]), _median(values[n - half :])
+    return (newer - older) / (n - half), newer
 
 
 def _scaled(kind: Kind, value: float) -> float:

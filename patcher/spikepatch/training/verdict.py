@@ -11,13 +11,17 @@ from typing import Any, Literal
 
 from spikepatch.training.log import RunLog, Step
 from spikepatch.training.scores import scores
-from spikepatch.training.spikes import Event, SpikeDetector, judged
+from spikepatch.training.spikes import Event, SpikeDetector, noise
 
 RunVerdict = Literal["spike-free", "spikes", "diverged", "too short to tell"]
 
-#: Steps after warm-up that a run must have before the absence of spikes says anything: twice what the detector's
-#: baseline needs, so that half of them are judged even if warm-up was shorter than that.
+#: Steps after warm-up that a run must have before the absence of spikes says anything: twice what the detector needs
+#: for a baseline, so that half of them are judged whatever came before.
 LEAST_STEPS = 64
+
+#: A loss this many times the initial one, within the steps that the detector needs for its baseline, is a spike: the
+#: factor of llm-foundry's ``KillLossSpike``. A fresh model starts near log V, a learned one below.
+EXPLODED = 2.0
 
 #: Applied steps whose mean is a level of the loss.
 LEVEL = 50
@@ -31,8 +35,9 @@ class RunResult:
         name, source, recipe, patched, lr, multiplier, seed, steps, warmup_steps: as in the log's first record.
         done: steps in the log that no rewind took back.
         verdict: ``diverged`` where the loss rose and did not come back, or steps stayed non-finite; ``spikes`` where
-            the detector saw an event of any kind, one that was rewound or skipped too; ``too short to tell`` with fewer
-            than 64 steps after warm-up; else ``spike-free``.
+            the detector saw an event of any kind, one that was rewound or skipped too, or where the loss was more than
+            twice the initial one before the detector had a baseline; ``too short to tell`` with fewer than 64 steps
+            after warm-up; else ``spike-free``.
         text: the verdict as a sentence.
         events: in the order of their onsets.
         scores: published ones, by name; None is "n/a".
@@ -221,6 +226,10 @@ def _verdict(log: RunLog, events: Sequence[Event], done: int) -> tuple[RunVerdic
         counts = {text: sum(e.kind == kind for e in events) for kind, text in kinds.items()}
         told = ", ".join(f"{count} {text}" for text, count in counts.items() if count)
         return "spikes", f"spikes {where}: {told}{ended}"
+    exploded = _exploded(log.steps[: SpikeDetector().warmup])
+    if exploded is not None:
+        loss, step = exploded
+        return "spikes", f"spikes {where}: the loss went to {loss:.3g} at step {step}{ended}"
     after = done - run.warmup_steps
     if after < LEAST_STEPS:
         return (
@@ -234,15 +243,19 @@ def _steps(count: int) -> str:
     return f"{count:,} step{'' if count == 1 else 's'}"
 
 
+def _exploded(steps: Sequence[Step]) -> tuple[float, int] | None:
+    """The highest loss and its step, where that is more than ``EXPLODED`` times the first one."""
+    losses = [(s.loss, s.step) for s in steps if s.loss is not None]
+    highest = max(losses, default=None)
+    return highest if highest is not None and highest[0] > EXPLODED * losses[0][0] > 0 else None
+
+
 def _risen(steps: Sequence[Step]) -> float | None:
-    """How far the loss ends above its lowest level, if one value that far above would be a spike: a divergence that was
-    too slow to be one. Levels are means of 50 steps; the noise is that around the last level."""
+    """How far the loss ends above its lowest level, where one value as far above would be a spike: a divergence that
+    was too slow to be one. Levels are medians of 50 steps, the noise is that of the last ``window`` ones."""
     losses = [s.loss for s in steps if s.applied and s.loss is not None]
     if len(losses) < 2 * LEVEL:
         return None
-    levels = [statistics.fmean(losses[i : i + LEVEL]) for i in range(len(losses) - LEVEL + 1)]
-    risen = levels[-1] - min(levels)
-    detector = SpikeDetector()
-    middle = statistics.median(losses[-detector.window :])
-    _, score = judged(losses[-detector.window :], middle + risen, relative=True)
-    return risen if score > detector.threshold else None
+    levels = [statistics.median(losses[i : i + LEVEL]) for i in range(len(losses) % LEVEL, len(losses), LEVEL)]
+    risen, detector = levels[-1] - min(levels), SpikeDetector()
+    return risen if risen > detector.threshold * noise(losses[-detector.window :]) else None
