@@ -1,8 +1,8 @@
 """Speed and memory of the training loop, printed: ``python -m tests.benchmarks.bench_train [small] [large] [bf16]``.
 
-Targets: tokens per second at least 0.97 of a bare PyTorch loop's and 1.0 of transformers' Trainer's, same model, batch and
-precision; a step of a patched model at most 1.01 of the unpatched one's; peak memory at most 1.05 of the bare loop's; the
-spike detector at most 0.01 of a step.
+Targets: tokens per second at least 0.97 of a bare PyTorch loop's and 1.0 of transformers' Trainer's, same model, batch
+and precision; a step of a patched model at most 1.01 of the unpatched one's; peak memory at most 1.05 of the bare
+loop's; the spike detector at most 0.01 of a step.
 
 Every loop is a process of its own, on one thread, and they take turns, a step each, in another order each round: what
 else happens on the machine meets all of them alike. A ratio is the median over rounds of two steps of the same round,
@@ -137,9 +137,9 @@ def trainer(model: Any, tokens: Any, folder: Path, setting: Setting, done: Done)
     examples = [{"input_ids": row, "labels": row} for rows in batches(tokens, setting) for row in rows[:, :-1]]
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=setting.steps, per_device_train_batch_size=setting.sequences, use_cpu=True,
-        report_to="none", save_strategy="no", logging_strategy="no", optim="adamw_torch_fused", learning_rate=1e-3, weight_decay=0.1,
-        adam_beta2=0.95, lr_scheduler_type="cosine", warmup_steps=1, disable_tqdm=True, dataloader_pin_memory=False,
-        bf16=setting.precision == "bf16",
+        report_to="none", save_strategy="no", logging_strategy="no", optim="adamw_torch_fused", learning_rate=1e-3,
+        weight_decay=0.1, adam_beta2=0.95, lr_scheduler_type="cosine", warmup_steps=1, disable_tqdm=True,
+        dataloader_pin_memory=False, bf16=setting.precision == "bf16",
     )  # fmt: skip
     Trainer(model, arguments, train_dataset=examples, callbacks=[Watch()]).train()
 
