@@ -11,6 +11,7 @@ with the quartiles. Time of the processor, which other programs disturb less tha
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -128,7 +129,7 @@ def bare(model: Any, tokens: Any, folder: Path, setting: Setting, done: Done) ->
 
 def trainer(model: Any, tokens: Any, folder: Path, setting: Setting, done: Done) -> None:
     """Without a look at the loss, which by default it takes every 500 steps."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *arguments: Any, **more: Any) -> None:
@@ -141,7 +142,9 @@ def trainer(model: Any, tokens: Any, folder: Path, setting: Setting, done: Done)
         weight_decay=0.1, adam_beta2=0.95, lr_scheduler_type="cosine", warmup_steps=1, disable_tqdm=True,
         dataloader_pin_memory=False, bf16=setting.precision == "bf16",
     )  # fmt: skip
-    Trainer(model, arguments, train_dataset=examples, callbacks=[Watch()]).train()
+    rival = Trainer(model, arguments, train_dataset=examples, callbacks=[Watch()])
+    rival.remove_callback(PrinterCallback)
+    rival.train()
 
 
 def batches(tokens: Any, setting: Setting) -> list[Any]:
@@ -171,6 +174,7 @@ def contend(name: str, setting: Setting, folder: Path, pipe: Connection) -> None
     transformers.Trainer, transformers.TrainingArguments  # noqa: B018 - lazy
     before = status("VmRSS")
     model: Any = build(Entry("model", str(folder / "config"), recipe, recipe is not None), seed=0)
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     started = (0.0, 0.0)
 
