@@ -360,6 +360,7 @@ def _progress() -> Iterator[Progress]:
         task = bar.add_task("starting", total=None)
 
         def update(step: str, done: int = 0, total: int = 0) -> None:
-            bar.update(task, description=step, completed=done, total=total or None)
+            new = step != bar.tasks[task].description  # shown at once, however short it is
+            bar.update(task, description=step, completed=done, total=total or None, refresh=new)
 
         yield update
