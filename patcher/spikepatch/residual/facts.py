@@ -116,8 +116,7 @@ class Facts:
         name = op(node)
         if name in ops.NORMS:
             fused: Literal["layernorm", "rmsnorm"] = "rmsnorm" if "rms" in name else "layernorm"
-            numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
-            return NormNode(node, operands(node)[0], fused, numbers[-1] if numbers else 0.0)
+            return NormNode(node, operands(node)[0], fused, _eps(node))
         if name not in ops.PRODUCTS or len(operands(node)) != 2 or last(node) < 2 or node not in self.varies:
             return None
         first, second = operands(node)
@@ -159,6 +158,14 @@ def narrows(node: Node) -> bool:
     if op(node) in {"split", "chunk", "unbind", "split_with_sizes"}:
         return True
     return op(node) in {"slice", "select", "narrow", "index_select", "gather"} and last(node) != last(source)
+
+
+def _eps(node: Node) -> float:
+    """Of a fused norm. torch.export leaves out arguments that have their default."""
+    numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
+    schema = getattr(node.target, "_schema", None)
+    defaults = [a.default_value for a in schema.arguments if a.name == "eps"] if schema is not None else []
+    return float([0.0, *(d for d in defaults if d is not None), *numbers][-1])
 
 
 def _statistic_of(statistic: Node, value: Node) -> tuple[Node, Literal["layernorm", "rmsnorm"], float] | None:
