@@ -32,7 +32,7 @@ def forget_what_was_compiled() -> Iterator[None]:
 def run(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     """Logits, and the gradient of the loss with respect to every parameter."""
     logits = model(input_ids=tokens, use_cache=False).logits
-    cross_entropy(logits[0, :-1], tokens[0, 1:]).backward()
+    cross_entropy(logits[0, :-1], tokens[0, 1:]).backward()  # type: ignore[no-untyped-call]
     gradients = {name.removeprefix("_orig_mod."): p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     return {"logits": logits.detach(), **gradients}
