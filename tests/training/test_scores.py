@@ -70,7 +70,11 @@ def test_more_values_than_are_looked_at_together() -> None:
     assert loss_doubled(values) == slow_loss_doubled(values, 100, 2.0, 4)
 
 
-@pytest.mark.parametrize(("score", "least"), [(spike_score, 1001), (above_median, 201), (loss_doubled, 101)], ids=str)
+@pytest.mark.parametrize(
+    ("score", "least"),
+    [(spike_score, 1001), (above_median, 201), (loss_doubled, 101)],
+    ids=["deviations", "median", "doubled"],
+)
 def test_not_applicable_below_the_window(score: Callable[[Array], float | None], least: int) -> None:
     assert score(np.linspace(3, 2, least - 1)) is None
     assert score(np.linspace(3, 2, least)) == 0
