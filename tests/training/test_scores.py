@@ -73,7 +73,7 @@ def test_more_values_than_are_looked_at_together() -> None:
 @pytest.mark.parametrize(
     ("score", "least"),
     [(spike_score, 1001), (above_median, 201), (loss_doubled, 101)],
-    ids=["spike_score", "above_median", "loss_doubled"],
+    ids=["deviations", "median", "doubled"],
 )
 def test_not_applicable_below_the_window(score: Callable[[Array], float | None], least: int) -> None:
     assert score(np.linspace(3, 2, least - 1)) is None
