@@ -194,7 +194,7 @@ CASES = {
         named(architectures=['x"); print("']), ("no model of transformers", "`architectures`")
     ),
     "no list of classes": Case(named(architectures=True), ("the architecture True", "correct `architectures`")),
-    "a type with a quote": Case(named(model_type="gpt2\"'\n"), ("is unknown", "near misses: gpt2", "config.json")),
+    "a type with a quote": Case(named(model_type="gpt2\"'\n"), ("is unknown", "did you mean gpt2", "config.json")),
     "an adapter": Case(adapter, ("is an adapter, not a model", "merge_and_unload"), KEEP),
     "DCP": Case(
         beside_config("__0_0.distcp", ".metadata"), ("a distributed (DCP) checkpoint", "save_pretrained"), KEEP
@@ -227,7 +227,7 @@ CASES = {
     "missing folder": Case(nothing, ("does not exist", "arch:TYPE"), source="./source"),
     "no config": Case(empty, ("has no config.json", "save_pretrained")),
     "config not JSON": Case(not_json, ("config.json is not JSON", "download the file again")),
-    "unknown type": Case(other_type, ("the model type 'gtp2' is unknown", "near misses: gpt2", "update transformers")),
+    "unknown type": Case(other_type, ("the model type 'gtp2' is unknown", "did you mean gpt2", "update transformers")),
     "unknown arch": Case(
         nothing, ("the model type 'lama' is unknown", "llama", "correct the type"), source="arch:lama"
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -11,11 +12,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
+import spikepatch
 from spikepatch.cli import main
+from spikepatch.commands import options
+from spikepatch.recipe_files import KINDS
+from spikepatch.recipes import RECIPES
 from tests.architectures import tiny_config
+from tests.cli_surface import surface
 
 COMMAND = [sys.executable, "-m", "spikepatch"]
 
@@ -41,7 +49,9 @@ CONTRACT: dict[str, Any] = {
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+    """The command as a user runs it who has asked Python for every warning."""
+    shown = os.environ | {"PYTHONWARNINGS": "default"}
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, env=shown)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +66,7 @@ def test_help_is_light() -> None:
 import sys
 from click.testing import CliRunner
 from spikepatch.cli import main
+from spikepatch.commands import options
 for words in (["--help"], ["convert", "--help"], ["inspect", "--help"], ["recipes"], ["--version"]):
     assert CliRunner().invoke(main, words).exit_code == 0, words
 print(sorted({"torch", "transformers", "numpy", "libcst", "rich", "huggingface_hub"} & set(sys.modules)))
@@ -77,13 +88,72 @@ def test_help_is_quick() -> None:
     assert min(seconds) < 0.5
 
 
-def test_every_option_of_convert_is_explained() -> None:
-    shown = CliRunner().invoke(main, ["convert", "--help"]).output
-    options = "recipe reinit factor positions untie storage seed dtype max-shard-size revision trust-remote-code"
+def test_the_surface_is_what_it_was() -> None:
+    """Commands, options, types and defaults. What is changed on purpose is written anew: see ``cli_surface.py``."""
+    assert surface() == Path(__file__).with_name("cli_surface.txt").read_text(encoding="utf-8")
 
-    for option in (*options.split(), "overwrite", "dry-run", "json"):
-        assert re.search(rf"^  --{option}\b.*\S", shown, re.MULTILINE), option
-    assert "arch:TYPE" in shown
+
+@pytest.mark.parametrize("command", main.commands)
+def test_every_option_is_explained(command: str) -> None:
+    shown = CliRunner().invoke(main, [command, "--help"], terminal_width=100).output
+    found = [p for p in main.commands[command].params if isinstance(p, click.Option)]
+    assert {"-v", "-q"} <= {name for option in found for name in option.opts}
+    for option in found:
+        assert option.help is not None
+        assert option.help.endswith((".", "]"))
+        assert option.opts[-1] in shown
+    if any(p.human_readable_name == "SOURCE" for p in main.commands[command].params):
+        assert "arch:TYPE" in shown
+
+
+def test_one_name_has_one_meaning() -> None:
+    """What several commands share is written, typed and explained alike wherever it is."""
+    uses: dict[str, list[click.Option]] = {}
+    for command in main.commands.values():
+        for option in command.params:
+            if isinstance(option, click.Option):
+                uses.setdefault(option.opts[-1], []).append(option)
+    several = {name: found for name, found in uses.items() if len(found) > 1}
+    assert several.keys() >= {"--recipe", "--reinit", "--factor", "--seed", "--json", "--revision", "--overwrite"}
+    for name, found in several.items():
+        kinds = {option.type.name.removesuffix(" range").replace("file", "path") for option in found}
+        assert len(kinds) == len({(tuple(option.opts), option.is_flag) for option in found}) == 1, name
+    shared = {
+        "--json" if name == "as_json" else f"--{name.replace('_', '-')}" for name in vars(options)
+    } & several.keys()
+    assert len(shared) >= 10
+    for name in shared - {"--recipe", "--out"}:  # check compares any number of recipes; OUT is an argument elsewhere
+        assert len({(option.name, option.help, str(option.default), option.metavar) for option in several[name]}) == 1
+
+
+@pytest.mark.parametrize("command", ["check", "codemod", "convert", "fold", "verify"])
+def test_options_are_the_arguments_of_the_function(command: str) -> None:
+    """The command and the Python API are twins: what one can be told, the other can."""
+    parameters = set(inspect.signature(getattr(spikepatch, command)).parameters)
+    parameters |= {"source"} if "model" in parameters else {"out"} if "folder" in parameters else set()
+    only_printed = {"as_json", "verbose", "quiet", "report", "fail_on"}
+    assert {p.name for p in main.commands[command].params} - only_printed <= parameters
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["convret", "arch:gpt2", "out"], "'convert'"),
+        (["convert", "arch:gpt2", "out", "--reciep", "vanilla"], "'--recipe'"),
+        (["convert", "arch:gpt2", "out", "--recipe", "scaled-embedd"], "did you mean scaled-embed?"),
+        (["convert", "arch:gpt2", "out", "--dtype", "bfloat"], "did you mean bfloat16"),
+        (["convert", "arch:gtp2", "out"], "did you mean gpt2"),
+        (["check", "arch:gpt2", "--threshold", "ratio_atrisk=2"], "did you mean ratio_at_risk"),
+        (["recipes", "emebd-ln"], "did you mean embed-ln?"),
+    ],
+)
+def test_what_is_misspelt_is_suggested(
+    words: list[str], meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert meant in done.stderr
 
 
 def test_recipes() -> None:
@@ -99,6 +169,97 @@ def test_recipes() -> None:
         assert "N(0, 2/(5d))" in blocks[name]
         assert "arXiv 2312.16903" in blocks[name]
     assert shown.startswith("scaled-embed (default)\n")
+    assert CliRunner().invoke(main, ["recipes", "-q"]).output.split() == list(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_one_recipe(name: str) -> None:
+    recipe, shown = RECIPES[name], CliRunner().invoke(main, ["recipes", name]).output
+    assert shown.startswith(name)
+    assert recipe.equation in shown
+    kinds = re.findall(r"^(\w+)\(.*\)$", shown, re.MULTILINE)
+    assert [KINDS[kind] for kind in kinds] == [type(transform) for transform in recipe.transforms]
+    data = json.loads(CliRunner().invoke(main, ["recipes", name, "--json"]).output)
+    assert (data["name"], data["large_shortcut"], len(data["transforms"])) == (name, recipe.large_shortcut, len(kinds))
+
+
+def test_a_recipe_of_ones_own_in_detail(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('name = "mine"\n[[transform]]\nkind = "small_init"\nbase = "normal"\nstd = 0.01\n')
+    assert "small_init(base='normal', std=0.01)" in CliRunner().invoke(main, ["recipes", str(file)]).output
+
+
+def test_quiet_prints_the_result_and_nothing_else(source: str, tmp_path: Path) -> None:
+    done = run("convert", source, str(tmp_path / "out"), "-q")
+    assert (done.returncode, done.stderr) == (0, "")
+    wrote, load = done.stdout.splitlines()
+    assert wrote.startswith(f"wrote {tmp_path}/out: ")
+    assert load.startswith("load it with ")
+    refused = run("convert", source, str(tmp_path / "out"), "-q")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("error: ")
+    assert "\n  remedy: " in refused.stderr
+
+
+def test_verbose_tells_what_is_left_alone_and_how_long_it_took(source: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["convert", source, str(tmp_path / "out"), "-v"])
+    assert done.exit_code == 0
+    assert re.search(r"^  transformer\.h\.0\.ln_1\.weight +not a weight", done.stdout, re.MULTILINE)
+    timed = re.findall(r"^(.*): \d+\.\d\d s$", done.stderr, re.MULTILINE)
+    assert timed == re.findall(r"^(.*) \.\.\.$", done.stderr, re.MULTILINE)
+    assert "writing weights" in timed
+
+
+def test_levels_of_the_other_commands(source: str) -> None:
+    quiet = CliRunner().invoke(main, ["check", source, "--tokens", "8", "-q"])
+    assert (quiet.stdout, quiet.stderr) == ("as it is: at-risk\n", "")
+    shown = CliRunner().invoke(main, ["inspect", source, "-q"])
+    assert shown.stderr == ""
+    verbose = CliRunner().invoke(main, ["inspect", source, "-v"])
+    assert verbose.stdout.startswith(shown.stdout)
+    reached = verbose.stdout.removeprefix(shown.stdout).split()
+    assert {"transformer.wte.weight", "transformer.ln_f.weight"} <= set(reached)
+    assert not any("c_proj" in name for name in reached)
+
+
+def test_verbose_and_quiet_exclude_each_other() -> None:
+    done = CliRunner().invoke(main, ["recipes", "-v", "-q"])
+    assert done.exit_code == 2
+    assert "-v and -q cannot be given together" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("con", {"convert"}),
+        ("convert --max", {"--max-shard-size"}),
+        ("convert arch:gpt2 out --recipe sc", {"scaled-embed"}),
+        ("check arch:gpt2 --recipe embed-", {"embed-ln", "embed-detach"}),
+        ("recipes uni", {"unit-embed"}),
+        ("convert arch:gpt2 out --dtype bf", {"bfloat16"}),
+        ("convert arch:gpt2 out --reinit r", {"residual"}),
+    ],
+)
+def test_completion(words: str, offered: set[str]) -> None:
+    *before, incomplete = words.split()
+    found = ShellComplete(main, {}, "spikepatch", "_SPIKEPATCH_COMPLETE").get_completions(before, incomplete)
+    assert {item.value for item in found} == offered
+
+
+def test_completion_is_switched_on_as_the_help_says() -> None:
+    shown = CliRunner().invoke(main, ["--help"]).output
+    switch = re.search(r"^ *(eval .*bash_source.*?)  ", shown, re.MULTILINE)
+    assert switch is not None
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "--norc", "-c", f"{switch[1]}; complete -p spikepatch"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | path,
+    )
+    assert done.stdout.startswith("complete ")
+    assert done.stderr == ""
 
 
 def test_convert_prints_the_result_on_stdout_and_progress_on_stderr(source: str, tmp_path: Path) -> None:
@@ -185,7 +346,7 @@ def test_inspect_cuts_no_name(tmp_path: Path) -> None:
         assert any(name in line.split() for line in done.stdout.splitlines())
     assert "layers 0-2" in done.stdout
     assert done.stdout.splitlines()[1].startswith("proven: ")
-    assert done.stderr == "mapping the residual stream ...\n"
+    assert done.stderr == "reading the source ...\nmapping the residual stream ...\n"
 
 
 @pytest.mark.parametrize(
@@ -221,19 +382,13 @@ def test_an_exception_of_our_own_is_reported_as_a_bug(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
-def test_a_terminal_gets_a_bar_and_whole_lines(source: str, tmp_path: Path) -> None:
+def on_a_terminal(*words: str, **variables: str) -> str:
+    """What the command writes to a terminal of 200 columns."""
     import pty
 
     leader, follower = pty.openpty()
-    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "200", "LINES": "50"}
-    process = subprocess.Popen(
-        [*COMMAND, "convert", source, str(tmp_path / "out")],
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        env=environment,
-    )
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "200", "LINES": "50"} | variables
+    process = subprocess.Popen([*COMMAND, *words], stdin=follower, stdout=follower, stderr=follower, env=environment)
     os.close(follower)
     received = bytearray()
     while True:
@@ -245,9 +400,13 @@ def test_a_terminal_gets_a_bar_and_whole_lines(source: str, tmp_path: Path) -> N
             break
         received += data
     os.close(leader)
-
     assert process.wait() == 0
-    text = received.decode()
+    return received.decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_a_terminal_gets_a_bar_and_whole_lines(source: str, tmp_path: Path) -> None:
+    text = on_a_terminal("convert", source, str(tmp_path / "out"))
     assert "\x1b[" in text
     assert "━" in text
     assert "mapping the residual stream" in text
@@ -259,6 +418,16 @@ def test_a_terminal_gets_a_bar_and_whole_lines(source: str, tmp_path: Path) -> N
     assert "it/s]" not in text
 
 
+#: A colour of text or background, as terminals are told it.
+COLOUR = r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_no_color(source: str) -> None:
+    assert re.search(COLOUR, on_a_terminal("inspect", source))
+    assert not re.search(COLOUR, on_a_terminal("inspect", source, NO_COLOR="1"))
+
+
 def test_architectures() -> None:
     result = CliRunner().invoke(main, ["architectures", "--filter", "openai-gpt", "--json"])
     assert result.exit_code == 0, result.output
@@ -266,3 +435,45 @@ def test_architectures() -> None:
     assert (row["type"], row["proven"], row["placement"]) == ("openai-gpt", True, "post-norm")
     table = CliRunner().invoke(main, ["architectures", "--filter", "openai-gpt"]).stdout
     assert "1 of 1 proven" in table
+
+
+def test_no_warning_of_a_dependency_is_shown(source: str, tmp_path: Path) -> None:
+    """Every command, as a process in which Python shows every warning, says on stderr what it does and nothing else."""
+    out, plain = str(tmp_path / "out"), str(tmp_path / "plain")
+    model = Path(__file__).parents[1] / "examples/own_modelling_file/model.py"
+    calls = [
+        ["convert", source, out],
+        ["verify", out],
+        ["fold", out, plain],
+        ["inspect", out],
+        ["check", source, "--recipe", "embed-ln", "--tokens", "8", "--deep"],
+        ["codemod", str(model), "--factory", "model:small"],
+        ["recipes", "vanilla", "--for", "megatron", "--width", "64", "--layers", "2"],
+        ["architectures", "--filter", "openai-gpt"],
+    ]
+    assert {words[0] for words in calls} == {*main.commands} - {"train", "report"}
+    for words in calls:
+        done = run(*words)
+        assert done.returncode == 0, done.stderr
+        assert not [line for line in done.stderr.splitlines() if not line.endswith(" ...")], (words, done.stderr)
+
+
+def test_no_warning_of_a_dependency_is_shown_in_training(source: str, tmp_path: Path) -> None:
+    text, runs = tmp_path / "text.txt", str(tmp_path / "runs")
+    text.write_text(Path(__file__).read_text(encoding="utf-8"))
+    sizes = ["--steps", "3", "--lr", "1e-3", "--seq-len", "8", "--batch-tokens", "32", "--checkpoint-every", "2"]
+    models = [source, f"patched={source}@embed-ln"]
+    done = run("train", *models, "--data", str(text), "--out", runs, *sizes, "--watch-every", "1", "-q")
+    assert (done.returncode, done.stderr) == (1, "")  # too short to tell
+    assert "too short to tell" in done.stdout
+    again = run("report", runs, "-q")
+    assert (again.returncode, again.stderr, again.stdout) == (0, "", done.stdout)
+
+
+def test_a_reader_that_stops_reading_is_no_bug() -> None:
+    """``spikepatch recipes | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*COMMAND, "recipes"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -114,9 +114,11 @@ RANKS = (
     ("spikepatch_transforms",),
     ("recipes", "recipe_files"),
     ("apply", "planning"),
-    ("notes", "drift", "conversion", "folding", "architectures", "map_table"),
+    ("notes", "drift", "conversion", "folding", "architectures", "map_table", "megatron"),
     ("report",),
     ("preflight",),
+    ("training",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

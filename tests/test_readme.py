@@ -38,6 +38,13 @@ def test_the_main_job_prints_what_the_readme_shows(tmp_path: Path) -> None:
     assert output == block("output: run")
 
 
+def test_megatron_options_are_as_shown() -> None:
+    words = "recipes scaled-embed --for megatron --width 2048 --layers 24 -q".split()
+    assert CliRunner().invoke(main, words).output == block("output: megatron")
+    shown = " ".join(re.search(r"`spikepatch (recipes scaled-embed --for[^`]*)`", TEXT)[1].split())  # type: ignore[index]
+    assert shown == " ".join(words)
+
+
 def test_python_blocks_run(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert blocks

@@ -92,7 +92,7 @@ def test_an_unknown_type_names_near_misses() -> None:
     error = refusal("arch:gtp2")
 
     assert error.what == "the model type 'gtp2' is unknown"
-    assert "near misses: gpt2" in error.why
+    assert error.remedy.startswith("did you mean gpt2")
 
 
 @pytest.mark.parametrize("broken", ["configuration_gpt2.GPT2Config", "modeling_gpt2.GPT2LMHeadModel"])
@@ -273,7 +273,7 @@ CONFIGS: dict[str, tuple[Any, str, str, str]] = {
     "HTML": ("<!DOCTYPE html>", "is not JSON", "an HTML or XML page", "download the file again"),
     "list": ([1], "config.json is not a JSON object", "it is a list", "download"),
     "no type": ({}, "config.json has no model_type", "transformers", "correct config.json"),
-    "type": ({"model_type": "gpt3"}, "the model type 'gpt3' is unknown", "gpt2", "update transformers"),
+    "type": ({"model_type": "gpt3"}, "the model type 'gpt3' is unknown", "has no such type", "gpt2"),
     "type a list": ({"model_type": ["gpt2"]}, "the model type ['gpt2'] is unknown", "", "correct config.json"),
     "value": ({"model_type": "llama", "hidden_size": "big"}, "does not describe a model", "hidden_size", "correct"),
     "class": ({"model_type": "gpt2", "architectures": ["Nope"]}, "no model of transformers", "", "architectures"),

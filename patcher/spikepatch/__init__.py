@@ -1,16 +1,32 @@
-"""spikepatch: the stable pre-training initialisation of "Spike No More" for any HuggingFace model or checkpoint.
+"""The stable pre-training initialisation of "Spike No More" for any HuggingFace model or checkpoint.
+
+On a live model:
 
     residual = spikepatch.inspect(model)                             # find and prove the residual stream
     plan     = spikepatch.plan(model, "scaled-embed", reinit="all")  # every change, as data
-    model    = spikepatch.patch(model, plan)                         # in place, on the live model
-    report   = spikepatch.check(model, recipes=["scaled-embed"])     # whether it is at risk, measured
-    result   = spikepatch.convert("gpt2", "out/")                    # the same, from and to a folder
+    model    = spikepatch.patch(model, plan)                         # in place
+    model    = spikepatch.initialize(model, plan)                    # on meta: each rank its own shards
+    groups   = spikepatch.param_groups(model, weight_decay=0.1)      # for the optimiser: what is not to decay
     spikepatch.save(model, "out/")
-    spikepatch.verify("out/")                                        # at any later time: is it still what was written?
-    edit     = spikepatch.codemod("model.py", "build:small_model")   # the same, as source code
-    spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
 
-Nothing heavy is imported before the first use of a name.
+The same from and to a folder, and in source code:
+
+    result   = spikepatch.convert("gpt2", "out/")
+    spikepatch.verify("out/")                                        # at any later time: is it still what was written?
+    spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
+    edit     = spikepatch.codemod("model.py", "build:small_model")
+
+Before training, whether it is at risk, measured:
+
+    report   = spikepatch.check(model, recipes=["scaled-embed"])
+
+And while it trains, loss spikes in any training loop:
+
+    detector = spikepatch.SpikeDetector()
+
+What cannot be done, or not safely, raises a SpikepatchError: BadSource, BadTarget or Refused. Each says what is wrong,
+where, why, and what to do, and nothing has been written or changed. Widths are in elements, stds those of the elements,
+losses in nats. Nothing heavy is imported before the first use of a name.
 """
 
 from __future__ import annotations
@@ -22,7 +38,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from spikepatch.apply.codemod import Codemod, codemod
     from spikepatch.apply.initialize import initialize
-    from spikepatch.apply.module import patch, save
+    from spikepatch.apply.module import patch
+    from spikepatch.apply.saving import save
     from spikepatch.conversion import Conversion, convert
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
     from spikepatch.folding import Folded, fold
@@ -34,6 +51,8 @@ if TYPE_CHECKING:
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
     from spikepatch.storage.verify import verify
+    from spikepatch.training.callback import SpikeMonitor
+    from spikepatch.training.spikes import SpikeDetector
 
 _HOME = {
     "inspect": "spikepatch.residual.inspect",
@@ -43,7 +62,7 @@ _HOME = {
     "Recipe": "spikepatch.plans",
     "patch": "spikepatch.apply.module",
     "initialize": "spikepatch.apply.initialize",
-    "save": "spikepatch.apply.module",
+    "save": "spikepatch.apply.saving",
     "codemod": "spikepatch.apply.codemod",
     "Codemod": "spikepatch.apply.codemod",
     "param_groups": "spikepatch.optimiser",
@@ -54,6 +73,8 @@ _HOME = {
     "fold": "spikepatch.folding",
     "Folded": "spikepatch.folding",
     "verify": "spikepatch.storage.verify",
+    "SpikeDetector": "spikepatch.training.spikes",
+    "SpikeMonitor": "spikepatch.training.callback",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
     "BadTarget": "spikepatch.errors",
@@ -70,6 +91,8 @@ __all__ = [
     "Recipe",
     "Refused",
     "ResidualMap",
+    "SpikeDetector",
+    "SpikeMonitor",
     "SpikepatchError",
     "StabilityReport",
     "check",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spikepatch.errors import BadSource, Refused
+from spikepatch.errors import BadSource, Refused, did_you_mean
 from spikepatch.quiet import quiet
 from spikepatch.storage.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
 
@@ -263,11 +262,9 @@ def _auto_class(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
 def _unknown_type(model_type: object, where: str, remedy: str) -> BadSource:
     import transformers
 
-    near = difflib.get_close_matches(str(model_type), list(transformers.CONFIG_MAPPING.keys()), n=3)
     return BadSource(
         f"the model type {model_type!r} is unknown" if model_type is not None else "config.json has no model_type",
         where=where,
-        why=f"transformers {transformers.__version__} has no such type"
-        + (f"; near misses: {', '.join(near)}" if near else ""),
-        remedy=remedy,
+        why=f"transformers {transformers.__version__} has no such type",
+        remedy=f"{did_you_mean(model_type, transformers.CONFIG_MAPPING.keys(), '')} {remedy}".strip(),
     )

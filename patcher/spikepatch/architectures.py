@@ -1,14 +1,10 @@
-"""``spikepatch architectures``: which of the installed transformers' types have a proven map, found out now."""
+"""Which of the installed transformers' types have a proven map, found out now."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from spikepatch.errors import Refused, SpikepatchError
 
@@ -161,58 +157,3 @@ def _reason(error: SpikepatchError) -> str:
     if error.what == "the default config cannot be built":
         return f"{error.what}: pass a real one"
     return f"{error.what}: {error.why}"
-
-
-@click.command("architectures")
-@click.option("--filter", "text", default="", metavar="TEXT", help="Only types that contain TEXT.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON array, and nothing else, on stdout.")
-def architectures_command(text: str, as_json: bool) -> None:
-    """List the architectures of the installed transformers, and whether their map is proven.
-
-    Each type's default config is mapped now, with one layer of each kind: a second or two for each. A type whose
-    default config cannot be built may well work: give the real model to `spikepatch inspect`.
-    """
-    from rich.console import Console
-    from rich.progress import track
-
-    total = len(types(text))
-    if not total:
-        raise click.BadParameter(f"no type contains {text!r}", param_hint="--filter")
-    errors = Console(stderr=True)
-    rows = list(track(survey(text), "mapping", total, console=errors, transient=True, disable=not errors.is_terminal))
-    if as_json:
-        click.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
-    else:
-        _print(rows)
-
-
-def _print(rows: Sequence[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("type", "task", "structure", "sub-layers per layer", "embedding as found", "proven")
-    for row in rows:
-        table.add_row(
-            row.type,
-            row.task,
-            ", ".join([row.placement, *row.kinds]) if row.placement else "",
-            _per_layer(row.sublayers, row.layers),
-            ", ".join(row.embeddings),
-            "yes" if row.proven else row.reason,
-        )
-    console = Console()
-    console.print(table)
-    proven = sum(row.proven for row in rows)
-    console.print(f"{proven} of {len(rows)} proven, by default configs of transformers {_version()}")
-
-
-def _per_layer(sublayers: int | None, layers: int | None) -> str:
-    if not sublayers or not layers:
-        return ""
-    return str(sublayers // layers) if sublayers % layers == 0 else f"{sublayers} in {layers}"
-
-
-def _version() -> str:
-    import transformers
-
-    return str(transformers.__version__)

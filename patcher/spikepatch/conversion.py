@@ -45,9 +45,11 @@ class Conversion:
 
     Attributes:
         out: the folder; nothing is there after a dry run.
+        plan, residual: every edit and skip, and the proven map that they were planned on.
         storage: how it is stored; see ``storage/routes.py``.
         trust: it loads with ``trust_remote_code=True`` only.
         auto_class: the class of transformers that loads it.
+        dtype: of the float weights.
         parameters: number of elements written.
         bytes: of the weights.
         expected_loss: estimated initial loss where it is far from log V; see ``expected_initial_loss``.
@@ -74,6 +76,7 @@ class Conversion:
     drift: tuple[Behaviour, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, as ``--json`` prints it."""
         return dataclasses.asdict(self) | {"out": str(self.out), "plan": self.plan.to_dict()}
 
 

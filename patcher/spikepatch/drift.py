@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import os
@@ -14,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from spikepatch.apply.generated import generated_classes
 from spikepatch.apply.module import patch
-from spikepatch.apply.original import original_in
-from spikepatch.apply.source_code import stored_as_code
+from spikepatch.apply.patched import load_as_it_is, load_learned, load_unpatched
 from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 from spikepatch.quiet import quiet
 
@@ -72,7 +69,7 @@ def drift_written(source: Source, residual: ResidualMap, folder: Path, model_cla
     Returns:
         The source's behaviour and the written model's; or why they are not measured.
     """
-    return _compare(source, residual, lambda: [("written", _load(model_class, folder))])
+    return _compare(source, residual, lambda: [("written", load_learned(model_class, folder))])
 
 
 def drift_planned(
@@ -84,7 +81,7 @@ def drift_planned(
     unchanged = plan.reinit == "none" and source.patched is None
 
     def models() -> Iterator[tuple[str, Any]]:
-        model = _load(source.model_class, _folder(source), config=copy.deepcopy(source.config))
+        model = load_unpatched(source)
         if others:
             patch(model, dataclasses.replace(plan, edits=others))
         factors = (
@@ -109,7 +106,7 @@ def _compare(
     if isinstance(ids, str):
         return ids
     try:
-        before, stream = _run(_load_source(source), residual, ids)
+        before, stream = _run(load_as_it_is(source), residual, ids)
     except Exception as error:  # whatever the source's own forward pass raises
         return f"{source.name} itself does not run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     found = [Behaviour("source", _loss(before, ids), 0.0, stream)]
@@ -128,7 +125,8 @@ def _sample(source: Source) -> torch.Tensor | str:
     needed = 4 * sum(math.prod(entry.shape) for entry in source.checkpoint.tensors.values())
     if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
         return f"in float32 the model takes {needed / 1e9:.0f} GB, more than half of this machine's memory"
-    tokenizer = _load_tokenizer(_folder(source))
+    assert source.folder is not None
+    tokenizer = load_tokenizer(source.folder)
     if isinstance(tokenizer, str):
         return f"{source.name} has no usable tokenizer: {tokenizer}"
     config = source.config.get_text_config()
@@ -137,30 +135,6 @@ def _sample(source: Source) -> torch.Tensor | str:
     if ids.shape[1] < 2 or int(ids.max()) >= config.vocab_size:
         return f"its tokenizer does not fit its vocabulary of {config.vocab_size}"
     return ids
-
-
-def _load_source(source: Source) -> Any:
-    """The source as anybody would load it: with its patch, if it is patched."""
-    if source.patched is None:
-        return _load(source.model_class, _folder(source))
-    if stored_as_code(source.patched):
-        return _load(generated_classes(original_in(source)).model, _folder(source))
-    from transformers import AutoModelForCausalLM
-
-    return _load(AutoModelForCausalLM, _folder(source), trust_remote_code=source.needs_code)
-
-
-def _load(model_class: Any, folder: Path, **options: Any) -> Any:
-    with quiet():
-        model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
-    if info["missing_keys"]:
-        raise RuntimeError(f"{folder} loads without {', '.join(sorted(info['missing_keys'])[:5])}")
-    return model.eval()
-
-
-def _folder(source: Source) -> Path:
-    assert source.folder is not None
-    return source.folder
 
 
 def _run(model: Any, residual: ResidualMap, ids: torch.Tensor) -> tuple[torch.Tensor, tuple[float, ...]]:
@@ -210,7 +184,7 @@ def tokenizer_problem(source: Path, folder: Path) -> str | None:
 
     AutoTokenizer overrides the class that the files name for some model types, and a patched model has another type.
     """
-    original, copied = _load_tokenizer(source), _load_tokenizer(folder)
+    original, copied = load_tokenizer(source), load_tokenizer(folder)
     if isinstance(original, str):
         return original
     ids = original(PROBE).input_ids
@@ -218,13 +192,13 @@ def tokenizer_problem(source: Path, folder: Path) -> str | None:
         return None
     name = type(copied).__name__
     problem = copied if isinstance(copied, str) else f"AutoTokenizer takes it for a {name}, which gives other ids"
-    direct = _load_tokenizer(folder, type(original))
+    direct = load_tokenizer(folder, type(original))
     if isinstance(direct, str) or direct(PROBE).input_ids != ids:
         return f"{problem}; load the source's in its place"
     return f"{problem}; load it with transformers.{type(original).__name__}.from_pretrained"
 
 
-def _load_tokenizer(folder: Path, tokenizer_class: Any = None) -> Any:
+def load_tokenizer(folder: Path, tokenizer_class: Any = None) -> Any:
     """A tokenizer, or why there is none; code that comes with it is not run."""
     import transformers
 

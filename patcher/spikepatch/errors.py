@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class SpikepatchError(Exception):
     """A refusal or a bad input. The command prints it and exits with code 2; nothing has been written.
@@ -14,7 +17,10 @@ class SpikepatchError(Exception):
     """
 
     def __init__(self, what: str, *, where: str, why: str, remedy: str) -> None:
-        self.what, self.where, self.why, self.remedy = what, where, why, remedy
+        self.what: str = what
+        self.where: str = where
+        self.why: str = why
+        self.remedy: str = remedy
         super().__init__(f"{where}: {what}\n  why: {why}\n  remedy: {remedy}")
 
 
@@ -28,3 +34,9 @@ class Refused(SpikepatchError):
 
 class BadTarget(SpikepatchError):
     """The output folder cannot be used."""
+
+
+def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:
+    """The remedy for a name that is unknown: the known ones that are near to it, if any are, else ``otherwise``."""
+    near = difflib.get_close_matches(str(word), list(known), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise

@@ -66,6 +66,7 @@ class Folded:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, as ``--json`` prints it."""
         return dataclasses.asdict(self) | {"out": str(self.out)}
 
 

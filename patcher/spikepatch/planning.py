@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from spikepatch import recipes
-from spikepatch.errors import BadSource, Refused
+from spikepatch.errors import BadSource, Refused, did_you_mean
 from spikepatch.meta import on_meta
 from spikepatch.planner import make_plan
 from spikepatch.plans import REINITS, Plan, Recipe, Reinit
@@ -93,7 +93,9 @@ def checked_recipe(
             what=f"there is no reinit mode {reinit!r}",
             where="reinit",
             why="the modes are " + ", ".join(REINITS),
-            remedy="all: a fresh model to pre-train; residual or none: learned weights are kept",
+            remedy=did_you_mean(
+                reinit, REINITS, "all: a fresh model to pre-train; residual or none: learned weights are kept"
+            ),
         )
     if seed < 0:
         raise Refused(what="a negative seed", where=f"seed={seed}", why="seeds count from 0", remedy="give 0 or more")

@@ -245,12 +245,14 @@ class Plan:
         return [edit for edit in self.edits if isinstance(edit, kind)]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data; ``from_dict`` is the inverse. Each edit says its kind as ``edit``."""
         data = dataclasses.asdict(self)
         kinds = [type(edit).__name__ for edit in self.edits]
         data["edits"] = [{"edit": kind, **edit} for kind, edit in zip(kinds, data["edits"], strict=True)]
         return data
 
     def to_json(self) -> str:
+        """``to_dict`` as text; what ``spikepatch.json`` holds as ``plan``."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod

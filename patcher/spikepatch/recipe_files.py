@@ -17,14 +17,13 @@ Nothing in such a file is code, so it may come from anywhere.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, did_you_mean
 from spikepatch.plans import Recipe, Transform
 from spikepatch_transforms.embed_detach import EmbedDetach
 from spikepatch_transforms.embed_init import EmbedInit
@@ -72,7 +71,12 @@ def _transform(table: Mapping[str, Any], where: str) -> Transform:
     fields = dict(table)
     kind = fields.pop("kind", None)
     if kind not in KINDS:
-        raise _refused(f"there is no transform {kind!r}", where, f"they are {', '.join(KINDS)}", _meant(kind, KINDS))
+        raise _refused(
+            f"there is no transform {kind!r}",
+            where,
+            f"they are {', '.join(KINDS)}",
+            did_you_mean(kind, KINDS, "leave it out"),
+        )
     transform: Transform = KINDS[kind](**_checked(KINDS[kind], fields, where))
     return transform
 
@@ -83,7 +87,8 @@ def _checked(config: type[Any], values: Mapping[str, Any], where: str, without: 
     fields = [field.name for field in dataclasses.fields(config) if field.name not in without]
     for name, value in values.items():
         if name not in fields:
-            raise _refused(f"there is no field {name!r}", where, f"they are {', '.join(fields)}", _meant(name, fields))
+            remedy = did_you_mean(name, fields, "leave it out")
+            raise _refused(f"there is no field {name!r}", where, f"they are {', '.join(fields)}", remedy)
         if not _fits(value, hints[name]):
             raise _refused(f"{name} = {value!r} does not fit", where, f"it takes {_words(hints[name])}", "change it")
     return dict(values)
@@ -105,11 +110,6 @@ def _words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in get_args(hint))
     return {float: "a number", bool: "true or false", str: "a text"}[hint]
-
-
-def _meant(name: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean {near[0]}?" if near else "leave it out"
 
 
 def _refused(what: str, where: str, why: str, remedy: str) -> Refused:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import os
 import sys
 from pathlib import Path
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, did_you_mean
 from spikepatch.plans import Recipe, cut_std
 from spikepatch.recipe_files import read_recipe
 from spikepatch_transforms.embed_detach import EmbedDetach
@@ -105,13 +104,14 @@ RECIPES: dict[str, Recipe] = {
 DEFAULT = "scaled-embed"
 
 
-def find(recipe: str | Recipe) -> Recipe:
+def find(recipe: str | Recipe, where: str = "--recipe") -> Recipe:
     """The recipe that is meant: a built-in one by its name, or the user's own.
 
     Args:
         recipe: a name; a TOML file (``my.toml``); ``module:NAME`` for a ``Recipe`` in a Python module, which is
             imported, so its code runs; or a ``Recipe`` itself. Modules are looked for where Python imports from, and
             after that in the current directory, so that nothing there hides an installed package.
+        where: the name was given, for the error.
 
     Raises:
         Refused: there is none.
@@ -123,12 +123,11 @@ def find(recipe: str | Recipe) -> Recipe:
     if ":" in recipe:
         return _own(_imported(recipe), recipe)
     if recipe not in RECIPES:
-        near = difflib.get_close_matches(recipe, RECIPES, n=1)
         raise Refused(
             what=f"there is no recipe {recipe!r}",
-            where="--recipe",
+            where=where,
             why="the recipes are " + ", ".join(RECIPES),
-            remedy=f"did you mean {near[0]}?" if near else "`spikepatch recipes` describes them",
+            remedy=did_you_mean(recipe, RECIPES, "`spikepatch recipes` describes them"),
         )
     return RECIPES[recipe]
 

@@ -12,6 +12,7 @@ import datetime
 import functools
 import json
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -35,6 +36,7 @@ from transformers import AutoModelForCausalLM
 
 import spikepatch
 from tests.architectures import ids, tiny_config, tiny_model
+from tests.folders import hashes
 
 Case = Callable[[], None]
 LAYERS = {"num_hidden_layers": 2}
@@ -328,6 +330,29 @@ def refused_fsdp1() -> None:
     sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     with pytest.raises(spikepatch.Refused, match=r"FSDP1 is not supported(.|\n)*fully_shard"):
         spikepatch.initialize(sharded, plan)
+
+
+@case(TWO)
+def gathered_and_saved() -> None:
+    """What all ranks save together is, byte for byte, what one process saves of the whole model."""
+    for model_type in ("gpt2", "mixtral"):
+        model = initialized(model_type, shard_blocks, forward=False)
+        shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+        dist.broadcast_object_list(shared)
+        folder = Path(shared[0])
+        spikepatch.save(model, folder / "sharded")
+        assert (folder / "sharded/model.safetensors").exists(), "before every rank goes on"
+        whole = tiny_model(model_type, **LAYERS)
+        spikepatch.patch(whole, plan_of(model_type))
+        if dist.get_rank() == 0:
+            spikepatch.save(whole, folder / "whole")
+        dist.barrier()
+        assert hashes(folder / "sharded") == hashes(folder / "whole")
+        compare(AutoModelForCausalLM.from_pretrained(folder / "sharded", trust_remote_code=True), whole)
+        spikepatch.verify(folder / "sharded")
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder)
 
 
 @case(FOUR)

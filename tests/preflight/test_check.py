@@ -141,6 +141,43 @@ def test_the_model_is_not_changed() -> None:
     assert not hasattr(model.config, "spikepatch")
 
 
+def test_an_encoder_has_a_report_of_its_own() -> None:
+    """Against hidden states of transformers' own forward pass, and gradients of its own backward pass."""
+    from transformers import PegasusConfig, PegasusForConditionalGeneration
+
+    from spikepatch.preflight.subject import example
+
+    sizes = {"encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = PegasusConfig(d_model=64, encoder_layers=3, decoder_layers=2, vocab_size=200, dropout=0.0, **sizes)
+    model = PegasusForConditionalGeneration(config).eval()
+    report = spikepatch.check(model, tokens=12, batch=2, seed=3)
+    (encoder,) = report.streams
+    assert (encoder.stream, encoder.sublayers, len(encoder.layers)) == ("encoder", 6, 3)
+    assert (report.stream, report.sublayers, len(report.layers)) == ("output", 6, 2)
+    assert encoder.initial_loss is None
+
+    inputs = example(model, tokens=12, batch=2, seed=3)
+    output = model(**inputs, output_hidden_states=True)
+    states = output.encoder_hidden_states
+    for state in states:
+        state.retain_grad()
+    targets = inputs["decoder_input_ids"][:, 1:].flatten()
+    loss = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), targets)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert report.initial_loss == pytest.approx(float(loss.detach()), rel=1e-5)
+    for layer, state in zip(encoder.layers, states[:-1], strict=True):
+        assert layer.sigma_in == pytest.approx(float(state.detach().std(-1, correction=0).mean()), rel=1e-5)
+        assert layer.gradient_norm == pytest.approx(float(state.grad.norm()), rel=1e-4)
+    outputs = [*(m for layer in model.model.encoder.layers for m in (layer.self_attn.out_proj, layer.fc2)),
+               *(m for layer in model.model.decoder.layers
+                 for m in (layer.self_attn.out_proj, layer.encoder_attn.out_proj, layer.fc2))]  # fmt: skip
+    expected = math.hypot(*(float(m.weight.grad.norm()) for m in outputs))
+    assert report.gradients["residual projections"] == pytest.approx(expected, rel=1e-4)
+    with torch.no_grad():
+        model.model.encoder.layers[2].fc2.weight[0, 0] = math.nan
+    assert spikepatch.check(model, tokens=12).streams[0].verdict == "unstable"
+
+
 def test_a_plain_module() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:

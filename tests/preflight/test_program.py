@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from spikepatch.errors import Refused
 from spikepatch.preflight.measure import Measurement, measure
 from spikepatch.preflight.program import Program, Values, Weights, compile_program, run_piece
 from spikepatch.preflight.weights import live
@@ -27,7 +30,12 @@ DEFAULT = ("gpt2", "falcon", "mamba", "mixtral", "bloom")
 def program_of(model: PreTrainedModel, ids: torch.Tensor) -> Program:
     streams = find(trace(model, {"input_ids": ids}))
     assert not isinstance(streams, str)
-    return compile_program(streams[0], CPU)
+    try:
+        return compile_program(streams[0], CPU)
+    except Refused as refused:
+        if Version(transformers.__version__) >= Version("5.24"):
+            raise
+        pytest.skip(f"transformers {transformers.__version__}: {refused.why}")
 
 
 def random_ids(model: PreTrainedModel, batch: int = 2, tokens: int = 13) -> torch.Tensor:

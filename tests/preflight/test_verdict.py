@@ -32,12 +32,15 @@ def names(report: StabilityReport) -> set[str]:
 
 def test_missing_depth_scaling_is_told() -> None:
     model = small_gpt2()
-    assert "depth-scaling" not in names(check(model))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(parameter.numel()))
-    report = check(model)
+        report = check(model)
+        for block in model.transformer.h:
+            block.attn.c_proj.weight /= math.sqrt(12)
+            block.mlp.c_proj.weight /= math.sqrt(12)
+    assert "depth-scaling" not in names(check(model))
     finding = next(f for f in report.findings if f.name == "depth-scaling")
     assert "depth scaling is missing" in finding.what
     assert finding.measured == pytest.approx(1, rel=0.05)

@@ -62,10 +62,10 @@ def test_in_a_browser(theme: str, tmp_path: Path) -> None:
 
     dark = ["--blink-settings=preferredColorScheme=0"] if theme == "dark" else []
     shot = tmp_path / f"{theme}.png"
-    done = _browse("--enable-logging=stderr", "--v=0", *dark, f"--screenshot={shot}", path.as_uri())
+    done = browse("--enable-logging=stderr", "--v=0", *dark, f"--screenshot={shot}", path.as_uri())
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert shot.stat().st_size > 20_000
-    dom = _browse("--dump-dom", path.as_uri()).stdout
+    dom = browse("--dump-dom", path.as_uri()).stdout
     charts = dom.split("<figure>")[1:]
     assert len(charts) == 6 + 4
     for chart in charts:
@@ -74,7 +74,7 @@ def test_in_a_browser(theme: str, tmp_path: Path) -> None:
             assert series.count("<circle") == 4, name
 
 
-def _browse(*words: str) -> subprocess.CompletedProcess[str]:
+def browse(*words: str) -> subprocess.CompletedProcess[str]:
     assert BROWSER is not None
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,4000", *words]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

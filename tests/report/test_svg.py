@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 
 import pytest
 
-from spikepatch.report.document import Chart, Series
-from spikepatch.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, svg
+from spikepatch.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
+from spikepatch.report.document import Chart, Event, Series
+from spikepatch.report.svg import kinds, svg
 
 
 def drawn(chart: Chart) -> ElementTree.Element:
@@ -62,6 +65,118 @@ def test_nothing_to_draw() -> None:
 
 def test_text_is_escaped() -> None:
     hostile = '"><script>alert(1)</script>'
-    chart = Chart(hostile, hostile, hostile, (Series(hostile, ((1, 1.0), (2, 2.0))),), marks=((hostile, 1.5),))
+    series = Series(hostile, ((1, 1.0), (2, 2.0)), (Event(1, 1.0, "ring", hostile, hostile, hostile),))
+    chart = Chart(hostile, hostile, hostile, (series,), marks=((hostile, 1.5),))
     assert "<script" not in svg(chart)
     assert drawn(chart).attrib["aria-label"] == hostile
+
+
+def dots(line: ElementTree.Element) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in (pair.split(",") for pair in line.attrib["points"].split())]
+
+
+@pytest.mark.parametrize("count", [61, 5_000, 100_000])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_long_line_keeps_every_spike(count: int, sign: int) -> None:
+    """Wherever it lies: of each column of pixels the lowest and the highest point are drawn."""
+    noise = random.Random(0)
+    ys = [noise.gauss(0, 1) for _ in range(count)]
+    spikes = {noise.randrange(count): sign * (100.0 + i) for i in range(20)}
+    for x, y in spikes.items():
+        ys[x] = y
+    root = drawn(Chart("t", "x", "y", (Series("a", tuple(enumerate(ys))),)))
+    assert not circles(root)
+    line, *medians = root.iter("polyline")
+    assert len(medians) == (count > 4 * WIDTH)
+    points = dots(line)
+    assert len(points) <= min(count, 4 * (WIDTH - LEFT - RIGHT + 1))
+    assert [x for x, _ in points] == sorted(x for x, _ in points)
+    scale = (WIDTH - LEFT - RIGHT) / (count - 1)
+    columns: dict[int, list[float]] = {}
+    for i, y in enumerate(ys):
+        columns.setdefault(int(LEFT + i * scale), []).append(y)
+    heights = {min(y for _, y in points): max(ys), max(y for _, y in points): min(ys)}
+    (top, high), (bottom, low) = sorted(heights.items())
+    checked = 0
+    for column, values in columns.items():
+        ends = [min(values), max(values)]
+        expected = [bottom + (value - low) / (high - low) * (top - bottom) for value in ends]
+        here = [y for x, y in points if column - 0.1 <= x <= column + 1.1]
+        for y in expected:
+            assert min(abs(y - other) for other in here) <= 0.11, column
+            checked += 1
+    assert checked > 100
+
+
+def test_a_dense_line_has_its_medians() -> None:
+    noise = random.Random(0)
+    points = tuple((float(x), 100.0 * (x >= 25_000) + noise.random()) for x in range(50_000))
+    area, medians = drawn(Chart("t", "x", "y", (Series("a", points),))).iter("polyline")
+    assert (area.attrib["class"], medians.attrib["class"]) == ("area", "line")
+    heights = {round(y) for _, y in dots(medians)}
+    tops = [y for _, y in dots(area)]
+    assert len(heights) == 2
+    assert min(tops) < min(heights) < max(heights) < max(tops)
+
+
+def test_a_short_line_keeps_every_point() -> None:
+    root = drawn(Chart("t", "x", "y", (Series("a", tuple((x, float(x % 7)) for x in range(400))),)))
+    assert sum(len(dots(line)) for line in root.iter("polyline")) == 400
+
+
+def test_a_lone_point_of_a_long_line_is_seen() -> None:
+    points = tuple((x, None if x in (499, 501) else 1.0) for x in range(1000))
+    root = drawn(Chart("t", "x", "y", (Series("a", points),)))
+    assert len(circles(root)) == 1
+
+
+def test_a_line_may_go_back_behind_a_gap() -> None:
+    points = ((1, 1.0), (2, 5.0), (3, None), (2, 1.0), (3, 1.0))
+    runs = [dots(line) for line in drawn(Chart("t", "x", "y", (Series("a", points),))).iter("polyline")]
+    assert [len(run) for run in runs] == [2, 2]
+    assert runs[0][1][0] == runs[1][0][0]
+
+
+def event_shapes(root: ElementTree.Element) -> list[tuple[str, tuple[float, float], str | None]]:
+    found = []
+    for group in root.iter("g"):
+        if group.attrib["class"].startswith("event"):
+            x, y = group.attrib["transform"].removeprefix("translate(").removesuffix(")").split()
+            found.append((group.attrib["class"].split()[1], (float(x), float(y)), group.findtext("title")))
+    return found
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_events_lie_on_their_points(log: bool) -> None:
+    points = tuple((x, 10.0 if x == 30 else 1.0) for x in range(50))
+    events = (
+        Event(30, 10.0, "triangle", "loss spike", "1", "seen at step 30"),
+        Event(40, None, "cross", "not finite", "2"),
+    )
+    chart = Chart("t", "x", "y", (Series("a", points, events),), log=log)
+    root = drawn(chart)
+    assert kinds(chart) == {"loss spike": "triangle", "not finite": "cross"}
+    (first, at, text), (second, above, kind) = event_shapes(root)
+    assert (first, text, second, kind) == ("triangle", "seen at step 30", "cross", "not finite")
+    assert at == circles(root)[30]
+    assert above == (circles(root)[40][0], TOP)
+    assert [t.text for t in root.iter("text") if t.attrib.get("class") == "label"] == ["1", "2"]
+
+
+def test_crowded_labels_are_left_out_and_no_shape_is() -> None:
+    events = tuple(Event(x, 1.0, "diamond", "k", str(x)) for x in range(1000))
+    root = drawn(Chart("t", "x", "y", (Series("a", tuple((x, 1.0) for x in range(1000)), events),)))
+    assert len(event_shapes(root)) == 1000
+    labels = [float(t.attrib["x"]) for t in root.iter("text") if t.attrib.get("class") == "label"]
+    assert len(labels) > 10
+    assert min(b - a for a, b in pairwise(labels)) > 7
+
+
+def test_learning_rates_on_a_logarithmic_axis() -> None:
+    points = ((1e-4, 3.0), (1e-3, 2.0), (1e-2, 4.0))
+    root = drawn(Chart("t", "lr", "loss", (Series("a", points),), log_x=True))
+    (x0, _), (x1, _), (x2, _) = circles(root)
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert LEFT < x0 < x2 < WIDTH - RIGHT
+    assert {"0.0001", "0.001", "0.01"} <= {text.text for text in root.iter("text")}
+    assert len(circles(drawn(Chart("t", "lr", "loss", (Series("a", points[:1]),), log_x=True)))) == 1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +11,12 @@ from torch import nn
 from spikepatch import __version__
 from spikepatch.apply.blueprint import Blueprint, unfillable
 from spikepatch.apply.loading import stable_settings
-from spikepatch.apply.original import is_remote, original_of
 from spikepatch.apply.tensors import layout, values
 from spikepatch.errors import Refused
 from spikepatch.meta import build_meta, check_default_device, on_meta
 from spikepatch.planning import check_learned, tensor_shapes
 from spikepatch.planning import plan as make_plan
 from spikepatch.plans import EmbeddingEdit, Plan, Recipe, Reinit, Untie
-from spikepatch.quiet import quiet
 from spikepatch.residual.trace import skeleton
 from spikepatch.runtime.embedding import check_patchable, install
 
@@ -117,38 +113,6 @@ def patch(
     return model
 
 
-def save(model: nn.Module, out: str | os.PathLike[str]) -> Path:
-    """``model.save_pretrained(out)``, with the manifest and a model card, in a folder that appears whole.
-
-    Raises:
-        Refused: the model was not patched, or is no transformers model.
-        BadTarget: ``out`` cannot be used.
-    """
-    from spikepatch.storage.manifest import MANIFEST, file_hash, manifest, model_card
-    from spikepatch.storage.publish import check_target, publishing
-    from spikepatch.storage.write import write_text
-
-    plan: Plan | None = getattr(model, "_spikepatch_plan", None)
-    write = getattr(model, "save_pretrained", None)
-    if plan is None or write is None:
-        raise Refused(
-            what="only a patched transformers model is saved here",
-            where=type(model).__name__,
-            why="there is no plan to record" if plan is None else "it has no save_pretrained",
-            remedy="call spikepatch.patch first, or use the model's own way of saving",
-        )
-    folder = Path(out)
-    check_target(folder, None, overwrite=False)
-    storage = "code" if plan.structural else "plain"
-    with publishing(folder) as scratch, quiet():
-        write(scratch)
-        trust = plan.structural or is_remote(type(model))
-        write_text(scratch / "README.md", model_card(plan, trust=trust, auto_class=_auto_class(model)))
-        hashes = {path.name: file_hash(path) for path in sorted(scratch.iterdir())}
-        write_text(scratch / MANIFEST, manifest(plan, storage, {"kind": "live"}, "spikepatch.save(model, OUT)", hashes))
-    return folder
-
-
 def restructure(twin: nn.Module, plan: Plan) -> None:
     """The plan's changes of structure on a model of one's own, usually on the meta device.
 
@@ -173,16 +137,6 @@ def _record(model: Any, plan: Plan) -> None:
         adopt(model, record)
     else:
         model.config.spikepatch = {**record, "original": {}}
-
-
-def _auto_class(model: Any) -> str:
-    """Name of the class of transformers that loads what ``model`` saves."""
-    if type(model)._auto_class is not None:
-        return str(type(model)._auto_class)
-    try:
-        return original_of(type(model), type(model.config)).auto_class
-    except Refused:
-        return "AutoModel"
 
 
 def _untie(model: Any, edit: Untie) -> None:

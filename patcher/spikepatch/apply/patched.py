@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from spikepatch import __version__
+from spikepatch.apply.generated import generated_classes
 from spikepatch.apply.original import original_in
 from spikepatch.apply.source_code import check_generated, stored_as_code
 from spikepatch.errors import BadSource, Refused
 from spikepatch.plans import Plan, Untie
+from spikepatch.quiet import quiet
 from spikepatch.runtime.embedding import install
 from spikepatch.source import Source, build_meta
 
@@ -36,6 +42,40 @@ def build_as_it_is(source: Source) -> PreTrainedModel:
                 remedy="restore config.json as spikepatch or save_pretrained wrote it",
             ) from error
     return model
+
+
+def load_as_it_is(source: Source) -> Any:
+    """The source's model with its learned weights in float32, in eval mode; with its patch, if it is patched.
+
+    Of a patched folder's own code nothing is run: ``check_known`` says whether ours does the same.
+    """
+    assert source.folder is not None
+    if source.patched is None:
+        return load_learned(source.model_class, source.folder)
+    if stored_as_code(source.patched):
+        return load_learned(generated_classes(original_in(source)).model, source.folder)
+    from transformers import AutoModelForCausalLM
+
+    return load_learned(AutoModelForCausalLM, source.folder, trust_remote_code=source.needs_code)
+
+
+def load_unpatched(source: Source) -> Any:
+    """The same without the patch."""
+    assert source.folder is not None
+    return load_learned(source.model_class, source.folder, config=copy.deepcopy(source.config))
+
+
+def load_learned(model_class: Any, folder: Path, **options: Any) -> Any:
+    """``from_pretrained`` in float32, with every weight from the folder; in eval mode.
+
+    Raises:
+        RuntimeError: the folder lacks a weight.
+    """
+    with quiet():
+        model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise RuntimeError(f"{folder} loads without {', '.join(sorted(info['missing_keys'])[:5])}")
+    return model.eval()
 
 
 def check_known(source: Source) -> None:

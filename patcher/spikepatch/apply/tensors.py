@@ -87,7 +87,9 @@ def _as_saved(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, tor
 
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     kept = {name: tensor for name, tensor in state.items() if name not in ignored}
-    kept = remove_tied_weights_from_state_dict(kept, model)
+    buffers = {name for name, _ in model.named_buffers()}  # on meta, older versions look for parameters only
+    untied = remove_tied_weights_from_state_dict({n: t for n, t in kept.items() if n not in buffers}, model)
+    kept = {name: tensor for name, tensor in kept.items() if name in untied or name in buffers}
     with _NoCopies():
         converted: dict[str, torch.Tensor] = revert_weight_conversion(model, kept)
     return converted

@@ -22,7 +22,10 @@ class View:
     """One measured model: the map's data, by sub-layer as the program runs them."""
 
     def __init__(self, program: Program, residual: ResidualMap, measured: Measurement, thresholds: Thresholds) -> None:
-        self.program, self.residual, self.measured, self.thresholds = program, residual, measured, thresholds
+        self.program: Program = program
+        self.residual: ResidualMap = residual
+        self.measured: Measurement = measured
+        self.thresholds: Thresholds = thresholds
         self._projections = {p.parameter: p for p in residual.residual_projections}
         self._matrices = {m.parameter: m for m in residual.matrices}
         self._norms = {n.module: n for n in residual.norms}

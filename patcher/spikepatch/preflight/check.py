@@ -19,8 +19,9 @@ from spikepatch.preflight.program import compile_program
 from spikepatch.preflight.result import Finding, StabilityReport
 from spikepatch.preflight.steps import run_steps
 from spikepatch.preflight.subject import Subject, example, of_model, of_source, vocabulary_of, with_recipe
-from spikepatch.preflight.verdict import Thresholds, judged
+from spikepatch.preflight.verdict import Thresholds, judged, worst
 from spikepatch.residual.inspect import map_of
+from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import shape
 from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.trace import Trace, trace
@@ -169,24 +170,48 @@ def _check(
     streams = find(graph)
     assert not isinstance(streams, str)
     try:
-        return _measured(draft, subject, streams[0], residual, setting, limits, progress)
+        return _measured_all(draft, subject, streams, residual, setting, limits, progress)
     except (RuntimeError, NotImplementedError, IndexError) as error:  # an operation of the model
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no reason given'}"
         finding = Finding("not-measured", "note", f"the traced graph cannot be run on numbers: {reason}")
         return dataclasses.replace(draft, findings=(finding,), not_measured=(reason,))
 
 
-def _measured(
+def _measured_all(
     draft: StabilityReport,
     subject: Subject,
-    stream: Stream,
-    residual: Any,
+    streams: tuple[Stream, ...],
+    residual: ResidualMap,
     setting: _Setting,
     limits: Thresholds,
     progress: Progress,
 ) -> StabilityReport:
+    """The stream that feeds the output with all others; the verdict is the worst of them."""
+    graph = streams[0].facts.trace
+    vocabulary = _logits_over(subject.structure, graph) if residual.head is not None else None
+    main = _measured(draft, subject, streams[0], residual, setting, limits, progress, vocabulary)
+    further = []
+    for stream, part in zip(streams[1:], residual.streams, strict=True):
+        blank = dataclasses.replace(
+            draft, stream="encoder", placement=part.placement, width=part.width, sublayers=part.sublayers
+        )
+        once = dataclasses.replace(setting, steps=0)
+        found = _measured(blank, subject, stream, part, once, limits, progress, vocabulary)
+        further.append(dataclasses.replace(found, initial_loss=None, log_vocab=None, gradients={}))  # the same
+    return dataclasses.replace(main, streams=tuple(further), verdict=worst([main, *further]))
+
+
+def _measured(
+    draft: StabilityReport,
+    subject: Subject,
+    stream: Stream,
+    residual: ResidualMap,
+    setting: _Setting,
+    limits: Thresholds,
+    progress: Progress,
+    vocabulary: int | None,
+) -> StabilityReport:
     program = compile_program(stream, setting.device)
-    vocabulary = _logits_over(subject.structure, stream.facts.trace) if residual.head is not None else None
     found = measure(program, residual, subject.weights, deep=setting.deep, vocabulary=vocabulary, progress=progress)
     view = View(program, residual, found, limits)
     layers = view.layers()

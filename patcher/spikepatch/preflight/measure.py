@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -238,43 +238,66 @@ def _backward(
     squares: dict[str, float] = {}
     gradients: dict[Node, torch.Tensor] = {}
     norms: dict[Node, float] = {}
-    output = program.pieces[-1].point
     for i in range(len(program.pieces) - 1, -1, -1):
         piece = program.pieces[i]
         progress("backward", len(program.pieces) - 1 - i, len(program.pieces))
-        inputs = {n: v.detach().requires_grad_() if is_float(v) else v for n, v in saved.pop().items()}
-        parameters = {p: program.parameter(p, weights).requires_grad_() for p in piece.parameters}
-        with torch.enable_grad():
-            results = run_piece(program, piece, inputs, parameters, {*gradients, piece.point} & set(piece.nodes))
-            if piece.point is output:
-                value = objective(program, results[output], vocabulary)
-                if vocabulary is not None:
-                    found.loss = float(value.detach())
-                ends, seeds = [value], [torch.ones_like(value)]
-            else:
-                norms[piece.point] = float(gradients[piece.point].norm()) if piece.point in gradients else 0.0
-                pairs = [(r, gradients.pop(n)) for n, r in results.items() if n in gradients]
-                ends, seeds = [r for r, _ in pairs], [g for _, g in pairs]
-            leaves = {n: v for n, v in {**inputs, **parameters}.items() if is_float(v)}
-            grads = torch.autograd.grad(ends, list(leaves.values()), seeds, allow_unused=True)
-        for node, grad in zip(leaves, grads, strict=True):
-            if grad is None:
-                continue
-            if node in parameters:
-                name = program.stream.facts.trace.parameters[node]
-                edge = {0: "embedding", len(program.pieces) - 1: "head"}.get(i)
-                group = edge or groups.get(name, "norms and biases")
-                squares[group] = squares.get(group, 0.0) + float(grad.pow(2).sum())
-            else:
-                gradients[node] = gradients[node] + grad if node in gradients else grad
+        if piece.point in gradients:
+            norms[piece.point] = float(gradients[piece.point].norm())
+        own = _backward_piece(program, piece, weights, saved.pop(), gradients, found, vocabulary)
+        edge = {0: "embedding", len(program.pieces) - 1: "head"}.get(i, "other matrices")
+        for parameter, square in own.items():
+            name = program.stream.facts.trace.parameters[parameter]
+            group = groups.get(name, edge if parameter.meta["val"].ndim > 1 else "norms and biases")
+            squares[group] = squares.get(group, 0.0) + square
     found.gradients = {group: math.sqrt(square) for group, square in squares.items()}
     found.finite &= all(math.isfinite(n) for n in (*norms.values(), *found.gradients.values()))
-    return norms
+    return {point: norms.get(point, 0.0) for point in program.points}
+
+
+def _backward_piece(
+    program: Program,
+    piece: Piece,
+    weights: Weights,
+    saved: Values,
+    gradients: dict[Node, torch.Tensor],
+    found: Measurement,
+    vocabulary: int | None,
+) -> dict[Node, float]:
+    """Squared norms of the gradients of the piece's parameters; ``gradients`` goes from its outputs to its inputs.
+
+    A function of its own, so that weights and gradients of one piece are gone before those of the next are there.
+    """
+    inputs = {n: v.detach().requires_grad_() if is_float(v) else v for n, v in saved.items()}
+    parameters = {p: program.parameter(p, weights).requires_grad_() for p in piece.parameters}
+    with torch.enable_grad():
+        results = run_piece(program, piece, inputs, parameters, {*gradients, piece.point} & set(piece.nodes))
+        if piece.point is program.pieces[-1].point:
+            value = objective(program, results[piece.point], vocabulary)
+            if vocabulary is not None:
+                found.loss = float(value.detach())
+            ends, seeds = [value], [torch.ones_like(value)]
+        else:
+            pairs = [(r, gradients.pop(n)) for n, r in results.items() if n in gradients]
+            ends, seeds = [r for r, _ in pairs], [g for _, g in pairs]
+        leaves = {n: v for n, v in {**inputs, **parameters}.items() if is_float(v)}
+        grads = torch.autograd.grad(ends, list(leaves.values()), seeds, allow_unused=True)
+    squares = {}
+    for node, grad in zip(leaves, grads, strict=True):
+        if grad is None:
+            continue
+        if node in parameters:
+            squares[node] = float(torch.linalg.vector_norm(grad)) ** 2
+        else:
+            gradients[node] = gradients[node] + grad if node in gradients else grad
+    return squares
 
 
 def _groups(residual: ResidualMap) -> dict[str, str]:
-    outputs: Iterable[str] = (p.parameter for p in residual.residual_projections)
-    return {m.parameter: m.kind for m in residual.matrices} | dict.fromkeys(outputs, "residual projections")
+    """What each matrix of a sub-layer belongs to, an encoder's included; the rest goes by its size and place."""
+    streams = (residual, *residual.streams)
+    outputs = (p.parameter for stream in streams for p in stream.residual_projections)
+    kinds: dict[str, str] = {m.parameter: m.kind for stream in streams for m in stream.matrices}
+    return kinds | dict.fromkeys(outputs, "residual projections")
 
 
 def objective(program: Program, output: torch.Tensor, vocabulary: int | None) -> torch.Tensor:

@@ -15,7 +15,7 @@ _TONES: dict[Verdict, Tone] = {"stable": "good", "at-risk": "warning", "unstable
 
 def summary_table(report: StabilityReport) -> Table:
     """One column per compared model."""
-    models = (report, *report.models)
+    models = report.every
     rows: list[tuple[str, Callable[[StabilityReport], str]]] = [
         ("verdict", lambda m: m.verdict),
         ("weights", lambda m: m.weights),
@@ -95,7 +95,7 @@ def findings(report: StabilityReport) -> Iterable[str]:
 
 def page(report: StabilityReport, thresholds: Thresholds) -> Page:
     """The whole report, with per-layer curves of all compared models."""
-    models = (report, *report.models)
+    models = report.every
     badges = tuple(Badge(m.name, m.verdict, _TONES[m.verdict]) for m in models)
     sections = [Section("Compared", (PROMISE,), (summary_table(report),))]
     sections += [Section(f"Findings: {m.name}", tuple(findings(m)) or ("none",), (embedding_table(m),)) for m in models]

@@ -19,6 +19,7 @@ import torch
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from spikepatch.errors import Refused
 from spikepatch.residual.inspect import sublayers_of
 from spikepatch.residual.map import SublayerKind
 from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, op, operands
@@ -101,6 +102,7 @@ def compile_program(stream: Stream, device: torch.device) -> Program:
             weighted.add(node)
     again = _scratch(stream, weighted) | {n for n in weighted - facts.varies if n not in facts.trace.parameters}
     data = [n for n in facts.nodes if n in cone and n in weighted and n in facts.varies]
+    _check_runnable(data)
 
     ends = [facts.order[point] for point in points]
     place = {node: sum(facts.order[node] > end for end in ends) for node in data}
@@ -129,6 +131,17 @@ def compile_program(stream: Stream, device: torch.device) -> Program:
     with torch.no_grad():
         _execute(program, static, values)
     return Program(stream, program.pieces, sublayers, alive, values, device)
+
+
+def _check_runnable(nodes: Iterable[Node]) -> None:
+    for node in nodes:
+        if op(node) == "_add_batch_dim":
+            raise Refused(
+                what="its forward pass cannot be run piece by piece",
+                where=node.name,
+                why="it uses torch.vmap, whose batch axis this version of torch.export leaves to the interpreter",
+                remedy="a newer transformers may compute the same without it; convert and inspect are not affected",
+            )
 
 
 def run_piece(

@@ -119,6 +119,7 @@ class StabilityReport:
         device, tokens, batch, seed: of the measurement.
         verdict: ``stable``, ``at-risk``, ``unstable``; ``unknown`` where even the measurements failed.
         findings: what it rests on.
+        embeddings, layers: what was measured at each table, and at each sub-layer of each layer.
         sigma_start, sigma_end: of the stream entering the first sub-layer and after the last.
         initial_loss, log_vocab: next-token loss on random or given tokens; None where the output holds no logits.
         gradient_ratio: ||dL/dx|| at the first layer's input over that at the last layer's.
@@ -131,6 +132,9 @@ class StabilityReport:
         gradients: parameter group -> norm of its gradient.
         steps: of ``--steps``.
         not_measured: what could not be, and why.
+        stream: ``output`` (the one that feeds the output) or ``encoder``.
+        streams: of an encoder-decoder the encoder's own report. It is measured with the same loss, its gradients come
+            through the decoder; its findings count in the verdict above it.
         models: the same model with each of the recipes compared.
     """
 
@@ -163,11 +167,19 @@ class StabilityReport:
     gradients: dict[str, float]
     steps: tuple[Step, ...] = ()
     not_measured: tuple[str, ...] = ()
+    stream: Literal["output", "encoder"] = "output"
+    streams: tuple[StabilityReport, ...] = ()
     models: tuple[StabilityReport, ...] = ()
 
     @property
     def name(self) -> str:
-        return self.recipe or "as it is"
+        """The recipe, or ``as it is``; then the stream, where it is not the one that feeds the output."""
+        return (self.recipe or "as it is") + (f", {self.stream}" if self.stream != "output" else "")
+
+    @property
+    def every(self) -> tuple[StabilityReport, ...]:
+        """This one, those of its further streams, then the same of each compared recipe."""
+        return (self, *self.streams, *(part for model in self.models for part in model.every))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON without the numbers that JSON does not have: those become None, and are findings."""
@@ -175,6 +187,7 @@ class StabilityReport:
         return data
 
     def to_json(self) -> str:
+        """``to_dict`` as text, as ``spikepatch check --json`` prints it."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, did_you_mean
 from spikepatch.preflight.result import Finding, Severity, StabilityReport, Verdict
 from spikepatch.residual.map import ResidualMap
 
@@ -17,6 +17,8 @@ PROMISE = (
     " predicted: spikes that come from data, optimiser, learning rate or precision."
 )
 
+
+_ORDER: tuple[Verdict, ...] = ("stable", "at-risk", "unstable", "unknown")
 
 #: Sub-layers of the models that the thresholds are calibrated on.
 _CALIBRATED = 48
@@ -67,7 +69,7 @@ class Thresholds:
                     what=f"no threshold {name}={value:g}",
                     where="--threshold",
                     why=f"they are {', '.join(names)}, each a positive number",
-                    remedy="such as --threshold ratio_at_risk=10",
+                    remedy=did_you_mean(name, set(names) - {name}, "such as --threshold ratio_at_risk=10"),
                 )
         return cls(**changes)
 
@@ -241,5 +243,8 @@ def _remedy(report: StabilityReport, learned: bool) -> str:
 
 def at_or_above(report: StabilityReport, severity: Severity) -> bool:
     """The verdict is ``severity`` or worse; ``unknown`` counts as worse than anything."""
-    order = ("stable", "at-risk", "unstable", "unknown")
-    return order.index(report.verdict) >= order.index(severity)
+    return _ORDER.index(report.verdict) >= _ORDER.index(severity)
+
+
+def worst(reports: Iterable[StabilityReport]) -> Verdict:
+    return max((report.verdict for report in reports), key=_ORDER.index)

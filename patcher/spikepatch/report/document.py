@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 Tone = Literal["good", "warning", "bad", "neutral"]
+_NUMBER = re.compile(r"-|n/a|[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?[x%]?")
+Shape = Literal["triangle", "diamond", "cross", "square", "ring"]
 
 
 @dataclass(frozen=True)
@@ -16,18 +19,43 @@ class Table:
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Whether a column has numbers only."""
+        return tuple(all(_NUMBER.fullmatch(row[i]) for row in self.rows) for i in range(len(self.headers)))
+
+
+@dataclass(frozen=True)
+class Event:
+    """A point of a line that stands out; a y of None, such as a loss that is not finite, lies at the upper edge.
+
+    ``shape`` and ``kind``, what the shape stands for, go to the legend; ``label`` is a few characters beside the point,
+    and ``text`` what is seen on pointing at it.
+    """
+
+    x: float
+    y: float | None
+    shape: Shape
+    kind: str
+    label: str = ""
+    text: str = ""
+
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: (x, y) in order of x; a y of None leaves a gap."""
+    """One line of a chart: (x, y) in the order in which they are joined; a y of None leaves a gap.
+
+    The line may go back to a smaller x behind a gap only.
+    """
 
     name: str
     points: tuple[tuple[float, float | None], ...]
+    events: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over a linear x axis; ``log``: the y axis is logarithmic, and only positive values are drawn.
+    """Lines; ``log``, ``log_x``: that axis is logarithmic, and only what is positive there is drawn.
 
     ``marks`` are labelled horizontal lines, such as a threshold.
     """
@@ -37,7 +65,26 @@ class Chart:
     y: str
     series: tuple[Series, ...]
     log: bool = False
+    log_x: bool = False
     marks: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Positive values by row and column as colours on a logarithmic scale; None, or what is not positive, has none.
+
+    ``values`` has a tuple for each of ``rows``, the lowest first, with a value for each of ``columns``. ``scale``: the
+    values at its ends, for maps that are to be compared; by default the smallest and the largest value.
+    """
+
+    title: str
+    x: str
+    y: str
+    value: str
+    rows: tuple[str, ...]
+    columns: tuple[float, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    scale: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +98,15 @@ class Badge:
 
 @dataclass(frozen=True)
 class Section:
+    """``code``: texts that are shown letter by letter, such as commands. ``folded``: closed until it is opened."""
+
     title: str
     paragraphs: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     charts: tuple[Chart, ...] = ()
+    heat_maps: tuple[HeatMap, ...] = ()
+    code: tuple[str, ...] = ()
+    folded: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import jinja2
 
 from spikepatch.report.document import Page
-from spikepatch.report.svg import STYLES, svg
+from spikepatch.report.heat import heat
+from spikepatch.report.svg import STYLES, kinds, shape_svg, svg
 
 
 def render(page: Page) -> str:
@@ -20,7 +21,8 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("page.html").render(page=page, svg=svg, styles=STYLES)
+    drawing = {"svg": svg, "heat": heat, "kinds": kinds, "shape_svg": shape_svg, "styles": STYLES}
+    return environment.get_template("page.html").render(page=page, **drawing)
 
 
 def write_page(page: Page, path: str | os.PathLike[str]) -> None:

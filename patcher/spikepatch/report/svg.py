@@ -3,75 +3,140 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import groupby
 
 from markupsafe import Markup, escape
 
-from spikepatch.report.document import Chart, Series
+from spikepatch.report.axes import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    horizontal,
+    names,
+    nothing,
+    opening,
+    vertical,
+)
+from spikepatch.report.document import Chart, Event, Shape
 
-WIDTH, HEIGHT = 640, 320
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
 #: The page's style sheet has a colour and a dash pattern for so many lines.
 STYLES = 8
 
+#: A line of more points is drawn without a dot on each.
+_DOTS = 60
 
-@dataclass(frozen=True)
-class _Axis:
-    """Values to pixels: ``low`` lies at ``begin``, ``high`` at ``end``."""
+#: Columns of pixels that share a median.
+_MEDIAN = 4
 
-    low: float
-    high: float
-    begin: float
-    end: float
-    log: bool = False
+_PATHS: dict[Shape, str] = {
+    "triangle": "M0-6L5.5 4H-5.5Z",
+    "diamond": "M0-6L5 0L0 6L-5 0Z",
+    "cross": "M-4-4L4 4M-4 4L4-4",
+    "square": "M-4-4H4V4H-4Z",
+    "ring": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z",
+}
 
-    def __call__(self, value: float) -> float:
-        low, high, at = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
-        return self.begin + (at - low) / (high - low) * (self.end - self.begin)
+_Point = tuple[float, float]
 
 
 def svg(chart: Chart) -> Markup:
     """The chart; a text where it has nothing to draw."""
-    lines = [_drawable(series, chart.log) for series in chart.series]
+    lines = [_drawable(series.points, chart) for series in chart.series]
     points = [point for line in lines for run in line for point in run]
     if not points:
-        return Markup('<p class="empty">nothing to draw: no values</p>')
-    marks = [(label, y) for label, y in chart.marks if y > 0 or not chart.log]
-    x_axis = _Axis(*_padded([x for x, _ in points]), LEFT, WIDTH - RIGHT)
-    ys = [*(y for _, y in points), *(y for _, y in marks)]
-    low, high = _decades(ys) if chart.log else _rounded(ys)
-    y_axis = _Axis(low, high, HEIGHT - BOTTOM, TOP, chart.log)
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}" class="chart">',
-        *_grid(x_axis, y_axis, chart),
-        *(_mark(label, y, y_axis) for label, y in marks),
-    ]
+        return nothing()
+    events = [[event for event in series.events if event.x > 0 or not chart.log_x] for series in chart.series]
+    marks = [(label, y) for label, y in chart.marks if _fits(y, chart.log)]
+    peaks = [e.y for own in events for e in own if e.y is not None and _fits(e.y, chart.log)]
+    x_axis = horizontal([*(x for x, _ in points), *(e.x for own in events for e in own)], log=chart.log_x)
+    y_axis = vertical([*(y for _, y in points), *(y for _, y in marks), *peaks], log=chart.log)
+    parts = [opening(chart.title), *_grid(x_axis, y_axis), *names(chart.x, chart.y)]
+    parts += [_mark(label, y, y_axis) for label, y in marks]
     for i, (series, line) in enumerate(zip(chart.series, lines, strict=True)):
         parts.append(f'<g class="series s{i % STYLES}" data-name="{escape(series.name)}">')
-        parts += [_line(run, x_axis, y_axis) for run in line]
-        parts += [f'<circle cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="2.5"/>' for run in line for x, y in run]
+        parts += [polyline for run in line for polyline in _lines(run, x_axis, y_axis)]
+        dotted = line if sum(map(len, line)) <= _DOTS else [run for run in line if len(run) == 1]
+        parts += [f'<circle cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="2.5"/>' for run in dotted for x, y in run]
         parts.append("</g>")
+    parts += _events(events, x_axis, y_axis)
     return Markup("".join([*parts, "</svg>"]))
 
 
-def _drawable(series: Series, log: bool) -> list[list[tuple[float, float]]]:
+def shape_svg(shape: Shape) -> Markup:
+    """The shape alone, for a legend."""
+    return Markup(f'<svg viewBox="-8 -8 16 16" class="event {shape}"><path d="{_PATHS[shape]}"/></svg>')
+
+
+def kinds(chart: Chart) -> dict[str, Shape]:
+    """What the shapes in the chart stand for."""
+    return {event.kind: event.shape for series in chart.series for event in series.events}
+
+
+def _fits(value: float, log: bool) -> bool:
+    return math.isfinite(value) and (value > 0 or not log)
+
+
+def _drawable(points: Iterable[tuple[float, float | None]], chart: Chart) -> list[list[_Point]]:
     """Runs of neighbouring points that can be drawn."""
-    runs: list[list[tuple[float, float]]] = [[]]
-    for x, y in series.points:
-        if y is None or not math.isfinite(y) or (log and y <= 0):
+    runs: list[list[_Point]] = [[]]
+    for x, y in points:
+        if y is None or not _fits(y, chart.log) or not _fits(x, chart.log_x):
             runs.append([])
         else:
             runs[-1].append((x, y))
     return [run for run in runs if run]
 
 
-def _line(run: Sequence[tuple[float, float]], x_axis: _Axis, y_axis: _Axis) -> str:
+def _lines(run: Sequence[_Point], x_axis: Axis, y_axis: Axis) -> Iterable[str]:
+    """The line; of one that is so long that it fills an area, this and the line of its medians."""
+    thin = _thinned(run, x_axis)
+    dense = len(thin) < len(run) / 2
+    yield _polyline(thin, x_axis, y_axis, "area" if dense else "line")
+    if dense:
+        columns = [list(column) for _, column in groupby(run, key=lambda point: int(x_axis(point[0])) // _MEDIAN)]
+        medians = [(column[len(column) // 2][0], statistics.median(y for _, y in column)) for column in columns]
+        yield _polyline(medians, x_axis, y_axis, "line")
+
+
+def _thinned(run: Sequence[_Point], axis: Axis) -> list[_Point]:
+    """Of each column of pixels the first, the lowest, the highest and the last point: no spike is lost, and the line
+    covers the same pixels (M4; Jugel et al. 2014, "M4: A Visualization-Oriented Time Series Data Aggregation")."""
+    kept: list[_Point] = []
+    for _, column in groupby(run, key=lambda point: int(axis(point[0]))):
+        points = list(column)
+        heights = [y for _, y in points]
+        places = {0, heights.index(min(heights)), heights.index(max(heights)), len(points) - 1}
+        kept += [points[i] for i in sorted(places)]
+    return kept
+
+
+def _polyline(run: Iterable[_Point], x_axis: Axis, y_axis: Axis, kind: str) -> str:
     points = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in run)
-    return f'<polyline points="{points}"/>'
+    return f'<polyline class="{kind}" points="{points}"/>'
 
 
-def _mark(label: str, y: float, axis: _Axis) -> str:
+def _events(events: Sequence[Sequence[Event]], x_axis: Axis, y_axis: Axis) -> Iterable[str]:
+    """Shapes on top of all lines; a label that would lie on another is left out."""
+    labelled: list[_Point] = []
+    for i, own in enumerate(events):
+        for event in own:
+            x = x_axis(event.x)
+            y = y_axis(event.y) if event.y is not None and _fits(event.y, y_axis.log) else TOP
+            yield f'<g class="event {event.shape} s{i % STYLES}" transform="translate({x:.1f} {y:.1f})">'
+            yield f'<title>{escape(event.text or event.kind)}</title><path d="{_PATHS[event.shape]}"/></g>'
+            reach = 8 + 7 * len(event.label)
+            if event.label and all(abs(x - at) > reach or abs(y - height) > 12 for at, height in labelled):
+                labelled.append((x, y))
+                yield f'<text class="label" x="{x + 7:.1f}" y="{y + 4:.1f}">{escape(event.label)}</text>'
+
+
+def _mark(label: str, y: float, axis: Axis) -> str:
     at = axis(y)
     return (
         f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
@@ -79,54 +144,11 @@ def _mark(label: str, y: float, axis: _Axis) -> str:
     )
 
 
-def _grid(x_axis: _Axis, y_axis: _Axis, chart: Chart) -> Iterable[str]:
-    for y in _log_ticks(y_axis.low, y_axis.high) if chart.log else _ticks(y_axis.low, y_axis.high):
+def _grid(x_axis: Axis, y_axis: Axis) -> Iterable[str]:
+    for y in y_axis.ticks:
         at = y_axis(y)
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
         yield f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.4g}</text>'
-    for x in _ticks(x_axis.low, x_axis.high, whole=True):
+    for x in x_axis.ticks:
         yield f'<text x="{x_axis(x):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>'
     yield f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    yield f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(chart.x)}</text>'
-    yield f'<text transform="rotate(-90 14 {middle})" x="14" y="{middle}" text-anchor="middle">{escape(chart.y)}</text>'
-
-
-def _padded(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def _rounded(values: Sequence[float]) -> tuple[float, float]:
-    low, high = _padded(values)
-    step = _step(high - low)
-    return math.floor(low / step) * step, math.ceil(high / step) * step
-
-
-def _decades(values: Sequence[float]) -> tuple[float, float]:
-    """The nearest 1, 2 or 5 times a power of ten below and above."""
-    steps = [m * 10.0**e for e in range(-45, 45) for m in (1, 2, 5)]
-    low = max((s for s in steps if s <= min(values)), default=min(values))
-    high = min((s for s in steps if s >= max(values)), default=max(values))
-    return (low, high) if high > low else (low / 2, high * 2)
-
-
-def _step(span: float) -> float:
-    """A round number that divides ``span`` into about five."""
-    power = 10.0 ** math.floor(math.log10(span / 5))
-    return next(power * m for m in (1, 2, 5, 10) if power * m >= span / 5)
-
-
-def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    step = max(_step(high - low), 1.0) if whole else _step(high - low)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    span = math.log10(high / low)
-    multiples: Sequence[int] = range(1, 10) if span <= 0.8 else (1, 2, 5) if span <= 2.5 else (1,)
-    every = max(1, math.ceil(span / 8))
-    exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    ticks = [m * 10.0**e for e in exponents if e % every == 0 for m in multiples]
-    return [t for t in ticks if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)]

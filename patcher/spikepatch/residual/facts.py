@@ -30,14 +30,16 @@ class Facts:
     """The facts of one graph; ``carries`` may be computed anew for another root of the stream."""
 
     def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        self.nodes = list(trace.graph.nodes)
-        self.order = {node: i for i, node in enumerate(self.nodes)}
-        self.weight = self._weight_views()
-        self.fed = self._fed()
-        self.varies = self._input_dependent()
-        self.norm_at = {node: norm for node in self.nodes if (norm := self._norm(node)) is not None}
-        self.carries = self.carriers(None)
+        self.trace: Trace = trace
+        self.nodes: list[Node] = list(trace.graph.nodes)
+        self.order: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
+        self.weight: dict[Node, str] = self._weight_views()
+        self.fed: set[Node] = self._fed()
+        self.varies: set[Node] = self._input_dependent()
+        self.norm_at: dict[Node, NormNode] = {
+            node: norm for node in self.nodes if (norm := self._norm(node)) is not None
+        }
+        self.carries: dict[Node, list[Node]] = self.carriers(None)
 
     def _weight_views(self) -> dict[Node, str]:
         """Nodes that are one parameter, seen through views, casts, gathers and constant factors -> its name."""
@@ -114,8 +116,7 @@ class Facts:
         name = op(node)
         if name in ops.NORMS:
             fused: Literal["layernorm", "rmsnorm"] = "rmsnorm" if "rms" in name else "layernorm"
-            numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
-            return NormNode(node, operands(node)[0], fused, numbers[-1] if numbers else 0.0)
+            return NormNode(node, operands(node)[0], fused, _eps(node))
         if name not in ops.PRODUCTS or len(operands(node)) != 2 or last(node) < 2 or node not in self.varies:
             return None
         first, second = operands(node)
@@ -157,6 +158,14 @@ def narrows(node: Node) -> bool:
     if op(node) in {"split", "chunk", "unbind", "split_with_sizes"}:
         return True
     return op(node) in {"slice", "select", "narrow", "index_select", "gather"} and last(node) != last(source)
+
+
+def _eps(node: Node) -> float:
+    """Of a fused norm. torch.export leaves out arguments that have their default."""
+    numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
+    schema = getattr(node.target, "_schema", None)
+    defaults = [a.default_value for a in schema.arguments if a.name == "eps"] if schema is not None else []
+    return float([0.0, *(d for d in defaults if d is not None), *numbers][-1])
 
 
 def _statistic_of(statistic: Node, value: Node) -> tuple[Node, Literal["layernorm", "rmsnorm"], float] | None:

@@ -147,6 +147,8 @@ class ResidualMap:
         leaks: why not, naming parameters; empty when proven.
         reaches: the parameters that the output still depends on with every residual projection (and its bias) cut: the
             embedding path, norms and gains on the stream, the head.
+        embeddings, residual_projections, norms, head, matrices: the parts, in the order of the forward pass; the
+            projections are among the matrices too, and ``head`` is None where no matmul follows the stream.
         tied: groups of parameter names that are one tensor; the name that the rest of the map uses comes first.
         streams: maps of further streams (an encoder's).
     """
@@ -170,6 +172,7 @@ class ResidualMap:
     streams: tuple[ResidualMap, ...] = field(default=())
 
     def to_json(self) -> str:
+        """The whole map as JSON, as ``spikepatch inspect --json`` prints it; ``from_dict`` reads it."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod

@@ -26,7 +26,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.graph = Graph()
+        self.graph: Graph = Graph()
         self.path: list[str] = [""]
         self.constants: dict[Node, torch.Tensor] = {}
         self._known: dict[int, tuple[torch.Tensor, Node]] = {}  # holds the tensors, so that their ids stay theirs

@@ -27,7 +27,7 @@ class PatchedConfig(GPT2Config):  # type: ignore[misc]
 class PatchedModel(GPT2Model):  # type: ignore[misc]
     """GPT2Model with patched embeddings."""
 
-    config_class = PatchedConfig
+    config_class: type[PatchedConfig] = PatchedConfig
 
     def __init__(self, config: PatchedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -48,7 +48,7 @@ class PatchedModel(GPT2Model):  # type: ignore[misc]
 class PatchedForCausalLM(GPT2LMHeadModel):  # type: ignore[misc]
     """GPT2LMHeadModel with patched embeddings."""
 
-    config_class = PatchedConfig
+    config_class: type[PatchedConfig] = PatchedConfig
 
     def __init__(self, config: PatchedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)

@@ -9,6 +9,9 @@ from typing import Any
 
 from spikepatch.errors import BadSource
 
+#: What float weights are stored in, as torch names it.
+STORED = ("float32", "bfloat16", "float16", "float64")
+
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 DOWNLOAD_AGAIN = "download the file again, or save the model again with save_pretrained"

@@ -47,7 +47,8 @@ class MalformedError(Exception):
 
     def __init__(self, problem: str, remedy: str = DOWNLOAD_AGAIN) -> None:
         super().__init__(problem)
-        self.problem, self.remedy = problem, remedy
+        self.problem: str = problem
+        self.remedy: str = remedy
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:

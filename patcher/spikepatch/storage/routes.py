@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, did_you_mean
 from spikepatch.meta import as_read, build_meta
 from spikepatch.plans import Plan, ScaleEmbedding
 from spikepatch.residual.identity import Values, forward_of
@@ -57,7 +57,7 @@ def check_storage(storage: str) -> None:
             what=f"there is no storage route {storage!r}",
             where="--storage",
             why="the routes are " + ", ".join(get_args(Storage)),
-            remedy="leave it out for auto",
+            remedy=did_you_mean(storage, get_args(Storage), "leave it out for auto"),
         )
 
 

@@ -41,6 +41,7 @@ def verify(
     """Compare a folder that ``convert`` or ``save`` wrote with its manifest.
 
     Args:
+        folder: as it was written, or a copy of it.
         allow_nonfinite: weights may be NaN or infinite, as ``convert(..., allow_nonfinite=True)`` keeps them.
         progress: told a step's name, how many bytes are done, and how many there are.
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spikepatch.errors import Refused
-from spikepatch.storage.formats import INDEX_FILE
+from spikepatch.errors import Refused, did_you_mean
+from spikepatch.storage.formats import INDEX_FILE, STORED
 from spikepatch.storage.header import TensorEntry, dtype_code
 from spikepatch.storage.pieces import open_to_read, ranges
 from spikepatch.storage.stream import Job, Tally, in_order, workers
@@ -96,8 +96,8 @@ def parse_dtype(name: str) -> torch.dtype:
         raise Refused(
             what=f"{name!r} is no dtype to store weights in",
             where="--dtype",
-            why="weights are stored as float32, bfloat16, float16 or float64",
-            remedy="--dtype bfloat16, or leave it out for the source's own",
+            why=f"weights are stored as {', '.join(STORED[:-1])} or {STORED[-1]}",
+            remedy=did_you_mean(name, STORED, "--dtype bfloat16, or leave it out for the source's own"),
         )
     return dtype
 

@@ -1,12 +1,13 @@
-"""The command ``spikepatch check``: parse, call, print."""
+"""``spikepatch check``."""
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from spikepatch.commands import options
+from spikepatch.commands.console import is_quiet, progress
 from spikepatch.errors import BadTarget, Refused
 
 if TYPE_CHECKING:
@@ -14,34 +15,34 @@ if TYPE_CHECKING:
 
 
 @click.command("check")
-@click.argument("source")
-@click.option("--recipe", "recipes", multiple=True, metavar="R", help="Compare with this recipe; may be repeated.")
+@options.source
 @click.option(
-    "--reinit",
-    type=click.Choice(["all", "residual", "none"]),
-    default="all",
-    show_default=True,
-    help="Of the recipes: weights to draw afresh.",
+    "--recipe",
+    "recipes",
+    multiple=True,
+    shell_complete=options.complete_recipe,
+    help="Compare with this recipe, as `spikepatch convert` takes it; may be repeated.",
 )
-@click.option("--factor", type=float, metavar="C", help="Of the recipes: embedding factor.")
-@click.option("--positions", is_flag=True, help="Of the recipes: scale learned position embeddings too.")
-@click.option("--untie", is_flag=True, help="Of the recipes: give a tied head its own matrix.")
+@options.reinit
+@options.factor
+@options.positions
+@options.untie
 @click.option("--tokens", type=click.IntRange(min=2), default=256, show_default=True, help="Length of a sequence.")
 @click.option("--batch", type=click.IntRange(min=1), default=2, show_default=True, help="Number of sequences.")
 @click.option("--text", type=click.Path(), metavar="FILE", help="Take the tokens from here.  [default: random tokens]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of tokens and random weights.")
+@options.seed
 @click.option("--device", default="auto", show_default=True, help="auto: a GPU where there is one.")
 @click.option("--deep", is_flag=True, help="Measure every sub-layer's Jacobian too, and the attention bounds.")
 @click.option("--steps", type=click.IntRange(min=0), default=0, metavar="N", help="Run N AdamW steps as well.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of --steps.")
 @click.option("--threshold", "thresholds", multiple=True, metavar="NAME=X", help="Change a threshold of the verdict.")
 @click.option("--report", type=click.Path(dir_okay=False), metavar="HTML", help="Write a page with curves here.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")
+@options.as_json
 @click.option(
     "--fail-on", type=click.Choice(["at-risk", "unstable"]), help="Exit with 1 where the verdict is that bad, or worse."
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
-@click.option("--trust-remote-code", is_flag=True, help="Allow the Python code that comes with SOURCE to run.")
+@options.revision
+@options.trust_remote_code
 @click.pass_context
 def check_command(
     ctx: click.Context,
@@ -53,11 +54,12 @@ def check_command(
     fail_on: Any,
     **options: Any,
 ) -> None:
-    """Measure whether SOURCE is at risk of loss spikes, before it is trained: the size of its residual stream, of its
-    gradients through the layers, and the paper's bounds.
+    """Measure whether SOURCE is at risk, before it is trained.
+
+    What is measured: the size of its residual stream, of its gradients through the layers, and the paper's bounds.
 
     SOURCE is a hub id (gpt2), a local folder (with or without weights), or arch:TYPE (arch:gpt2). Without weights it is
-    checked as its own initialiser makes it.
+    checked as its own initialiser makes it. --reinit, --factor, --positions and --untie are of the recipes.
 
     \b
         spikepatch check arch:gpt2
@@ -70,7 +72,8 @@ def check_command(
     from spikepatch.preflight.verdict import Thresholds, at_or_above
 
     changes = _parse(thresholds)
-    found = check(source, thresholds=changes, progress=_say(), **options)
+    with progress() as told:
+        found = check(source, thresholds=changes, progress=told, **options)
     if report is not None:
         from spikepatch.preflight.present import page
         from spikepatch.report.html import write_page
@@ -97,6 +100,10 @@ def _print(report: StabilityReport) -> None:
     from spikepatch.preflight.verdict import PROMISE
     from spikepatch.report.terminal import print_table
 
+    if is_quiet():
+        for model in (report, *report.models):
+            click.echo(f"{model.name}: {model.verdict}")
+        return
     console = Console(highlight=False)
     width = max(console.width, 100) if not console.is_terminal else console.width
     console = Console(highlight=False, width=width)
@@ -105,10 +112,10 @@ def _print(report: StabilityReport) -> None:
         f" {report.batch} x {report.tokens} tokens, float32 on {report.device}"
     )
     print_table(summary_table(report), console)
-    for model in (report, *report.models):
+    for model in report.every:
         print_table(embedding_table(model), console)
         print_table(layer_table(model), console)
-    for model in (report, *report.models):
+    for model in report.every:
         click.echo(f"{model.name}: {model.verdict}")
         for line in findings(model):
             click.echo(f"  {line}")
@@ -129,17 +136,3 @@ def _parse(thresholds: tuple[str, ...]) -> dict[str, float]:
                 remedy="such as --threshold ratio_at_risk=10",
             ) from error
     return changes
-
-
-def _say() -> Any:
-    """Each step once, on stderr."""
-    seen: set[str] = set()
-
-    def line(step: str, done: int, total: int) -> None:
-        if step not in seen:
-            seen.add(step)
-            click.echo(f"{step} ...", err=True)
-        elif sys.stderr.isatty() and total:
-            click.echo(f"\r{step} {done + 1}/{total}", err=True, nl=False)
-
-    return line

@@ -1,0 +1,69 @@
+"""``spikepatch architectures``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from spikepatch.commands import options
+from spikepatch.commands.console import progress
+
+if TYPE_CHECKING:
+    from spikepatch.architectures import Row
+
+
+@click.command("architectures")
+@click.option("--filter", "text", default="", metavar="TEXT", help="Only types that contain TEXT.")
+@options.as_json
+def architectures_command(text: str, as_json: bool) -> None:
+    """List which types of the installed transformers are proven.
+
+    The residual map of each type's default config is made now, with one layer of each kind: a second or two for each. A
+    type whose default config cannot be built may well work: give the real model to `spikepatch inspect`.
+    """
+    with progress() as report:
+        from spikepatch.architectures import survey, types
+
+        total = len(types(text))
+        if not total:
+            raise click.BadParameter(f"no type contains {text!r}", param_hint="--filter")
+        rows = []
+        report("mapping", 0, total)
+        for row in survey(text):
+            rows.append(row)
+            report("mapping", len(rows), total)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+    else:
+        _print(rows)
+
+
+def _print(rows: Sequence[Row]) -> None:
+    import transformers
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("type", "task", "structure", "sub-layers per layer", "embedding as found", "proven")
+    for row in rows:
+        table.add_row(
+            row.type,
+            row.task,
+            ", ".join([row.placement, *row.kinds]) if row.placement else "",
+            _per_layer(row.sublayers, row.layers),
+            ", ".join(row.embeddings),
+            "yes" if row.proven else row.reason,
+        )
+    console = Console()
+    console.print(table)
+    proven = sum(row.proven for row in rows)
+    console.print(f"{proven} of {len(rows)} proven, by default configs of transformers {transformers.__version__}")
+
+
+def _per_layer(sublayers: int | None, layers: int | None) -> str:
+    if not sublayers or not layers:
+        return ""
+    return str(sublayers // layers) if sublayers % layers == 0 else f"{sublayers} in {layers}"

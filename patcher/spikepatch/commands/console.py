@@ -1,0 +1,92 @@
+"""What a command says beside its result, on stderr: how long steps go on, and with -v how long they took."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+if TYPE_CHECKING:
+    from spikepatch.apply.shards import Progress
+
+Level = Literal["verbose", "quiet"]
+_LEVEL = "spikepatch.level"
+
+
+def _set_level(context: click.Context, option: click.Parameter, given: bool) -> None:
+    if not given:
+        return
+    if context.meta.setdefault(_LEVEL, option.name) != option.name:
+        raise click.UsageError("-v and -q cannot be given together.", context)
+
+
+def level_options() -> list[click.Parameter]:
+    """``-v`` and ``-q``, for any command; what they say is read by ``is_quiet`` and ``is_verbose``."""
+    texts = {
+        "-v/--verbose": "Say more: what is left alone and why, and how long each step took.",
+        "-q/--quiet": "Print the result and errors, and nothing else.",
+    }
+    return [
+        click.Option(names.split("/"), is_flag=True, expose_value=False, callback=_set_level, help=text)
+        for names, text in texts.items()
+    ]
+
+
+def is_quiet() -> bool:
+    """-q was given: results and errors only."""
+    return click.get_current_context().meta.get(_LEVEL) == "quiet"
+
+
+def is_verbose() -> bool:
+    """-v was given: details too."""
+    return click.get_current_context().meta.get(_LEVEL) == "verbose"
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Progress]:
+    """Told of long steps: a bar on a terminal, a line for each step elsewhere, nothing with -q."""
+    if is_quiet():
+        yield lambda step, done=0, total=0: None
+        return
+    started: list[tuple[str, float]] = []
+    with _bar() if sys.stderr.isatty() else contextlib.nullcontext(_line(set())) as show:
+
+        def update(step: str, done: int = 0, total: int = 0) -> None:
+            if not started or started[-1][0] != step:
+                started.append((step, time.perf_counter()))
+            show(step, done, total)
+
+        yield update
+    if is_verbose():
+        ends = [start for _, start in started[1:]] + [time.perf_counter()]
+        for (step, start), end in zip(started, ends, strict=True):
+            click.echo(f"{step}: {end - start:.2f} s", err=True)
+
+
+def _line(seen: set[str]) -> Progress:
+    def show(step: str, done: int = 0, total: int = 0) -> None:
+        if step not in seen:
+            seen.add(step)
+            click.echo(f"{step} ...", err=True)
+
+    return show
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(step: str, done: int = 0, total: int = 0) -> None:
+            new = bar.tasks[0].description != step  # every step is seen, however short it is
+            bar.update(task, description=step, completed=done, total=total or None, refresh=new)
+
+        yield show

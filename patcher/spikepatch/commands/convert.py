@@ -1,0 +1,129 @@
+"""``spikepatch convert``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spikepatch.commands import options
+from spikepatch.commands.console import is_quiet, is_verbose, progress
+from spikepatch.map_table import columns
+
+if TYPE_CHECKING:
+    from spikepatch.conversion import Conversion
+    from spikepatch.folding import Folded
+    from spikepatch.plans import Plan
+
+
+@click.command("convert", help=f"Write a patched copy of SOURCE to OUT.\n{options.SOURCE_HELP}")
+@options.source
+@options.out
+@options.recipe
+@options.reinit
+@options.factor
+@options.positions
+@options.replace
+@options.untie
+@click.option(
+    "--storage",
+    type=click.Choice(["auto", "plain", "native", "host", "code"]),
+    default="auto",
+    show_default=True,
+    help="plain: the same architecture (re-initialisation only). native: a setting of its config. host: another"
+    " architecture with the same tensors. code: a subclass written beside the weights. auto: plain, else native, else"
+    " code.",
+)
+@options.seed
+@options.dtype
+@click.option("--max-shard-size", metavar="SIZE", help="Such as 2GB.  [default: the source's shards, or 5GB]")
+@options.revision
+@options.trust_remote_code
+@options.allow_nonfinite
+@options.overwrite
+@click.option(
+    "--dry-run", is_flag=True, help="Plan and check everything, print the plan, and what factors do to learned weights."
+)
+@options.as_json
+def convert_command(source: str, out: str, *, as_json: bool, dry_run: bool, **options: Any) -> None:
+    with progress() as report:
+        from spikepatch.conversion import convert
+
+        result = convert(source, out, dry_run=dry_run, progress=report, **options)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    for line in _lines(result, dry_run=dry_run):
+        click.echo(line)
+
+
+def load_line(result: Conversion | Folded) -> str:
+    """How to load what was written."""
+    trust = ", trust_remote_code=True" if result.trust else ""
+    return f'load it with {result.auto_class}.from_pretrained("{result.out}"{trust})'
+
+
+def _lines(result: Conversion, *, dry_run: bool) -> Iterator[str]:
+    if dry_run or not is_quiet():
+        yield from _about(result)
+    size = f"{result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, {result.dtype}, storage {result.storage}"
+    if dry_run:
+        yield f"dry run, nothing written: {size}"
+    if dry_run or is_verbose():
+        yield from columns([("left alone:", ""), *((f"  {skip.target}", skip.reason) for skip in result.plan.skips)])
+    if not dry_run:
+        yield f"wrote {result.out}: {size}"
+        yield load_line(result)
+
+
+def _about(result: Conversion) -> Iterator[str]:
+    plan = result.plan
+    yield from result.notes
+    streams = "; ".join(f"width d = {s.width}, S = {len(s.sublayers)} sub-layers" for s in plan.streams)
+    yield f"{plan.architecture}: {streams}, proven"
+    yield from (f"  {line}" for line in _changes(plan))
+    if result.drift:
+        yield f"on a sample text (log V = {result.log_vocab:.1f}):"
+        yield from columns(list(_drift_rows(result)))
+
+
+def _drift_rows(result: Conversion) -> Iterator[tuple[str, ...]]:
+    """A row for each model; of the layers the first three and the last, where the stream grows and where it ends."""
+    count = len(result.drift[0].stream)
+    layers = sorted({i for i in (0, 1, 2, count - 1) if 0 <= i < count})
+    named = f"stream std at layers {', '.join(str(i + 1) for i in layers)}" if layers else ""
+    yield "", "loss", "KL", named
+    for row in result.drift:
+        stds = (f"{row.stream[i]:<6.3g}" for i in layers if i < len(row.stream))
+        yield row.model, f"{row.loss:.3f}", f"{row.kl:.3f}", " ".join(stds)
+
+
+def _changes(plan: Plan) -> Iterator[str]:
+    from spikepatch.plans import NORM_NAMES, Constant, DetachEmbedding, Fill, NormEmbedding, ScaleEmbedding, Untie
+
+    for edit in plan.edits:
+        match edit:
+            case ScaleEmbedding():
+                yield f"{edit.module}: output * {edit.factor:.6g}" + (" = sqrt(d)" if edit.per_width else "")
+            case NormEmbedding():
+                yield f"{edit.module}: output through a {NORM_NAMES[edit.kind]}" + (
+                    "" if edit.affine else " without gain"
+                )
+            case DetachEmbedding():
+                yield f"{edit.module}: {edit.gradient:g} of its gradient"
+            case Untie():
+                yield f"{edit.head}: its own matrix"
+    fills = plan.select(Fill)
+    for std in sorted({fill.std for fill in fills}):
+        names = [fill.parameter for fill in fills if fill.std == std]
+        yield f"std {std:.6g}: {len(names)} parameters, such as {names[-1]}"
+    constants = plan.select(Constant)
+    for value in sorted({constant.value + constant.offset for constant in constants}):
+        names = [constant.parameter for constant in constants if constant.value + constant.offset == value]
+        yield f"all {value:.6g}: {len(names)} parameters, such as {names[-1]}"
+    others = {skip.target for skip in plan.skips} - plan.written
+    yield f"{len(others)} other tensors: " + (
+        "by the architecture's own initialiser" if plan.reinit == "all" else "kept as learned"
+    )

@@ -1,0 +1,44 @@
+"""``spikepatch fold``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from spikepatch.commands import options
+from spikepatch.commands.console import is_quiet, progress
+from spikepatch.commands.convert import load_line
+
+
+@click.command("fold")
+@click.argument("trained")
+@options.out
+@options.revision
+@options.trust_remote_code
+@options.overwrite
+@options.as_json
+def fold_command(trained: str, out: str, *, as_json: bool, **options: Any) -> None:
+    """Write TRAINED to OUT as the plain architecture again.
+
+    Its factor or norm goes into the embedding, and a tied head gets a matrix of its own. TRAINED is a patched folder,
+    as `convert` or a patched model's save_pretrained wrote it, or a hub id. The logits stay the same; it is meant for
+    after training, since training on is not the same. No code that spikepatch wrote is run.
+    """
+    with progress() as report:
+        from spikepatch.folding import fold
+
+        result = fold(trained, out, progress=report, **options)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    if not is_quiet():
+        for note in result.notes:
+            click.echo(note)
+        for table in result.tables:
+            click.echo(f"{table}: rows times their factor, or behind their norm")
+        if result.untied:
+            click.echo("the head has its own matrix now, and the config says so")
+    click.echo(f"wrote {result.out}: {result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, plain")
+    click.echo(load_line(result))

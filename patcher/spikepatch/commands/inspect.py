@@ -1,0 +1,36 @@
+"""``spikepatch inspect``."""
+
+from __future__ import annotations
+
+import click
+
+from spikepatch.commands import options
+from spikepatch.commands.console import is_verbose, progress
+from spikepatch.map_table import lines
+
+
+@click.command("inspect", help=f"Show the residual map of SOURCE, and whether it is proven.\n{options.SOURCE_HELP}")
+@options.source
+@options.revision
+@options.trust_remote_code
+@options.as_json
+def inspect_command(source: str, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
+    with progress() as report:
+        from spikepatch.apply.patched import build_as_it_is
+        from spikepatch.residual.inspect import inspect
+        from spikepatch.source import open_source
+
+        report("reading the source")
+        found = open_source(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+        report("mapping the residual stream")
+        residual = inspect(build_as_it_is(found), source=source)
+    if as_json:
+        click.echo(residual.to_json())
+        return
+    for line in lines(residual):
+        click.echo(line)
+    if is_verbose():
+        for each in (residual, *residual.streams):
+            click.echo("with every residual projection cut, the output still depends on:")
+            for name in each.reaches:
+                click.echo(f"  {name}")

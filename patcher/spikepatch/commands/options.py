@@ -1,0 +1,81 @@
+"""The arguments and options that several commands share, each said once: one name, one meaning everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+#: Of a command's function.
+Decorator = Callable[[Any], Any]
+
+SOURCE_HELP = """
+    SOURCE is a hub id (gpt2), a local folder (with or without weights), or arch:TYPE, that architecture's default
+    config, which needs no download (arch:gpt2).
+"""
+
+
+def complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of recipes, each with its equation; where none begins so, files."""
+    from spikepatch.recipes import RECIPES
+
+    found = [CompletionItem(r.name, help=r.equation) for r in RECIPES.values() if r.name.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
+
+
+def _complete_folder(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(incomplete, type="dir")]
+
+
+def _complete_dtype(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from spikepatch.storage.formats import STORED
+
+    return [name for name in STORED if name.startswith(incomplete)]
+
+
+source: Decorator = click.argument("source", shell_complete=_complete_folder)
+out: Decorator = click.argument("out", type=click.Path())
+recipe: Decorator = click.option(
+    "--recipe",
+    default="scaled-embed",
+    show_default=True,
+    shell_complete=complete_recipe,
+    help="What to put in: a name that `spikepatch recipes` lists, a TOML file, or module:NAME of your own.",
+)
+reinit: Decorator = click.option(
+    "--reinit",
+    type=click.Choice(["all", "residual", "none"]),
+    default="all",
+    show_default=True,
+    help="Weights to draw afresh: all (a model to pre-train), the residual projections, or none (keep all).",
+)
+factor: Decorator = click.option(
+    "--factor", type=float, metavar="C", help="Embedding factor.  [default: sqrt(d), or 1/std if learned]"
+)
+positions: Decorator = click.option("--positions", is_flag=True, help="Scale learned position embeddings too.")
+replace: Decorator = click.option(
+    "--replace", is_flag=True, help="Divide out a factor that the model applies to its embedding already."
+)
+untie: Decorator = click.option("--untie", is_flag=True, help="Give a tied head its own matrix.")
+seed: Decorator = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything that is drawn at random."
+)
+dtype: Decorator = click.option(
+    "--dtype",
+    metavar="DTYPE",
+    shell_complete=_complete_dtype,
+    help="float32, bfloat16, float16 or float64.  [default: the source's, else float32]",
+)
+revision: Decorator = click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
+trust_remote_code: Decorator = click.option(
+    "--trust-remote-code", is_flag=True, help="Allow the Python code that comes with the model to run."
+)
+allow_nonfinite: Decorator = click.option(
+    "--allow-nonfinite", is_flag=True, help="Weights may be NaN or infinite, which is refused otherwise."
+)
+overwrite: Decorator = click.option(
+    "--overwrite", is_flag=True, help="Replace a folder at OUT, once the new one is complete."
+)
+as_json: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")

@@ -1,0 +1,237 @@
+"""``spikepatch train``."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spikepatch.commands import options
+from spikepatch.commands.console import is_quiet
+
+if TYPE_CHECKING:
+    from spikepatch.apply.shards import Progress as Steps
+
+
+def _numbers(kind: type[int] | type[float], least: float) -> Any:
+    """A callback for an option of comma-separated numbers."""
+
+    def parse(ctx: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:
+        try:
+            found = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
+        except ValueError as error:
+            raise click.BadParameter(f"{text!r} is no list of numbers, such as 0,1") from error
+        if not all(least <= value < float("inf") for value in found):
+            raise click.BadParameter(f"each must be at least {least:g}")
+        return found
+
+    return parse
+
+
+class _Finite(click.FloatRange):
+    """click takes nan and inf for numbers of any range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not finite", param, ctx)
+        return number
+
+
+_POSITIVE = _Finite(min=0, min_open=True)
+_NOT_NEGATIVE = _Finite(min=0)
+_BELOW_1 = _Finite(min=0, max=1, max_open=True)
+
+
+@click.command("train")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--data", multiple=True, required=True, metavar="DATA", help="What to train on; may be repeated.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs; new, or with --resume."
+)
+@click.option("--steps", type=click.IntRange(min=1), required=True, metavar="N", help="Optimiser steps of each run.")
+@click.option("--lr", type=_POSITIVE, required=True, help="Largest learning rate.")
+@click.option(
+    "--lr-multipliers",
+    "multipliers",
+    default="1",
+    callback=_numbers(float, 1e-9),
+    metavar="A,B,...",
+    help="Run each model at --lr times these; only 1 counts for the exit code.  [default: 1]",
+)
+@click.option(
+    "--seeds", default="0", callback=_numbers(int, 0), metavar="A,B,...", help="Of weights and data.  [default: 0]"
+)
+@click.option("--batch-tokens", type=click.IntRange(min=1), default=65536, show_default=True, help="In one step.")
+@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Length of a sequence.")
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(min=1),
+    metavar="B",
+    help="Sequences of one forward pass on one device; gradients are accumulated.  [default: all of a step's]",
+)
+@click.option("--warmup", type=_NOT_NEGATIVE, default=0.05, show_default=True, help="Steps, or below 1 a share of all.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["cosine", "constant", "wsd"]),
+    default="cosine",
+    show_default=True,
+    help="Of the learning rate, after the warm-up; wsd falls in the last part only.",
+)
+@click.option(
+    "--weight-decay",
+    type=_NOT_NEGATIVE,
+    default=0.1,
+    show_default=True,
+    help="Of matrices; none of vectors, and of embeddings as the recipe says.",
+)
+@click.option(
+    "--betas",
+    type=(_BELOW_1, _BELOW_1),
+    default=(0.9, 0.95),
+    show_default=True,
+    help="AdamW's.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["no", "bf16", "fp16"]),
+    default="no",
+    show_default=True,
+    help="Of the forward pass; weights and optimiser stay float32.",
+)
+@click.option("--grad-clip", type=_NOT_NEGATIVE, default=1.0, show_default=True, help="Largest gradient norm; 0: any.")
+@click.option("--z-loss", type=_NOT_NEGATIVE, default=0.0, show_default=True, help="Its factor, such as 1e-4.")
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(min=0),
+    default=500,
+    show_default=True,
+    metavar="N",
+    help="Steps; 0: never.",
+)
+@click.option("--resume", is_flag=True, help="Go on with what is in --out, from the last checkpoint of each run.")
+@click.option(
+    "--on-spike",
+    type=click.Choice(["log", "skip", "rewind", "stop"]),
+    default="log",
+    show_default=True,
+    help="log: train on. skip: drop the step's gradients. rewind: go back to the last checkpoint before it, and leave"
+    " out the batches since. stop: end the run. Gradients that are not finite are always dropped.",
+)
+@click.option("--eval-data", multiple=True, metavar="DATA", help="Held out.  [default: the last 5 % of --data]")
+@click.option(
+    "--log-with",
+    multiple=True,
+    type=click.Choice(["tensorboard", "trackio", "wandb"]),
+    help="Send every step there too; may be repeated.",
+)
+@click.option("--activation-checkpointing", is_flag=True, help="Less memory, more time.")
+@click.option("--compile", is_flag=True, help="Compile the models with torch.compile.")
+@click.option(
+    "--watch-every",
+    type=click.IntRange(min=0),
+    default=50,
+    show_default=True,
+    metavar="N",
+    help="Steps between two measurements of stream and gradients in each layer; 0: none.",
+)
+@options.revision
+@options.trust_remote_code
+@options.as_json
+@click.pass_context
+def train_command(
+    ctx: click.Context,
+    /,
+    models: tuple[str, ...],
+    data: tuple[str, ...],
+    out: Path,
+    lr: float,
+    multipliers: tuple[float, ...],
+    seeds: tuple[int, ...],
+    resume: bool,
+    eval_data: tuple[str, ...],
+    log_with: tuple[str, ...],
+    revision: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train each MODEL on the same batches, and say of each run whether it stayed free of loss spikes.
+
+    MODEL is a hub id, a local folder (a converted one, for example), or arch:TYPE. MODEL@RECIPE patches it in memory,
+    NAME=MODEL gives it a name. A model without weights is drawn afresh from the seed. DATA is text, jsonl or parquet
+    files or globs, datasets:NAME, or builtin:stdlib, the sources of Python's standard library on this machine.
+
+    \b
+        spikepatch train arch:gpt2 arch:gpt2@scaled-embed --data builtin:stdlib --out runs/x --steps 2000 --lr 5e-4
+        accelerate launch -m spikepatch train ...      # on several GPUs; with --use_fsdp, sharded
+
+    Exit code 0: every patched model (every model, if none is patched) is spike-free at --lr. 1: one of them spikes,
+    diverges, or the run is too short to tell. 2: refused, or bad input. 3: a bug.
+    """
+    import json
+
+    from spikepatch.report.html import write_page
+    from spikepatch.training.page import page
+    from spikepatch.training.progress import reporting
+    from spikepatch.training.runs import run_all
+    from spikepatch.training.settings import Settings
+    from spikepatch.training.tables import print_verdict
+
+    main = int(os.environ.get("RANK", "0")) == 0
+    count = len(models) * len(multipliers) * len(seeds)
+    with reporting(count, main=main and not is_quiet()) as progress, _steps() as steps:
+        verdict = run_all(
+            models, data, out, Settings(**settings), lr=lr, multipliers=multipliers, seeds=seeds, eval_data=eval_data,
+            log_with=log_with, resume=resume, revision=revision, trust_remote_code=trust_remote_code,
+            command=shlex.join(["spikepatch", *sys.argv[1:]]), steps=steps, progress=progress,
+            say=(lambda text: None) if is_quiet() else (lambda text: click.echo(text, err=True)),
+        )  # fmt: skip
+    if main:
+        write_page(page(out), out / "report.html")
+        if as_json:
+            click.echo(json.dumps(verdict.to_dict(), indent=2, allow_nan=False))
+        else:
+            print_verdict(verdict)
+            if not is_quiet():
+                click.echo(f"page: {out / 'report.html'}")
+    ctx.exit(verdict.exit_code)
+
+
+@contextlib.contextmanager
+def _steps() -> Iterator[Steps]:
+    """What is being prepared, on stderr: each step once, and on a terminal a bar for one of known length."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    if is_quiet():
+        yield lambda step, done=0, total=0: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    seen: set[str] = set()
+    with contextlib.ExitStack() as shown:
+        bars: list[Progress] = []
+
+        def update(step: str, done: int = 0, total: int = 0) -> None:
+            if step not in seen:
+                seen.add(step)
+                shown.close()
+                bars.clear()
+                click.echo(f"{step} ...", err=True)
+            if total and sys.stderr.isatty():
+                if not bars:
+                    bars.append(shown.enter_context(Progress(*columns, console=Console(stderr=True), transient=True)))
+                    bars[0].add_task(step, total=total)
+                bars[0].update(bars[0].task_ids[0], completed=done)
+                if done >= total:  # the display of a run is to have the terminal for itself
+                    shown.close()
+                    bars.clear()
+
+        yield update

@@ -1,0 +1,238 @@
+"""Checkpoints of a run that appear whole or not at all, whatever kills which process when.
+
+    checkpoints/step-00000500/        torch's distributed checkpoint: weights and optimiser, each rank its shards
+                              rank-0.pt ...   random states of each rank
+                              state.json      the rest: position, spike detector, log
+    checkpoints/.step-00001000.new    being written; or left behind by a run that was killed, and swept by the next one
+    checkpoints/.step-00000000.old    being deleted
+
+All ranks write into the ``.new`` folder; when all of them are done, the first one renames it. A folder of the final
+name is complete and on the disk, so that resuming takes the last one without a look inside.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from spikepatch.errors import BadSource, BadTarget, Refused
+from spikepatch.quiet import quiet
+from spikepatch.storage.write import sync
+
+#: Debug messages name the steps of the protocol, each just before it is done.
+_log = logging.getLogger(__name__)
+
+#: Checkpoints that stay: the last one, and the one before.
+_KEEP = 2
+
+
+def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of ``step``, and delete all but the last two. Called on every rank alike.
+
+    Args:
+        folder: of all checkpoints of this run.
+        model: with its weights in any placement: whole, replicated by DistributedDataParallel, or sharded.
+        optimizer: between two steps, with no gradients around.
+        state: JSON; of the first rank.
+
+    Raises:
+        BadTarget: it cannot be written; the ones before are still there.
+    """
+    path = folder / _name(step)
+    new = folder / f".{path.name}.new"
+    if _rank() == 0:
+        _log.debug("create")
+        new.mkdir(parents=True)
+    _barrier()
+    _log.debug("write")
+    try:
+        with quiet():
+            dcp.save(_tensors(model, optimizer), storage_writer=dcp.FileSystemWriter(new))  # type: ignore[attr-defined]
+    except (dcp.CheckpointException, OSError) as error:  # type: ignore[attr-defined]
+        raise BadTarget(
+            "the checkpoint cannot be written",
+            where=str(path),
+            why=str(error).strip().splitlines()[-1],
+            remedy="free some space on the disk, and go on with --resume",
+        ) from error
+    _log.debug("write the random states")
+    torch.save(_random_states(), new / f"rank-{_rank()}.pt")
+    sync(new / f"rank-{_rank()}.pt")
+    _barrier()
+    if _rank() == 0:
+        _log.debug("write the state")
+        text = json.dumps({**state, "step": step, "ranks": _ranks()}, allow_nan=False, indent=2)
+        (new / "state.json").write_text(text)
+        sync(new / "state.json")
+        sync(new)
+        _log.debug("commit")
+        os.replace(new, path)
+        sync(folder)
+        _log.debug("delete older ones")
+        for older in committed(folder)[:-_KEEP]:
+            _remove(older)
+    _barrier()
+    return path
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put weights, optimiser and random states back as they were; returns ``state``. Called on every rank alike.
+
+    Raises:
+        Refused: another number of processes wrote it.
+        BadSource: it is damaged, or of another model.
+    """
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    if state["ranks"] != _ranks():
+        raise Refused(
+            what="the checkpoint cannot be continued by another number of processes",
+            where=str(path),
+            why=f"{state['ranks']} wrote it, and this run has {_ranks()}: batches and random numbers would be others",
+            remedy=f"start {state['ranks']} processes, or train into a new folder",
+        )
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.state.clear()
+    try:
+        with quiet():
+            reader = dcp.FileSystemReader(path)  # type: ignore[attr-defined]
+            tensors = _targets(set(reader.read_metadata().state_dict_metadata), model, optimizer)
+            dcp.load(tensors, storage_reader=reader)  # type: ignore[attr-defined]
+    except (dcp.CheckpointException, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:  # type: ignore[attr-defined]
+        raise BadSource(
+            "the checkpoint does not fit the model, or is damaged",
+            where=str(path),
+            why=str(error).strip().splitlines()[-1],
+            remedy="delete this checkpoint, to resume from the one before, or train into a new folder",
+        ) from error
+    set_model_state_dict(model, tensors["model"])
+    if "optimizer" in tensors:
+        # Not strict: what no gradient has reached has no state.
+        options = StateDictOptions(strict=False)
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
+    _set_random_states(torch.load(path / f"rank-{_rank()}.pt", weights_only=True))
+    return state
+
+
+def committed(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def latest(folder: Path, *, before: int | None = None) -> Path | None:
+    """The last checkpoint; with ``before`` that of an earlier step."""
+    found = [path for path in committed(folder) if before is None or _step(path) < before]
+    return found[-1] if found else None
+
+
+def drop(folder: Path, *, after: int) -> None:
+    """Delete the checkpoints of later steps, which a rewind has made void. Called on every rank alike."""
+    if _rank() == 0:
+        for path in committed(folder):
+            if _step(path) > after:
+                _remove(path)
+    _barrier()
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed runs have left behind. Called on every rank alike."""
+    if _rank() == 0:
+        for path in (*folder.glob(".step-*.new"), *folder.glob(".step-*.old")):
+            shutil.rmtree(path, ignore_errors=True)
+    _barrier()
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights, and the optimiser's state where it has any: asked for it before the first step, torch would make one."""
+    tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if optimizer.state:
+        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    return tensors
+
+
+def _targets(saved: set[str], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What the checkpoint is to be read into, in this run's placement: all that it has, and no more."""
+    weights = get_model_state_dict(model)
+    differing = sorted(_named(saved, "model.") ^ set(weights))
+    if differing:
+        raise ValueError(f"only one of them has {', '.join(differing[:3])}")
+    targets: dict[str, Any] = {"model": weights}
+    states = {name.rpartition(".")[0] for name in _named(saved, "optimizer.state.")}
+    if states:
+        state: Any = get_optimizer_state_dict(model, optimizer)
+        targets["optimizer"] = {**state, "state": {name: state["state"][name] for name in states}}
+    return targets
+
+
+def _named(saved: set[str], prefix: str) -> set[str]:
+    return {name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
+
+
+def _random_states() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()  # the legacy generator: what models that draw by numpy use
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys)), *rest),
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
+    random.setstate(states["python"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _remove(path: Path) -> None:
+    """Out of the way in one step, then deleted: nobody takes half a checkpoint for a whole one."""
+    if path.exists():
+        old = path.parent / f".{path.name.strip('.').removesuffix('.new')}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,195 @@
+"""What MODEL means: ``[NAME=]SOURCE[@RECIPE]`` -> a model in memory, ready to be trained."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spikepatch import recipes
+from spikepatch.apply.kept import match_source
+from spikepatch.apply.module import patch
+from spikepatch.apply.patched import check_known, check_replaced, load_as_it_is, load_unpatched
+from spikepatch.errors import Refused
+from spikepatch.planning import plan
+from spikepatch.preflight.weights import fresh
+from spikepatch.quiet import quiet
+from spikepatch.residual.trace import skeleton
+from spikepatch.source import Source, open_source
+from spikepatch.training.tokenizing import Tokenizing, of_source, shared
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+#: What else lies in the folder of a run.
+_TAKEN = ("data", "run.json", "verdict.json", "report.html")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model that is to be trained.
+
+    Attributes:
+        name: of its folder, and in the report.
+        source: a hub id, a folder, or ``arch:TYPE``.
+        recipe: to be applied in memory.
+        patched: by ``recipe``, or it is a folder that spikepatch has patched.
+    """
+
+    name: str
+    source: str
+    recipe: str | None
+    patched: bool
+
+
+def parse_entries(
+    arguments: Sequence[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Entry, ...]:
+    """What the arguments MODEL stand for; each source is found and checked, and no weight is read.
+
+    An argument is ``SOURCE``, ``NAME=SOURCE``, ``SOURCE@RECIPE`` or ``NAME=SOURCE@RECIPE``. The default name is the
+    last part of the source's, with the recipe's: ``arch:gpt2@embed-ln`` is ``gpt2-embed-ln``.
+
+    Raises:
+        BadSource: a source is missing or malformed.
+        Refused: a source is not trusted or is no causal language model, there is no such recipe, or two models have the
+            same name.
+    """
+    entries: dict[str, Entry] = {}
+    for argument in arguments:
+        name, spec, recipe = _split(argument)
+        source = open_source(spec, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+        _check_causal(source)
+        check_known(source)
+        if name in entries:
+            raise Refused(
+                what=f"two models have the name {name!r}",
+                where=argument,
+                why="each has a folder of its own under --out",
+                remedy=f"name one of them: NAME={argument}",
+            )
+        entries[name] = Entry(name, spec, recipe, recipe is not None or _is_patched(source))
+    return tuple(entries.values())
+
+
+def tokenizer_of(
+    entries: Sequence[Entry], *, revision: str | None = None, trust_remote_code: bool = False
+) -> Tokenizing:
+    """The one tokenizer of all models: what lies in their folders; bytes, where none of them has one.
+
+    Raises:
+        BadSource: a tokenizer cannot be used.
+        Refused: the models have different ones, or one has a vocabulary that is too small.
+    """
+    found = []
+    for entry in entries:
+        source = open_source(entry.source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+        found.append((entry.name, of_source(source, entry.name)))
+    return shared(found)
+
+
+def build(entry: Entry, *, seed: int, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model, on the CPU, with weights in float32 and in training mode.
+
+    A source with weights keeps them, and a recipe is planned with ``reinit="none"``. One without is initialised afresh:
+    by the recipe with ``reinit="all"``, or by the architecture's own initialiser. The weights are, bit for bit, those
+    that ``convert(..., dtype="float32")`` writes for the same recipe and seed; they do not depend on torch's generator.
+    A folder that is patched already keeps its patch, or gets the recipe's in place of it.
+
+    Args:
+        seed: of every random weight.
+        revision, trust_remote_code: of the source.
+
+    Raises:
+        SpikepatchError: the source cannot be read, or the recipe does not apply to it.
+    """
+    source = open_source(entry.source, revision=revision, trust_remote_code=trust_remote_code, weights=True)
+    _check_causal(source)
+    check_known(source)
+    model = _learned(source, entry, seed) if source.checkpoint is not None else _fresh(source, entry, seed)
+    return model.train()
+
+
+def _learned(source: Source, entry: Entry, seed: int) -> Any:
+    from spikepatch.source import build_meta
+
+    match_source(source, build_meta(source))  # names every tensor that is missing or misshapen
+    if entry.recipe is None:
+        return load_as_it_is(source)
+    trusted = source.needs_code
+    found = plan(
+        source.name, entry.recipe, reinit="none", seed=seed, revision=source.revision, trust_remote_code=trusted
+    )
+    check_replaced(source, found)
+    return patch(load_unpatched(source), found)
+
+
+def _fresh(source: Source, entry: Entry, seed: int) -> Any:
+    if source.patched is not None and entry.recipe is None:
+        raise Refused(
+            what="it is patched, and has no weights",
+            where=source.name,
+            why="its config records a patch, which is made together with the weights",
+            remedy=f"{entry.name}={source.name}@{source.patched['recipe']} draws them afresh",
+        )
+    config: Any = copy.deepcopy(source.config)
+    config.dtype = torch.float32
+    # A constructor that draws a buffer draws the same one every time; all parameters are written after it.
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = source.model_class._from_config(config)
+    model.float()
+    if entry.recipe is not None:
+        return patch(model, entry.recipe, reinit="all", seed=seed)
+    weight = fresh(skeleton(model), seed, model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weight(name))
+    return model
+
+
+def _split(argument: str) -> tuple[str, str, str | None]:
+    """Name, source and recipe. A path that exists is a source as it stands, whatever characters it has."""
+    name, equals, rest = argument.partition("=")
+    named = bool(equals) and not Path(argument).expanduser().exists() and "/" not in name
+    spec = rest if named else argument
+    recipe = None
+    if not Path(spec).expanduser().exists():
+        source, at, after = spec.rpartition("@")
+        spec, recipe = (source, after) if at else (spec, None)
+    if recipe is not None:
+        recipes.find(recipe, argument)
+    if not named:
+        last = Path(spec.removeprefix("arch:")).expanduser()
+        parts = [last.name or last.resolve().name, *([Path(recipe).name.removesuffix(".toml")] if recipe else [])]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-._")
+    if _NAME.fullmatch(name) is None or name in _TAKEN:
+        raise Refused(
+            what=f"{name!r} cannot be the name of a model",
+            where=argument,
+            why="that is another file of the run" if name in _TAKEN else "its folder under --out is called so",
+            remedy=f"give one of letters, digits, . _ and -: NAME={spec}" + (f"@{recipe}" if recipe else ""),
+        )
+    return name, spec, recipe
+
+
+def _check_causal(source: Source) -> None:
+    if source.auto_class != "AutoModelForCausalLM":
+        raise Refused(
+            what="it is no causal language model",
+            where=source.name,
+            why=f"{source.model_class.__name__} is loaded by {source.auto_class}; what is trained is the prediction of"
+            " the next token",
+            remedy="give a model that AutoModelForCausalLM loads",
+        )
+
+
+def _is_patched(source: Source) -> bool:
+    return source.patched is not None or isinstance(getattr(source.config, "spikepatch", None), dict)

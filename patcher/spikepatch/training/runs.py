@@ -1,0 +1,243 @@
+"""All runs of one command: every model at every learning rate and seed, on identical batches, and the verdict on them.
+
+OUT/run.json                            what is run: settings, models, data, versions, the exact commands
+OUT/data/                               tokens
+OUT/NAME/lr5e-4-seed0/log.jsonl         checkpoints/    model/ (the trained model)    result.json (once it is done)
+OUT/verdict.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from torch import nn
+
+from spikepatch.apply.saving import pretrained, save, sharded
+from spikepatch.errors import BadTarget, Refused
+from spikepatch.source import Source, open_source
+from spikepatch.training import checkpoints
+from spikepatch.training.data import Tokens, check_enough, prepare
+from spikepatch.training.entries import Entry, build, parse_entries, tokenizer_of
+from spikepatch.training.folder import RECORD, check_out, run_folder, write_json, write_record
+from spikepatch.training.launch import Launch, launched
+from spikepatch.training.log import read
+from spikepatch.training.loop import Progress, train
+from spikepatch.training.settings import Settings
+from spikepatch.training.trackers import check_installed, tracking
+from spikepatch.training.verdict import Verdict, judge, summarise
+from spikepatch.training.watch import Points, points_of
+
+if TYPE_CHECKING:
+    from spikepatch.apply.shards import Progress as Steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model at one learning rate and seed."""
+
+    entry: Entry
+    source: Source
+    multiplier: float
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder under OUT."""
+        return run_folder(self.entry.name, self.lr, self.seed)
+
+
+def run_all(
+    models: Sequence[str],
+    data: Sequence[str],
+    out: Path,
+    settings: Settings,
+    *,
+    lr: float,
+    multipliers: Sequence[float] = (1.0,),
+    seeds: Sequence[int] = (0,),
+    eval_data: Sequence[str] = (),
+    log_with: Sequence[str] = (),
+    resume: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    command: str = "",
+    steps: Steps = lambda step, done=0, total=0: None,
+    progress: Progress = lambda record: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Verdict:
+    """Train every model at every learning rate and seed, one after the other. Called on every process alike.
+
+    Args:
+        models: as ``entries.parse_entries`` reads them.
+        data, eval_data: as ``data.prepare`` reads them.
+        lr, multipliers: a run's learning rate is one times the other.
+        log_with: names of ``trackers.TRACKERS``.
+        resume: go on with what ``out`` holds; runs that are done are not run again.
+        command: the command line, to be recorded.
+        steps, progress, say: told what is being prepared; each record of a run's log; and what the user should know. Of
+            one process only.
+
+    Raises:
+        SpikepatchError: the input cannot be used; or ``out`` holds something, without ``resume``; or with it, something
+            else.
+    """
+    access: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    check_installed(log_with)
+    with launched(settings) as launch, contextlib.ExitStack() as stack:
+        main = launch.accelerator.is_main_process
+        check_out(out, resume=resume)
+        launch.accelerator.wait_for_everyone()
+        if main:
+            stack.enter_context(_locked(out))
+            for note in launch.notes:
+                say(note)
+        quiet_steps: Steps = steps if main else lambda step, done=0, total=0: None
+        quiet_steps("reading the models")
+        entries = parse_entries(models, **access)
+        sources = {entry.name: open_source(entry.source, **access, weights=False) for entry in entries}
+        _check_models(sources, settings)
+        tokenizing = tokenizer_of(entries, **access)
+        tokens = prepare(data, tokenizing, out / "data", eval_data=eval_data, progress=quiet_steps)
+        check_enough(tokens, sequences=settings.sequences, length=settings.seq_len)
+        wanted = {
+            "settings": dataclasses.asdict(settings),
+            "lr": lr, "multipliers": multipliers, "seeds": seeds,
+            "models": {e.name: {**dataclasses.asdict(e), "config": _digest(sources[e.name])} for e in entries},
+            "data": {"files": data, "evaluation": eval_data, "tokens": tokens.count, "fingerprint": tokens.fingerprint},
+            "ranks": launch.accelerator.num_processes, "sharded": launch.shard,
+        }  # fmt: skip
+        if main:
+            write_record(out, wanted, command)
+        launch.accelerator.wait_for_everyone()
+
+        results, points = [], dict[str, Points]()
+        for run in (Run(e, sources[e.name], m, lr * m, seed) for m in multipliers for seed in seeds for e in entries):
+            folder = out / run.name
+            if (folder / "result.json").exists():
+                if main:
+                    progress({"type": "run", **dataclasses.asdict(read(folder / "log.jsonl").run)})
+            else:
+                quiet_steps(f"building {run.entry.name}")
+                model = build(run.entry, seed=run.seed, **access)
+                if run.entry.name not in points:
+                    needed = settings.watch_every or launch.shard
+                    points[run.entry.name] = points_of(model) if needed else Points((), (), 0)
+                _run(run, model, tokens, settings, folder, launch, points[run.entry.name], log_with, command, progress)
+                del model
+            launch.accelerator.wait_for_everyone()
+            results.append(judge(read(folder / "log.jsonl")))
+            if main:
+                write_json(folder / "result.json", results[-1].to_dict())
+        verdict = summarise(results)
+        if main:
+            write_json(out / "verdict.json", verdict.to_dict())
+        return verdict
+
+
+def _run(
+    run: Run,
+    model: nn.Module,
+    tokens: Tokens,
+    settings: Settings,
+    folder: Path,
+    launch: Launch,
+    points: Points,
+    log_with: Sequence[str],
+    command: str,
+    progress: Progress,
+) -> None:
+    """Train, and write the trained model to ``folder/model``: one that was stopped before its last step has none."""
+    main = launch.accelerator.is_main_process
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints.sweep(folder / "checkpoints")
+    versions = json.loads((folder.parents[1] / RECORD).read_text())["versions"]
+    about = {
+        **dataclasses.asdict(run.entry),
+        "lr": run.lr, "multiplier": run.multiplier, "seed": run.seed, "steps": settings.steps,
+        "parameters": sum(p.numel() for p in model.parameters()), "versions": versions, "command": command,
+    }  # fmt: skip
+    try:
+        with tracking(log_with if main else (), run.name, folder, about) as track:
+
+            def observe(record: Mapping[str, Any]) -> None:
+                progress(record)
+                track(record)
+
+            stop = train(
+                model, tokens, settings, folder, accelerator=launch.accelerator, lr=run.lr, seed=run.seed, about=about,
+                points=points, shard=launch.shard, progress=observe,
+            )  # fmt: skip
+        if stop is None:
+            _save(model, folder / "model", run.source, main)
+    except OSError as error:
+        raise BadTarget(
+            "the run cannot be written",
+            where=str(folder),
+            why=str(error),
+            remedy="check the disk's free space and the folder's permissions, and go on with --resume",
+        ) from error
+    launch.accelerator.free_memory()
+
+
+def _save(model: nn.Module, out: Path, source: Source, main: bool) -> None:
+    """The trained model with its tokenizer, and with the plan that it was patched by; gathered if it is sharded."""
+    if not main and not sharded(model):
+        return
+    files = {path.relative_to(source.folder).as_posix(): path for path in source.copied_files if source.folder}
+    if hasattr(model, "_spikepatch_plan"):
+        save(model, out, files=files, overwrite=True)
+    else:
+        with pretrained(model, out, files=files, overwrite=True):
+            pass
+
+
+def _check_models(sources: Mapping[str, Source], settings: Settings) -> None:
+    for source in sources.values():
+        longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and longest < settings.seq_len:
+            raise Refused(
+                what=f"sequences of {settings.seq_len} tokens are too long for the model",
+                where=source.name,
+                why=f"its config has {longest} positions",
+                remedy=f"--seq-len {longest}, or less",
+            )
+        if settings.activation_checkpointing and not source.model_class.supports_gradient_checkpointing:
+            raise Refused(
+                what="its activations cannot be recomputed",
+                where=source.name,
+                why=f"{source.model_class.__name__} does not support it",
+                remedy="leave --activation-checkpointing out",
+            )
+
+
+def _digest(source: Source) -> str:
+    """Of the config: a folder may have been changed since."""
+    return hashlib.sha256(json.dumps(source.config.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BadTarget(
+            "another command is training into the output folder",
+            where=str(out),
+            why="it holds .lock",
+            remedy="wait until it has ended, or give every command a folder of its own",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,107 @@
+"""The verdict as tables, the same for the terminal and for the page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from spikepatch.report.document import Table, number
+from spikepatch.report.terminal import print_table
+from spikepatch.training.spikes import Event
+from spikepatch.training.verdict import RunResult, Verdict
+
+#: Events that are printed; the page has all.
+_PRINTED = 20
+
+#: What an event is seen in, as it is called everywhere.
+KINDS = {"loss": "loss", "gradient_norm": "gradient norm", "nonfinite": "non-finite"}
+
+
+def run_table(verdict: Verdict, *, in_words: bool = False) -> Table:
+    """A row for each run; ``in_words``: the verdict as a sentence."""
+    headers = ("model", "lr", "x", "seed", "verdict", "final loss", "held-out loss", "perplexity", "events", "steps")
+    rows = [
+        (
+            *_which(run),
+            run.text if in_words else run.verdict,
+            number(run.final_loss, 4),
+            number(run.eval_loss, 4),
+            number(run.perplexity, 4),
+            str(len(run.events)),
+            str(run.done) if run.done == run.steps else f"{run.done} of {run.steps}",
+        )
+        for run in verdict.runs
+    ]
+    return Table("", headers, tuple(rows))
+
+
+def score_table(verdict: Verdict) -> Table:
+    """Published scores, a row for each run."""
+    scores = tuple(dict.fromkeys(score for run in verdict.runs for score in run.scores))
+    rows = [(*_which(run), *(_score(run.scores[score]) for score in scores)) for run in verdict.runs]
+    return Table("Published scores, which decide nothing", ("model", "lr", "x", "seed", *scores), tuple(rows))
+
+
+def model_table(verdict: Verdict) -> Table:
+    """A row for each model, over its runs."""
+    rows = [
+        (m.name, m.source, m.recipe or "-", str(m.runs), number(m.stable_lr, 6), number(m.sensitivity))
+        for m in verdict.models
+    ]
+    headers = ("model", "source", "recipe", "runs", "largest stable lr", "sensitivity to lr")
+    return Table("Over learning rates and seeds", headers, tuple(rows))
+
+
+def numbered_events(verdict: Verdict) -> Iterator[tuple[int, RunResult, Event]]:
+    """Every event with the number by which it is called, from 1."""
+    found = ((run, event) for run in verdict.runs for event in run.events)
+    yield from ((i, run, event) for i, (run, event) in enumerate(found, start=1))
+
+
+def event_table(verdict: Verdict) -> Table:
+    rows = [
+        (
+            str(i),
+            *_which(run),
+            KINDS[event.kind],
+            str(event.onset),
+            str(event.peak),
+            number(event.value, 4),
+            number(event.baseline, 4),
+            number(event.score),
+            str(event.duration),
+            event.outcome,
+        )
+        for i, run, event in numbered_events(verdict)
+    ]
+    kinds = ("seen in", "onset", "peak", "at the peak", "baseline", "score", "steps", "outcome")
+    return Table("Events", ("#", "model", "lr", "x", "seed", *kinds), tuple(rows))
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """What is to be seen at the end of a training, on stdout."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(console.width, 120))
+    print_table(run_table(verdict), console)
+    if verdict.models:
+        print_table(model_table(verdict), console)
+    if any(value is not None for run in verdict.runs for value in run.scores.values()):
+        print_table(score_table(verdict), console)
+    if any(run.events for run in verdict.runs):
+        table = event_table(verdict)
+        print_table(dataclasses.replace(table, rows=table.rows[:_PRINTED]), console)
+        if more := len(table.rows[_PRINTED:]):
+            console.print(f"and {more} more, on the page")
+    for run in verdict.runs:
+        console.print(f"{run.name}, seed {run.seed}: {run.text}", markup=False, soft_wrap=True)
+
+
+def _which(run: RunResult) -> tuple[str, str, str, str]:
+    return run.name, f"{run.lr:g}", f"{run.multiplier:g}", str(run.seed)
+
+
+def _score(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3g}"

@@ -1,0 +1,285 @@
+"""The command: its folder, its refusals, what it leaves behind, and that two processes do what one does."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import spikepatch
+from spikepatch.cli import main
+from spikepatch.errors import BadTarget, Refused
+from spikepatch.training.folder import check_out, run_folder, write_record
+from spikepatch.training.log import read
+from tests.folders import hashes
+from tests.training.models import config_folder, text
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    config_folder(folder / "gpt2", "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config_folder(folder / "llama", "llama")
+    text(folder)
+    return folder
+
+
+def arguments(inputs: Path, out: Path, *more: str, models: tuple[str, ...] = ("gpt2",), steps: int = 6) -> list[str]:
+    return [
+        "train", *(m.replace(":", f"{inputs}/") if ":" in m else f"{m}={inputs / m}" for m in models),
+        "--data", str(inputs / "text.txt"), "--out", str(out), "--steps", str(steps), "--lr", "3e-3",
+        "--batch-tokens", "256", "--seq-len", "32", "--watch-every", "0", *more,
+    ]  # fmt: skip
+
+
+def run(*given: Any, code: int, **options: Any) -> Result:
+    result = CliRunner().invoke(main, arguments(*given, **options))
+    assert result.exit_code == code, result.output
+    return result
+
+
+def refused(*given: Any, match: str, **options: Any) -> None:
+    assert match in run(*given, code=2, **options).output
+
+
+@pytest.fixture(scope="module")
+def pair(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and its patched twin at two rates and two seeds: eight runs."""
+    out = tmp_path_factory.mktemp("pair") / "x"
+    more = ("--lr-multipliers", "1,2", "--seeds", "0,1")
+    run(inputs, out, *more, models=("plain=:gpt2", "patched=:gpt2@scaled-embed"), code=1)
+    return out
+
+
+RUNS = [f"{name}/lr{lr}-seed{seed}" for lr in ("3e-3", "6e-3") for seed in (0, 1) for name in ("plain", "patched")]
+
+
+def test_what_a_folder_holds(pair: Path) -> None:
+    found = {path.parent.relative_to(pair).as_posix() for path in pair.rglob("log.jsonl")}
+    assert found == set(RUNS)
+    for name in RUNS:
+        assert {"log.jsonl", "model", "result.json"} <= {path.name for path in (pair / name).iterdir()}
+        log = read(pair / name / "log.jsonl")
+        assert len(log.steps) == 6
+        assert json.loads((pair / name / "result.json").read_text())["verdict"] == "too short to tell"
+    whole = json.loads((pair / "run.json").read_text())
+    assert whole["commands"][0].startswith("spikepatch")
+    assert {"torch", "transformers", "spikepatch"} <= set(whole["versions"])
+    verdict = json.loads((pair / "verdict.json").read_text())
+    assert verdict["exit_code"] == 1
+    assert [f"{r['name']}/lr{r['lr'] * 1e3:g}e-3-seed{r['seed']}" for r in verdict["runs"]] == RUNS
+
+
+def test_batches_are_the_seeds_alone(pair: Path) -> None:
+    """The first loss of a model that gives every byte the same chance is the same on the same batch: log 256 and noise;
+    so the batches are read from the logs of both, and weights differ by seed."""
+    logs = {name: read(pair / name / "log.jsonl") for name in RUNS}
+    assert {tuple(s.batch for s in log.steps) for log in logs.values()} == {tuple(range(6))}
+    first = {name: log.steps[0].loss for name, log in logs.items()}
+    for name in RUNS[:4]:
+        assert first[name] == first[name.replace("3e-3", "6e-3")]
+    assert first["plain/lr3e-3-seed0"] != first["plain/lr3e-3-seed1"]
+    assert all(loss is not None and abs(loss - math.log(256)) < 1 for loss in first.values())
+
+
+def test_the_trained_model_loads(pair: Path, inputs: Path) -> None:
+    for name in ("plain", "patched"):
+        folder = pair / f"{name}/lr3e-3-seed0/model"
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=name == "patched")
+        assert model.config.use_cache
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        evals = read(folder.parent / "log.jsonl").evals
+        assert evals[-1].loss is not None
+    spikepatch.verify(pair / "patched/lr3e-3-seed0/model")
+
+
+def test_the_trained_model_folds(pair: Path, tmp_path: Path) -> None:
+    folder = pair / "patched/lr3e-3-seed0/model"
+    spikepatch.fold(str(folder), tmp_path / "plain")
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        patched = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(ids).logits
+    assert torch.equal(patched, plain)
+
+
+def test_a_folder_with_weights_goes_on_with_them(pair: Path, inputs: Path, tmp_path: Path) -> None:
+    """Its first loss is what the trained model has; a tokenizer that lies there is taken along."""
+    folder = pair / "patched/lr3e-3-seed0/model"
+    out = tmp_path / "x"
+    more = ("--trust-remote-code",)
+    result = CliRunner().invoke(main, [*arguments(inputs, out, *more, models=()), f"again={folder}"])
+    assert result.exit_code == 1, result.output
+    log = read(out / "again/lr3e-3-seed0/log.jsonl")
+    assert log.run.patched
+    assert log.run.recipe is None
+    last = read(folder.parent / "log.jsonl").evals[-1].loss
+    assert log.steps[0].loss is not None
+    assert last is not None
+    assert abs(log.steps[0].loss - last) < 0.5 < math.log(256) - last
+    spikepatch.fold(str(out / "again/lr3e-3-seed0/model"), tmp_path / "plain")
+
+
+def test_done_runs_are_not_run_again(pair: Path, inputs: Path) -> None:
+    before = hashes(pair)
+    more = ("--lr-multipliers", "1,2", "--seeds", "0,1", "--resume")
+    run(inputs, pair, *more, models=("plain=:gpt2", "patched=:gpt2@scaled-embed"), code=1)
+    changed = {name for name, value in hashes(pair).items() if before[name] != value}
+    assert changed == {"run.json", "report.html"}  # which have one more command
+
+
+def test_exit_code_0(inputs: Path, tmp_path: Path) -> None:
+    result = run(inputs, tmp_path / "x", "--warmup", "2", "--json", models=("llama",), steps=66, code=0)
+    verdict = json.loads(result.stdout)
+    assert [r["verdict"] for r in verdict["runs"]] == ["spike-free"]
+    assert verdict == json.loads((tmp_path / "x/verdict.json").read_text())
+
+
+def test_a_folder_that_is_not_empty(inputs: Path, pair: Path, tmp_path: Path) -> None:
+    refused(inputs, pair, match="--resume goes on with them")
+    (tmp_path / "notes.txt").touch()
+    refused(inputs, tmp_path, match="runs of two commands would be taken for one")
+    refused(inputs, tmp_path, "--resume", match="it has no run.json")
+    refused(inputs, tmp_path / "notes.txt", match="it is a file")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_has_changed_is_named(inputs: Path, pair: Path) -> None:
+    before = hashes(pair)
+    models = ("plain=:gpt2", "patched=:gpt2@scaled-embed")
+    seeds = ("--lr-multipliers", "1,2", "--seeds", "0,1", "--resume")
+    refused(inputs, pair, *seeds, "--grad-clip", "0", models=models, match="settings.grad_clip was 1.0 and is 0.0")
+    refused(inputs, pair, *seeds, models=models, steps=7, match="settings.steps was 6 and is 7")
+    refused(inputs, pair, "--resume", models=models, match="seeds was [0, 1] and is [0]")
+    refused(inputs, pair, *seeds, models=models[:1], match="models.patched was {")
+    other = inputs / "other.txt"
+    other.write_text("something else " * 1000)
+    refused(inputs, pair, *seeds, "--data", str(other), models=models, match="data.fingerprint was")
+    config = inputs / "gpt2/config.json"
+    kept = config.read_text()
+    config.write_text(kept.replace('"n_layer": 2', '"n_layer": 3'))
+    refused(inputs, pair, *seeds, models=models, match="models.plain.config was")
+    config.write_text(kept)
+    assert {n for n, v in before.items() if hashes(pair)[n] != v} == set()
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (("--batch-tokens", "250"), "--batch-tokens 256"),
+        (("--seq-len", "128", "--batch-tokens", "128"), "its config has 64 positions"),
+        (("--precision", "fp16"), "fp16 cannot be trained in on a CPU"),
+        (("--warmup", "6"), "the warm-up never ends"),
+        (("--grad-clip", "nan"), "nan is not finite"),
+        (("--lr", "inf"), "inf is not finite"),
+        (("--betas", "0.9", "1"), "Invalid value for '--betas'"),
+        (("--seeds", "0,x"), "'0,x' is no list of numbers"),
+        (("--lr-multipliers", "0"), "each must be at least"),
+        (("--log-with", "wandb"), "pip install wandb"),
+        (("--batch-tokens", "1048576"), "too few for one batch"),
+    ],
+)
+def test_refused_before_anything_is_trained(more: tuple[str, ...], match: str, inputs: Path, tmp_path: Path) -> None:
+    refused(inputs, tmp_path / "x", *more, match=match)
+    assert not (tmp_path / "x/run.json").exists()
+
+
+def test_a_full_disk_is_no_bug(inputs: Path, tmp_path: Path) -> None:
+    """The limit of a file's size stands for it; what was there before can be gone on with."""
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from spikepatch.cli import main;"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1)); main()"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    more = ("--checkpoint-every", "2")
+    done = subprocess.run(
+        [*command, *arguments(inputs, tmp_path / "x", *more)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "the checkpoint cannot be written" in done.stderr
+    assert "go on with --resume" in done.stderr
+    run(inputs, tmp_path / "x", *more, "--resume", code=1)
+
+
+def test_one_command_at_a_time(inputs: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    out = tmp_path / "x"
+    run(inputs, out, steps=1, code=1)
+    with FileLock(out / ".lock"):
+        refused(inputs, out, "--resume", steps=1, match="another command is training into the output folder")
+
+
+@pytest.mark.parametrize(
+    ("lr", "name"),
+    [(5e-4, "lr5e-4"), (3e-3 * 2, "lr6e-3"), (0.1 + 0.2, "lr3e-1"), (1.0, "lr1e0"), (1.25e-5, "lr1.25e-5")],
+)
+def test_names_of_runs(lr: float, name: str) -> None:
+    assert run_folder("a", lr, 7) == f"a/{name}-seed7"
+
+
+def test_the_record(tmp_path: Path) -> None:
+    check_out(tmp_path, resume=False)
+    (tmp_path / "data").mkdir()
+    check_out(tmp_path, resume=True)
+    with pytest.raises(BadTarget):
+        check_out(tmp_path, resume=False)
+    write_record(tmp_path, {"a": (1, 2), "b": {"c": None}}, "one")
+    check_out(tmp_path, resume=True)
+    write_record(tmp_path, {"a": [1, 2], "b": {"c": None}}, "two")
+    assert json.loads((tmp_path / "run.json").read_text())["commands"] == ["one", "two"]
+    with pytest.raises(Refused, match=r"a was \[1, 2\] and is \[1\]; b\.c was null and is 3"):
+        write_record(tmp_path, {"a": [1], "b": {"c": 3}}, "three")
+    assert json.loads((tmp_path / "run.json").read_text())["commands"] == ["one", "two"]
+
+
+def test_accelerate_launch(inputs: Path, tmp_path: Path) -> None:
+    """Two processes with a copy each, and two with a part each: the first step is that of one process, up to rounding.
+
+    A mean over n tokens in another order differs by at most n eps; so do the sums that the gradients are.
+    """
+    outs = {}
+    for kind in ("one", "replicated", "sharded"):
+        outs[kind] = tmp_path / kind
+        if kind == "one":
+            run(inputs, outs[kind], "--watch-every", "3", models=("a=:llama@vanilla",), code=1)
+            continue
+        flags = ["--use_fsdp", "--fsdp_version", "2"] if kind == "sharded" else ["--multi_gpu"]
+        command = [
+            sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", *flags, "--num_processes", "2",
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+            "-m", "spikepatch", *arguments(inputs, outs[kind], "--watch-every", "3", models=("a=:llama@vanilla",)),
+        ]  # fmt: skip
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stderr
+        said = "shards the models itself" if kind == "sharded" else "2 processes on cpu, each with a copy"
+        assert said in done.stderr
+        assert done.stdout.count("page: ") == 1
+        assert json.loads((outs[kind] / "run.json").read_text())["sharded"] == (kind == "sharded")
+    logs = {kind: read(out / "a/lr3e-3-seed0/log.jsonl") for kind, out in outs.items()}
+    steps = {kind: log.steps for kind, log in logs.items()}
+    layers = {kind: log.layers[0] for kind, log in logs.items()}
+    models = {kind: load_file(out / "a/lr3e-3-seed0/model/model.safetensors") for kind, out in outs.items()}
+    bound = 256 * torch.finfo(torch.float32).eps
+    for kind in ("replicated", "sharded"):
+        assert len(steps[kind]) == 6
+        assert steps[kind][0].loss == pytest.approx(steps["one"][0].loss, rel=bound)
+        assert steps[kind][0].gradient_norm == pytest.approx(steps["one"][0].gradient_norm, rel=bound)
+        assert len(layers[kind].stream) == 4
+        assert layers[kind].stream == pytest.approx(layers["one"].stream, rel=bound)
+        assert layers[kind].gradients == pytest.approx(layers["one"].gradients, rel=bound)
+        assert models[kind].keys() == models["one"].keys()
+        assert {n: t.shape for n, t in models[kind].items()} == {n: t.shape for n, t in models["one"].items()}
+        fresh = AutoModelForCausalLM.from_pretrained(outs[kind] / "a/lr3e-3-seed0/model")
+        assert all(bool(p.isfinite().all()) for p in fresh.parameters())
