@@ -16,7 +16,7 @@ import spikepatch
 from spikepatch.errors import BadSource, Refused, SpikepatchError
 from spikepatch.fill import own_initialiser
 from spikepatch.residual.trace import skeleton
-from spikepatch.training.entries import Entry, build, parse_entries, tokenizer_of
+from spikepatch.training.entries import Entry, build, check_causal, parse_entries, tokenizer_of
 from tests.architectures import ids, tiny_config
 
 Save = Callable[..., Path]
@@ -63,7 +63,7 @@ def same_bits(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
         ("base=arch:gpt2", ("base", "arch:gpt2", None, False)),
         ("my.own_1=arch:gpt2@embed-ln", ("my.own_1", "arch:gpt2", "embed-ln", True)),
         ("{}", ("gpt2", "{}", None, False)),
-        ("{}/@xavier", ("gpt2-xavier", "{}/", "xavier", True)),
+        ("{}/@xavier", ("gpt2-xavier", "{}/", "xavier", False)),
         ("x={}@{}/own.toml", ("x", "{}", "{}/own.toml", True)),
         ("{}@{}/own.toml", ("gpt2-own", "{}", "{}/own.toml", True)),
     ],
@@ -75,18 +75,33 @@ def test_an_argument(argument: str, expected: tuple[Any, ...], gpt2: str) -> Non
     assert dataclasses.astuple(found) == values
 
 
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "gpt2"])
+def test_reading_later_tokens_is_measured(model_type: str, tmp_path: Path) -> None:
+    """transformers builds encoders as causal models too, and only logs that they are none."""
+    source = config_only(tmp_path / "both", model_type)
+    decoder = config_only(tmp_path / "decoder", model_type, is_decoder=True)
+    check_causal(build(entry(decoder), seed=0), decoder)
+    model = build(entry(source), seed=0)
+    if model_type == "gpt2":
+        check_causal(model, source)
+        return
+    with pytest.raises(Refused, match=r"(?s)reads later tokens.*logits change by up to .*is_decoder"):
+        check_causal(model, source)
+    assert model.training
+
+
 def test_a_path_with_our_characters(tmp_path: Path) -> None:
     """What exists is taken as it stands."""
     folder = config_only(tmp_path / "lr=1@2", "gpt2")
     assert parse_entries([folder]) == (Entry("lr-1-2", folder, None, False),)
-    assert parse_entries([f"a={folder}@wang"]) == (Entry("a", folder, "wang", True),)
+    assert parse_entries([f"a={folder}@wang"]) == (Entry("a", folder, "wang", False),)
 
 
 def test_a_patched_folder_is_known(gpt2: str, tmp_path: Path) -> None:
     for recipe in ("scaled-embed", "vanilla"):
         spikepatch.convert(gpt2, tmp_path / recipe, recipe=recipe)
     found = parse_entries([gpt2, str(tmp_path / "scaled-embed"), str(tmp_path / "vanilla")])
-    assert [each.patched for each in found] == [False, True, True]
+    assert [each.patched for each in found] == [False, True, False]
 
 
 def test_refused_arguments(gpt2: str, tmp_path: Path, save_tiny: Save) -> None:

@@ -174,7 +174,8 @@ def train_command(
         accelerate launch -m spikepatch train ...      # on several GPUs; with --use_fsdp, sharded
 
     Exit code 0: every patched model (every model, if none is patched) is spike-free at --lr. 1: one of them spikes,
-    diverges, or the run is too short to tell. 2: refused, or bad input. 3: a bug.
+    diverges, or the run is too short to tell. 2: refused, or bad input. 3: a bug. Recipes that leave one of the paper's
+    two conditions out, such as vanilla, are baselines.
     """
     import json
 

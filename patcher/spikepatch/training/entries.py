@@ -17,6 +17,7 @@ from spikepatch.apply.module import patch
 from spikepatch.apply.patched import check_known, check_replaced, load_as_it_is, load_unpatched
 from spikepatch.errors import Refused
 from spikepatch.planning import plan
+from spikepatch.plans import Recipe
 from spikepatch.preflight.weights import fresh
 from spikepatch.quiet import quiet
 from spikepatch.residual.trace import skeleton
@@ -40,7 +41,8 @@ class Entry:
         name: of its folder, and in the report.
         source: a hub id, a folder, or ``arch:TYPE``.
         recipe: to be applied in memory.
-        patched: by ``recipe``, or it is a folder that spikepatch has patched.
+        patched: by ``recipe``, or it is a folder that spikepatch has patched; with a recipe that is to satisfy both of
+            the paper's conditions, or the user's own. One that leaves a condition out, as ``vanilla``, is a baseline.
     """
 
     name: str
@@ -75,7 +77,7 @@ def parse_entries(
                 why="each has a folder of its own under --out",
                 remedy=f"name one of them: NAME={argument}",
             )
-        entries[name] = Entry(name, spec, recipe, recipe is not None or _is_patched(source))
+        entries[name] = Entry(name, spec, recipe, _is_patched(source, recipe))
     return tuple(entries.values())
 
 
@@ -115,6 +117,35 @@ def build(entry: Entry, *, seed: int, revision: str | None = None, trust_remote_
     check_known(source)
     model = _learned(source, entry, seed) if source.checkpoint is not None else _fresh(source, entry, seed)
     return model.train()
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose logits depend on later tokens: measured, since ``AutoModelForCausalLM`` loads encoders too.
+
+    One forward pass of two sequences that differ in their second half.
+
+    Raises:
+        Refused: the logits of the first half differ by more than rounding, sqrt(eps) of the largest of them.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(vocabulary, (2, 16), generator=draw)
+    rows[1, :8] = rows[0, :8]
+    training = model.training
+    with quiet():
+        first, second = model.eval()(input_ids=rows).logits[:, :8].float()
+    model.train(training)
+    change = (first - second).abs().max()
+    if change > torch.finfo(torch.float32).eps ** 0.5 * first.abs().max():
+        raise Refused(
+            what="it reads later tokens",
+            where=name,
+            why=f"logits change by up to {change:.2g} with tokens that come after them, so that predicting the next"
+            " token is no task for it",
+            remedy="give a causal model; some architectures become one by a setting of their config, as BERT's does by"
+            " is_decoder",
+        )
 
 
 def _learned(source: Source, entry: Entry, seed: int) -> Any:
@@ -191,5 +222,12 @@ def _check_causal(source: Source) -> None:
         )
 
 
-def _is_patched(source: Source) -> bool:
-    return source.patched is not None or isinstance(getattr(source.config, "spikepatch", None), dict)
+def _is_patched(source: Source, recipe: str | None) -> bool:
+    if recipe is not None:
+        known: Recipe | None = recipes.find(recipe)
+    else:
+        recorded: Any = source.patched or getattr(source.config, "spikepatch", None)
+        if not isinstance(recorded, dict):
+            return False
+        known = recipes.RECIPES.get(recorded["recipe"])
+    return known is None or (known.small_sublayers is not False and known.large_shortcut is not False)

@@ -25,7 +25,7 @@ from spikepatch.errors import BadTarget, Refused
 from spikepatch.source import Source, open_source
 from spikepatch.training import checkpoints
 from spikepatch.training.data import Tokens, check_enough, prepare
-from spikepatch.training.entries import Entry, build, parse_entries, tokenizer_of
+from spikepatch.training.entries import Entry, build, check_causal, parse_entries, tokenizer_of
 from spikepatch.training.folder import RECORD, check_out, run_folder, write_json, write_record
 from spikepatch.training.launch import Launch, launched
 from spikepatch.training.log import read
@@ -129,6 +129,7 @@ def run_all(
                 quiet_steps(f"building {run.entry.name}")
                 model = build(run.entry, seed=run.seed, **access)
                 if run.entry.name not in points:
+                    check_causal(model, run.entry.source)
                     needed = settings.watch_every or launch.shard
                     points[run.entry.name] = points_of(model) if needed else Points((), (), 0)
                 _run(run, model, tokens, settings, folder, launch, points[run.entry.name], log_with, command, progress)
