@@ -103,6 +103,10 @@ def test_the_report(source: str, tmp_path: Path) -> None:
     text = page.read_text()
     for words in ("Pre-flight:", "at-risk", "scaled-embed", "Gradient at each layer", "Optimiser steps", "<svg"):
         assert words in text
+    assert run(source, "--tokens", "12", "--report", str(tmp_path / "curves.svg")).exit_code == 0
+    picture = (tmp_path / "curves.svg").read_text()
+    assert "Bound of the MLP" in picture
+    assert "Gradient at each layer" in picture
     refused = run(source, "--tokens", "12", "--report", str(tmp_path / "no" / "folder.html"))
     assert refused.exit_code == 2
 

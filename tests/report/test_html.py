@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -13,7 +14,7 @@ import spikepatch
 from spikepatch.preflight.present import page
 from spikepatch.preflight.verdict import Thresholds
 from spikepatch.report.document import Badge, Chart, Page, Section, Series, Table
-from spikepatch.report.html import render, write_page
+from spikepatch.report.html import picture, render, write_page, write_picture
 from tests.preflight.initialisations import gpt2
 
 BROWSER = next(
@@ -48,6 +49,27 @@ def test_the_same_page_again(tmp_path: Path) -> None:
     write_page(example(), tmp_path / "a.html")
     write_page(example(), tmp_path / "b.html")
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_a_picture_is_a_document_of_its_own(tmp_path: Path) -> None:
+    """Well-formed, nothing from the network, every line in every chart, and each name in the legend inside of it."""
+    names = ("as it is", "<&>", *(f"a recipe with a long name, {i}" for i in range(6)))
+    chart = Chart("<&>", "layer", "std", tuple(Series(name, ((1, 0.1), (2, 10.0))) for name in names), log=True)
+    write_picture((chart, chart), tmp_path / "picture.svg")
+    root = ElementTree.parse(tmp_path / "picture.svg").getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    drawn = [each.get("data-name") for each in root.iter() if each.get("data-name")]
+    assert drawn == [*names, *names]
+    text = picture((chart, chart))
+    assert text == (tmp_path / "picture.svg").read_text()
+    assert "prefers-color-scheme: dark" in text
+    assert re.findall(r"(?:src|href)\s*=|url\(|<script|@import", text) == []
+    width, height = float(root.get("width", 0)), float(root.get("height", 0))
+    legend = [g for g in root if (g.get("class") or "").startswith("series")]
+    assert ["".join(g.itertext()) for g in legend] == list(names)
+    places = [tuple(map(float, re.findall(r"[\d.]+", g.get("transform", "")))) for g in legend]
+    assert len({y for _, y in places}) > 1
+    assert all(x + 34 + 7 * len(name) <= width and y < height for (x, y), name in zip(places, names, strict=True))
 
 
 @pytest.mark.slow

@@ -36,7 +36,12 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(min=0), default=0, metavar="N", help="Run N AdamW steps as well.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of --steps.")
 @click.option("--threshold", "thresholds", multiple=True, metavar="NAME=X", help="Change a threshold of the verdict.")
-@click.option("--report", type=click.Path(dir_okay=False), metavar="HTML", help="Write a page with curves here.")
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write a page with curves here (.html), or the curves that matter most (.svg).",
+)
 @options.as_json
 @click.option(
     "--fail-on", type=click.Choice(["at-risk", "unstable"]), help="Exit with 1 where the verdict is that bad, or worse."
@@ -75,11 +80,14 @@ def check_command(
     with progress() as told:
         found = check(source, thresholds=changes, progress=told, **options)
     if report is not None:
-        from spikepatch.preflight.present import page
-        from spikepatch.report.html import write_page
+        from spikepatch.preflight.present import figure, page
+        from spikepatch.report.html import write_page, write_picture
 
         try:
-            write_page(page(found, Thresholds.changed(changes)), report)
+            if report.endswith(".svg"):
+                write_picture(figure(found), report)
+            else:
+                write_page(page(found, Thresholds.changed(changes)), report)
         except OSError as error:
             raise BadTarget(
                 "the report cannot be written", where=report, why=str(error), remedy="give another path"

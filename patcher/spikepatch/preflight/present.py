@@ -111,6 +111,13 @@ def page(report: StabilityReport, thresholds: Thresholds) -> Page:
     return Page(f"Pre-flight: {report.source}", about, badges, tuple(sections), footer)
 
 
+def figure(report: StabilityReport) -> tuple[Chart, ...]:
+    """The risk at a glance: the bound of Eq. 15, the paper's Figure 2, where it covers the MLPs, and the gradient."""
+    wanted = ("Bound of the MLP, Eq. 15", "Gradient at each layer's input")
+    charts = {chart.title: chart for chart in _layer_charts(report.every, Thresholds())}
+    return tuple(charts[title] for title in wanted if title in charts)
+
+
 def _layer_charts(models: tuple[StabilityReport, ...], limits: Thresholds) -> Iterable[Chart]:
     curves: list[tuple[str, str, Callable[[LayerReport], float | None], tuple[tuple[str, float], ...]]] = [
         ("Stream at each layer's input", "std", lambda x: x.sigma_in, (("at-risk below", limits.stream_low),)),

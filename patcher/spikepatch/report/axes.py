@@ -46,7 +46,8 @@ def horizontal(values: Sequence[float], *, log: bool) -> Axis:
 
 
 def opening(title: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" class="chart">'
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
+    return f'<svg {size} role="img" aria-label="{escape(title)}" class="chart">'
 
 
 def names(x: str, y: str, right: int = RIGHT) -> Iterable[str]:
