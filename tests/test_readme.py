@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -26,16 +28,64 @@ def block(marker: str) -> str:
     return found[1]
 
 
-def test_the_main_job_prints_what_the_readme_shows(tmp_path: Path) -> None:
-    """The two commands after the installation, as they stand; CI runs the whole block in a fresh environment."""
-    _, convert, load = block("ci: run").split("&&\n")
-    convert = convert.replace(".venv/bin/spikepatch", f"{sys.executable} -m spikepatch")
-    load = load.replace(".venv/bin/python", sys.executable)
-    output = "".join(
-        subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-        for command in (convert.strip(), load)
+def shell(command: str, folder: Path) -> str:
+    """What it prints, with the interpreter that runs the tests."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = re.sub(r"^spikepatch ", f"{sys.executable} -m spikepatch ", command, flags=re.MULTILINE)
+    done = subprocess.run(
+        ["bash", "-euc", command],
+        check=False,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
     )
-    assert output == block("output: run")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which the ten lines ran, and what they printed; CI runs them in a fresh environment too."""
+    folder = tmp_path_factory.mktemp("session")
+    return folder, shell(block("ci: session"), folder)
+
+
+def test_the_session_prints_what_is_shown(session: tuple[Path, str]) -> None:
+    assert session[1] == block("output: session")
+
+
+def test_convert_and_fold_print_what_is_shown(session: tuple[Path, str]) -> None:
+    folder, _ = session
+    assert shell("spikepatch convert arch:gpt2 out/ --overwrite", folder) == block("output: convert")
+    assert shell("spikepatch fold out/ plain/ --overwrite", folder) == block("output: fold")
+
+
+def test_check_prints_what_is_shown() -> None:
+    """Some rows of its table, without the lines of the frame."""
+    found = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["check", "arch:gpt2", "--recipe", "scaled-embed"])
+    printed = {" ".join(re.sub(r"[│┃]", " ", line).split()) for line in found.stdout.splitlines()}
+    rows = [" ".join(row.split()) for row in block("rows: check").splitlines()]
+    assert len(rows) == 7
+    assert [row for row in rows if row not in printed] == []
+
+
+def test_codemod_prints_what_is_shown() -> None:
+    printed = shell("spikepatch codemod model.py --factory model:small -q", ROOT / "examples/own_modelling_file")
+    assert printed.endswith(block("ends: codemod"))
+
+
+def test_commands_are_listed_and_parse() -> None:
+    """Every line of a shell block that calls the program has options and arguments that it takes."""
+    listed = re.search(r"```text\n(spikepatch check SOURCE .*?)```", TEXT, re.DOTALL)
+    assert listed is not None
+    assert sorted(line.split()[1] for line in listed[1].splitlines()) == sorted(main.commands)
+    lines = "".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ").splitlines()
+    inline = [" ".join(command.split()) for command in re.findall(r"`(spikepatch [a-z]+ [^`]*)`", TEXT)]
+    calls = [shlex.split(line) for line in [*lines, *inline] if line.startswith("spikepatch ")]
+    assert len(calls) > 8
+    for _, name, *words in calls:
+        main.commands[name].make_context(name, words)
 
 
 def test_megatron_options_are_as_shown() -> None:

@@ -182,11 +182,12 @@ def _call(factory: str, file: str) -> tuple[Any, Mapping[str, Any] | None]:
         for part in attribute.split("."):
             function = getattr(function, part)
     except (Exception, SystemExit) as error:
+        roots = " or ".join(dict.fromkeys((os.getcwd(), _import_root(file))))
         raise BadSource(
             "the factory cannot be imported",
             where=where,
             why=_reason(error),
-            remedy=f"give module:function, where the module can be imported from {os.getcwd()} or {_import_root(file)}",
+            remedy=f"give module:function, where the module can be imported from {roots}",
         ) from error
     try:
         result = function()
