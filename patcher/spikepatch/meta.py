@@ -121,6 +121,29 @@ def as_read(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedC
     return read
 
 
+@contextlib.contextmanager
+def settings_read() -> Iterator[set[str]]:
+    """The settings that are read of any config meanwhile, by the names that they are stored under.
+
+    What a model that is built and run meanwhile computes cannot depend on any other setting; but for what it takes out
+    of ``config.to_dict()``, which is not seen.
+    """
+    from transformers import PreTrainedConfig
+
+    read: set[str] = set()
+    get = PreTrainedConfig.__getattribute__
+
+    def watched(config: PreTrainedConfig, name: str) -> Any:
+        read.add(get(config, "attribute_map").get(name, name))
+        return get(config, name)
+
+    PreTrainedConfig.__getattribute__ = watched  # type: ignore[method-assign]
+    try:
+        yield read
+    finally:
+        PreTrainedConfig.__getattribute__ = get  # type: ignore[method-assign]
+
+
 def not_buildable(where: str, error: Exception) -> Refused:
     """The error for a config, default or given, that transformers does not build a model from."""
     reason = " ".join(str(error).split()) or "no reason given"
