@@ -204,7 +204,7 @@ def _listed() -> str:
 
 def _own_head(patched: Any) -> dict[str, bool]:
     """A plan that unties the head has written so into the config of the patched model."""
-    return {} if patched.config.tie_word_embeddings else {"tie_word_embeddings": False}
+    return {} if getattr(patched.config, "tie_word_embeddings", True) else {"tie_word_embeddings": False}
 
 
 def _with_tensors_of(
