@@ -250,13 +250,20 @@ def _auto_class(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
     """The Auto class that has ``model_class`` for this config's type; the class's own name where none has."""
     import transformers
 
-    others = sorted(name for name in dir(transformers) if name.startswith("AutoModelFor"))
-    for auto_class in (*_AUTO_CLASSES, *others):
+    for auto_class in _auto_classes():
         mapping = getattr(getattr(transformers, auto_class), "_model_mapping", None)
         classes = mapping.get(type(config), ()) if mapping is not None else ()
         if model_class in (classes if isinstance(classes, (tuple, list)) else (classes,)):
             return auto_class
     return str(model_class.__name__)
+
+
+def _auto_classes() -> Iterator[str]:
+    """The preferred ones first: it takes 0.1 s to list the others."""
+    import transformers
+
+    yield from _AUTO_CLASSES
+    yield from sorted(name for name in dir(transformers) if name.startswith("AutoModelFor"))
 
 
 def _unknown_type(model_type: object, where: str, remedy: str) -> BadSource:

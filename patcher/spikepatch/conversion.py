@@ -25,6 +25,7 @@ from spikepatch.apply.shards import Progress, check_shards, plan_shards, write_f
 from spikepatch.apply.texts import texts
 from spikepatch.drift import Behaviour, drift_planned, drift_written, expected_initial_loss, tokenizer_problem
 from spikepatch.errors import BadTarget
+from spikepatch.meta import settings_read
 from spikepatch.planner import make_plan
 from spikepatch.planning import check_weights, checked_recipe, tensor_shapes
 from spikepatch.plans import Plan, Recipe, Reinit
@@ -141,8 +142,9 @@ def convert(
     found = dataclasses.replace(found, config=_with_dtype(found, asked))
 
     report("mapping the residual stream")
-    model = build_meta(found)
-    residual = inspect(model, source=source)
+    with settings_read() as read:
+        model = build_meta(found)
+        residual = inspect(model, source=source)
     match = None if reinit == "all" else match_source(found, model)
     stds = {} if match is None else embedding_stds(match, residual)
     plan = make_plan(residual, tensor_shapes(model), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
@@ -150,7 +152,7 @@ def convert(
     report("choosing how it is stored")
     patched = build_meta(found)
     restructure(patched, plan)
-    route = choose(found, plan, patched, storage)
+    route = choose(found, plan, patched, storage, read=read)
     trust = route.kind == "code" or found.needs_code
     settings = stable_settings(model, plan) if route.kind != "code" else {}
     shards = plan_shards(

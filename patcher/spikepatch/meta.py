@@ -25,7 +25,8 @@ _FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.
 
 
 class _TensorsWithoutMemory(TorchFunctionMode):
-    """New tensors that are large, or that have no values yet, are made on meta: they are to become parameters.
+    """New tensors that are large, or that have no values yet, are made on meta: they are to become parameters. What is
+    drawn into them later is not drawn.
 
     Moved to meta only once they are registered, they would be allocated and filled first: 140 s for a default llama4,
     and out of memory for a layer of 256 experts.
@@ -39,6 +40,13 @@ class _TensorsWithoutMemory(TorchFunctionMode):
             on_meta = func(*args, **{**kwargs, "device": "meta"})
             if func is torch.empty or on_meta.numel() >= _LARGE:
                 return on_meta
+        drawn = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "") == "normal_" and isinstance(drawn, torch.Tensor) and drawn.is_meta:
+            # Of torch.Tensor, of torch.nn.init, or around one of them. On meta it is Python and takes 0.3 ms; a tensor
+            # without elements is for its checks.
+            empty = drawn.new_empty(0, device="cpu")
+            func(empty, *args[1:], **{name: value for name, value in kwargs.items() if name != "tensor"})
+            return drawn
         return func(*args, **kwargs)
 
 
@@ -119,6 +127,29 @@ def as_read(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedC
     read: PreTrainedConfig = type(config).from_dict(json.loads(config.to_json_string()) | dict(changes))
     read.dtype = config.dtype
     return read
+
+
+@contextlib.contextmanager
+def settings_read() -> Iterator[set[str]]:
+    """The settings that are read of any config meanwhile, by the names that they are stored under.
+
+    What a model that is built and run meanwhile computes cannot depend on any other setting; but for what it takes out
+    of ``config.to_dict()``, which is not seen.
+    """
+    from transformers import PreTrainedConfig
+
+    read: set[str] = set()
+    get = PreTrainedConfig.__getattribute__
+
+    def watched(config: PreTrainedConfig, name: str) -> Any:
+        read.add(get(config, "attribute_map").get(name, name))
+        return get(config, name)
+
+    PreTrainedConfig.__getattribute__ = watched
+    try:
+        yield read
+    finally:
+        PreTrainedConfig.__getattribute__ = get
 
 
 def not_buildable(where: str, error: Exception) -> Refused:

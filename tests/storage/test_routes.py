@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,19 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 import spikepatch
+from spikepatch import conversion
+from spikepatch.apply.module import restructure
 from spikepatch.conversion import Conversion
+from spikepatch.meta import settings_read
 from spikepatch.plans import Untie
+from spikepatch.residual.identity import forward_of
+from spikepatch.residual.trace import Trace
+from spikepatch.source import Source, build_meta
 from spikepatch.storage import routes
 from spikepatch.storage.hosts import HOSTS
 from tests.architectures import tiny_config, tiny_model
 from tests.elsewhere import logits_elsewhere
+from tests.residual.configs import tiny_config_for
 
 #: Encoder-decoders; the first is pre-norm, with a flag for sqrt(d).
 SEQ2SEQ = {"pegasus": "PegasusForConditionalGeneration", "bart": "BartForConditionalGeneration"}
@@ -151,6 +159,82 @@ def test_an_architecture_that_always_scales(storage: Any, tmp_path: Path) -> Non
 def test_a_second_factor_would_multiply_with_the_setting(tmp_path: Path) -> None:
     with pytest.raises(spikepatch.Refused, match="already multiplied by 12"):
         convert(tmp_path, "granite", {"embedding_multiplier": 12.0})
+
+
+# What it costs to find one
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The classes of the models whose forward pass has been recorded."""
+    recorded: list[str] = []
+
+    def recording(model: PreTrainedModel) -> Trace:
+        recorded.append(type(model).__name__)
+        return forward_of(model)
+
+    monkeypatch.setattr(routes, "forward_of", recording)
+    return recorded
+
+
+@pytest.mark.parametrize(
+    ("model_type", "unread", "needed"),
+    [
+        ("llama", {"scale_embedding": False, "use_mrope": False}, 0),  # what it reads adds biases: nothing to compare
+        ("gpt2", {"scale_emb": 1.0}, 3),  # what is wanted, and two ways of attention
+    ],
+)
+def test_only_settings_that_are_read_are_tried(
+    model_type: str,
+    unread: dict[str, Any],
+    needed: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recordings: list[str],
+) -> None:
+    result = convert(tmp_path, model_type, unread, dry_run=True)
+    assert (result.storage, len(recordings)) == ("code", needed)
+
+    recordings.clear()
+    everything = nullcontext(set(config_of(model_type, **unread).to_dict()))
+    monkeypatch.setattr(conversion, "settings_read", lambda: everything)
+    again = spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", dry_run=True)
+
+    assert again == result
+    assert len(recordings) > needed
+
+
+class Derived(transformers.GraniteConfig):  # type: ignore[misc]
+    """A flag of its own, which only the constructor reads."""
+
+    times_eight: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.embedding_multiplier = 8.0 if self.times_eight else 1.0
+
+
+def test_a_setting_that_the_constructor_reads(recordings: list[str]) -> None:
+    small = tiny_config("granite").to_dict()
+    config = Derived(**{name: value for name, value in small.items() if name != "embedding_multiplier"})
+    source = Source("derived", "arch", None, config, transformers.GraniteForCausalLM, "AutoModelForCausalLM")
+    with settings_read() as read:
+        model = build_meta(source)
+        plan = spikepatch.plan(model, "scaled-embed", reinit="all")
+    restructure(model, plan)
+    route = routes.choose(source, plan, model, "auto", read=read)
+
+    assert not {"times_eight"} & read
+    assert (route.kind, dict(route.original)) == ("native", {"times_eight": False})
+    assert recordings
+
+
+def test_a_config_that_does_not_say_whether_the_head_is_tied(tmp_path: Path) -> None:
+    config: Any = tiny_config_for("omniasr", "seq2seq")
+    assert not hasattr(config, "tie_word_embeddings")
+    config.save_pretrained(tmp_path / "source")
+
+    assert spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", dry_run=True).storage == "code"
 
 
 # Hosts

@@ -8,12 +8,13 @@
 A setting is not believed by its name, nor because the config takes it: whisper reads ``scale_embedding`` and never
 applies it, and unknown keys are accepted without a word. It is found by trying, and proven by comparing the recorded
 forward pass of the model with that setting, at full width and with all layers, with the patched model's: the same
-operations on the same tensors give the same bits; see ``residual/identity.py``.
+operations on the same tensors give the same bits; see ``residual/identity.py``. A forward pass is recorded only where
+it can decide: not for a setting that the model never reads, and not where the tensors are others already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -24,7 +25,7 @@ from spikepatch.residual.identity import Values, forward_of
 from spikepatch.storage.hosts import HOSTS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from spikepatch.source import Source
 
@@ -61,11 +62,12 @@ def check_storage(storage: str) -> None:
         )
 
 
-def choose(source: Source, plan: Plan, patched: PreTrainedModel, storage: Storage) -> Route:
+def choose(source: Source, plan: Plan, patched: PreTrainedModel, storage: Storage, *, read: Collection[str]) -> Route:
     """The route asked for, or with ``auto`` the first possible one of plain, native and code.
 
     Args:
         patched: the source's architecture with the plan's changes of structure; on meta, with real buffers.
+        read: the settings that the source's model reads; see ``meta.settings_read``. No other is tried.
 
     Raises:
         Refused: the route asked for cannot hold the plan; why is said.
@@ -96,7 +98,7 @@ def choose(source: Source, plan: Plan, patched: PreTrainedModel, storage: Storag
     elif storage == "host":
         found = _hosted(source, plan, patched, factor)
     else:
-        found = _native(source, plan, patched, factor)
+        found = _native(source, plan, patched, factor, read)
     if isinstance(found, Route):
         return found
     if storage == "auto":
@@ -117,21 +119,33 @@ def _factor(plan: Plan) -> float | str:
     return factors.pop() if len(factors) == 1 else "embeddings are multiplied by different factors"
 
 
-def _native(source: Source, plan: Plan, patched: PreTrainedModel, factor: float) -> Route | str:
+def _native(source: Source, plan: Plan, patched: PreTrainedModel, factor: float, read: Collection[str]) -> Route | str:
     """The setting of the config with which the plain model is the patched one."""
     values = Values()
-    wanted = _output(values, patched)
-    if wanted is None:
-        return f"the forward pass of {plan.architecture} cannot be recorded, so no setting can be checked"
+    wanted = None
+    head = _own_head(patched)
     for name, value in _candidates(source.config, factor):
         try:
-            config = as_read(source.config, {name: value, **_own_head(patched)})
+            now, config = (as_read(source.config, changes | head) for changes in ({}, {name: value}))
         except Exception:  # whatever a config's own checks raise: this value is none for it
             continue
-        if _computes(values, wanted, source.model_class, config, patched):
+        if {name, *_changed(now, config)}.isdisjoint(read):
+            continue
+        if (plain := _with_tensors_of(patched, source.model_class, config)) is None:
+            continue
+        wanted = wanted if wanted is not None else _output(values, patched)
+        if wanted is None:
+            return f"the forward pass of {plan.architecture} cannot be recorded, so no setting can be checked"
+        if _output(values, plain) == wanted:
             why = f"{name} = {value!r} makes the plain {plan.architecture} the patched model, operation by operation"
             return Route("native", why, source.model_class, config, {name: getattr(source.config, name)})
     return f"no setting of its config makes the plain {plan.architecture} multiply its embedding by {factor:.6g}"
+
+
+def _changed(before: PreTrainedConfig, after: PreTrainedConfig) -> set[str]:
+    """The settings that differ: constructors compute some from others."""
+    one, other = vars(before), vars(after)
+    return {n for n in one.keys() | other.keys() if n not in one or n not in other or one[n] != other[n]}
 
 
 def _candidates(config: Any, factor: float) -> Iterator[tuple[str, Any]]:
@@ -140,7 +154,7 @@ def _candidates(config: Any, factor: float) -> Iterator[tuple[str, Any]]:
     """
     from transformers import PreTrainedConfig
 
-    common = set(PreTrainedConfig().to_dict())
+    common = {*PreTrainedConfig().to_dict(), "tie_word_embeddings"}  # the plan says which head there is
     for name, value in config.to_dict().items():
         if name in common:
             continue
@@ -173,10 +187,11 @@ def _hosted(source: Source, plan: Plan, patched: PreTrainedModel, factor: float)
         return f"{host.model_type} does not take the source's settings: {' '.join(str(error).split())[:200]}"
     config.dtype = source.config.dtype
     classes = getattr(transformers, source.auto_class)._model_mapping
-    values = Values()
-    wanted = _output(values, patched)
     model_class = classes.get(config_class, None)
-    if model_class is None or wanted is None or not _computes(values, wanted, model_class, config, patched):
+    plain = None if model_class is None else _with_tensors_of(patched, model_class, config)
+    values = Values()
+    wanted = None if plain is None else _output(values, patched)
+    if plain is None or wanted is None or _output(values, plain) != wanted:
         return f"{host.model_type} does not compute the same for this config, operation by operation"
     why = f"as asked: {model_class.__name__} has the same tensors and computes the same, operation by operation"
     replaced = {"model_type": source.config.model_type, "architectures": [source.model_class.__name__]}
@@ -189,18 +204,19 @@ def _listed() -> str:
 
 def _own_head(patched: Any) -> dict[str, bool]:
     """A plan that unties the head has written so into the config of the patched model."""
-    return {} if patched.config.tie_word_embeddings else {"tie_word_embeddings": False}
+    return {} if getattr(patched.config, "tie_word_embeddings", True) else {"tie_word_embeddings": False}
 
 
-def _computes(
-    values: Values, wanted: int, model_class: type[PreTrainedModel], config: Any, patched: PreTrainedModel
-) -> bool:
+def _with_tensors_of(
+    patched: PreTrainedModel, model_class: type[PreTrainedModel], config: PreTrainedConfig
+) -> PreTrainedModel | None:
+    """The plain model, if it can be built and stores what ``patched`` does."""
     try:
-        model = build_meta(model_class, config, where=model_class.__name__)
+        plain = build_meta(model_class, config, where=model_class.__name__)
     except Refused:
-        return False
-    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (model, patched)]
-    return shapes[0] == shapes[1] and _output(values, model) == wanted
+        return None
+    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (plain, patched)]
+    return plain if shapes[0] == shapes[1] else None
 
 
 def _output(values: Values, model: PreTrainedModel) -> int | None:
