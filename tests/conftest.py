@@ -153,8 +153,8 @@ class LocalHub:
         gated: repositories whose files are refused with 401, while their listing is public.
         broken: repositories that answer 503.
         ranges: whether the server knows ranges; without, it answers with the whole file.
-        failing: names of files that it fails to send; their first bytes it does.
-        held: name of a file -> the request before which it is not sent.
+        failing: name of a file -> the status that it answers with, but for the first bytes.
+        before: name of a file -> what is done before it is first answered for as a whole.
     """
 
     url: str = ""
@@ -162,8 +162,8 @@ class LocalHub:
     gated: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
     ranges: bool = True
-    failing: set[str] = field(default_factory=set)
-    held: dict[str, str] = field(default_factory=dict)
+    failing: dict[str, int] = field(default_factory=dict)
+    before: dict[str, Callable[[], object]] = field(default_factory=dict)
     asked: threading.Condition = field(default_factory=threading.Condition)
     commits: dict[tuple[str, str], Path] = field(default_factory=dict)
 
@@ -182,6 +182,11 @@ class LocalHub:
         with self.asked:
             self.requests.append(request)
             self.asked.notify_all()
+
+    def wait_for(self, request: str) -> None:
+        """Return once it has come, or not at all."""
+        with self.asked:
+            assert self.asked.wait_for(lambda: request in self.requests, timeout=300)
 
     def fetched(self, repository: str) -> list[str]:
         """The names of the weight files that were asked for as a whole, in order."""
@@ -250,15 +255,13 @@ def _handler(hub: LocalHub) -> type[BaseHTTPRequestHandler]:
             headers = {"X-Repo-Commit": commit}
             if not path.is_file():
                 return self.answer(404, {**headers, "X-Error-Code": "EntryNotFound"})
-            headers["ETag"] = f'"{_etag(path)}"'
-            whole = path.read_bytes()
             wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
-            if self.command == "GET" and wanted is None:
-                if path.name in hub.failing:
-                    return self.answer(500)
-                if path.name in hub.held:
-                    with hub.asked:
-                        hub.asked.wait_for(lambda: hub.held[path.name] in hub.requests, timeout=60)
+            if wanted is None:
+                hub.before.pop(path.name, lambda: None)()
+                if self.command == "GET" and path.name in hub.failing:
+                    return self.answer(hub.failing[path.name])
+            whole = path.read_bytes()
+            headers["ETag"] = f'"{_etag(path)}"'
             if wanted is None or not hub.ranges:
                 return self.answer(200, headers, whole)
             start, stop = int(wanted[1]), min(int(wanted[2] or len(whole)) + 1, len(whole))

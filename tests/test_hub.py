@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 2, "vocab_size": 1000, "n_positions": 64}
 GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
 
-#: Converts (source, out, options) of argv[1] one after the other, or plans without an out. What is reported is told to
-#: the hub, too, and what was made of it is printed.
+#: Runs the (function, source, out, options) of argv[1] one after the other. What is reported is told to the hub, too.
 RUN_ALL = """
 import contextlib, json, os, sys, urllib.error, urllib.parse, urllib.request
 import spikepatch
@@ -33,15 +32,13 @@ def tell(step, done=0, total=0):
         with contextlib.suppress(urllib.error.HTTPError):
             urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/told/" + urllib.parse.quote(step))
 results = []
-for source, out, options in json.loads(sys.argv[1]):
+for name, source, out, options in json.loads(sys.argv[1]):
     told.clear()
+    if name != "plan" and "HF_HUB_OFFLINE" not in os.environ:
+        options["progress"] = tell
     try:
-        if out is None:
-            spikepatch.plan(source, **options)
-            results.append("planned")
-        else:
-            done = spikepatch.convert(source, out, progress=None if "HF_HUB_OFFLINE" in os.environ else tell, **options)
-            results.append(f"{len(done.drift)} measured")
+        done = getattr(spikepatch, name)(source, *([out] if out else []), **options)
+        results.append(f"{len(done.drift)} measured" if name == "convert" else "done")
     except spikepatch.SpikepatchError as error:
         results.append([error.where, error.what, error.why, error.remedy])
 print(json.dumps(results))
@@ -49,9 +46,9 @@ print(json.dumps(results))
 WRITING = "GET /told/writing%20weights"
 
 
-def run_all(environment: dict[str, str], *runs: tuple[str, Path | None, dict[str, Any]]) -> list[Any]:
+def run_all(environment: dict[str, str], *runs: tuple[str, str, Path | None, dict[str, Any]]) -> list[Any]:
     """What each run says, or the parts of its error; in a process that reads the hub's settings when it imports."""
-    words = json.dumps([(source, out and str(out), options) for source, out, options in runs])
+    words = json.dumps([(name, source, out and str(out), options) for name, source, out, options in runs])
     command = [sys.executable, "-W", "error", "-c", RUN_ALL, words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
@@ -86,13 +83,15 @@ def test_shards_are_converted_as_they_arrive(sharded: Path, tmp_path: Path, hub:
     hub.add("org/one", sharded)
     hub.add("org/two", sharded)
     shards = order(sharded)
-    hub.held = {shards[2]: WRITING}
+    hub.before[shards[2]] = lambda: hub.wait_for(WRITING)
     runs: list[dict[str, Any]] = [
         {"reinit": "none"},
         {"reinit": "residual", "seed": 3, "dtype": "bfloat16", "max_shard_size": "250KB"},
     ]
-    environment = hub.environment(tmp_path / "home", HF_HUB_DOWNLOAD_TIMEOUT="600")
-    found = run_all(environment, ("org/one", tmp_path / "0", runs[0]), ("org/two", tmp_path / "1", runs[1]))
+    environment = hub.environment(tmp_path / "home", HF_HUB_ETAG_TIMEOUT="600")
+    found = run_all(
+        environment, ("convert", "org/one", tmp_path / "0", runs[0]), ("convert", "org/two", tmp_path / "1", runs[1])
+    )
     assert found == ["0 measured"] * 2
 
     assert len(shards) == 4
@@ -109,7 +108,7 @@ def test_shards_are_converted_as_they_arrive(sharded: Path, tmp_path: Path, hub:
 
     hub.requests.clear()
     offline = hub.environment(tmp_path / "home", HF_HUB_OFFLINE="1")
-    assert run_all(offline, ("org/one", tmp_path / "offline", runs[0])) == ["0 measured"]
+    assert run_all(offline, ("convert", "org/one", tmp_path / "offline", runs[0])) == ["0 measured"]
     assert hub.requests == []
     assert hashes(tmp_path / "offline") == hashes(tmp_path / "0")
 
@@ -121,26 +120,106 @@ def test_what_is_fetched_for_what(
     shutil.copytree(gpt2_tokenizer, measured, dirs_exist_ok=True)
     count = len(list(measured.glob("*.safetensors")))
     assert count > 2
+    patched = spikepatch.convert(str(sharded), tmp_path / "patched", reinit="none").out
     none, dry = {"reinit": "none"}, {"reinit": "none", "dry_run": True}
-    expected: list[tuple[Path, Path | None, dict[str, Any], str, int]] = [
-        (sharded, tmp_path / "out", {"reinit": "all"}, "0 measured", 0),
-        (sharded, None, {"reinit": "all"}, "planned", 0),
-        (sharded, None, none, "planned", 1),
-        (sharded, tmp_path / "not", dry, "0 measured", 1),  # it has no tokenizer to measure with
-        (measured, tmp_path / "not", dry, "5 measured", count),
-        (measured, tmp_path / "kept", none, "2 measured", count),
+    expected: list[tuple[str, Path, Path | None, dict[str, Any], str, int]] = [
+        ("convert", sharded, tmp_path / "out", {"reinit": "all"}, "0 measured", 0),
+        ("plan", sharded, None, {"reinit": "all"}, "done", 0),
+        ("plan", sharded, None, none, "done", 1),
+        ("convert", sharded, tmp_path / "not", dry, "0 measured", 1),  # it has no tokenizer to measure with
+        ("convert", measured, tmp_path / "not", dry, "5 measured", count),
+        ("convert", measured, tmp_path / "kept", none, "2 measured", count),
+        ("fold", patched, tmp_path / "folded", {}, "done", 4),
+        ("check", sharded, None, {"tokens": 8}, "done", 4),
     ]
-    for i, (folder, *_) in enumerate(expected):
+    for i, (_, folder, *_) in enumerate(expected):
         hub.add(f"org/{i}", folder)
-    runs = [(f"org/{i}", out, options) for i, (_, out, options, _, _) in enumerate(expected)]
+    runs = [(name, f"org/{i}", out, options) for i, (name, _, out, options, _, _) in enumerate(expected)]
     assert run_all(hub.environment(tmp_path / "home"), *runs) == [said for *_, said, _ in expected]
 
-    for i, (folder, out, options, _, files) in enumerate(expected):
+    for i, (_, folder, out, _, _, files) in enumerate(expected):
         asked = [line for line in hub.requests if f"/org/{i}/" in line]
         assert asked
         fetched = hub.fetched(f"org/{i}")
         assert (len(fetched), len(set(fetched))) == (files, files)
-        assert not files or fetched[0] == order(folder)[0]
-        if options["reinit"] == "all":
+        if not files:
             assert not [line for line in asked if ".safetensors" in line]
+        if files == 1:
+            assert fetched == order(folder)[:1]
         assert out is None or out.exists() == (out.name != "not")
+    assert weights(tmp_path / "folded") == weights(spikepatch.fold(str(patched), tmp_path / "local").out)
+
+
+def test_a_shard_that_does_not_arrive(sharded: Path, tmp_path: Path, hub: LocalHub) -> None:
+    """Nothing is left, what has arrived is kept, and the same command completes."""
+    hub.add("org/model", sharded)
+    shards = order(sharded)
+    environment = hub.environment(tmp_path / "home")
+    command = [sys.executable, "-m", "spikepatch", "convert", "org/model", "new/out", "--reinit", "none"]
+    hub.failing[shards[2]] = 500
+    failed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert failed.returncode == 2, failed.stderr
+    steps, _, message = failed.stderr.partition("error: ")
+    assert "writing weights ..." in steps
+    assert f"fetching {shards[0]} ..." in steps
+    assert message.startswith(f"org/model: {shards[2]} cannot be fetched\n  why: ")
+    assert "500" in message
+    assert message.endswith(
+        "remedy: check the connection, and run again: what has arrived is kept in the Hub's cache\n"
+    )
+    assert (len(message.splitlines()), failed.stdout) == (3, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert not list(tmp_path.rglob("*.incomplete"))
+    assert hub.fetched("org/model") == shards[:3]
+
+    hub.failing.clear()
+    hub.requests.clear()
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert hub.fetched("org/model") == shards[2:]
+    assert weights(tmp_path / "new" / "out") == weights(
+        spikepatch.convert(str(sharded), tmp_path / "local", reinit="none").out
+    )
+
+
+def test_every_header_is_checked_before_a_shard_is_fetched(sharded: Path, tmp_path: Path, hub: LocalHub) -> None:
+    shards = order(sharded)
+    broken, gone = tmp_path / "broken", tmp_path / "gone"
+    for folder in (broken, gone):
+        shutil.copytree(sharded, folder)
+    (broken / shards[1]).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (broken / shards[2]).write_bytes((sharded / shards[2]).read_bytes()[:-8])
+    (broken / shards[3]).write_bytes(b"")
+    (gone / shards[1]).unlink()
+    hub.add("org/broken", broken)
+    hub.add("org/gone", gone)
+    out, none = tmp_path / "out", {"reinit": "none"}
+    hub.add("org/refused", sharded)
+    hub.failing[shards[0]] = 403
+    runs = [("convert", f"org/{name}", out, none) for name in ("broken", "gone", "refused")]
+    first, second, refused = run_all(hub.environment(tmp_path / "home"), *runs)
+
+    assert first[1] == "3 things are wrong with it"
+    for shard, problem in zip(shards[1:], ("a git-lfs pointer", "is truncated: its", "is truncated: 0"), strict=True):
+        assert f"{shard}: {problem}" in first[2]
+    assert f"{shards[1]}: is missing" in second[2]
+    assert hub.fetched("org/broken") == hub.fetched("org/gone") == []
+    assert refused[1] == "access was refused"
+    assert "HF_TOKEN" in refused[3]
+    assert not out.exists()
+
+
+def test_a_shard_that_is_another_when_it_arrives(sharded: Path, tmp_path: Path, hub: LocalHub) -> None:
+    """Its header is read before, and compared with what arrives."""
+    folder, shards = tmp_path / "changing", order(sharded)
+    shutil.copytree(sharded, folder)
+    hub.add("org/model", folder)
+    hub.before[shards[2]] = lambda: shutil.copyfile(sharded / shards[3], folder / shards[2])
+    run = ("convert", "org/model", tmp_path / "out", {"reinit": "none"})
+    (found,) = run_all(hub.environment(tmp_path / "home"), run)
+
+    assert Path(found[0]).name == shards[2]
+    assert found[1] == "has changed while it was read"
+    assert "what has arrived has another header" in found[2]
+    assert not (tmp_path / "out").exists()

@@ -122,7 +122,7 @@ def first_bytes(snapshot: Snapshot, file: str, count: int) -> tuple[bytes, int]:
         if response.status_code == 416:  # an empty file has no such range
             return b"", 0
         hf_raise_for_status(response)
-        data = b""
+        data = bytearray()
         for chunk in response.iter_bytes():
             data += chunk
             if len(data) >= count:
@@ -131,7 +131,7 @@ def first_bytes(snapshot: Snapshot, file: str, count: int) -> tuple[bytes, int]:
         size = int(total) if total and total.isdecimal() else get_hf_file_metadata(url).size
         if size is None:
             raise ValueError("the server does not say how large it is")
-        return data[:count], size
+        return bytes(data[:count]), size
 
 
 def download(snapshot: Snapshot, file: str, arrived: Callable[[int], None]) -> None:
