@@ -152,9 +152,9 @@ class LocalHub:
         requests: every request so far, as ``GET /gpt2/resolve/main/config.json``, with the range that it asks for.
         gated: repositories whose files are refused with 401, while their listing is public.
         broken: repositories that answer 503.
-        ranges: whether the server knows ranges; without, it answers with the whole file.
+        ranges: whether the server knows ranges; without, it answers with the whole file and does not say its size.
         failing: name of a file -> the status that it answers with, but for the first bytes.
-        before: name of a file -> what is done before it is first answered for as a whole.
+        before: name of a file -> what is done before it is first sent as a whole.
     """
 
     url: str = ""
@@ -256,14 +256,17 @@ def _handler(hub: LocalHub) -> type[BaseHTTPRequestHandler]:
             if not path.is_file():
                 return self.answer(404, {**headers, "X-Error-Code": "EntryNotFound"})
             wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
-            if wanted is None:
+            if wanted is None and self.command == "GET":
                 hub.before.pop(path.name, lambda: None)()
-                if self.command == "GET" and path.name in hub.failing:
+                if path.name in hub.failing:
                     return self.answer(hub.failing[path.name])
             whole = path.read_bytes()
             headers["ETag"] = f'"{_etag(path)}"'
-            if wanted is None or not hub.ranges:
+            if wanted is None:
                 return self.answer(200, headers, whole)
+            if not hub.ranges:
+                chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(whole), whole)
+                return self.answer(200, {**headers, "Transfer-Encoding": "chunked"}, chunks)
             start, stop = int(wanted[1]), min(int(wanted[2] or len(whole)) + 1, len(whole))
             if start >= len(whole):
                 return self.answer(416, {**headers, "Content-Range": f"bytes */{len(whole)}"})
@@ -275,8 +278,10 @@ def _handler(hub: LocalHub) -> type[BaseHTTPRequestHandler]:
 
         def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
             self.send_response(status)
-            for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            for name, value in (headers or {}).items():
                 self.send_header(name, value)
+            if "Transfer-Encoding" not in (headers or {}):
+                self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)

@@ -80,7 +80,7 @@ def order(folder: Path) -> list[str]:
 def test_shards_are_converted_as_they_arrive(sharded: Path, tmp_path: Path, hub: LocalHub, ranges: bool) -> None:
     """The third shard is not sent before another one is being written: a whole download first would never end."""
     hub.ranges = ranges
-    hub.add("org/one", sharded)
+    commit = hub.add("org/one", sharded)
     hub.add("org/two", sharded)
     shards = order(sharded)
     hub.before[shards[2]] = lambda: hub.wait_for(WRITING)
@@ -88,13 +88,16 @@ def test_shards_are_converted_as_they_arrive(sharded: Path, tmp_path: Path, hub:
         {"reinit": "none"},
         {"reinit": "residual", "seed": 3, "dtype": "bfloat16", "max_shard_size": "250KB"},
     ]
-    environment = hub.environment(tmp_path / "home", HF_HUB_ETAG_TIMEOUT="600")
+    environment = hub.environment(tmp_path / "home", HF_HUB_DOWNLOAD_TIMEOUT="600")
     found = run_all(
         environment, ("convert", "org/one", tmp_path / "0", runs[0]), ("convert", "org/two", tmp_path / "1", runs[1])
     )
     assert found == ["0 measured"] * 2
 
     assert len(shards) == 4
+    weighed = [line for line in hub.requests if "/org/one/resolve/" in line and ".safetensors" in line]
+    assert weighed
+    assert all(f"/resolve/{commit}/" in line for line in weighed)
     assert hub.fetched("org/one") == hub.fetched("org/two") == shards  # each once, one after the other
     last = next(i for i, line in enumerate(hub.requests) if line.startswith("GET") and line.endswith(shards[3]))
     headers = [i for i, line in enumerate(hub.requests) if ".safetensors bytes=" in line]
@@ -215,7 +218,10 @@ def test_a_shard_that_is_another_when_it_arrives(sharded: Path, tmp_path: Path, 
     folder, shards = tmp_path / "changing", order(sharded)
     shutil.copytree(sharded, folder)
     hub.add("org/model", folder)
-    hub.before[shards[2]] = lambda: shutil.copyfile(sharded / shards[3], folder / shards[2])
+    file = folder / shards[2]
+    another = file.read_bytes().replace(b"ln_1.weight", b"ln_9.weight", 1)
+    assert another != file.read_bytes()
+    hub.before[shards[2]] = lambda: file.write_bytes(another)
     run = ("convert", "org/model", tmp_path / "out", {"reinit": "none"})
     (found,) = run_all(hub.environment(tmp_path / "home"), run)
 

@@ -24,8 +24,8 @@ _STOP_SECONDS = 10
 class Arrivals:
     """The files that a source still lacks; none, for a folder on this machine.
 
-    A file is fetched when it is waited for, or meanwhile; by one thread at a time, which fetches one file at a time. To
-    be used by one thread.
+    A file is fetched when it is waited for, or meanwhile: by one thread at a time, which fetches one file at a time. To
+    be used from one thread.
 
     Args:
         sizes: name of each file -> its bytes, in the order in which they will be needed.
@@ -98,8 +98,9 @@ class Arrivals:
         for file in files:
             try:
                 if failure is None:
+                    self._note(file, 0)
                     self._fetch(file, partial(self._note, file))
-            except BaseException as error:  # raised where the file is waited for
+            except BaseException as error:  # it is raised where the file is waited for
                 failure = error
             if failure is None:
                 self._futures[file].set_result(None)
