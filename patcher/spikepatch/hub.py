@@ -147,7 +147,7 @@ def download(snapshot: Snapshot, file: str, arrived: Callable[[int], None]) -> N
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
-        """Shows nothing. A download may have two, for what comes through the network and for what is written."""
+        """Counts, and shows nothing. A download may have two: of what the network brings, and of what is written."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ Report = Callable[[str, int, int], object]
 Fetch = Callable[[str, Callable[[int], None]], None]
 
 _REPORT_SECONDS = 0.2
-#: For the file under way, when the rest is not wanted any more: the time of one piece of it.
+#: A run that stops waits so long for the file under way, which ends with its next piece and leaves no part of itself.
 _STOP_SECONDS = 10
 
 
@@ -110,4 +110,4 @@ class Arrivals:
     def _note(self, file: str, arrived: int) -> None:
         if self._stopped.is_set():
             raise InterruptedError("no longer wanted")
-        self._arrived[file] = arrived
+        self._arrived[file] = max(arrived, self._arrived.get(file, 0))  # it may be counted twice, at two stages
