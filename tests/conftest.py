@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -148,15 +149,22 @@ class LocalHub:
     huggingface_hub reads HF_ENDPOINT when it is imported: use ``environment`` for a new process.
 
     Attributes:
-        requests: every request so far, as ``GET /gpt2/resolve/main/config.json``.
+        requests: every request so far, as ``GET /gpt2/resolve/main/config.json``, with the range that it asks for.
         gated: repositories whose files are refused with 401, while their listing is public.
         broken: repositories that answer 503.
+        ranges: whether the server knows ranges; without, it answers with the whole file and does not say its size.
+        failing: name of a file -> the status that it answers with, but for the first bytes.
+        before: name of a file -> what is done before it is first sent as a whole.
     """
 
     url: str = ""
     requests: list[str] = field(default_factory=list)
     gated: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
+    ranges: bool = True
+    failing: dict[str, int] = field(default_factory=dict)
+    before: dict[str, Callable[[], object]] = field(default_factory=dict)
+    asked: threading.Condition = field(default_factory=threading.Condition)
     commits: dict[tuple[str, str], Path] = field(default_factory=dict)
 
     def add(self, repository: str, folder: Path, revision: str = "main") -> str:
@@ -169,6 +177,21 @@ class LocalHub:
         """The environment of a process that uses this hub with a cache of its own under ``home``."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         return {**kept, "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **more}
+
+    def record(self, request: str) -> None:
+        with self.asked:
+            self.requests.append(request)
+            self.asked.notify_all()
+
+    def wait_for(self, request: str) -> None:
+        """Return once it has come, or not at all."""
+        with self.asked:
+            assert self.asked.wait_for(lambda: request in self.requests, timeout=300)
+
+    def fetched(self, repository: str) -> list[str]:
+        """The names of the weight files that were asked for as a whole, in order."""
+        whole = re.compile(rf"GET /{repository}/resolve/.*/(.*\.safetensors)")
+        return [match[1] for line in self.requests if (match := whole.fullmatch(line))]
 
     def commit_of(self, repository: str, revision: str) -> str:
         folder = self.commits[repository, revision]
@@ -187,8 +210,12 @@ def _handler(hub: LocalHub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # who has read enough may hang up
+                super().handle()
+
         def do_GET(self) -> None:
-            hub.requests.append(f"{self.command} {self.path}")
+            hub.record(" ".join(filter(None, (self.command, self.path, self.headers["Range"]))))
             path = self.path.partition("?")[0]
             matches = ((route, match) for route, pattern in _ROUTES if (match := pattern.fullmatch(path)))
             route, match = next(matches, ("", None))
@@ -228,15 +255,33 @@ def _handler(hub: LocalHub) -> type[BaseHTTPRequestHandler]:
             headers = {"X-Repo-Commit": commit}
             if not path.is_file():
                 return self.answer(404, {**headers, "X-Error-Code": "EntryNotFound"})
-            return self.answer(200, {**headers, "ETag": f'"{_etag(path)}"'}, path.read_bytes())
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+            if wanted is None and self.command == "GET":
+                hub.before.pop(path.name, lambda: None)()
+                if path.name in hub.failing:
+                    return self.answer(hub.failing[path.name])
+            whole = path.read_bytes()
+            headers["ETag"] = f'"{_etag(path)}"'
+            if wanted is None:
+                return self.answer(200, headers, whole)
+            if not hub.ranges:
+                chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(whole), whole)
+                return self.answer(200, {**headers, "Transfer-Encoding": "chunked"}, chunks)
+            start, stop = int(wanted[1]), min(int(wanted[2] or len(whole)) + 1, len(whole))
+            if start >= len(whole):
+                return self.answer(416, {**headers, "Content-Range": f"bytes */{len(whole)}"})
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(whole)}"
+            return self.answer(206, headers, whole[start:stop])
 
         def json(self, value: Any) -> None:
             self.answer(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
         def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
             self.send_response(status)
-            for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            for name, value in (headers or {}).items():
                 self.send_header(name, value)
+            if "Transfer-Encoding" not in (headers or {}):
+                self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)

@@ -107,7 +107,10 @@ GRAPH = {name: set(imports(path)) for name, path in MODULES.items()}
 #: From left to right; a module imports its own rank and those to its left.
 RANKS = (
     ("errors", "quiet"),
-    ("meta", "architecture", "hub", "storage.formats", "storage.header", "storage.pieces", "storage.read", "source"),
+    (
+        *("meta", "architecture", "hub", "source"),
+        *("storage.arrivals", "storage.formats", "storage.header", "storage.pieces", "storage.read"),
+    ),
     ("residual",),
     ("runtime",),
     ("plans", "planner", "fill", "optimiser", "storage"),

@@ -33,8 +33,11 @@ from spikepatch.errors import SpikepatchError
 from spikepatch.source import open_source
 results = []
 for spec, options in json.loads(sys.argv[1]):
+    fetched = options.pop("fetched", False)
     try:
         source = open_source(spec, **options)
+        if fetched:
+            source.fetch_weights()
     except SpikepatchError as error:
         results.append({"error": type(error).__name__, "what": error.what, "why": error.why, "remedy": error.remedy})
         continue
@@ -492,7 +495,8 @@ def test_without_the_hub_the_cache_serves(tmp_path: Path, hub: LocalHub, save_ti
     commit = hub.add("org/model", save_tiny("llama", **TINY))
     hub.add("org/config", save_tiny("llama", **TINY))
     home = tmp_path / "home"
-    open_in_fresh_process(hub.environment(home), ("org/model", {"weights": True}), ("org/config", {"weights": False}))
+    for spec, options in (("org/model", {"weights": True, "fetched": True}), ("org/config", {"weights": False})):
+        open_in_fresh_process(hub.environment(home), (spec, options))
     hub.requests.clear()
     whole, partial, config_only, absent, other = open_in_fresh_process(
         hub.environment(home, HF_HUB_OFFLINE="1"),

@@ -135,7 +135,9 @@ def convert(
     # Before anything is fetched, and again once it is known where in the cache a hub id lies.
     check_target(folder, local if local.is_dir() else None, overwrite=overwrite)
     report("reading the source")
-    found = open_source(source, revision=revision, trust_remote_code=trust_remote_code, weights=reinit != "all")
+    found = open_source(
+        source, revision=revision, trust_remote_code=trust_remote_code, weights=reinit != "all", report=report
+    )
     check_target(folder, found.folder, overwrite=overwrite)
     check_weights(found, reinit)
     check_known(found)
@@ -204,10 +206,11 @@ def convert(
         trust_remote_code=trust_remote_code,
         allow_nonfinite=allow_nonfinite,
     )
-    check_space(folder, shards.bytes)
+    check_space(folder, shards.bytes, found.checkpoint)
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
-            written = write_folder(scratch, shards, files, found.folder, found.copied_files, report)
+            with found.arriving():
+                written = write_folder(scratch, shards, files, found.folder, found.copied_files, report)
             report("checking what was written")
             check_shards(scratch, shards, written, allow_nonfinite=allow_nonfinite)
             origin = fingerprint(found, written.copies)

@@ -105,6 +105,7 @@ def _compare(
     ids = _sample(source)
     if isinstance(ids, str):
         return ids
+    source.fetch_weights()
     try:
         before, stream = _run(load_as_it_is(source), residual, ids)
     except Exception as error:  # whatever the source's own forward pass raises

@@ -102,7 +102,7 @@ def fold(
     folder, local = Path(out), Path(trained).expanduser()
     check_target(folder, local if local.is_dir() else None, overwrite=overwrite)
     report("reading the source")
-    found = open_source(trained, revision=revision, trust_remote_code=trust_remote_code, weights=True)
+    found = open_source(trained, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=report)
     check_target(folder, found.folder, overwrite=overwrite)
     record = _record(found)
     check_weights(found, "none")
@@ -123,11 +123,12 @@ def fold(
         bytes=shards.bytes,
         notes=tuple(_notes(shards, match, record["embeddings"])),
     )
-    check_space(folder, shards.bytes)
+    check_space(folder, shards.bytes, found.checkpoint)
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
             texts = _texts(found, plain, result)
-            written = write_folder(scratch, shards, texts, found.folder, found.copied_files, report)
+            with found.arriving():
+                written = write_folder(scratch, shards, texts, found.folder, found.copied_files, report)
             report("checking what was written")
             check_shards(scratch, shards, written, allow_nonfinite=allow_nonfinite)
             origin = fingerprint(found, written.copies)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spikepatch.errors import BadSource
 from spikepatch.quiet import quiet
@@ -95,6 +96,71 @@ def fetch(snapshot: Snapshot, files: Sequence[str]) -> None:
             raise not_reachable(snapshot.repository, error) from error
 
 
+def first_bytes(snapshot: Snapshot, file: str, count: int) -> tuple[bytes, int]:
+    """The first ``count`` bytes of a file of the snapshot, or all that it has, and its size; nothing is stored.
+
+    It takes one request, for a range. Where a server knows no ranges, the rest of its answer is not read.
+
+    Raises:
+        BadSource: the Hub became unreachable, or refuses the file.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # its __init__ re-exports them without saying so
+        build_hf_headers,
+        hf_raise_for_status,
+        http_stream_backoff,
+    )
+
+    url = hf_hub_url(snapshot.repository, file, revision=snapshot.commit)
+    headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with (
+        _of_file(snapshot, file),
+        # Its retries after broken connections would begin an answer anew that is half read.
+        http_stream_backoff("GET", url, headers=headers, timeout=timeout, retry_on_exceptions=()) as response,
+    ):
+        if response.status_code == 416:  # an empty file has no such range
+            return b"", 0
+        hf_raise_for_status(response)
+        data = bytearray()
+        for chunk in response.iter_bytes():
+            data += chunk
+            if len(data) >= count:
+                break
+        total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length")
+        size = int(total) if total and total.isdecimal() else get_hf_file_metadata(url).size
+        if size is None:
+            raise ValueError("the server does not say how large it is")
+        return bytes(data[:count]), size
+
+
+def download(snapshot: Snapshot, file: str, arrived: Callable[[int], None]) -> None:
+    """Bring one file of the snapshot into its folder. It may be called in a thread, within ``quiet``.
+
+    Args:
+        arrived: told how many bytes are there; what it raises ends the download.
+
+    Raises:
+        BadSource: the Hub became unreachable, or refuses the file.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        """Counts, and shows nothing. A download may have two: of what the network brings, and of what is written."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+            self.arrived = 0
+
+        def update(self, count: float | None = 1) -> None:
+            self.arrived += int(count or 0)
+            arrived(self.arrived)
+
+    with _of_file(snapshot, file):
+        hf_hub_download(snapshot.repository, file, revision=snapshot.commit, tqdm_class=Bar)
+
+
 def no_config(names: Iterable[str], where: str) -> BadSource:
     """The error for a folder or repository without config.json, told from its other files."""
     present = set(names)
@@ -164,6 +230,24 @@ def _refusal(error: Exception, repository: str, revision: str | None) -> BadSour
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _of_file(snapshot: Snapshot, file: str) -> Iterator[None]:
+    """Errors of a request for one file of many."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise _refusal(error, snapshot.repository, snapshot.commit) from error
+        raise BadSource(
+            f"{file} cannot be fetched",
+            where=snapshot.repository,
+            why=_first_line(error),
+            remedy="check the connection, and run again: what has arrived is kept in the Hub's cache",
+        ) from error
 
 
 @contextlib.contextmanager

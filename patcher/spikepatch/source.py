@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spikepatch import hub
 from spikepatch.architecture import Architecture, default_architecture, read_architecture
 from spikepatch.errors import BadSource
+from spikepatch.storage.arrivals import Report
 from spikepatch.storage.formats import (
     INDEX_FILE,
     LFS_POINTER,
@@ -78,15 +79,34 @@ class Source:
         """The name without the folders that lead to it, which are nobody else's business."""
         return self.folder.resolve().name if self.kind == "folder" and self.folder else self.name
 
+    def arriving(self) -> contextlib.AbstractContextManager[None]:
+        """Files of weights that are not there yet are fetched while the block runs; at its end all are there."""
+        return contextlib.nullcontext() if self.checkpoint is None else self.checkpoint.arrivals.meanwhile()
 
-def open_source(spec: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool) -> Source:
+    def fetch_weights(self) -> None:
+        """Return once all files of weights are there; for what reads the whole folder."""
+        with self.arriving():
+            pass
+
+
+def open_source(
+    spec: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool,
+    report: Report | None = None,
+) -> Source:
     """Find a model, and check all that can be checked without loading it.
 
     Args:
         spec: ``arch:TYPE``, a folder, or a hub id.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: the Python files that come with the model may be run.
-        weights: fetch the weights and check their headers. Without it no weight file is requested or opened.
+        weights: check the headers of the weights. Of a hub id, the headers are all that is fetched of them; a file
+            comes when a tensor of it is read, or by ``Source.arriving``. Without it no weight file is requested or
+            opened.
+        report: told (step, bytes done, bytes in all) while a file of weights is waited for.
 
     Raises:
         BadSource: the source is missing, malformed, out of reach, or of a kind that is never opened.
@@ -107,7 +127,7 @@ def open_source(spec: str, *, revision: str | None = None, trust_remote_code: bo
         return Source(spec, "arch", None, found.config, found.model_class, found.auto_class)
     if is_path:
         return _local_folder(spec, path, trust_remote_code, weights)
-    return _hub_model(spec, revision, trust_remote_code, weights)
+    return _hub_model(spec, revision, trust_remote_code, weights, report)
 
 
 def build_meta(source: Source) -> PreTrainedModel:
@@ -149,7 +169,7 @@ def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool) -> Sour
     )
 
 
-def _hub_model(spec: str, revision: str | None, trusted: bool, weights: bool) -> Source:
+def _hub_model(spec: str, revision: str | None, trusted: bool, weights: bool, report: Report | None) -> Source:
     snapshot = hub.locate(spec, revision)
     names = snapshot.files
     code = [name for name in names if name.endswith(".py")]
@@ -164,8 +184,11 @@ def _hub_model(spec: str, revision: str | None, trusted: bool, weights: bool) ->
             raise hub.not_reachable(spec, None, "its weights cannot be fetched, and are not")
         check_names(names, spec)
     hub.fetch(snapshot, [*_to_copy(names), *({MODEL_CARD} & names)])
+    checkpoint = None
     if weights and has_weights:
-        _fetch_weights(snapshot)
+        if SINGLE_FILE not in names:
+            hub.fetch(snapshot, [INDEX_FILE])
+        checkpoint = read_checkpoint(snapshot.folder, snapshot if snapshot.online else None, report)
     return Source(
         spec,
         "hub",
@@ -175,25 +198,12 @@ def _hub_model(spec: str, revision: str | None, trusted: bool, weights: bool) ->
         found.auto_class,
         revision,
         snapshot.commit,
-        checkpoint=read_checkpoint(snapshot.folder) if weights and has_weights else None,
+        checkpoint=checkpoint,
         has_weights=has_weights,
         copied_files=_copied_files(snapshot.folder, names, found),
         needs_code=found.needs_code,
         patched=found.patched,
     )
-
-
-def _fetch_weights(snapshot: hub.Snapshot) -> None:
-    """The single file; or the index, and those of the shards it names that the repository has."""
-    if SINGLE_FILE in snapshot.files:
-        hub.fetch(snapshot, [SINGLE_FILE])
-        return
-    hub.fetch(snapshot, [INDEX_FILE])
-    try:
-        named = set(parse_json((snapshot.folder / INDEX_FILE).read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return  # read_checkpoint says what is wrong with the index
-    hub.fetch(snapshot, sorted(snapshot.files & named))
 
 
 def _has_weights(names: Iterable[str]) -> bool:

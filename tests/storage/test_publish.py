@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import stat
@@ -10,10 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from spikepatch.errors import BadTarget
 from spikepatch.storage import publish
+from spikepatch.storage.arrivals import Arrivals
 from spikepatch.storage.publish import check_space, check_target, publishing
+from spikepatch.storage.read import read_checkpoint
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -289,3 +294,15 @@ def test_a_full_disk(tmp_path: Path) -> None:
         check_space(tmp_path / "a/out", 2 * free)
     assert f"take {2 * free / 1e9:.1f} GB" in caught.value.why
     assert "--dtype" in caught.value.remedy
+
+
+def test_a_disk_that_the_source_is_still_to_be_fetched_to(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    there = read_checkpoint(tmp_path)
+    arriving = dataclasses.replace(there, arrivals=Arrivals({"b": free}, lambda file, arrived: None))
+    check_space(tmp_path / "out", free // 2, there)
+    with pytest.raises(BadTarget, match="too full") as caught:
+        check_space(tmp_path / "out", free // 2, arriving)
+
+    assert f"still to be fetched into the Hub's cache {free / 1e9:.1f} GB" in caught.value.why

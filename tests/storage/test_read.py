@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spikepatch.errors import BadSource
-from spikepatch.storage.header import DTYPES, MAX_HEADER_BYTES
+from spikepatch.storage.header import DTYPES, MAX_HEADER_BYTES, read_header
 from spikepatch.storage.read import Checkpoint, check_unchanged, read_checkpoint, read_tensor
 
 TINY = {
@@ -100,6 +101,25 @@ def test_tensors_come_in_the_order_of_their_bytes(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(encode(header, bytes(16)))
 
     assert list(read_checkpoint(tmp_path).tensors) == ["early", "late"]
+
+
+@pytest.mark.parametrize("padding", [0, 200_000])
+def test_of_a_file_that_is_elsewhere_the_first_bytes_are_enough(tmp_path: Path, padding: int) -> None:
+    data = encode({"__metadata__": {"x": "x" * padding}, "a": entry(0, 400_000)}, bytes(400_000))
+    (tmp_path / "here").write_bytes(data)
+    asked = []
+
+    def first_bytes(count: int) -> tuple[bytes, int]:
+        asked.append(count)
+        return data[:count], len(data)
+
+    entries, metadata = read_header(tmp_path / "elsewhere", first_bytes)
+
+    assert sum(asked) < 400_000
+    assert len(asked) == (2 if padding else 1)
+    (found,), (local,) = entries.values(), read_header(tmp_path / "here")[0].values()
+    assert found == dataclasses.replace(local, file=tmp_path / "elsewhere")
+    assert len(metadata["x"]) == padding
 
 
 TWO = {"a": entry(0, 8), "b": entry(8, 16)}

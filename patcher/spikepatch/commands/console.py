@@ -63,8 +63,11 @@ def progress() -> Iterator[Progress]:
         yield update
     if is_verbose():
         ends = [start for _, start in started[1:]] + [time.perf_counter()]
+        spent: dict[str, float] = {}
         for (step, start), end in zip(started, ends, strict=True):
-            click.echo(f"{step}: {end - start:.2f} s", err=True)
+            spent[step] = spent.get(step, 0.0) + end - start
+        for step, seconds in spent.items():
+            click.echo(f"{step}: {seconds:.2f} s", err=True)
 
 
 def _line(seen: set[str]) -> Progress:

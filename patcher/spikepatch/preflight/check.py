@@ -86,7 +86,7 @@ def check(
         from spikepatch.source import open_source
 
         report("reading the source", 0, 0)
-        source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True)
+        source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=report)
         base = of_source(source, seed)
     else:
         base = of_model(model, seed)

@@ -64,6 +64,7 @@ def of_source(source: Source, seed: int) -> Subject:
     if source.checkpoint is None:
         return of_model(structure, seed)
     match = match_source(source, structure)
+    source.fetch_weights()
     load_buffers(structure, match)
     return Subject(structure, _kept(structure, stored(structure, match)), f"learned, of {source.name}")
 

@@ -7,7 +7,10 @@ end (https://github.com/huggingface/safetensors#format).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +29,23 @@ DTYPES = {
     "BF16": ("bfloat16", 2), "F32": ("float32", 4), "F64": ("float64", 8), "C64": ("complex64", 8),
 }  # fmt: skip
 
+#: How much of a file is read at first; few headers are longer.
+_USUAL_BYTES = 1 << 17
+
 DEQUANTISE = "use the unquantised original, or dequantise the model and save it with save_pretrained"
 _QUANTISED_FLOATS = ("F4", "F6_", "F8_")
 
 
+def _is_there() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``. ``dtype`` is a key of ``DTYPES``."""
+    """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``. ``dtype`` is a key of ``DTYPES``.
+
+    ``wait`` returns once the file is there; to be called before it is opened.
+    """
 
     name: str
     dtype: str
@@ -40,6 +53,7 @@ class TensorEntry:
     file: Path
     begin: int
     end: int
+    wait: Callable[[], None] = field(default=_is_there, repr=False, compare=False)
 
 
 class MalformedError(Exception):
@@ -51,25 +65,26 @@ class MalformedError(Exception):
         self.remedy: str = remedy
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+def read_header(
+    path: Path, first_bytes: Callable[[int], tuple[bytes, int]] | None = None
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """The tensors of a file, in the order of their bytes, and its ``__metadata__``.
+
+    Args:
+        path: of the file, or where it will be.
+        first_bytes: count -> as many bytes of its beginning, or all there are, and its size; from the disk by default.
 
     Raises:
         MalformedError: the first thing that is wrong with the file; problems of single tensors are listed together.
     """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(64)
-            length = int.from_bytes(head[:8], "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise MalformedError(*recognise(head) or (_bad_length(size, length),))
-            file.seek(8)
-            data = file.read(length)
-    except OSError as error:
-        raise MalformedError(
-            f"cannot be read: {error.strerror}", "check the file's permissions and the disk"
-        ) from error
+    first_bytes = first_bytes or partial(_first_bytes, path)
+    head, size = first_bytes(_USUAL_BYTES)
+    length = int.from_bytes(head[:8], "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise MalformedError(*recognise(head) or (_bad_length(size, length),))
+    if len(head) < 8 + length:
+        head, _ = first_bytes(8 + length)
+    data = head[8 : 8 + length]
     try:
         header = parse_json(data)
     except ValueError as error:
@@ -80,6 +95,16 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise MalformedError("__metadata__ is not a map from strings to strings")
     return _entries(path, header, start=8 + length, size=size), metadata
+
+
+def _first_bytes(path: Path, count: int) -> tuple[bytes, int]:
+    try:
+        with open(path, "rb") as file:
+            return file.read(count), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise MalformedError(
+            f"cannot be read: {error.strerror}", "check the file's permissions and the disk"
+        ) from error
 
 
 def dtype_code(dtype: torch.dtype) -> str:

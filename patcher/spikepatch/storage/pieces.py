@@ -33,6 +33,12 @@ _EXPONENTS = {
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
 
+def open_tensor(entry: TensorEntry) -> FileIO:
+    """``open_to_read`` for the file that a tensor lies in, once it is there."""
+    entry.wait()
+    return open_to_read(entry.file)
+
+
 def open_to_read(path: Path) -> FileIO:
     """A file of the source, without a buffer of its own.
 
@@ -109,7 +115,7 @@ def raw_pieces(entry: TensorEntry) -> Iterator[memoryview]:
 
     size, elements = DTYPES[entry.dtype][1], math.prod(entry.shape)
     buffer = np.empty(min(elements, PIECE) * size, np.uint8).data
-    with open_to_read(entry.file) as file:
+    with open_tensor(entry) as file:
         for start, stop in ranges(elements):
             raw = buffer[: (stop - start) * size]
             read_into(file.fileno(), entry.begin + start * size, raw, entry.file)

@@ -18,9 +18,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spikepatch.errors import BadTarget
 from spikepatch.storage.write import sync
+
+if TYPE_CHECKING:
+    from spikepatch.storage.read import Checkpoint
 
 #: Debug messages name the steps of the protocol, each just before it is done.
 _log = logging.getLogger(__name__)
@@ -75,12 +79,19 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
     _refuse(out, findings)
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Refuse where fewer than ``needed`` bytes are free; a folder that is replaced stays until the new one is whole."""
+def check_space(out: Path, needed: int, source: Checkpoint | None = None) -> None:
+    """Refuse where fewer than ``needed`` bytes are free; a folder that is replaced stays until the new one is whole.
+
+    What ``source`` lacks is fetched meanwhile, and may come to the same disk.
+    """
     parent = next(p for p in Path(os.path.realpath(out)).parents if os.path.exists(p))
+    same = source is not None and os.stat(source.folder).st_dev == os.stat(parent).st_dev
+    missing = source.arrivals.missing if source is not None and same else 0
     free = shutil.disk_usage(parent).free
-    if free < needed:
-        why = f"the weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on the disk of {parent}"
+    if free < needed + missing:
+        why = f"the weights take {needed / 1e9:.1f} GB, "
+        why += f"those still to be fetched into the Hub's cache {missing / 1e9:.1f} GB, " if missing else ""
+        why += f"and {free / 1e9:.1f} GB are free on the disk of {parent}"
         _refuse(out, [("the disk is too full", why, "free some space, or choose another place or --dtype")])
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spikepatch import hub
 from spikepatch.errors import BadSource
+from spikepatch.quiet import quiet
+from spikepatch.storage.arrivals import Arrivals, Report
 from spikepatch.storage.formats import (
     DOWNLOAD_AGAIN,
     INDEX_FILE,
@@ -19,7 +25,7 @@ from spikepatch.storage.formats import (
     some,
 )
 from spikepatch.storage.header import DEQUANTISE, DTYPES, MalformedError, TensorEntry, read_header
-from spikepatch.storage.pieces import changed, open_to_read, read_into
+from spikepatch.storage.pieces import changed, open_tensor, read_into
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +34,12 @@ __all__ = ["Checkpoint", "TensorEntry", "check_unchanged", "inside", "read_check
 
 _PACKED_INTEGERS = ("I8", "U8", "I32")
 _SCALE_WORDS = ("scale", "absmax", "zeros")
+
+#: Headers that are asked of the Hub at a time.
+_REQUESTS = 8
+
+_Header = tuple[dict[str, TensorEntry], dict[str, str]]
+_Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,8 @@ class Checkpoint:
         tensors: name -> entry; shard by shard, in the order of their bytes.
         metadata: the shards' ``__metadata__``, merged.
         total_bytes: of all tensors together.
-        stamps: file -> its size, time of last change and inode, before its header was read.
+        stamps: file -> its size, time of last change and inode, before its header was read; of files that are there.
+        arrivals: the files that are not there yet. Reading a tensor waits for its file.
     """
 
     folder: Path
@@ -48,7 +61,8 @@ class Checkpoint:
     metadata: Mapping[str, str]
     total_bytes: int
     single_file: bool
-    stamps: Mapping[Path, tuple[int, int, int]]
+    stamps: Mapping[Path, _Stamp]
+    arrivals: Arrivals
 
 
 @dataclass(frozen=True)
@@ -58,13 +72,18 @@ class _Finding:
     remedy: str = DOWNLOAD_AGAIN
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, snapshot: hub.Snapshot | None = None, report: Report | None = None) -> Checkpoint:
     """Parse and check the headers and the index of ``folder``; no tensor is read.
 
+    Args:
+        snapshot: a folder of the Hub cache may lack files that this has: of these the headers are fetched, and the rest
+            when it is needed.
+        report: told how far a file is that is waited for.
+
     Raises:
-        BadSource: lists everything that is wrong with the folder.
+        BadSource: lists everything that is wrong with the folder; or the Hub cannot be reached.
     """
-    names = os.listdir(folder)
+    names = {*os.listdir(folder), *(snapshot.files if snapshot is not None else ())}
     check_names(names, str(folder))
     single = SINGLE_FILE in names
     findings: list[_Finding] = []
@@ -72,14 +91,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     shards = (SINGLE_FILE,) if single else tuple(dict.fromkeys(weight_map.values()))
     tensors: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
-    stamps: dict[Path, tuple[int, int, int]] = {}
+    stamps: dict[Path, _Stamp] = {}
+    away = {} if snapshot is None else _headers_away(snapshot, shards)
     for shard in shards:
         try:
-            stamps[folder / shard] = _stamp(inside(folder, shard))
-            entries, own_metadata = read_header(folder / shard)
+            header = away.get(shard)
+            if header is None:
+                stamps[folder / shard], header = _read_shard(folder / shard)
+            elif isinstance(header, MalformedError):
+                raise header
         except MalformedError as error:
             findings.append(_Finding(shard, error.problem, error.remedy))
             continue
+        entries, own_metadata = header
         if not single:
             findings += _disagreements(shard, entries, weight_map)
         if twice := [f"{name!r} (in {tensors[name].file.name} too)" for name in entries if name in tensors]:
@@ -94,8 +118,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             why="; ".join(f"{finding.file}: {finding.problem}" for finding in findings),
             remedy="; ".join(dict.fromkeys(finding.remedy for finding in findings)),
         )
+    expected = {shard: header for shard, header in away.items() if not isinstance(header, MalformedError)}
+    arrivals = _arrivals(snapshot, expected, stamps, report)
+    for name, entry in tensors.items():
+        if entry.file.name in expected:
+            tensors[name] = dataclasses.replace(entry, wait=partial(arrivals.wait, entry.file.name))
     total_bytes = sum(entry.end - entry.begin for entry in tensors.values())
-    return Checkpoint(folder, shards, tensors, metadata, total_bytes, single, stamps)
+    return Checkpoint(folder, shards, tensors, metadata, total_bytes, single, stamps, arrivals)
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
@@ -117,14 +146,52 @@ def read_tensor(entry: TensorEntry, out: torch.Tensor | None = None) -> torch.Te
         out = torch.empty(entry.shape, dtype=dtype)
     assert (out.dtype, tuple(out.shape), out.device.type) == (dtype, entry.shape, "cpu")
     assert out.is_contiguous()
-    with open_to_read(entry.file) as file:
+    with open_tensor(entry) as file:
         read_into(file.fileno(), entry.begin, out.reshape(-1).view(torch.uint8).numpy().data, entry.file)
     return out
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def _stamp(path: Path) -> _Stamp:
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _read_shard(path: Path) -> tuple[_Stamp, _Header]:
+    return _stamp(inside(path.parent, path.name)), read_header(path)
+
+
+def _headers_away(snapshot: hub.Snapshot, shards: Iterable[str]) -> dict[str, _Header | MalformedError]:
+    """What the Hub says of the shards that it has and the folder lacks, or what is wrong with them."""
+
+    def ask(shard: str) -> _Header | MalformedError:
+        try:
+            return read_header(snapshot.folder / shard, partial(hub.first_bytes, snapshot, shard))
+        except MalformedError as error:
+            return error
+
+    away = [shard for shard in shards if shard in snapshot.files and not os.path.exists(snapshot.folder / shard)]
+    with quiet(), ThreadPoolExecutor(_REQUESTS) as pool:
+        return dict(zip(away, pool.map(ask, away), strict=True))
+
+
+def _arrivals(
+    snapshot: hub.Snapshot | None, expected: Mapping[str, _Header], stamps: dict[Path, _Stamp], report: Report | None
+) -> Arrivals:
+    """The shards whose headers came from the Hub; each is checked when it arrives, and ``stamps`` gets its own."""
+
+    def fetch(shard: str, arrived: Callable[[int], None]) -> None:
+        assert snapshot is not None
+        hub.download(snapshot, shard, arrived)
+        path = snapshot.folder / shard
+        try:
+            stamps[path], header = _read_shard(path)
+        except MalformedError as error:
+            raise changed(path, f"what has arrived {error.problem}") from error
+        if header != expected[shard]:
+            raise changed(path, "what has arrived has another header")
+
+    sizes = {shard: max((e.end for e in entries.values()), default=0) for shard, (entries, _) in expected.items()}
+    return Arrivals(sizes, fetch, report)
 
 
 def _read_index(folder: Path, findings: list[_Finding]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from spikepatch.errors import Refused, did_you_mean
 from spikepatch.storage.formats import INDEX_FILE, STORED
 from spikepatch.storage.header import TensorEntry, dtype_code
-from spikepatch.storage.pieces import open_to_read, ranges
+from spikepatch.storage.pieces import open_tensor, open_to_read, ranges
 from spikepatch.storage.stream import Job, Tally, in_order, workers
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _write_shard(
                 if isinstance(value, TensorEntry):
                     originals[tensor.name] = value
                     if value.file not in sources:
-                        sources[value.file] = handles.enter_context(open_to_read(value.file)).fileno()
+                        sources[value.file] = handles.enter_context(open_tensor(value)).fileno()
                     source = sources[value.file]
                 for start, stop in ranges(tensor.elements):
                     position = places[tensor] + start * tensor.dtype.itemsize

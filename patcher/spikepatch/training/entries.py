@@ -152,6 +152,7 @@ def _learned(source: Source, entry: Entry, seed: int) -> Any:
     from spikepatch.source import build_meta
 
     match_source(source, build_meta(source))  # names every tensor that is missing or misshapen
+    source.fetch_weights()
     if entry.recipe is None:
         return load_as_it_is(source)
     trusted = source.needs_code
