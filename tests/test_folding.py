@@ -302,6 +302,31 @@ def test_a_failure_on_the_way_leaves_nothing(name: str, source: Path, tmp_path: 
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_weights_that_are_not_finite(source: Path, tmp_path: Path) -> None:
+    patched = spikepatch.convert(str(source), tmp_path / "patched").out
+    name, table = "transformer.h.1.mlp.c_fc.weight", "transformer.wte.weight"
+
+    def spoil(name: str, value: float) -> None:
+        tensors = load_file(patched / "model.safetensors")
+        tensors[name][0, :2] = value
+        save_file(tensors, patched / "model.safetensors", metadata={"format": "pt"})
+
+    spoil(name, math.nan)
+    with pytest.raises(spikepatch.BadSource, match="holds NaN or infinite values") as refused:
+        spikepatch.fold(str(patched), tmp_path / "out")
+    assert name in refused.value.what
+    assert "--allow-nonfinite" in refused.value.remedy
+    assert not (tmp_path / "out").exists()
+    result = spikepatch.fold(str(patched), tmp_path / "out", allow_nonfinite=True)
+    assert f"'{name}' (2)" in result.notes[-1]
+    assert load_file(result.out / "model.safetensors")[name].isnan().sum() == 2
+    assert "--allow-nonfinite" in json.loads((result.out / "spikepatch.json").read_text())["command"]
+
+    spoil(table, math.inf)
+    with pytest.raises(spikepatch.BadSource, match=f"{table} holds NaN or infinite values"):
+        spikepatch.fold(str(patched), tmp_path / "again", allow_nonfinite=True)
+
+
 def test_overwrite_and_verify(source: Path, tmp_path: Path) -> None:
     patched, out = spikepatch.convert(str(source), tmp_path / "patched").out, tmp_path / "plain"
     spikepatch.fold(str(patched), out)

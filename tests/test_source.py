@@ -202,6 +202,40 @@ def test_copied_files_are_an_allow_list(tmp_path: Path) -> None:
     assert not source.has_weights
 
 
+def test_copied_files_that_are_links(tmp_path: Path) -> None:
+    folder = tmp_path / "models--a--b/snapshots/0123"
+    blobs = tmp_path / "models--a--b/blobs"
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    blobs.mkdir()
+    write_config(folder, {"model_type": "gpt2"})
+    (blobs / "abc").write_text("x")
+    (folder / "tokenizer.json").symlink_to("../../blobs/abc")
+    (folder / "additional_chat_templates/rag.jinja").symlink_to("../../../blobs/abc")
+    copied = [path.name for path in open_source(str(folder), weights=False).copied_files]
+    assert copied == ["rag.jinja", "tokenizer.json"]
+
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    (folder / "merges.txt").symlink_to(secret)
+    (folder / "LICENSE").symlink_to("../../../secret")
+    with pytest.raises(BadSource, match="has files that lie elsewhere") as refused:
+        open_source(str(folder), weights=False)
+    assert f"LICENSE is a link that leads out of the folder, to {secret}" in refused.value.why
+    assert f"merges.txt is a link that leads out of the folder, to {secret}" in refused.value.why
+
+
+def test_a_folder_of_copied_files_that_is_a_link(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    write_config(folder, {"model_type": "gpt2"})
+    (elsewhere / "rag.jinja").write_text("x")
+    (folder / "additional_chat_templates").symlink_to(elsewhere)
+    with pytest.raises(BadSource, match="lie elsewhere") as refused:
+        open_source(str(folder), weights=False)
+    assert f"rag.jinja is a link that leads out of the folder, to {elsewhere / 'rag.jinja'}" in refused.value.why
+
+
 def test_a_tokenizer_that_is_a_git_lfs_pointer(tmp_path: Path) -> None:
     write_config(tmp_path, {"model_type": "gpt2"})
     for name in ("tokenizer.json", "merges.txt"):

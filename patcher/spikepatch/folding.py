@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spikepatch import notes
 from spikepatch.apply.folded import Rows, fold_shards, plain_model
 from spikepatch.apply.kept import Match, match_source
 from spikepatch.apply.original import original_in
@@ -75,6 +76,7 @@ def fold(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Folded:
@@ -88,6 +90,7 @@ def fold(
         out: absent or empty, unless ``overwrite``.
         revision: of a hub id.
         trust_remote_code: for a model that came with code of its own; code that spikepatch wrote is never run.
+        allow_nonfinite: keep weights that are NaN or infinite, instead of refusing them; not in a table that is folded.
         overwrite: replace a folder at ``out``.
         progress: told of long steps.
 
@@ -126,11 +129,11 @@ def fold(
             texts = _texts(found, plain, result)
             written = write_folder(scratch, shards, texts, found.folder, found.copied_files, report)
             report("checking what was written")
-            check_shards(scratch, shards, written)
+            check_shards(scratch, shards, written, allow_nonfinite=allow_nonfinite)
             origin = fingerprint(found, written.copies)
             assert found.checkpoint is not None
             check_unchanged(found.checkpoint)
-            command = shlex.join(["spikepatch", "fold", trained, "OUT"])
+            command = shlex.join(["spikepatch", "fold", trained, "OUT", *["--allow-nonfinite"] * allow_nonfinite])
             write_text(scratch / MANIFEST, fold_manifest(record, origin, command, written.hashes))
     except OSError as error:
         raise BadTarget(
@@ -139,7 +142,8 @@ def fold(
             why=str(error),
             remedy="check the disk's free space and the folder's permissions; nothing was left behind",
         ) from error
-    return result
+    unsound = notes.unsound_values(written.tallies, str(found.config.dtype).removeprefix("torch."))
+    return dataclasses.replace(result, notes=(*result.notes, *unsound))
 
 
 def _record(source: Source) -> Mapping[str, Any]:

@@ -21,7 +21,8 @@ from spikepatch.storage.formats import (
     foreign_weights,
     parse_json,
 )
-from spikepatch.storage.read import Checkpoint, read_checkpoint
+from spikepatch.storage.header import MalformedError
+from spikepatch.storage.read import Checkpoint, inside, read_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -210,8 +211,13 @@ def _to_copy(names: Iterable[str]) -> list[str]:
 def _copied_files(folder: Path, names: Iterable[str], found: Architecture) -> tuple[Path, ...]:
     files = _code_files(folder, found.config) if found.needs_code else []
     pointers = []
-    for path in (folder / name for name in _to_copy(names)):
-        if not path.is_file():
+    problems = []
+    for path in (*files, *(folder / name for name in _to_copy(names))):
+        try:
+            if not path.is_file() or inside(folder, path.relative_to(folder).as_posix()) in files:
+                continue
+        except MalformedError as error:
+            problems.append(f"{path.name} {error.problem}")
             continue
         with open(path, "rb") as file:
             head = file.read(len(LFS_POINTER))
@@ -219,6 +225,13 @@ def _copied_files(folder: Path, names: Iterable[str], found: Architecture) -> tu
             pointers.append(path.name)
         elif not head.startswith(PICKLES):  # `*.model` is a sentencepiece vocabulary, and sometimes is not
             files.append(path)
+    if problems:
+        raise BadSource(
+            "has files that lie elsewhere",
+            where=str(folder),
+            why="; ".join(problems),
+            remedy="replace the links by the files, if those are what the output is to hold",
+        )
     if pointers:
         raise BadSource(
             f"holds git-lfs pointers in place of files: {', '.join(pointers)}",

@@ -180,7 +180,7 @@ def _check_finite(shards: Shards, written: Written, allowed: bool) -> None:
     names = [item.partition(" (")[0] for item in (*unsound, *overflown)]
     why = [f"the source's weights are not finite: {some(unsound, 8)}"] * bool(unsound)
     why += [f"values are too large for the dtype: {some(overflown, 8)}"] * bool(overflown)
-    remedy = ["use a sound checkpoint; convert has --allow-nonfinite, and --reinit all"] * bool(unsound)
+    remedy = ["use a sound checkpoint; or keep them with --allow-nonfinite; convert has --reinit all"] * bool(unsound)
     remedy += ["choose a wider dtype; convert has --dtype"] * bool(overflown)
     file = next((str(shards.kept[name].file) for name in names if name in shards.kept), names[0])
     raise BadSource(

@@ -17,6 +17,7 @@ from spikepatch.commands.convert import load_line
 @options.out
 @options.revision
 @options.trust_remote_code
+@options.allow_nonfinite
 @options.overwrite
 @options.as_json
 def fold_command(trained: str, out: str, *, as_json: bool, **options: Any) -> None:

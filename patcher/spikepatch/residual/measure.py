@@ -16,8 +16,9 @@ from spikepatch.residual.ops import LOOKUPS, op, operands, shape
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace
 
-#: Rows of each stand-in table: the example's ids are below 64, and learned positions start at small offsets.
-ROWS = 4096
+#: Rows of a stand-in table: the example's ids are below the first, and learned positions start at small offsets. Where
+#: larger rows are looked up (hashes of tokens), at most the second, modulo which they are taken.
+ROWS, MANY_ROWS = 64, 4096
 
 
 class Measured(NamedTuple):
@@ -35,13 +36,13 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
     """
     ids = dict.fromkeys(trace.inputs, 0)
     result: dict[Node, Measured] = {}
-    for lookup in stream.tables:
+    tables = {lookup: _table(trace, lookup, ids) for lookup in stream.tables}
+    for lookup, table in tables.items():
         kind = _kind(trace, lookup)
-        silent = _start(trace, stream, lookup, 0.0)
-        once = _start(trace, stream, lookup, 1.0) - silent
-        twice = _start(trace, stream, lookup, 2.0) - silent
+        silent, once, twice = (_start(trace, stream, tables, lookup, factor) for factor in (0.0, 1.0, 2.0))
+        once, twice = once - silent, twice - silent
         linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
-        looked_up = _looked_up(trace, lookup, ids)
+        looked_up = table[_rows(trace, lookup, ids).flatten() % len(table)] if op(lookup) in LOOKUPS else table
         scale = _size(once) / _size(looked_up) if linear else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
     return result
@@ -73,23 +74,21 @@ def _source(node: Node) -> Node:
     return operands(node)[0] if op(node) in LOOKUPS else node
 
 
-def _table(node: Node, factor: float) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
+def _table(trace: Trace, node: Node, seeds: Mapping[Node, int]) -> torch.Tensor:
+    """Random rows that stand for the table's."""
     *rows, width = shape(_source(node))
     if op(node) in LOOKUPS:
-        rows = [max(64, min(rows[0], ROWS))]
-    return factor * torch.randn(*rows, width, generator=generator)
+        few = int(_rows(trace, node, seeds).max()) < ROWS
+        rows = [ROWS if few else max(ROWS, min(rows[0], MANY_ROWS))]
+    return torch.randn(*rows, width, generator=torch.Generator().manual_seed(0))
 
 
-def _looked_up(trace: Trace, node: Node, seeds: Mapping[Node, int]) -> torch.Tensor:
-    table = _table(node, 1.0)
-    return table[_rows(trace, node, seeds).flatten() % len(table)] if op(node) in LOOKUPS else table
-
-
-def _start(trace: Trace, stream: Stream, lookup: Node, factor: float) -> torch.Tensor:
-    """The first point of the stream, with this table random and every other zero."""
-    values = {_source(other): _table(other, 0.0) for other in stream.tables}
-    values[_source(lookup)] = _table(lookup, factor)
+def _start(
+    trace: Trace, stream: Stream, tables: Mapping[Node, torch.Tensor], lookup: Node, factor: float
+) -> torch.Tensor:
+    """The first point of the stream, with this table times ``factor`` and every other zero."""
+    values = {_source(other): torch.zeros_like(table) for other, table in tables.items()}
+    values[_source(lookup)] = factor * tables[lookup]
     result = run(trace, [stream.start], values, dict.fromkeys(trace.inputs, 0))[stream.start]
     assert isinstance(result, torch.Tensor)
     return result.float()
@@ -154,4 +153,4 @@ def _input(example: torch.Tensor, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     if example.is_floating_point():
         return torch.randn(example.shape, generator=generator)
-    return torch.randint(5, 64, example.shape, generator=generator, dtype=example.dtype)
+    return torch.randint(5, ROWS, example.shape, generator=generator, dtype=example.dtype)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
     example = dict(example_inputs) if example_inputs is not None else example_of(twin)
     _prefer_traceable_kernels(twin, "grouped_mm")  # no loop over data
     # On failure torch prints the graph so far, thousands of lines.
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+    with quiet(), contextlib.redirect_stderr(io.StringIO()), _quick():
         try:
             program = torch.export.export(twin, (), {k: v.to("meta") for k, v in example.items()}, strict=False)
         except Exception as not_exported:
@@ -84,6 +85,21 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
         with contextlib.suppress(Exception):
             return recorded(model, example)
     return flat
+
+
+@contextlib.contextmanager
+def _quick() -> Iterator[None]:
+    """Without stack traces of the nodes, and without walks of the garbage collector over a graph that is growing."""
+    config: Any = torch.fx.config
+    collects, traces = gc.isenabled(), getattr(config, "do_not_emit_stack_traces", False)
+    gc.disable()
+    config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        config.do_not_emit_stack_traces = traces
+        if collects:
+            gc.enable()
 
 
 def _untraceable(name: str, example: Mapping[str, torch.Tensor], exported: str, recorded: str) -> Refused:

@@ -24,7 +24,7 @@ from spikepatch.storage.pieces import changed, open_to_read, read_into
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "TensorEntry", "check_unchanged", "read_checkpoint", "read_tensor"]
+__all__ = ["Checkpoint", "TensorEntry", "check_unchanged", "inside", "read_checkpoint", "read_tensor"]
 
 _PACKED_INTEGERS = ("I8", "U8", "I32")
 _SCALE_WORDS = ("scale", "absmax", "zeros")
@@ -75,7 +75,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     stamps: dict[Path, tuple[int, int, int]] = {}
     for shard in shards:
         try:
-            stamps[folder / shard] = _stamp(_inside(folder, shard))
+            stamps[folder / shard] = _stamp(inside(folder, shard))
             entries, own_metadata = read_header(folder / shard)
         except MalformedError as error:
             findings.append(_Finding(shard, error.problem, error.remedy))
@@ -130,7 +130,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 def _read_index(folder: Path, findings: list[_Finding]) -> dict[str, str]:
     """Tensor name -> name of its shard, for the shards that may be opened; what is wrong goes to ``findings``."""
     try:
-        data = _inside(folder, INDEX_FILE).read_bytes()
+        data = inside(folder, INDEX_FILE).read_bytes()
         try:
             index = parse_json(data)
         except ValueError as error:
@@ -150,13 +150,18 @@ def _read_index(folder: Path, findings: list[_Finding]) -> dict[str, str]:
     return {name: file for name, file in weight_map.items() if file not in outside}
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The path of a file that really lies in ``folder``, or in the Hub cache that ``folder`` is a snapshot of."""
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that really lies in ``folder``, or in the Hub cache that ``folder`` is a snapshot of.
+
+    Raises:
+        MalformedError: it is missing, or a link leads out.
+    """
     path, root = folder / name, folder.resolve()
     if not os.path.isfile(path):  # unlike Path's methods, it has an answer for names that no file can have
         raise MalformedError("is not a file" if os.path.exists(path) else "is missing")
-    if path.is_symlink() and not path.resolve().is_relative_to(root):
-        target = Path(os.path.normpath(root / os.readlink(path)))
+    if not path.resolve().is_relative_to(root):
+        place = path.parent.resolve()
+        target = Path(os.path.normpath(place / os.readlink(path))) if path.is_symlink() else place / path.name
         if root.parent.name != "snapshots" or target.parent != root.parent.parent / "blobs":
             raise MalformedError(f"is a link that leads out of the folder, to {target}", "replace the link by the file")
     return path

@@ -154,7 +154,7 @@ def _value(job: Job) -> torch.Tensor:
 
 def _moments(values: torch.Tensor) -> tuple[float, float]:
     wide = values.float()
-    return float(wide.sum()), float(wide.square().sum())
+    return float(wide.sum()), float(wide.dot(wide))
 
 
 @contextlib.contextmanager
