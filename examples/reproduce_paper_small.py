@@ -155,8 +155,8 @@ def main() -> None:
     (inputs / "preflight.json").write_text(json.dumps(before, indent=2))
 
     def say(record: object) -> None:
-        if isinstance(record, dict) and record["type"] in {"run", "eval", "event", "stop"}:
-            kept = ("name", "lr", "seed", "kind", "onset", "why", "loss")
+        if isinstance(record, dict) and record["type"] in {"run", "eval", "stop"}:
+            kept = ("name", "lr", "seed", "why", "loss")
             click.echo(" ".join([record["type"], *(f"{k} {record[k]}" for k in kept if k in record)]))
 
     verdict = run_all(
