@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 import spikepatch
 from spikepatch.errors import BadSource, Refused, SpikepatchError
 from spikepatch.fill import own_initialiser
+from spikepatch.quiet import quiet
 from spikepatch.residual.trace import skeleton
 from spikepatch.training.entries import Entry, build, check_causal, parse_entries, tokenizer_of
 from tests.architectures import ids, tiny_config
+from tests.residual.configs import model_class, tiny_config_for
 
 Save = Callable[..., Path]
 
@@ -80,14 +82,22 @@ def test_reading_later_tokens_is_measured(model_type: str, tmp_path: Path) -> No
     """transformers builds encoders as causal models too, and only logs that they are none."""
     source = config_only(tmp_path / "both", model_type)
     decoder = config_only(tmp_path / "decoder", model_type, is_decoder=True)
-    check_causal(build(entry(decoder), seed=0), decoder)
+    check_causal(build(entry(decoder), seed=0), decoder, 64)
     model = build(entry(source), seed=0)
     if model_type == "gpt2":
-        check_causal(model, source)
+        check_causal(model, source, 64)
         return
     with pytest.raises(Refused, match=r"(?s)reads later tokens.*logits change by up to .*is_decoder"):
-        check_causal(model, source)
+        check_causal(model, source, 64)
     assert model.training
+
+
+def test_a_model_that_needs_more_than_token_ids() -> None:
+    """Its tokens come in several codebooks."""
+    with quiet():
+        model = model_class("musicgen", "causal")._from_config(tiny_config_for("musicgen", "causal"))
+    with pytest.raises(Refused, match=r"does not run on token ids alone\n.*why: \w+Error: .*\n.*of text"):
+        check_causal(model, "musicgen", 64)
 
 
 def test_a_path_with_our_characters(tmp_path: Path) -> None:

@@ -119,23 +119,24 @@ def build(entry: Entry, *, seed: int, revision: str | None = None, trust_remote_
     return model.train()
 
 
-@torch.no_grad()
-def check_causal(model: PreTrainedModel, name: str) -> None:
+def check_causal(model: PreTrainedModel, name: str, length: int) -> None:
     """Refuse a model whose logits depend on later tokens: measured, since ``AutoModelForCausalLM`` loads encoders too.
 
-    One forward pass of two sequences that differ in their second half.
+    One forward pass of two sequences that differ in their second half; of 16 tokens, or of ``length`` if that is less.
 
     Raises:
-        Refused: the logits of the first half differ by more than rounding, sqrt(eps) of the largest of them.
+        Refused: the logits of the first half differ by more than rounding, sqrt(eps) of the largest of them; or it does
+            not run on token ids alone.
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.randint(vocabulary, (2, 16), generator=draw)
-    rows[1, :8] = rows[0, :8]
-    training = model.training
-    with quiet():
-        first, second = model.eval()(input_ids=rows).logits[:, :8].float()
-    model.train(training)
+    try:
+        first, second = _beginnings(model, min(16, length))
+    except Exception as error:  # whatever its own forward pass raises
+        raise Refused(
+            what="it does not run on token ids alone",
+            where=name,
+            why=" ".join(f"{type(error).__name__}: {error}".split())[:300],
+            remedy="give a language model of text",
+        ) from error
     change = (first - second).abs().max()
     if change > torch.finfo(torch.float32).eps ** 0.5 * first.abs().max():
         raise Refused(
@@ -146,6 +147,21 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
             remedy="give a causal model; some architectures become one by a setting of their config, as BERT's does by"
             " is_decoder",
         )
+
+
+@torch.no_grad()
+def _beginnings(model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the first half of two sequences with the same first half."""
+    embedding: Any = model.get_input_embeddings()
+    rows = torch.randint(embedding.num_embeddings, (2, length), generator=torch.Generator().manual_seed(0))
+    rows[1, : length // 2] = rows[0, : length // 2]
+    training = model.training
+    try:
+        with quiet():
+            first, second = model.eval()(input_ids=rows).logits[:, : length // 2].float()
+    finally:
+        model.train(training)
+    return first, second
 
 
 def _learned(source: Source, entry: Entry, seed: int) -> Any:

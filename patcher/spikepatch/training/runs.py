@@ -129,7 +129,7 @@ def run_all(
                 quiet_steps(f"building {run.entry.name}")
                 model = build(run.entry, seed=run.seed, **access)
                 if run.entry.name not in points:
-                    check_causal(model, run.entry.source)
+                    check_causal(model, run.entry.source, settings.seq_len)
                     needed = settings.watch_every or launch.shard
                     points[run.entry.name] = points_of(model) if needed else Points((), (), 0)
                 _run(run, model, tokens, settings, folder, launch, points[run.entry.name], log_with, command, progress)
