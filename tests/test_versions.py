@@ -1,0 +1,122 @@
+"""The oldest supported versions, all the floors of pyproject.toml at once, in an environment of their own: tests pass
+there, and folders go from there to here and back.
+
+The environment takes the package registry, and some 7 GB where that has torch for CUDA only.
+``SPIKEPATCH_OLDEST_PYTHON`` names the interpreter of one that is there already.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.elsewhere import logits_elsewhere
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+#: Type, the class that loads it, options of ``convert``; in how many products a sum may have another order: none, or,
+#: where newer versions attend by another kernel, three in each of 12 sub-layers and one in the head.
+CASES: list[tuple[str, str, list[str], int]] = [
+    ("gpt2", "AutoModelForCausalLM", [], 0),
+    ("llama", "AutoModelForCausalLM", ["--recipe", "embed-ln"], 0),
+    ("mixtral", "AutoModelForCausalLM", [], 0),
+    ("t5", "AutoModelForSeq2SeqLM", [], 37),
+]
+
+#: Terms of the longest sum in the tiny models.
+LONGEST_SUM = 96
+
+#: What touches the libraries most.
+TESTS = ["runtime", "test_fill.py", "test_optimiser.py", "test_cli.py", "apply/test_agreement.py", "test_folding.py"]
+TESTS += ["preflight"]
+
+SAVE = """
+import sys
+from transformers import GenerationConfig
+from tests.architectures import encoder_decoder, tiny_config
+(encoder_decoder("t5").config if sys.argv[1] == "t5" else tiny_config(sys.argv[1])).save_pretrained(sys.argv[2])
+GenerationConfig(decoder_start_token_id=0, bos_token_id=0, eos_token_id=1, pad_token_id=0).save_pretrained(sys.argv[2])
+"""
+
+
+def run(python: str, *arguments: str) -> str:
+    """Run ``python`` on these sources, with neither the constraints nor the paths of this process."""
+    left_out = {"PYTHONPATH", "PIP_CONSTRAINT", "UV_CONSTRAINT", "VIRTUAL_ENV"}
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    done = subprocess.run(
+        [python, *arguments], cwd=ROOT, env=kept | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def oldest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The interpreter of an environment with the floors."""
+    if ready := os.environ.get("SPIKEPATCH_OLDEST_PYTHON"):
+        return ready
+    pytest.importorskip("uv", reason="builds the environment")
+    folder = tmp_path_factory.mktemp("oldest")
+    python, uv = str(folder / "bin/python"), [sys.executable, "-m", "uv"]
+    subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
+    wanted = ["--resolution", "lowest-direct", "--requirements", "pyproject.toml", "--extra", "test"]
+    install = [*uv, "pip", "install", "--quiet", "--python", python]
+    done = subprocess.run([*install, *wanted], cwd=ROOT, capture_output=True, text=True, check=False)
+    if "Failed to fetch" in done.stderr:
+        pytest.skip(f"no package registry: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    subprocess.run([*install, "--no-deps", "--editable", "."], cwd=ROOT, check=True)
+    return python
+
+
+def versions_of(python: str) -> dict[str, str]:
+    names = ("torch", "transformers", "numpy", "safetensors", "huggingface-hub")
+    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names}}}))"
+    return dict(json.loads(run(python, "-c", code)))
+
+
+def test_its_tests_pass(oldest: str) -> None:
+    found = versions_of(oldest)
+    assert found["transformers"] != version("transformers")
+    assert found["torch"] != version("torch")
+    output = run(oldest, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS))
+    assert " passed" in output
+
+
+@pytest.mark.parametrize(("model_type", "auto_class", "options", "reordered"), CASES)
+def test_folders_go_both_ways(
+    model_type: str, auto_class: str, options: list[str], reordered: int, oldest: str, tmp_path: Path
+) -> None:
+    weights, own = {}, set()
+    for writer, python in (("old", oldest), ("new", sys.executable)):
+        source, out = str(tmp_path / f"{writer}-source"), tmp_path / writer
+        run(python, "-c", SAVE, model_type, source)
+        run(python, "-m", "spikepatch", "convert", source, str(out), *options)
+        there, here = (
+            logits_elsewhere(out, trust=True, auto_class=auto_class, python=p) for p in (oldest, sys.executable)
+        )
+        assert there["problems"] == here["problems"] == {}
+        assert there["class"] == here["class"]
+        assert torch.equal(there["inputs"]["input_ids"], here["inputs"]["input_ids"])
+        error = (there["logits"] - here["logits"]).abs().max()
+        eps = torch.finfo(here["logits"].dtype).eps
+        assert error <= reordered * math.sqrt(LONGEST_SUM) * eps * here["logits"].abs().max()
+        weights[writer] = load_file(out / "model.safetensors")
+        own |= {skip["target"] for skip in json.loads((out / "spikepatch.json").read_text())["plan"]["skips"]}
+
+    # The same plan and seed draw the same bits; the architecture's own initialiser may be another one.
+    assert weights["old"].keys() == weights["new"].keys()
+    other = {name for name, tensor in weights["new"].items() if not torch.equal(weights["old"][name], tensor)}
+    assert other <= own
+    assert len(weights["new"].keys() - own) > 0
