@@ -50,7 +50,7 @@ def train(patched: Path, trained: Path) -> float:
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(trained)
-    return loss.item()
+    return float(loss.detach())
 
 
 def main() -> None:

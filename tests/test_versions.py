@@ -1,8 +1,5 @@
 """The oldest supported versions, all the floors of pyproject.toml at once, in an environment of their own: tests pass
-there, and folders go from there to here and back.
-
-The environment takes the package registry, and some 7 GB where that has torch for CUDA only.
-``SPIKEPATCH_OLDEST_PYTHON`` names the interpreter of one that is there already.
+there, and folders go from there to here and back. See ``oldest_python`` about torch.
 """
 
 from __future__ import annotations
@@ -10,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from tests.elsewhere import logits_elsewhere
@@ -50,61 +49,38 @@ GenerationConfig(decoder_start_token_id=0, bos_token_id=0, eos_token_id=1, pad_t
 """
 
 
-def run(python: str, *arguments: str) -> str:
-    """Run ``python`` on these sources, with neither the constraints nor the paths of this process."""
-    left_out = {"PYTHONPATH", "PIP_CONSTRAINT", "UV_CONSTRAINT", "VIRTUAL_ENV"}
-    kept = {name: value for name, value in os.environ.items() if name not in left_out}
-    done = subprocess.run(
-        [python, *arguments], cwd=ROOT, env=kept | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
-    )
+def run(python: Path, *arguments: str) -> str:
+    """Run ``python`` on these sources."""
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("patcher", "transforms"))
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    command = [str(python), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def oldest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The interpreter of an environment with the floors."""
-    if ready := os.environ.get("SPIKEPATCH_OLDEST_PYTHON"):
-        return ready
-    pytest.importorskip("uv", reason="builds the environment")
-    folder = tmp_path_factory.mktemp("oldest")
-    python, uv = str(folder / "bin/python"), [sys.executable, "-m", "uv"]
-    subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
-    wanted = ["--resolution", "lowest-direct", "--requirements", "pyproject.toml", "--extra", "test"]
-    install = [*uv, "pip", "install", "--quiet", "--python", python]
-    done = subprocess.run([*install, *wanted], cwd=ROOT, capture_output=True, text=True, check=False)
-    if "Failed to fetch" in done.stderr:
-        pytest.skip(f"no package registry: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    subprocess.run([*install, "--no-deps", "--editable", "."], cwd=ROOT, check=True)
-    return python
+def test_its_tests_pass(oldest_python: Path, floors: dict[str, str]) -> None:
+    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {[*floors]}}}))"
+    found = {name: Version(at).release[:3] for name, at in json.loads(run(oldest_python, "-c", code)).items()}
+    other = {name for name, floor in floors.items() if found[name] != (*Version(floor).release, 0, 0)[:3]}
+    output = run(oldest_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS))
 
-
-def versions_of(python: str) -> dict[str, str]:
-    names = ("torch", "transformers", "numpy", "safetensors", "huggingface-hub")
-    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names}}}))"
-    return dict(json.loads(run(python, "-c", code)))
-
-
-def test_its_tests_pass(oldest: str) -> None:
-    found = versions_of(oldest)
-    assert found["transformers"] != version("transformers")
-    assert found["torch"] != version("torch")
-    output = run(oldest, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS))
-    assert " passed" in output
+    assert other <= {"torch"}
+    assert version("transformers") != floors["transformers"]
+    assert int(re.findall(r"(\d+) passed", output)[-1]) > len(TESTS)
 
 
 @pytest.mark.parametrize(("model_type", "auto_class", "options", "reordered"), CASES)
 def test_folders_go_both_ways(
-    model_type: str, auto_class: str, options: list[str], reordered: int, oldest: str, tmp_path: Path
+    model_type: str, auto_class: str, options: list[str], reordered: int, oldest_python: Path, tmp_path: Path
 ) -> None:
     weights, own = {}, set()
-    for writer, python in (("old", oldest), ("new", sys.executable)):
+    for writer, python in (("old", oldest_python), ("new", Path(sys.executable))):
         source, out = str(tmp_path / f"{writer}-source"), tmp_path / writer
         run(python, "-c", SAVE, model_type, source)
         run(python, "-m", "spikepatch", "convert", source, str(out), *options)
         there, here = (
-            logits_elsewhere(out, trust=True, auto_class=auto_class, python=p) for p in (oldest, sys.executable)
+            logits_elsewhere(out, trust=True, auto_class=auto_class, python=p) for p in (oldest_python, sys.executable)
         )
         assert there["problems"] == here["problems"] == {}
         assert there["class"] == here["class"]
