@@ -36,9 +36,10 @@ CASES: list[tuple[str, str, list[str], int]] = [
 #: Terms of the longest sum in the tiny models.
 LONGEST_SUM = 96
 
-#: What touches the libraries most.
-TESTS = ["runtime", "test_fill.py", "test_optimiser.py", "test_cli.py", "apply/test_agreement.py", "test_folding.py"]
-TESTS += ["preflight"]
+#: What touches the libraries most; without the real model, the local hub, and processes by the dozen.
+TESTS = ["runtime", "test_fill.py", "test_cli.py", "test_conversion.py", "test_folding.py", "apply/test_agreement.py"]
+TESTS += ["apply/test_codemod.py", "preflight/test_command.py", "training/test_loop.py", "training/test_callback.py"]
+LEFT_OUT = "smollm2 or drift or hub or no_warning"
 
 SAVE = """
 import sys
@@ -63,11 +64,12 @@ def test_its_tests_pass(oldest_python: Path, floors: dict[str, str]) -> None:
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {[*floors]}}}))"
     found = {name: Version(at).release[:3] for name, at in json.loads(run(oldest_python, "-c", code)).items()}
     other = {name for name, floor in floors.items() if found[name] != (*Version(floor).release, 0, 0)[:3]}
-    output = run(oldest_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS))
+    options = ["-q", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"]
+    output = run(oldest_python, "-m", "pytest", *options, *(f"tests/{name}" for name in TESTS))
 
     assert other <= {"torch"}
     assert version("transformers") != floors["transformers"]
-    assert int(re.findall(r"(\d+) passed", output)[-1]) > len(TESTS)
+    assert int(re.findall(r"(\d+) passed", output)[-1]) > 20 * len(TESTS)
 
 
 @pytest.mark.parametrize(("model_type", "auto_class", "options", "reordered"), CASES)
