@@ -53,7 +53,8 @@ GenerationConfig(decoder_start_token_id=0, bos_token_id=0, eos_token_id=1, pad_t
 def run(python: Path, *arguments: str) -> str:
     """Run ``python`` on these sources."""
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("patcher", "transforms"))
-    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    # One thread: its tests run in parallel, beside other slow ones.
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [str(python), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
