@@ -36,7 +36,7 @@ CASES: list[tuple[str, str, list[str], int]] = [
 #: Terms of the longest sum in the tiny models.
 LONGEST_SUM = 96
 
-#: What touches the libraries most; without the real model, the local hub, the installed command, processes by the dozen.
+#: What touches the libraries most; without the real model, the local hub, the installed command, dozens of processes.
 TESTS = ["runtime", "test_fill.py", "test_cli.py", "test_conversion.py", "test_folding.py", "apply/test_agreement.py"]
 TESTS += ["apply/test_codemod.py", "preflight/test_command.py", "training/test_loop.py", "training/test_callback.py"]
 LEFT_OUT = "smollm2 or drift or hub or no_warning or switched_on"
