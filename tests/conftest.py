@@ -12,16 +12,19 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from packaging.requirements import Requirement
 
 # A slow or shared machine is no failure.
 # The same cases in every run: a change fails by what it did. `--hypothesis-profile=explore` looks for new ones.
@@ -116,6 +119,34 @@ def gpt2_tokenizer() -> Path:
         (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
     return _once("gpt2-tokenizer-0.1.5", build)
+
+
+@pytest.fixture(scope="session")
+def floors() -> dict[str, str]:
+    """The oldest version of each dependency that pyproject.toml allows."""
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    wanted = map(Requirement, project["dependencies"])
+    return {each.name: at.version for each in wanted for at in each.specifier if at.operator == ">="}
+
+
+@pytest.fixture(scope="session")
+def oldest_python(floors: dict[str, str]) -> Path:
+    """The interpreter of an environment with all the floors at once, and pytest. ``SPIKEPATCH_OLDEST_PYTHON`` names one
+    that is there already; else torch is the one of this environment, as old ones come with CUDA, at several GB.
+    """
+    if ready := os.environ.get("SPIKEPATCH_OLDEST_PYTHON"):
+        return Path(ready)
+    wanted = [f"{name}=={at}" for name, at in (floors | {"torch": version("torch").partition("+")[0]}).items()]
+    wanted += ["pytest", "pytest-xdist", "hypothesis", "pyyaml"]
+
+    def build(_: Path, out: Path) -> None:
+        subprocess.run([sys.executable, "-m", "venv", str(out)], check=True)
+        unconstrained = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+        install = [str(out / "bin/python"), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*install, *wanted], env=unconstrained, check=True)
+
+    digest = hashlib.sha256(" ".join(wanted).encode()).hexdigest()[:8]
+    return _once(f"oldest-{digest}", build) / "bin/python"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import click
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
+from packaging.version import Version
 
 import spikepatch
 from spikepatch.cli import main
@@ -138,8 +140,14 @@ def test_options_are_the_arguments_of_the_function(command: str) -> None:
 @pytest.mark.parametrize(
     ("words", "meant"),
     [
-        (["convret", "arch:gpt2", "out"], "'convert'"),
-        (["convert", "arch:gpt2", "out", "--reciep", "vanilla"], "'--recipe'"),
+        pytest.param(
+            ["convret", "arch:gpt2", "out"],
+            "'convert'",
+            marks=pytest.mark.skipif(
+                Version(version("click")) < Version("8.4"), reason="older ones suggest no command"
+            ),
+        ),
+        (["convert", "arch:gpt2", "out", "--reciep", "vanilla"], "--recipe"),
         (["convert", "arch:gpt2", "out", "--recipe", "scaled-embedd"], "did you mean scaled-embed?"),
         (["convert", "arch:gpt2", "out", "--dtype", "bfloat"], "did you mean bfloat16"),
         (["convert", "arch:gtp2", "out"], "did you mean gpt2"),

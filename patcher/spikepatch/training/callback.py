@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 from spikepatch.errors import Refused
 from spikepatch.training.spikes import Event, SpikeDetector, news
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _PLACES = {"loss": "the loss", "gradient_norm": "the gradient norm", "nonfinite": "a value that is not finite"}
 
@@ -59,7 +59,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._begin()
 
     def _begin(self, step: int = 0) -> None:
-        self.detector = SpikeDetector()
+        self.detector: SpikeDetector = SpikeDetector()
         self._seen = 0  # steps observed
         self._last = step  # the last of them
         self._missed = 0
@@ -98,7 +98,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
             args.logging_nan_inf_filter = False
             changed.append("logging_nan_inf_filter=False")
         if changed and state.is_world_process_zero:
-            logger.warning("SpikeMonitor has set %s: it needs every step's loss, NaN too", " and ".join(changed))
+            _log.warning("SpikeMonitor has set %s: it needs every step's loss, NaN too", " and ".join(changed))
         return control
 
     def on_log(
@@ -125,7 +125,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._seen, self._last = self._seen + 1, step
         for event in news(before, self.detector):
             if state.is_world_process_zero:
-                logger.warning("%s", _line(event))
+                _log.warning("%s", _line(event))
         if self.detector.flags and self.on_spike == "stop":
             control.should_training_stop = True
         return control
@@ -137,7 +137,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._missed += state.global_step - self._last
         self._last = state.global_step
         if self._missed and state.is_world_process_zero:
-            logger.warning("SpikeMonitor has not seen %d steps: their loss was not logged", self._missed)
+            _log.warning("SpikeMonitor has not seen %d steps: their loss was not logged", self._missed)
         return control
 
     def state(self) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""The oldest supported versions, all the floors of pyproject.toml at once, in an environment of their own: tests pass
+there, and folders go from there to here and back. See ``oldest_python`` about torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.version import Version
+from safetensors.torch import load_file
+
+from tests.elsewhere import logits_elsewhere
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+#: Type, the class that loads it, options of ``convert``; in how many products a sum may have another order: none, or,
+#: where newer versions attend by another kernel, three in each of 12 sub-layers and one in the head.
+CASES: list[tuple[str, str, list[str], int]] = [
+    ("gpt2", "AutoModelForCausalLM", [], 0),
+    ("llama", "AutoModelForCausalLM", ["--recipe", "embed-ln"], 0),
+    ("mixtral", "AutoModelForCausalLM", [], 0),
+    ("t5", "AutoModelForSeq2SeqLM", [], 37),
+]
+
+#: Terms of the longest sum in the tiny models.
+LONGEST_SUM = 96
+
+#: What touches the libraries most; without the real model, the local hub, the installed command, dozens of processes.
+TESTS = ["runtime", "test_fill.py", "test_cli.py", "test_conversion.py", "test_folding.py", "apply/test_agreement.py"]
+TESTS += ["apply/test_codemod.py", "preflight/test_command.py", "training/test_loop.py", "training/test_callback.py"]
+LEFT_OUT = "smollm2 or drift or hub or no_warning or switched_on"
+
+SAVE = """
+import sys
+from transformers import GenerationConfig
+from tests.architectures import encoder_decoder, tiny_config
+(encoder_decoder("t5").config if sys.argv[1] == "t5" else tiny_config(sys.argv[1])).save_pretrained(sys.argv[2])
+GenerationConfig(decoder_start_token_id=0, bos_token_id=0, eos_token_id=1, pad_token_id=0).save_pretrained(sys.argv[2])
+"""
+
+
+def run(python: Path, *arguments: str) -> str:
+    """Run ``python`` on these sources."""
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("patcher", "transforms"))
+    # One thread: its tests run in parallel, beside other slow ones.
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [str(python), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_its_tests_pass(oldest_python: Path, floors: dict[str, str]) -> None:
+    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {[*floors]}}}))"
+    found = {name: Version(at).release[:3] for name, at in json.loads(run(oldest_python, "-c", code)).items()}
+    other = {name for name, floor in floors.items() if found[name] != (*Version(floor).release, 0, 0)[:3]}
+    options = ["-q", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"]
+    output = run(oldest_python, "-m", "pytest", *options, *(f"tests/{name}" for name in TESTS))
+
+    assert other <= {"torch"}
+    assert version("transformers") != floors["transformers"]
+    assert int(re.findall(r"(\d+) passed", output)[-1]) > 20 * len(TESTS)
+
+
+@pytest.mark.parametrize(("model_type", "auto_class", "options", "reordered"), CASES)
+def test_folders_go_both_ways(
+    model_type: str, auto_class: str, options: list[str], reordered: int, oldest_python: Path, tmp_path: Path
+) -> None:
+    weights, own = {}, set()
+    for writer, python in (("old", oldest_python), ("new", Path(sys.executable))):
+        source, out = str(tmp_path / f"{writer}-source"), tmp_path / writer
+        run(python, "-c", SAVE, model_type, source)
+        run(python, "-m", "spikepatch", "convert", source, str(out), *options)
+        there, here = (
+            logits_elsewhere(out, trust=True, auto_class=auto_class, python=p) for p in (oldest_python, sys.executable)
+        )
+        assert there["problems"] == here["problems"] == {}
+        assert there["class"] == here["class"]
+        assert torch.equal(there["inputs"]["input_ids"], here["inputs"]["input_ids"])
+        error = (there["logits"] - here["logits"]).abs().max()
+        eps = torch.finfo(here["logits"].dtype).eps
+        assert error <= reordered * math.sqrt(LONGEST_SUM) * eps * here["logits"].abs().max()
+        weights[writer] = load_file(out / "model.safetensors")
+        own |= {skip["target"] for skip in json.loads((out / "spikepatch.json").read_text())["plan"]["skips"]}
+
+    # The same plan and seed draw the same bits; the architecture's own initialiser may be another one.
+    assert weights["old"].keys() == weights["new"].keys()
+    other = {name for name, tensor in weights["new"].items() if not torch.equal(weights["old"][name], tensor)}
+    assert other <= own
+    assert len(weights["new"].keys() - own) > 0
