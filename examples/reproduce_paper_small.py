@@ -26,7 +26,9 @@ import click
 from transformers import GPT2Config
 
 import spikepatch
+from spikepatch.report.html import write_page
 from spikepatch.training.entries import build, parse_entries
+from spikepatch.training.page import page
 from spikepatch.training.runs import run_all
 from spikepatch.training.settings import Settings
 from spikepatch.training.verdict import RunResult, Verdict
@@ -164,9 +166,6 @@ def main() -> None:
         lr=lr, multipliers=multipliers, seeds=seeds, resume=arguments.resume, progress=say,
     )  # fmt: skip
     show(verdict, before)
-    from spikepatch.report.html import write_page
-    from spikepatch.training.page import page
-
     write_page(page(arguments.out), arguments.out / "report.html")
     click.echo(f"\npage: {arguments.out / 'report.html'}")
 
