@@ -70,7 +70,7 @@ def test_what_a_tracker_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-not-found]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     Accelerator(cpu=True)
     with trackers.tracking(["tensorboard"], "a", tmp_path, ABOUT) as observe:
