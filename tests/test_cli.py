@@ -299,12 +299,19 @@ def test_convert_as_json(source: str, tmp_path: Path) -> None:
     assert result["residual"]["proven"]
 
 
-def test_a_dry_run_lists_what_is_left_alone(source: str, tmp_path: Path) -> None:
-    done = CliRunner().invoke(main, ["convert", source, str(tmp_path / "out"), "--dry-run"])
+def test_a_dry_run_says_what_is_left_alone(source: str, tmp_path: Path) -> None:
+    command = ["convert", source, str(tmp_path / "out"), "--dry-run"]
+    done, verbose = (CliRunner().invoke(main, [*command, *more]) for more in ([], ["-v"]))
+    plan = json.loads(CliRunner().invoke(main, [*command, "--json", "-q"]).stdout)["plan"]
+    names = {skip["target"] for skip in plan["skips"]}
+    listed = re.findall(r"^  (\S+) +not a weight that this recipe draws$", verbose.output, re.MULTILINE)
 
-    assert done.exit_code == 0
+    assert (done.exit_code, verbose.exit_code) == (0, 0)
     assert "dry run, nothing written" in done.output
-    assert re.search(r"^  transformer\.h\.0\.ln_1\.weight +not a weight", done.output, re.MULTILINE)
+    first = f"  transformer.h.0.ln_1.weight and {len(listed) - 1} more: not a weight that this recipe draws"
+    assert first in done.output.splitlines()
+    assert len(listed) == len(names) > 20
+    assert set(listed) == names
     assert not (tmp_path / "out").exists()
 
 

@@ -44,7 +44,7 @@ class _Group(click.Group):
         except Exception:
             click.echo(traceback.format_exc(), err=True)
             click.echo(
-                "error: this is a bug in spikepatch; nothing was written. Please report it with the lines above.",
+                "error: this is a bug in spikepatch, not in what you gave it. Please report it with the lines above.",
                 err=True,
             )
             ctx.exit(3)

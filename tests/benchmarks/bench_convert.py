@@ -2,7 +2,8 @@
 
 speed: a 1.1 B-parameter bfloat16 Llama in 5 shards (2.2 GB); in-process, after imports. Everything in one round after
 the other, 7 rounds; ratios are of medians. Targets: ``--reinit none`` at most 2.0 times (cp + sync), ``--reinit all``
-at most 1.3 times (values / rate of one generator + cp + sync), both at most 0.5 times transformers' load and save.
+at most 1.3 times (values / rate of one generator + cp + sync), both at most 0.5 times transformers' load and save. With
+``MERGEKIT=/path/to/mergekit-yaml`` (in an environment of its own) the whole command at most 0.5 times its passthrough.
 memory: 20 GB of weights, and one tensor of 4 GB; the target is 256 MB and a piece above ``import torch``. It takes
 20 GB of disk. linear: 0.1, 1 and 10 GB. "Less planning": without what comes before the first byte (finding and proving
 the stream, 1 to 3 s), which depends on the number of layers, and not on their size.
@@ -109,6 +110,17 @@ def speed(layers: int = 22) -> None:
     def mapping(out: Path) -> None:
         spikepatch.convert(str(source), out, reinit="all", dry_run=True)
 
+    def command(reinit: str, out: Path) -> None:
+        words = ("-W", "ignore", "-m", "spikepatch", "convert", str(source), str(out), "--reinit", reinit, "-q")
+        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+
+    def passthrough(out: Path) -> None:
+        merge = {"models": [{"model": str(source)}], "merge_method": "passthrough", "dtype": "bfloat16"}
+        (folder / "merge.yml").write_text(json.dumps(merge))  # JSON is YAML
+        words = (str(folder / "merge.yml"), str(out), "--lazy-unpickle", "--no-copy-tokenizer")
+        subprocess.run([os.environ["MERGEKIT"], *words], check=True, stderr=subprocess.DEVNULL)
+        os.sync()
+
     with scratch() as folder:
         source = folder / "source"
         whole = sparse_source(folder / "config", 1, num_hidden_layers=layers, **TINY_LLAMA)
@@ -128,6 +140,12 @@ def speed(layers: int = 22) -> None:
             "transformers load + save": load_and_save,
             "planning alone": mapping,
         }
+        if "MERGEKIT" in os.environ:
+            jobs |= {
+                "command, --reinit none": partial(command, "none"),
+                "command, --reinit all": partial(command, "all"),
+                "mergekit passthrough": passthrough,
+            }
         measured: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
         for done in range(ROUNDS):
             for name, work in jobs.items():
@@ -157,6 +175,11 @@ def speed(layers: int = 22) -> None:
         click.echo(
             f"  {name} / ({of}): {clock:.2f} by the clock (target {target}), {busy:.2f} by work;"
             f" less planning {less[0]:.2f} and {less[1]:.2f}"
+        )
+    for reinit in ("none", "all") if "MERGEKIT" in os.environ else ():
+        clock, busy = (middle[f"command, --reinit {reinit}"][i] / middle["mergekit passthrough"][i] for i in (0, 1))
+        click.echo(
+            f"  command, --reinit {reinit} / mergekit: {clock:.2f} by the clock (target 0.5), {busy:.2f} by work"
         )
 
 

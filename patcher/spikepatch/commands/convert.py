@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from spikepatch.map_table import columns
 if TYPE_CHECKING:
     from spikepatch.conversion import Conversion
     from spikepatch.folding import Folded
-    from spikepatch.plans import Plan
+    from spikepatch.plans import Plan, Skip
 
 
 @click.command("convert", help=f"Write a patched copy of SOURCE to OUT.\n{options.SOURCE_HELP}")
@@ -71,8 +72,10 @@ def _lines(result: Conversion, *, dry_run: bool) -> Iterator[str]:
     size = f"{result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, {result.dtype}, storage {result.storage}"
     if dry_run:
         yield f"dry run, nothing written: {size}"
-    if dry_run or is_verbose():
+    if is_verbose():
         yield from columns([("left alone:", ""), *((f"  {skip.target}", skip.reason) for skip in result.plan.skips)])
+    elif dry_run:
+        yield from _left_alone(result.plan)
     if not dry_run:
         yield f"wrote {result.out}: {size}"
         yield load_line(result)
@@ -87,6 +90,16 @@ def _about(result: Conversion) -> Iterator[str]:
     if result.drift:
         yield f"on a sample text (log V = {result.log_vocab:.1f}):"
         yield from columns(list(_drift_rows(result)))
+
+
+def _left_alone(plan: Plan) -> Iterator[str]:
+    """The first of those that have the same reason, but for the number of the layer; -v lists them all."""
+    alike: dict[str, list[Skip]] = {}
+    for skip in plan.skips:
+        alike.setdefault(re.sub(r"\d+", "*", skip.reason), []).append(skip)
+    yield "left alone:"
+    for first, *others in alike.values():
+        yield f"  {first.target}" + (f" and {len(others)} more" if others else "") + f": {first.reason}"
 
 
 def _drift_rows(result: Conversion) -> Iterator[tuple[str, ...]]:
