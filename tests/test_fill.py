@@ -386,6 +386,18 @@ def test_what_is_drawn_elsewhere_takes_no_memory() -> None:
     assert torch.equal(made[f"{name}.bias"], torch.zeros(256))
 
 
+def test_an_initialiser_that_is_not_implemented_is_refused() -> None:
+    class Without(nn.Linear):
+        def reset_parameters(self) -> None:
+            if not self.weight.is_meta and bool(self.weight.isnan().all()):
+                raise NotImplementedError
+
+    model = Toy(ToyConfig())
+    model.without = Without(2, 2)
+    with pytest.raises(Refused, match=r"cannot run on this module alone(.|\n)*why: NotImplementedError"):
+        own_initialiser(skeleton(model), "without", 0, {})
+
+
 def test_an_initialiser_that_reads_other_tensors_is_refused() -> None:
     class Reads(nn.Linear):
         def reset_parameters(self) -> None:

@@ -181,6 +181,7 @@ def test_the_command() -> None:
         (["--for", "megatron", "--width", "8", "--layers", "2"], "--for needs NAME"),
         (["vanilla", "--width", "8"], "go with --for"),
         (["embed-ln", "--for", "megatron", "--width", "8", "--layers", "2", "--factor", "2"], "scale the embedding"),
+        (["scaled-embed", "--for", "megatron", "--width", "8", "--layers", "2", "--factor", "0"], "positive number"),
     ],
 )
 def test_what_does_not_fit_together(words: list[str], problem: str) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from spikepatch.apply.module import patch
 from spikepatch.apply.patched import load_as_it_is, load_learned, load_unpatched
+from spikepatch.errors import on_one_line
 from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 from spikepatch.quiet import quiet
 
@@ -109,7 +110,7 @@ def _compare(
     try:
         before, stream = _run(load_as_it_is(source), residual, ids)
     except Exception as error:  # whatever the source's own forward pass raises
-        return f"{source.name} itself does not run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return f"{source.name} itself does not run ({on_one_line(error, 200)})"
     found = [Behaviour("source", _loss(before, ids), 0.0, stream)]
     for name, model in models():
         after, stream = _run(model, residual, ids)

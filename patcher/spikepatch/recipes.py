@@ -176,10 +176,10 @@ def with_options(
     """The recipe with a call's options in its transforms.
 
     Raises:
-        Refused: it has no transform that takes an option.
+        Refused: it has no transform that takes an option, or the option makes no sense.
     """
     changes = {"factor": factor, "positions": positions, "replace": replace}
-    asked = {name: value for name, value in changes.items() if value}
+    asked = {name: value for name, value in changes.items() if value is not None and value is not False}
     transforms = recipe.transforms
     if asked:
         transforms = tuple(dataclasses.replace(t, **asked) if isinstance(t, EmbedScale) else t for t in transforms)  # type: ignore[arg-type]

@@ -31,6 +31,15 @@ class EmbedInit:
 
     std: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.std < math.inf:
+            raise Refused(
+                what="the std of an embedding must be a positive number",
+                where=type(self).__name__,
+                why=f"it is {self.std}",
+                remedy="leave it out for 1",
+            )
+
     def __call__(self, residual: ResidualMap, context: Context) -> Iterator[Edit | Skip]:
         if context.reinit != "all":
             raise Refused(

@@ -33,6 +33,15 @@ class EmbedScale:
     positions: bool = False
     replace: bool = False
 
+    def __post_init__(self) -> None:
+        if self.factor is not None and not 0 < self.factor < math.inf:
+            raise Refused(
+                what="the embedding factor must be a positive number",
+                where=f"factor={self.factor}",
+                why="the stream would vanish, flip or overflow",
+                remedy="leave it out for sqrt(d)",
+            )
+
     def __call__(self, residual: ResidualMap, context: Context) -> Iterator[Edit | Skip]:
         token = token_embedding(residual, context)
         if isinstance(token, Skip):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, first_line
 from spikepatch.plans import Reinit
 from spikepatch.preflight.assemble import View, bound_product, growth
 from spikepatch.preflight.measure import Progress, measure
@@ -286,7 +286,7 @@ def _device(name: str) -> torch.device:
         raise Refused(
             what=f"no device {name!r}",
             where="--device",
-            why=str(error).splitlines()[0],
+            why=first_line(error),
             remedy="leave it out for a GPU where there is one, else the CPU",
         ) from error
     return device

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 from torch.nn import functional
 
+from spikepatch.errors import first_line
 from spikepatch.preflight.bounds import gaussian_norm
 from spikepatch.preflight.deep import heads_jacobian, jacobian, leads, steepest
 from spikepatch.preflight.jacobian import STEPS, SpectralNorm, matrix_norm
@@ -164,7 +165,7 @@ def _deeper(
             for sublayer, stats in zip(sublayers, sizes, strict=True)
         ]
     except RuntimeError as error:
-        found.problems.append(f"Jacobian of sub-layer {sublayers[0].index}: {str(error).splitlines()[0]}")
+        found.problems.append(f"Jacobian of sub-layer {sublayers[0].index}: {first_line(error)}")
         return sizes
 
 

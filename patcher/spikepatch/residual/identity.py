@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, on_one_line
 from spikepatch.residual.ops import op, shape
 from spikepatch.residual.trace import Trace, recorded
 
@@ -38,7 +38,7 @@ def forward_of(model: nn.Module, example: Mapping[str, torch.Tensor] | None = No
         raise Refused(
             what="the forward pass cannot be recorded, so what it computes cannot be compared",
             where=type(model).__name__,
-            why=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            why=on_one_line(error, 200),
             remedy="check that the model runs on integer token ids",
         ) from error
 

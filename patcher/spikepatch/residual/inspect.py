@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, first_line
 from spikepatch.meta import build_meta, check_default_device
 from spikepatch.residual import ops
 from spikepatch.residual.kinds import between, kind_of, multiplier, steps
@@ -276,7 +276,7 @@ class _Naming:
             raise Refused(
                 what="the embedding path cannot be run, so the factor that it applies is not known",
                 where=type(self.model).__name__,
-                why=str(error).splitlines()[0],
+                why=first_line(error),
                 remedy="please report the architecture",
             ) from error
         found: dict[str, Embedding] = {}

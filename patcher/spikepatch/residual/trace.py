@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
 from spikepatch.residual.ops import VIEWS, op, shape
 from spikepatch.residual.quick import quick
@@ -77,7 +77,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
             try:
                 return recorded(model, example)
             except Exception as error:
-                raise _untraceable(type(model).__name__, example, _line(not_exported), _line(error)) from error
+                raise _untraceable(type(model).__name__, example, not_exported, error) from error
     flat = _flat(program, model, twin, example)
     # A number that the forward pass makes a tensor of has no value in a graph that was exported on meta: only a
     # recorded graph can be run.
@@ -87,8 +87,11 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
     return flat
 
 
-def _untraceable(name: str, example: Mapping[str, torch.Tensor], exported: str, recorded: str) -> Refused:
+def _untraceable(
+    name: str, example: Mapping[str, torch.Tensor], not_exported: Exception, not_recorded: Exception
+) -> Refused:
     what = "the forward pass cannot be traced, so its residual stream cannot be found"
+    exported, recorded = first_line(not_exported), first_line(not_recorded)
     if exported == recorded:  # the model's own words
         return Refused(
             what=what,
@@ -102,11 +105,6 @@ def _untraceable(name: str, example: Mapping[str, torch.Tensor], exported: str, 
         why=f'torch.export stopped: "{exported}"; and a recorded run: "{recorded}"',
         remedy="check that the model runs on integer token ids without branches on the data",
     )
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
