@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from spikepatch.errors import Refused
 from spikepatch.residual.inspect import sublayers_of
 from spikepatch.residual.map import SublayerKind
-from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, op, operands
+from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, op, operands, writes
 from spikepatch.residual.stream import Stream
 
 #: Name of a parameter, as ``named_parameters()`` gives it -> its values, of any float dtype, anywhere.
@@ -121,7 +121,7 @@ def compile_program(stream: Stream, device: torch.device) -> Program:
                 needs=tuple(a for a in data if a in read and place[a] < i),
                 point=point,
                 parameters=tuple(p for p in facts.trace.parameters if p in read),
-                writes=any(_writes(node) for node in nodes),
+                writes=any(writes(node) for node in nodes),
             )
         )
     alive = tuple(frozenset(n for n in data if place[n] <= i < last_use[n]) for i in range(len(pieces)))
@@ -161,7 +161,7 @@ def run_piece(
     values: Values = {node: inputs[node] for node in piece.needs}
     if piece.writes:
         values = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
-    written = {_owner(node) for node in piece.nodes if _writes(node)} if piece.writes else set()
+    written = {_owner(node) for node in piece.nodes if writes(node)} if piece.writes else set()
     values.update((p, parameters[p].clone() if p in written else parameters[p]) for p in piece.parameters)
     wanted = set(keep)
     _execute(program, piece.nodes, values, wanted)
@@ -219,7 +219,7 @@ def _scratch(stream: Stream, weighted: set[Node]) -> set[Node]:
     """Memory without weights that data is written into: made anew for every run."""
     found: set[Node] = set()
     for node in stream.facts.nodes:
-        if not _writes(node) or node not in weighted:
+        if not writes(node) or node not in weighted:
             continue
         target = operands(node)[0]
         while target not in weighted and target.op == "call_function" and target not in found:
@@ -228,11 +228,6 @@ def _scratch(stream: Stream, weighted: set[Node]) -> set[Node]:
                 break
             target = operands(target)[0]
     return found
-
-
-def _writes(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _owner(node: Node) -> Node:

@@ -97,6 +97,12 @@ def place(node: Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
+def writes(node: Node) -> bool:
+    """It changes its first argument in place."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
 def operands(node: Node) -> list[Node]:
     """The graph nodes among the arguments, in order, lists included."""
     return list(node.all_input_nodes)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
-from spikepatch.residual.ops import VIEWS, op, shape
+from spikepatch.residual.dataflow import follow_data
 from spikepatch.residual.quick import quick
 from spikepatch.residual.record import record
 
@@ -163,9 +163,7 @@ def _flat(
     graph = Graph()
     copies: dict[Node, Node] = {}
     result = _inline(program.graph_module, graph, copies)
-    _redirect_writes(graph)
-    _undo_splits(graph)
-
+    follow_data(graph)
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     values = dict(model.named_buffers(remove_duplicate=False))
     placeholder = {node.name: node for node in graph.nodes if node.op == "placeholder"}
@@ -237,70 +235,8 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None
     recorder, result = record(twin, example)
     output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
     recorder.graph.output(recorder.node(output))
-    _redirect_writes(recorder.graph)
-    _undo_splits(recorder.graph)
+    follow_data(recorder.graph)
     parameters = {recorder.node(p): name for name, p in twin.named_parameters()}
     buffers = {recorder.node(b): b for _, b in twin.named_buffers()} | recorder.constants
     inputs = {recorder.node(t): t for t in example.values()}
     return Trace(recorder.graph, parameters, buffers, inputs, recorder.node(output))
-
-
-def overwritten(value: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """``value`` after ``written``, which shares its memory, was written in place: executed, it has changed already."""
-    return value
-
-
-def _redirect_writes(graph: Graph) -> None:
-    """Make in-place ops visible as data: whoever reads the written memory later reads it through the write.
-
-    The written tensor itself is replaced by the op's result, every other view of the same memory by ``overwritten``.
-    """
-    order: dict[Node, float] = {node: i for i, node in enumerate(graph.nodes)}
-    base: dict[Node, Node] = {}
-    family: dict[Node, list[Node]] = {}
-    for node in list(graph.nodes):
-        schema = getattr(node.target, "_schema", None)
-        first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        writes = first is not None and schema is not None and schema.is_mutable
-        if first is not None and (writes or op(node) in VIEWS):
-            base[node] = base.get(first, first)
-            family.setdefault(base[node], [base[node]]).append(node)
-        if not writes or first is None:
-            continue
-        for alias in family[base[node]]:
-            later = [user for user in alias.users if order.get(user, -1.0) > order[node]]
-            if not later or alias is node:
-                continue
-            seen = node
-            if alias is not first:
-                with graph.inserting_after(node):
-                    seen = graph.call_function(overwritten, (alias, node))
-                seen.meta = dict(alias.meta)
-                order[seen] = order[node] + 0.5
-            for user in later:
-                user.replace_input_with(alias, seen)
-
-
-def _undo_splits(graph: Graph) -> None:
-    """Whoever reads a part of a concatenation, cut where it was joined, reads the joined tensor itself."""
-    for node in graph.nodes:
-        source = node.args[0] if op(node) == "getitem" else None
-        if not isinstance(source, Node) or op(source) not in {"split", "chunk"}:
-            continue
-        joined = source.args[0]
-        if not isinstance(joined, Node) or op(joined) != "cat":
-            continue
-        parts: Any = joined.args[0]
-        sizes = [shape(part)[_axis(joined)] for part in parts]
-        count: Any = source.args[1]
-        step = -(-sum(sizes) // count) if op(source) == "chunk" else count
-        begin, position = [sum(sizes[:i]) for i in range(len(sizes))], node.args[1] * step
-        if _axis(joined) == _axis(source) and position in begin and shape(parts[begin.index(position)]) == shape(node):
-            node.replace_all_uses_with(parts[begin.index(position)])
-
-
-def _axis(node: Node) -> int:
-    """The axis that a cat (tensors, dim) or a split (tensor, size, dim) works along, counted from the front."""
-    axis: Any = node.args[1 if op(node) == "cat" else 2] if len(node.args) > (1 if op(node) == "cat" else 2) else 0
-    tensor: Any = node.args[0]
-    return int(axis) % len(shape(tensor[0] if op(node) == "cat" else tensor))
