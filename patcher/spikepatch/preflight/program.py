@@ -20,10 +20,10 @@ from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spikepatch.errors import Refused
-from spikepatch.residual.inspect import sublayers_of
 from spikepatch.residual.map import SublayerKind
 from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, op, operands, writes
 from spikepatch.residual.stream import Stream
+from spikepatch.residual.sublayers import sublayers_of
 
 #: Name of a parameter, as ``named_parameters()`` gives it -> its values, of any float dtype, anywhere.
 Weights = Callable[[str], torch.Tensor]
@@ -198,15 +198,13 @@ def _sublayers(stream: Stream) -> tuple[Sublayer, ...]:
     order = stream.facts.order
     kinds, numbers = sublayers_of(stream)
     found = []
-    for number in dict.fromkeys(numbers):
+    for number, kind in dict(zip(numbers, kinds, strict=True)).items():
         terms = [t for t, n in zip(stream.terms, numbers, strict=True) if n == number]
-        point = max((t.reads for t in terms), key=order.__getitem__)
-        mine = [kind for kind, n in zip(kinds, numbers, strict=True) if n == number]
         found.append(
             Sublayer(
                 index=number,
-                kind="moe" if "moe" in mine else mine[0],
-                point=point,
+                kind=kind,
+                point=max((t.reads for t in terms), key=order.__getitem__),
                 outputs=tuple(t.node for t in terms),
                 projections=tuple(projection for t in terms for projection in t.projections),
                 interior=frozenset().union(*(t.interior for t in terms)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 from collections.abc import Mapping
 
@@ -13,7 +12,7 @@ from torch.fx import Node
 from spikepatch.errors import Refused, first_line
 from spikepatch.meta import build_meta, check_default_device
 from spikepatch.residual import ops
-from spikepatch.residual.kinds import between, kind_of, multiplier, steps
+from spikepatch.residual.kinds import between, multiplier, steps
 from spikepatch.residual.map import (
     Embedding,
     Head,
@@ -23,13 +22,12 @@ from spikepatch.residual.map import (
     Placement,
     ResidualMap,
     ResidualProjection,
-    SublayerKind,
 )
 from spikepatch.residual.measure import measure
 from spikepatch.residual.names import layers, own_name, tied
 from spikepatch.residual.ops import op, operands, place
-from spikepatch.residual.proof import Term
 from spikepatch.residual.stream import Stream, find
+from spikepatch.residual.sublayers import addition, point, sublayers_of
 from spikepatch.residual.trace import Trace, trace
 from spikepatch.residual.weights import fan, gain, matrix_weight
 
@@ -69,40 +67,6 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
         )
     main, *others = (_Naming(model, stream).map(source) for stream in streams)
     return dataclasses.replace(main, streams=tuple(others))
-
-
-def sublayers_of(stream: Stream) -> tuple[list[SublayerKind], list[int]]:
-    """For each term of ``stream``: what it computes, and the index of its sub-layer.
-
-    Feed-forward terms with one input, added before the stream is read again, are one: routed, shared experts.
-    """
-    order = stream.facts.order
-    kinds = [kind_of(stream.facts, term) for term in stream.terms]
-    read = sorted(order[term.reads] for term in stream.terms)
-    keys = []
-    for term, kind in zip(stream.terms, kinds, strict=True):
-        name = "feed-forward" if kind in {"mlp", "moe"} else kind
-        keys.append((_point(term.reads), bisect.bisect(read, order[_addition(stream, term)]), name))
-    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    return kinds, [number[key] for key in keys]
-
-
-def _addition(stream: Stream, term: Term) -> Node:
-    """Where the term joins the stream."""
-    seen: set[Node] = set()
-    todo = [term.node]
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo.extend(node.users if node not in stream.additions else ())
-    return min(seen & stream.additions, key=stream.facts.order.__getitem__)
-
-
-def _point(node: Node) -> Node:
-    while op(node) in ops.VIEWS:
-        node = operands(node)[0]
-    return node
 
 
 class _Naming:
@@ -170,7 +134,6 @@ class _Naming:
 
     def _projections(self) -> tuple[ResidualProjection, ...]:
         found: dict[str, ResidualProjection] = {}
-        moe = {s for s, kind in zip(self.sublayer, self.kinds, strict=True) if kind == "moe"}
         for term, kind, sublayer in zip(self.stream.terms, self.kinds, self.sublayer, strict=True):
             for matmul, parameter in term.projections:
                 norm = next((n for n in steps(self.facts, term.node, matmul) if n in self.facts.norm_at), None)
@@ -178,7 +141,7 @@ class _Naming:
                     parameter=parameter,
                     layer=self._layer(parameter),
                     sublayer=sublayer,
-                    kind="moe" if sublayer in moe else kind,
+                    kind=kind,
                     branch_norm=place(norm) if norm is not None else None,
                     multiplier=multiplier(self.facts, term.node, matmul),
                     between=between(self.facts, term.node, matmul),
@@ -190,7 +153,6 @@ class _Naming:
 
     def _matrices(self) -> tuple[Matrix, ...]:
         found: dict[str, Matrix] = {}
-        moe = {s for s, kind in zip(self.sublayer, self.kinds, strict=True) if kind == "moe"}
         for term, kind, sublayer in zip(self.stream.terms, self.kinds, self.sublayer, strict=True):
             for node in sorted(term.interior, key=self.facts.order.__getitem__):
                 weight, data = matrix_weight(self.facts, node), self.facts.data(node)
@@ -198,8 +160,7 @@ class _Naming:
                 if weight is not None and size is not None:
                     name = self.facts.weight[weight]
                     reads = self._reads_stream(data[0])
-                    matrix = Matrix(name, sublayer, "moe" if sublayer in moe else kind, reads, *size)
-                    found.setdefault(name, matrix)
+                    found.setdefault(name, Matrix(name, sublayer, kind, reads, *size))
         return tuple(found.values())
 
     def _reads_stream(self, node: Node) -> bool:
@@ -234,11 +195,11 @@ class _Naming:
                     role = "final"
                 else:
                     role = "post"
-            elif norm.output in self.stream.suffix and _point(norm.input) in self.stream.spine:
+            elif norm.output in self.stream.suffix and point(norm.input) in self.stream.spine:
                 role = "final"
             elif norm.output in on_branch and norm.output not in projected:
                 role = "branch"
-            elif _point(norm.input) in self.stream.spine:
+            elif point(norm.input) in self.stream.spine:
                 role = "pre"
             else:
                 role = "qk" if norm.output in attention and _heads(norm.output) else "inner"
@@ -251,12 +212,12 @@ class _Naming:
         terms = list(zip(self.stream.terms, self.sublayer, strict=True))
         points: dict[int, set[Node]] = {}
         for term, s in terms:
-            points.setdefault(s, set()).add(_point(term.reads))
+            points.setdefault(s, set()).add(point(term.reads))
         norms = self.facts.norm_at
         stream = self.stream.spine
-        reads_normed = {s for t, s in terms for n in t.interior if n in norms and _point(norms[n].input) in stream}
+        reads_normed = {s for t, s in terms for n in t.interior if n in norms and point(norms[n].input) in stream}
         normed = {self._behind_gains(norm.input) for output, norm in norms.items() if output in stream}
-        post = {s for t, s in terms if self._behind_gains(t.reads) in norms or _addition(self.stream, t) in normed}
+        post = {s for t, s in terms if self._behind_gains(t.reads) in norms or addition(self.stream, t) in normed}
         found: set[Placement] = set()
         for projection in projections:
             s = projection.sublayer
