@@ -145,7 +145,7 @@ def test_an_encoder_has_a_report_of_its_own() -> None:
     """Against hidden states of transformers' own forward pass, and gradients of its own backward pass."""
     from transformers import PegasusConfig, PegasusForConditionalGeneration
 
-    from spikepatch.preflight.subject import example
+    from spikepatch.preflight.inputs import random_tokens
 
     sizes = {"encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = PegasusConfig(d_model=64, encoder_layers=3, decoder_layers=2, vocab_size=200, dropout=0.0, **sizes)
@@ -156,7 +156,7 @@ def test_an_encoder_has_a_report_of_its_own() -> None:
     assert (report.stream, report.sublayers, len(report.layers)) == ("output", 6, 2)
     assert encoder.initial_loss is None
 
-    inputs = example(model, tokens=12, batch=2, seed=3)
+    inputs = random_tokens(model, tokens=12, batch=2, seed=3)
     output = model(**inputs, output_hidden_states=True)
     states = output.encoder_hidden_states
     for state in states:
@@ -224,9 +224,9 @@ def test_the_largest_attention_logit() -> None:
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight.mul_(40)
     report = spikepatch.check(model, tokens=16, batch=1, steps=1)
-    from spikepatch.preflight.subject import example
+    from spikepatch.preflight.inputs import random_tokens
 
-    ids = example(model, tokens=16, batch=1, seed=0)["input_ids"]
+    ids = random_tokens(model, tokens=16, batch=1, seed=0)["input_ids"]
     block = model.transformer.h[0]
     with torch.no_grad():
         x = block.ln_1(model.transformer.wte(ids) + model.transformer.wpe(torch.arange(16)))

@@ -10,6 +10,7 @@ Every number is at least float32, whatever the model's dtype: what is measured i
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spikepatch.errors import Refused
 from spikepatch.residual.map import SublayerKind
+from spikepatch.residual.measure import in_single
 from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, op, operands, writes
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.sublayers import sublayers_of
@@ -28,6 +30,8 @@ from spikepatch.residual.sublayers import sublayers_of
 #: Name of a parameter, as ``named_parameters()`` gives it -> its values, of any float dtype, anywhere.
 Weights = Callable[[str], torch.Tensor]
 Values = dict[Node, Any]
+#: Told (step, done, total).
+Progress = Callable[[str, int, int], None]
 
 _GROUPED = frozenset("_grouped_mm grouped_mm grouped_mm_fallback".split())
 
@@ -82,12 +86,9 @@ class Program:
         """The stream's points in order: the input of the first sub-layer first, the end of the stream last."""
         return tuple(piece.point for piece in self.pieces[:-1])
 
-    def piece_of(self, point: Node) -> int:
-        """Index of the piece that begins at ``point``."""
-        return self.points.index(point) + 1
-
     def parameter(self, node: Node, weights: Weights) -> torch.Tensor:
-        return at_least_float32(weights(self.stream.facts.trace.parameters[node]).detach()).to(self.device)
+        """The values of a placeholder of ``pieces[i].parameters``, in at least float32, on the program's device."""
+        return _at_least_float32(weights(self.stream.facts.trace.parameters[node]).detach()).to(self.device)
 
 
 def compile_program(stream: Stream, device: torch.device) -> Program:
@@ -130,7 +131,7 @@ def compile_program(stream: Stream, device: torch.device) -> Program:
     values = _constants(program)
     with torch.no_grad():
         _execute(program, static, values)
-    return Program(stream, program.pieces, sublayers, alive, values, device)
+    return dataclasses.replace(program, static=values)
 
 
 def _check_runnable(nodes: Iterable[Node]) -> None:
@@ -182,7 +183,7 @@ def part_of(program: Program, piece: Piece, start: Node, stop: Node) -> Piece:
     )
 
 
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in {torch.bfloat16, torch.float16} else tensor
 
 
@@ -239,27 +240,30 @@ def _owner(node: Node) -> Node:
 def _constants(program: Program) -> Values:
     trace = program.stream.facts.trace
     constants = {**trace.buffers, **trace.inputs}  # copies: the graph may write into them
-    return {node: at_least_float32(value.clone()).to(program.device) for node, value in constants.items()}
+    return {node: _at_least_float32(value.clone()).to(program.device) for node, value in constants.items()}
 
 
 def _execute(program: Program, nodes: Sequence[Node], values: Values, keep: set[Node] | None = None) -> None:
     """Run ``nodes`` into ``values``; with ``keep`` given, drop all others after their last use among ``nodes``."""
+
+    def value(node: Node) -> Any:
+        return values[node] if node in values else program.static[node]
+
     last: dict[Node, Node] = {a: node for node in nodes for a in operands(node)} if keep is not None else {}
     for node in nodes:
         if op(node):
-            look = lambda n: values[n] if n in values else program.static[n]  # noqa: E731
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), look)
-            values[node] = call(node, args, kwargs, program.device)
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
+            values[node] = _call(node, args, kwargs, program.device)
         if keep is not None:
             for argument in operands(node):
                 if last[argument] is node and argument not in keep:
                     values.pop(argument, None)
 
 
-def call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Any:
+def _call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Any:
     """One operation, on ``device``, at no less than float32, by kernels that can be differentiated twice."""
-    args = [_adapted(a, device) for a in args]
-    kwargs = {name: _adapted(value, device) for name, value in kwargs.items()}
+    args = [in_single(a, device) for a in args]
+    kwargs = {name: in_single(value, device) for name, value in kwargs.items()}
     if node.target is operator.getitem:
         return args[0][args[1]]
     if op(node) in _GROUPED:
@@ -271,14 +275,6 @@ def call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], device: tor
         with sdpa_kernel(SDPBackend.MATH):
             return node.target(*args, **kwargs)
     return node.target(*args, **kwargs)
-
-
-def _adapted(argument: Any, device: torch.device) -> Any:
-    """The traced graph says ``device=meta``, and the model's own precision."""
-    if isinstance(argument, torch.device):
-        return device
-    reduced = isinstance(argument, torch.dtype) and argument in {torch.bfloat16, torch.float16}
-    return torch.float32 if reduced else argument
 
 
 def _grouped(

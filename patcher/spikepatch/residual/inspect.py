@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.fx import Node
 from spikepatch.errors import Refused, first_line
 from spikepatch.meta import build_meta, check_default_device
 from spikepatch.residual import ops
+from spikepatch.residual.facts import NormNode
 from spikepatch.residual.kinds import between, multiplier, steps
 from spikepatch.residual.map import (
     Embedding,
@@ -30,6 +31,9 @@ from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.sublayers import addition, point, sublayers_of
 from spikepatch.residual.trace import Trace, trace
 from spikepatch.residual.weights import fan, gain, matrix_weight
+
+#: Views of a part, which is no copy.
+_PARTS = frozenset(("split", "chunk", "split_with_sizes"))
 
 
 def inspect(
@@ -166,47 +170,45 @@ class _Naming:
     def _reads_stream(self, node: Node) -> bool:
         """The node is a copy of the stream: normed, cast, gathered or scaled, but not multiplied by a matrix."""
         while node not in self.copies:
-            if op(node) not in ops.VIEWS or _parts(node):
+            if op(node) not in ops.VIEWS - _PARTS:
                 return False
             node = operands(node)[0]
         return True
 
     def _norms(self) -> tuple[Norm, ...]:
-        projected = {m for t in self.stream.terms for m, _ in t.projections}
-        on_branch = {n for t in self.stream.terms for m, _ in t.projections for n in steps(self.facts, t.node, m)}
-        attention = {
-            n for t, kind in zip(self.stream.terms, self.kinds, strict=True) if "attention" in kind for n in t.interior
-        }
         stream = self.stream
         region = set(stream.spine | stream.suffix | self.facts.behind([stream.start]))
         region.update(*(term.interior for term in stream.terms))
-        here = [norm for node, norm in self.facts.norm_at.items() if node in region]
-        on_stream = [norm.output for norm in here if norm.output in stream.spine]
-        start = self.facts.order[self.stream.start]
-        last_add = max(self.facts.order[n] for n in stream.additions)
-        after_start = [n for n in on_stream if self.facts.order[n] > start]
         found: dict[tuple[str, str], Norm] = {}
-        for norm in here:
-            role: NormRole
-            if norm.output in self.stream.spine:
-                if self.facts.order[norm.output] <= start:
-                    role = "embedding"
-                elif self.facts.order[norm.output] > last_add and len(after_start) == 1:
-                    role = "final"
-                else:
-                    role = "post"
-            elif norm.output in self.stream.suffix and point(norm.input) in self.stream.spine:
-                role = "final"
-            elif norm.output in on_branch and norm.output not in projected:
-                role = "branch"
-            elif point(norm.input) in self.stream.spine:
-                role = "pre"
-            else:
-                role = "qk" if norm.output in attention and _heads(norm.output) else "inner"
+        for norm, role in self._roles([norm for node, norm in self.facts.norm_at.items() if node in region]):
             module = place(norm.output)
             layer = self._layer(module)
             found.setdefault((module, role), Norm(module, role, norm.kind, norm.eps, layer, *gain(self.facts, norm)))
         return tuple(found.values())
+
+    def _roles(self, norms: list[NormNode]) -> Iterator[tuple[NormNode, NormRole]]:
+        """Each norm's place: on the stream itself, behind it, on a sub-layer's output, at its input or inside it."""
+        stream, order = self.stream, self.facts.order
+        products = [(term.node, matmul) for term in stream.terms for matmul, _ in term.projections]
+        on_branch = {n for node, matmul in products for n in steps(self.facts, node, matmul)} - {m for _, m in products}
+        terms = zip(stream.terms, self.kinds, strict=True)
+        attention = {n for term, kind in terms if "attention" in kind for n in term.interior}
+        start, last_addition = order[stream.start], max(order[n] for n in stream.additions)
+        after_start = [n.output for n in norms if n.output in stream.spine and order[n.output] > start]
+        for norm in norms:
+            reads_stream = point(norm.input) in stream.spine
+            if norm.output in stream.spine and norm.output not in after_start:
+                yield norm, "embedding"
+            elif norm.output in stream.spine:
+                yield norm, "final" if len(after_start) == 1 and order[norm.output] > last_addition else "post"
+            elif norm.output in stream.suffix and reads_stream:
+                yield norm, "final"
+            elif norm.output in on_branch:
+                yield norm, "branch"
+            elif reads_stream:
+                yield norm, "pre"
+            else:
+                yield norm, "qk" if norm.output in attention and _heads(norm.output) else "inner"
 
     def _placement(self, projections: tuple[ResidualProjection, ...]) -> Placement:
         terms = list(zip(self.stream.terms, self.sublayer, strict=True))
@@ -258,10 +260,6 @@ class _Naming:
                 is_table = any(name == e.parameter for e in embeddings)
                 return Head(own_name(self.model, name, place(node)), is_table)
         return None
-
-
-def _parts(node: Node) -> bool:
-    return op(node) in {"split", "chunk", "split_with_sizes"}
 
 
 def _heads(node: Node) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -120,8 +120,7 @@ def run(
         elif node in trace.parameters:
             results[node] = _parameter(shape(node))
         elif op(node):
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: results[n])
-            results[node] = _call(node, [_exact(a) for a in args], {k: _exact(v) for k, v in kwargs.items()})
+            results[node] = _call(node, *torch.fx.node.map_arg((node.args, node.kwargs), lambda n: results[n]))
     return {node: results[node] for node in wanted}
 
 
@@ -132,15 +131,19 @@ def _parameter(size: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(1)) / math.sqrt(size[-1])
 
 
-def _exact(argument: Any) -> Any:
-    """On the CPU and in float32, whatever the model's device and precision: a factor is not to be rounded."""
+def in_single(argument: Any, device: torch.device) -> Any:
+    """A traced operation's argument: ``device`` for the meta device, float32 for a narrower dtype of the model's."""
     if isinstance(argument, torch.device):
-        return torch.device("cpu")
+        return device
     reduced = isinstance(argument, torch.dtype) and argument in {torch.bfloat16, torch.float16}
     return torch.float32 if reduced else argument
 
 
-def _call(node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def _call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """On the CPU and in float32, whatever the model's device and precision: a factor is not to be rounded."""
+    cpu = torch.device("cpu")
+    args = [in_single(argument, cpu) for argument in args]
+    kwargs = {name: in_single(argument, cpu) for name, argument in kwargs.items()}
     if node.target is operator.getitem:
         return args[0][args[1]]
     if op(node) in LOOKUPS:

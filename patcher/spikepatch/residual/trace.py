@@ -45,12 +45,14 @@ class Trace:
     output: Node
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with every tensor on the meta device, in eval mode; ``model`` itself is not touched."""
+def skeleton(model: nn.Module, *, keep_buffers: bool = False) -> nn.Module:
+    """A copy of ``model`` in eval mode, with its parameters on the meta device, and its buffers too unless they are to
+    keep their values. ``model`` itself is not touched.
+    """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
+    for buffer in () if keep_buffers else model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
     twin: nn.Module = copy.deepcopy(model, memo)
     return twin.eval()
