@@ -178,7 +178,7 @@ def convert(
         log_vocab=log_vocab,
         notes=(
             *notes.whose_weights(found, plan),
-            notes.how_it_loads(found, plan, route, trust=trust),
+            notes.how_it_loads(plan, route, trust=trust),
             *notes.others(settings, match, expected_loss, log_vocab),
         ),
     )

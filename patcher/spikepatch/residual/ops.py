@@ -48,6 +48,7 @@ FUSED_ATTENTION = frozenset(
     " flex_attention".split()
 )
 SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax"])
+# Recurrences along the tokens.
 SCANS = frozenset(["associative_scan", "scan", "cumprod"])
 LOOKUPS = frozenset(["embedding", "embedding_bag"])
 ZERO_FACTORIES = frozenset("zeros zeros_like new_zeros".split())
