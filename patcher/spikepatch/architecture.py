@@ -27,6 +27,7 @@ class Architecture:
     """What is to be built.
 
     Attributes:
+        config, model_class: the class takes the config; of a composite model, the part that it is built from.
         auto_class: name of the class in transformers whose ``from_pretrained`` gives it.
         needs_code: it is built from Python files that came with the model.
         patched: the record of a folder that spikepatch has written; the rest is then about the model before the patch.

@@ -39,7 +39,6 @@ that it was good."""
 #: What tokenizers of one vocabulary split differently: runs of digits and spaces, case, accents, scripts, emoji.
 PROBE = "In 2025, it's 31415.9 at  10:30.\n\n\tdef f(x): return x_1**2  # naïve Ünïcode 東京 🙂 <s></s>"
 
-
 #: Embedding factors that a dry run compares, beside 1/std and the planned one.
 FACTORS = (1.0, 1.5, 2.0, 4.0)
 

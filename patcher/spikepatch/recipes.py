@@ -101,6 +101,7 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }
+#: Where none is named.
 DEFAULT = "scaled-embed"
 
 

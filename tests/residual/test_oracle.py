@@ -90,7 +90,8 @@ def test_numeric_oracle(model_type: str) -> None:
         model = tiny_model(model_type, CASES[model_type])
         residual = spikepatch.inspect(model)
     except (SpikepatchError, ValueError) as refused:
-        assert model_type not in DEFAULT, refused
+        if model_type in DEFAULT:
+            raise
         pytest.skip(f"no map: {refused}")
     if not residual.proven:
         assert model_type not in DEFAULT, residual.leaks

@@ -287,4 +287,5 @@ def _grouped(
 
 
 def is_float(value: Any) -> bool:
+    """It can have a gradient."""
     return isinstance(value, torch.Tensor) and value.is_floating_point()

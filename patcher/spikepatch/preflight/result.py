@@ -36,7 +36,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class EmbeddingReport:
-    """``std``: of the table. ``scale``: what its rows are multiplied by on the way; 1 and ``normed`` behind a norm."""
+    """``std``: of the table. ``small_init``: the paper's sqrt(2/(5d)). ``scale``: what its rows are multiplied by on
+    their way; 1 and ``normed`` behind a norm.
+    """
 
     parameter: str
     kind: str

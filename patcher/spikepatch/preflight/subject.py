@@ -96,6 +96,7 @@ def with_recipe(
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
+    """Number of tokens, as the model's config has it."""
     config: Any = getattr(model, "config", None)
     return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
 

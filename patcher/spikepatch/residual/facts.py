@@ -155,6 +155,7 @@ class Facts:
 
 
 def floating(node: Node) -> bool:
+    """The node's value is a tensor of floats, or no single tensor."""
     value = node.meta.get("val")
     return value.is_floating_point() if isinstance(value, torch.Tensor) else True
 

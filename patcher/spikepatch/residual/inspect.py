@@ -208,7 +208,7 @@ class _Naming:
             elif reads_stream:
                 yield norm, "pre"
             else:
-                yield norm, "qk" if norm.output in attention and _heads(norm.output) else "inner"
+                yield norm, "qk" if norm.output in attention else "inner"
 
     def _placement(self, projections: tuple[ResidualProjection, ...]) -> Placement:
         terms = list(zip(self.stream.terms, self.sublayer, strict=True))
@@ -260,7 +260,3 @@ class _Naming:
                 is_table = any(name == e.parameter for e in embeddings)
                 return Head(own_name(self.model, name, place(node)), is_table)
         return None
-
-
-def _heads(node: Node) -> bool:
-    return len(ops.shape(node)) >= 3

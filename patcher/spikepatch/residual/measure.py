@@ -34,15 +34,15 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
 
     Linear in the table: f(2 E) = 2 f(E) once the constant part f(0) is subtracted. A norm on the way breaks that.
     """
-    ids = dict.fromkeys(trace.inputs, 0)
+    seeds = dict.fromkeys(trace.inputs, 0)
     result: dict[Node, Measured] = {}
-    tables = {lookup: _table(trace, lookup, ids) for lookup in stream.tables}
+    tables = {lookup: _table(trace, lookup, seeds) for lookup in stream.tables}
     for lookup, table in tables.items():
         kind = _kind(trace, lookup)
         silent, once, twice = (_start(trace, stream, tables, lookup, factor) for factor in (0.0, 1.0, 2.0))
         once, twice = once - silent, twice - silent
         linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
-        looked_up = table[_rows(trace, lookup, ids).flatten() % len(table)] if op(lookup) in LOOKUPS else table
+        looked_up = table[_rows(trace, lookup, seeds).flatten() % len(table)] if op(lookup) in LOOKUPS else table
         scale = _size(once) / _size(looked_up) if linear else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
     return result
@@ -97,8 +97,12 @@ def _start(
 def run(
     trace: Trace, wanted: list[Node], values: Mapping[Node, torch.Tensor], seeds: Mapping[Node, int]
 ) -> dict[Node, Any]:
-    """Execute the graph up to ``wanted``, on the CPU; parameters not in ``values`` are gains of one
-    or random matrices."""
+    """Execute the graph up to ``wanted``, on the CPU in float32.
+
+    Args:
+        values: of nodes that are not computed; parameters that are not among them are gains of one, or random matrices.
+        seeds: for each input, of the random example in its place.
+    """
     needed: set[Node] = set()
     todo = list(wanted)
     while todo:
