@@ -51,7 +51,7 @@ def whole() -> torch.Tensor:
     return gaussian(1, "whole", 0, 2 * BLOCK + 5000, 0.5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_slice_is_a_slice_of_the_whole(whole: torch.Tensor, data: st.DataObject) -> None:
     border = st.sampled_from([0, BLOCK, 2 * BLOCK, len(whole)])
@@ -164,7 +164,7 @@ def wholes() -> dict[Fill, torch.Tensor]:
     return {edit: draw(edit, 1, "whole", 0, BLOCK + 5000) for edit in (CUT, UNIFORM)}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data(), edit=st.sampled_from([CUT, UNIFORM]))
 def test_any_slice_of_the_others(wholes: dict[Fill, torch.Tensor], edit: Fill, data: st.DataObject) -> None:
     """A truncated draw takes as many numbers as it rejects, and still depends on nothing but its place."""
