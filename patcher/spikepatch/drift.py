@@ -18,6 +18,7 @@ from spikepatch.apply.patched import load_as_it_is, load_learned, load_unpatched
 from spikepatch.errors import on_one_line
 from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 from spikepatch.quiet import quiet
+from spikepatch.residual.names import layers
 
 if TYPE_CHECKING:
     from spikepatch.residual.map import ResidualMap
@@ -164,15 +165,10 @@ def _run(model: Any, residual: ResidualMap, ids: torch.Tensor) -> tuple[torch.Te
 
 
 def _blocks(model: nn.Module, residual: ResidualMap) -> dict[int, nn.Module]:
-    """Layer -> its block: the entry, of the outermost list of modules on the way to one of its residual projections."""
+    """Layer -> its block, the first where it is spread over several."""
     found: dict[int, nn.Module] = {}
-    for projection in residual.residual_projections:
-        parts = projection.parameter.split(".")
-        for i in range(1, len(parts)):
-            holder = model.get_submodule(".".join(parts[: i - 1]))
-            if isinstance(holder, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and projection.layer is not None:
-                found.setdefault(projection.layer, model.get_submodule(".".join(parts[:i])))
-                break
+    for path, layer in layers(model, [p.parameter for p in residual.residual_projections]).items():
+        found.setdefault(layer, model.get_submodule(path))
     return found
 
 
