@@ -34,7 +34,7 @@ class Trace:
             writes of whole tensors are redirected to their readers, so a node's value is what its readers see.
         parameters: placeholder -> name as ``named_parameters()`` gives it; tied parameters share one name.
         buffers: placeholder -> the buffer's real value, on the CPU.
-        inputs: placeholder of each tensor argument of ``forward`` -> the integer example, on the CPU.
+        inputs: placeholder of each tensor argument of ``forward`` -> the example, on the CPU.
         output: the first tensor of the model's output: the logits, or the last hidden state.
     """
 
@@ -66,7 +66,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
         example_inputs: keyword arguments of ``forward``. Shapes and dtypes matter, values hardly.
 
     Raises:
-        Refused: ``torch.export`` cannot follow the forward pass.
+        Refused: neither ``torch.export`` nor a recorded run can follow the forward pass.
     """
     twin = skeleton(model)
     example = dict(example_inputs) if example_inputs is not None else example_of(twin)
@@ -93,24 +93,28 @@ def _untraceable(
     name: str, example: Mapping[str, torch.Tensor], not_exported: Exception, not_recorded: Exception
 ) -> Refused:
     what = "the forward pass cannot be traced, so its residual stream cannot be found"
-    exported, recorded = first_line(not_exported), first_line(not_recorded)
-    if exported == recorded:  # the model's own words
+    exporting, recording = first_line(not_exported), first_line(not_recorded)
+    if exporting == recording:  # the model's own words
         return Refused(
             what=what,
             where=name,
-            why=f'it does not run on {" and ".join(example)} alone: "{exported}"',
+            why=f'it does not run on {" and ".join(example)} alone: "{exporting}"',
             remedy="in Python, pass example_inputs={'name of the argument': tensor} with all that its forward needs",
         )
     return Refused(
         what=what,
         where=name,
-        why=f'torch.export stopped: "{exported}"; and a recorded run: "{recorded}"',
+        why=f'torch.export stopped: "{exporting}"; and a recorded run: "{recording}"',
         remedy="check that the model runs on integer token ids without branches on the data",
     )
 
 
 def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a transformers model takes, by its declared main input: token ids, an image, a spectrogram or a wave."""
+    """What a transformers model takes, by its declared main input: token ids, an image, a spectrogram or a wave.
+
+    Raises:
+        Refused: it is no transformers model.
+    """
     config: Any = getattr(model, "config", None)
     if config is None:
         raise Refused(
