@@ -20,7 +20,7 @@ from spikepatch.preflight.gradients import backward
 from spikepatch.preflight.jacobian import STEPS, SpectralNorm, matrix_norm
 from spikepatch.preflight.program import Piece, Program, Progress, Sublayer, Values, Weights, is_float, run_piece
 from spikepatch.residual.map import ResidualMap
-from spikepatch.residual.ops import LOOKUPS, op, operands
+from spikepatch.residual.ops import LOOKUPS, op, operands, table_of
 
 #: Lanczos steps for a matrix's norm without ``deep``: within 5 % for a Gaussian, enough to tell it from a learned one.
 QUICK_STEPS = 6
@@ -205,7 +205,7 @@ def _token_sigma(program: Program, weights: Weights) -> Sigma | None:
     """sigma of what the token table alone brings to the stream: behind its factor or norm, before positions."""
     facts = program.stream.facts
     piece = program.pieces[0]
-    tables = {operands(t)[0] if op(t) in LOOKUPS else t: t for t in program.stream.tables}
+    tables = {table_of(t): t for t in program.stream.tables}
     fed = [source for source, t in tables.items() if op(t) in LOOKUPS and operands(t)[1] in facts.fed]
     moving = [s for s in fed if len(set(_rows(program, tables[s]))) > 1]
     if not moving:

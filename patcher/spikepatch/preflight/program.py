@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from spikepatch.errors import Refused
 from spikepatch.residual.map import SublayerKind
 from spikepatch.residual.measure import in_single
-from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, op, operands, writes
+from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, behind_views, op, operands, writes
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.sublayers import sublayers_of
 
@@ -162,7 +162,7 @@ def run_piece(
     values: Values = {node: inputs[node] for node in piece.needs}
     if piece.writes:
         values = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
-    written = {_owner(node) for node in piece.nodes if writes(node)} if piece.writes else set()
+    written = {behind_views(operands(node)[0]) for node in piece.nodes if writes(node)}
     values.update((p, parameters[p].clone() if p in written else parameters[p]) for p in piece.parameters)
     wanted = set(keep)
     _execute(program, piece.nodes, values, wanted)
@@ -227,14 +227,6 @@ def _scratch(stream: Stream, weighted: set[Node]) -> set[Node]:
                 break
             target = operands(target)[0]
     return found
-
-
-def _owner(node: Node) -> Node:
-    """What an in-place operation writes into, through views."""
-    target = operands(node)[0]
-    while op(target) in VIEWS:
-        target = operands(target)[0]
-    return target
 
 
 def _constants(program: Program) -> Values:

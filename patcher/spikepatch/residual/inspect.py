@@ -26,9 +26,9 @@ from spikepatch.residual.map import (
 )
 from spikepatch.residual.measure import measure
 from spikepatch.residual.names import layers, own_name, tied
-from spikepatch.residual.ops import op, operands, place
+from spikepatch.residual.ops import behind_views, op, operands, place, table_of
 from spikepatch.residual.stream import Stream, find
-from spikepatch.residual.sublayers import addition, point, sublayers_of
+from spikepatch.residual.sublayers import addition, sublayers_of
 from spikepatch.residual.trace import Trace, trace
 from spikepatch.residual.weights import fan, gain, matrix_weight
 
@@ -196,7 +196,7 @@ class _Naming:
         start, last_addition = order[stream.start], max(order[n] for n in stream.additions)
         after_start = [n.output for n in norms if n.output in stream.spine and order[n.output] > start]
         for norm in norms:
-            reads_stream = point(norm.input) in stream.spine
+            reads_stream = behind_views(norm.input) in stream.spine
             if norm.output in stream.spine and norm.output not in after_start:
                 yield norm, "embedding"
             elif norm.output in stream.spine:
@@ -214,10 +214,12 @@ class _Naming:
         terms = list(zip(self.stream.terms, self.sublayer, strict=True))
         points: dict[int, set[Node]] = {}
         for term, s in terms:
-            points.setdefault(s, set()).add(point(term.reads))
+            points.setdefault(s, set()).add(behind_views(term.reads))
         norms = self.facts.norm_at
         stream = self.stream.spine
-        reads_normed = {s for t, s in terms for n in t.interior if n in norms and point(norms[n].input) in stream}
+        reads_normed = {
+            s for t, s in terms for n in t.interior if n in norms and behind_views(norms[n].input) in stream
+        }
         normed = {self._behind_gains(norm.input) for output, norm in norms.items() if output in stream}
         post = {s for t, s in terms if self._behind_gains(t.reads) in norms or addition(self.stream, t) in normed}
         found: set[Placement] = set()
@@ -244,7 +246,7 @@ class _Naming:
             ) from error
         found: dict[str, Embedding] = {}
         for table in self.stream.tables:
-            parameter = self.facts.weight.get(operands(table)[0] if op(table) in ops.LOOKUPS else table)
+            parameter = self.facts.weight.get(table_of(table))
             if parameter is not None:  # None: a fixed table, such as sinusoidal positions kept in a buffer
                 kind, scale, normed = measured[table]
                 module = place(table) if op(table) in ops.LOOKUPS else parameter.rpartition(".")[0]

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.fx import Node
 
-from spikepatch.residual.ops import LOOKUPS, op, operands, shape
+from spikepatch.residual.ops import LOOKUPS, op, operands, shape, table_of
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace
 
@@ -69,14 +69,9 @@ def _rows(trace: Trace, lookup: Node, seeds: Mapping[Node, int]) -> torch.Tensor
     return ids
 
 
-def _source(node: Node) -> Node:
-    """The node whose value stands for the table: the weight of a lookup, or learned rows themselves."""
-    return operands(node)[0] if op(node) in LOOKUPS else node
-
-
 def _table(trace: Trace, node: Node, seeds: Mapping[Node, int]) -> torch.Tensor:
     """Random rows that stand for the table's."""
-    *rows, width = shape(_source(node))
+    *rows, width = shape(table_of(node))
     if op(node) in LOOKUPS:
         few = int(_rows(trace, node, seeds).max()) < ROWS
         rows = [ROWS if few else max(ROWS, min(rows[0], MANY_ROWS))]
@@ -87,8 +82,8 @@ def _start(
     trace: Trace, stream: Stream, tables: Mapping[Node, torch.Tensor], lookup: Node, factor: float
 ) -> torch.Tensor:
     """The first point of the stream, with this table times ``factor`` and every other zero."""
-    values = {_source(other): torch.zeros_like(table) for other, table in tables.items()}
-    values[_source(lookup)] = factor * tables[lookup]
+    values = {table_of(other): torch.zeros_like(table) for other, table in tables.items()}
+    values[table_of(lookup)] = factor * tables[lookup]
     result = run(trace, [stream.start], values, dict.fromkeys(trace.inputs, 0))[stream.start]
     assert isinstance(result, torch.Tensor)
     return result.float()

@@ -107,3 +107,15 @@ def writes(node: Node) -> bool:
 def operands(node: Node) -> list[Node]:
     """The graph nodes among the arguments, in order, lists included."""
     return list(node.all_input_nodes)
+
+
+def table_of(node: Node) -> Node:
+    """The table that a lookup reads; rows that enter without a lookup are their own."""
+    return operands(node)[0] if op(node) in LOOKUPS else node
+
+
+def behind_views(node: Node) -> Node:
+    """The node that ``node`` is a view of, or itself."""
+    while op(node) in VIEWS:
+        node = operands(node)[0]
+    return node

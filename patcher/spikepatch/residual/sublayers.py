@@ -6,10 +6,9 @@ import bisect
 
 from torch.fx import Node
 
-from spikepatch.residual import ops
 from spikepatch.residual.kinds import kind_of
 from spikepatch.residual.map import SublayerKind
-from spikepatch.residual.ops import op, operands
+from spikepatch.residual.ops import behind_views
 from spikepatch.residual.proof import Term
 from spikepatch.residual.stream import Stream
 
@@ -25,7 +24,7 @@ def sublayers_of(stream: Stream) -> tuple[list[SublayerKind], list[int]]:
     keys = []
     for term, kind in zip(stream.terms, kinds, strict=True):
         name = "feed-forward" if kind in {"mlp", "moe"} else kind
-        keys.append((point(term.reads), bisect.bisect(read, order[addition(stream, term)]), name))
+        keys.append((behind_views(term.reads), bisect.bisect(read, order[addition(stream, term)]), name))
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     routed = {key for key, kind in zip(keys, kinds, strict=True) if kind == "moe"}
     return ["moe" if key in routed else kind for key, kind in zip(keys, kinds, strict=True)], [number[k] for k in keys]
@@ -41,10 +40,3 @@ def addition(stream: Stream, term: Term) -> Node:
             seen.add(node)
             todo.extend(node.users if node not in stream.additions else ())
     return min(seen & stream.additions, key=stream.facts.order.__getitem__)
-
-
-def point(node: Node) -> Node:
-    """The node that ``node`` is a view of."""
-    while op(node) in ops.VIEWS:
-        node = operands(node)[0]
-    return node
