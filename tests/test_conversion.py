@@ -21,10 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import spikepatch
 from spikepatch.conversion import Conversion
-from spikepatch.drift import PROBE, SAMPLE, _blocks, drift_written
+from spikepatch.drift import _blocks, drift_written
 from spikepatch.plans import Fill, Plan, ScaleEmbedding
 from spikepatch.residual.inspect import inspect
 from spikepatch.source import build_meta, open_source
+from spikepatch.tokenizer import PROBE, SAMPLE
 from tests.architectures import tiny_config, tiny_model
 from tests.folders import hashes
 from tests.residual.plain_gpt import GPT

@@ -106,7 +106,7 @@ GRAPH = {name: set(imports(path)) for name, path in MODULES.items()}
 
 #: From left to right; a module imports its own rank and those to its left.
 RANKS = (
-    ("errors", "quiet"),
+    ("errors", "quiet", "tokenizer"),
     (
         *("meta", "architecture", "hub", "source"),
         *("storage.arrivals", "storage.formats", "storage.header", "storage.pieces", "storage.read"),

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PegasusConfig, PegasusForConditio
 
 import spikepatch
 from spikepatch import StabilityReport
-from spikepatch.drift import SAMPLE
 from spikepatch.meta import build_meta
 from spikepatch.preflight.inputs import random_tokens
+from spikepatch.tokenizer import SAMPLE
 from tests.architectures import tiny_model
 from tests.preflight.initialisations import gpt2, reports
 from tests.residual import configs
