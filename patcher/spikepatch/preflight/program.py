@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,12 +73,21 @@ class Piece:
 
 @dataclass(frozen=True)
 class Program:
-    """The pieces of one forward pass, first to last: the embedding, then one per point of the stream, then the head."""
+    """One forward pass, in pieces.
+
+    Attributes:
+        stream: that the graph is cut at.
+        pieces: first to last: the embedding, then one per point of the stream, then the head.
+        sublayers: in the order of their additions.
+        alive: after each piece, what later ones need of the values so far.
+        static: values of all that depends on no weight.
+        device: where it is run.
+    """
 
     stream: Stream
     pieces: tuple[Piece, ...]
     sublayers: tuple[Sublayer, ...]
-    alive: tuple[frozenset[Node], ...]  # after each piece: values that later ones need
+    alive: tuple[frozenset[Node], ...]
     static: Mapping[Node, Any]
     device: torch.device
 
@@ -97,37 +107,38 @@ def compile_program(stream: Stream, device: torch.device) -> Program:
     cone = facts.behind([facts.trace.output])
     sublayers = _sublayers(stream)
     points = sorted({*(s.point for s in sublayers), _end(stream)}, key=facts.order.__getitem__)
-    weighted: set[Node] = set()
+    weighted: set[Node] = set()  # depends on a parameter
     for node in facts.nodes:
         if node in facts.trace.parameters or any(a in weighted for a in operands(node)):
             weighted.add(node)
-    again = _scratch(stream, weighted) | {n for n in weighted - facts.varies if n not in facts.trace.parameters}
+    # In every piece that reads it: memory that data is written into, and weights in another form.
+    remade = _scratch(stream, weighted) | {n for n in weighted - facts.varies if n not in facts.trace.parameters}
     data = [n for n in facts.nodes if n in cone and n in weighted and n in facts.varies]
     _check_runnable(data)
 
     ends = [facts.order[point] for point in points]
-    place = {node: sum(facts.order[node] > end for end in ends) for node in data}
-    last_use = {node: max((place[u] for u in node.users if u in place), default=0) for node in data}
+    piece_of = {node: bisect_left(ends, facts.order[node]) for node in data}
+    last_use = {node: max((piece_of[u] for u in node.users if u in piece_of), default=0) for node in data}
     last_use[facts.trace.output] = len(points) + 1
     pieces = []
     for i, point in enumerate([*points, facts.trace.output]):
-        own = [node for node in data if place[node] == i]
+        own = [node for node in data if piece_of[node] == i]
         read = {a for node in own for a in operands(node)}
-        helpers = facts.behind(read & again, stop=set(facts.nodes) - again)
+        helpers = facts.behind(read & remade, stop=set(facts.nodes) - remade)
         nodes = tuple(sorted({*own, *helpers}, key=facts.order.__getitem__))
         read |= {a for node in helpers for a in operands(node)}
         pieces.append(
             Piece(
                 nodes=nodes,
-                needs=tuple(a for a in data if a in read and place[a] < i),
+                needs=tuple(a for a in data if a in read and piece_of[a] < i),
                 point=point,
                 parameters=tuple(p for p in facts.trace.parameters if p in read),
                 writes=any(writes(node) for node in nodes),
             )
         )
-    alive = tuple(frozenset(n for n in data if place[n] <= i < last_use[n]) for i in range(len(pieces)))
+    alive = tuple(frozenset(n for n in data if piece_of[n] <= i < last_use[n]) for i in range(len(pieces)))
     program = Program(stream, tuple(pieces), sublayers, alive, {}, device)
-    static = [n for n in facts.nodes if n in cone and n not in weighted and n not in again]
+    static = [n for n in facts.nodes if n in cone and n not in weighted and n not in remade]
     values = _constants(program)
     with torch.no_grad():
         _execute(program, static, values)
