@@ -29,7 +29,7 @@ from tests.cli_surface import surface
 
 COMMAND = [sys.executable, "-m", "spikepatch"]
 
-#: The fields of the issue's example of `inspect --json`, and the types of their values.
+#: What scripts rely on in `inspect --json`: fields, and the types of their values.
 CONTRACT: dict[str, Any] = {
     "source": str,
     "model_type": str,
@@ -68,7 +68,6 @@ def test_help_is_light() -> None:
 import sys
 from click.testing import CliRunner
 from spikepatch.cli import main
-from spikepatch.commands import options
 for words in (["--help"], ["convert", "--help"], ["inspect", "--help"], ["recipes"], ["--version"]):
     assert CliRunner().invoke(main, words).exit_code == 0, words
 print(sorted({"torch", "transformers", "numpy", "libcst", "rich", "huggingface_hub"} & set(sys.modules)))

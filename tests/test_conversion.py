@@ -21,12 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import spikepatch
 from spikepatch.conversion import Conversion
-from spikepatch.drift import PROBE, SAMPLE, drift_written
+from spikepatch.drift import _blocks, drift_written
 from spikepatch.plans import Fill, Plan, ScaleEmbedding
 from spikepatch.residual.inspect import inspect
 from spikepatch.source import build_meta, open_source
+from spikepatch.tokenizer import PROBE, SAMPLE
 from tests.architectures import tiny_config, tiny_model
 from tests.folders import hashes
+from tests.residual.plain_gpt import GPT
 
 if TYPE_CHECKING:
     from tests.conftest import LocalHub
@@ -192,6 +194,13 @@ def test_the_drift_is_what_transformers_says(smollm2: Path) -> None:
     # hidden_states[i] is what enters block i; the last one is behind the final norm.
     assert first.stream == second.stream == pytest.approx([float(h.std()) for h in output.hidden_states[:-1]], rel=1e-5)
     assert len(first.stream) == 30
+
+
+def test_the_layers_that_the_drift_is_measured_at() -> None:
+    """The blocks themselves, also where their list is an entry of a dict of modules."""
+    model = GPT()
+    residual = inspect(model, example_inputs={"idx": torch.arange(12)[None]})
+    assert _blocks(model, residual) == {layer: model.get_submodule(f"transformer.h.{layer}") for layer in range(3)}
 
 
 #: A text of 512 tokens that is not ours: loss and stream std at layers 1, 2, 3, 30 for factors 1, 2, 4, 1/std.

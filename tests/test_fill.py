@@ -51,7 +51,7 @@ def whole() -> torch.Tensor:
     return gaussian(1, "whole", 0, 2 * BLOCK + 5000, 0.5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_slice_is_a_slice_of_the_whole(whole: torch.Tensor, data: st.DataObject) -> None:
     border = st.sampled_from([0, BLOCK, 2 * BLOCK, len(whole)])
@@ -164,7 +164,7 @@ def wholes() -> dict[Fill, torch.Tensor]:
     return {edit: draw(edit, 1, "whole", 0, BLOCK + 5000) for edit in (CUT, UNIFORM)}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data(), edit=st.sampled_from([CUT, UNIFORM]))
 def test_any_slice_of_the_others(wholes: dict[Fill, torch.Tensor], edit: Fill, data: st.DataObject) -> None:
     """A truncated draw takes as many numbers as it rejects, and still depends on nothing but its place."""
@@ -384,6 +384,18 @@ def test_what_is_drawn_elsewhere_takes_no_memory() -> None:
     made = own_initialiser(twin, name, 0, {}, {f"{name}.weight"})
     assert made.keys() == {f"{name}.bias"}
     assert torch.equal(made[f"{name}.bias"], torch.zeros(256))
+
+
+def test_an_initialiser_that_is_not_implemented_is_refused() -> None:
+    class Without(nn.Linear):
+        def reset_parameters(self) -> None:
+            if not self.weight.is_meta and bool(self.weight.isnan().all()):
+                raise NotImplementedError
+
+    model = Toy(ToyConfig())
+    model.without = Without(2, 2)
+    with pytest.raises(Refused, match=r"cannot run on this module alone(.|\n)*why: NotImplementedError"):
+        own_initialiser(skeleton(model), "without", 0, {})
 
 
 def test_an_initialiser_that_reads_other_tensors_is_refused() -> None:

@@ -146,7 +146,7 @@ def test_what_is_missing_is_said(name: str, missing: str) -> None:
 
 
 def test_the_values_are_the_papers() -> None:
-    """Table of paper.md: 1.7 billion parameters, N = 24, d = 2304."""
+    """Those of its model of 1.7 billion parameters, N = 24, d = 2304."""
     options = parsed(express(RECIPES["scaled-embed"], width=2304, layers=24))
     assert options.init_method_std == pytest.approx(0.01318, abs=5e-6)
     assert megatron_stds(options)["outer"] == pytest.approx(0.001902, abs=5e-7)
@@ -181,6 +181,7 @@ def test_the_command() -> None:
         (["--for", "megatron", "--width", "8", "--layers", "2"], "--for needs NAME"),
         (["vanilla", "--width", "8"], "go with --for"),
         (["embed-ln", "--for", "megatron", "--width", "8", "--layers", "2", "--factor", "2"], "scale the embedding"),
+        (["scaled-embed", "--for", "megatron", "--width", "8", "--layers", "2", "--factor", "0"], "positive number"),
     ],
 )
 def test_what_does_not_fit_together(words: list[str], problem: str) -> None:

@@ -106,7 +106,7 @@ GRAPH = {name: set(imports(path)) for name, path in MODULES.items()}
 
 #: From left to right; a module imports its own rank and those to its left.
 RANKS = (
-    ("errors", "quiet"),
+    ("errors", "quiet", "tokenizer"),
     (
         *("meta", "architecture", "hub", "source"),
         *("storage.arrivals", "storage.formats", "storage.header", "storage.pieces", "storage.read"),
@@ -165,7 +165,9 @@ def test_what_transforms_import() -> None:
 
 
 def test_transforms_are_short() -> None:
-    assert all(len(path.read_text().splitlines()) <= 150 for path in TRANSFORMS.glob("*.py"))
+    lengths = [len(path.read_text().splitlines()) for path in TRANSFORMS.glob("*.py")]
+    assert len(lengths) > 7
+    assert max(lengths) <= 150
 
 
 def test_no_architecture_is_named() -> None:

@@ -18,7 +18,7 @@ import spikepatch
 from spikepatch import recipe_files
 from spikepatch.cli import main
 from spikepatch.errors import Refused
-from spikepatch.plans import Fill, Recipe
+from spikepatch.plans import Fill, Recipe, Transform
 from spikepatch.recipe_files import KINDS, read_recipe
 from spikepatch.recipes import RECIPES, find
 from spikepatch_transforms.embed_norm import EmbedNorm
@@ -270,6 +270,20 @@ def test_an_own_recipe_by_the_command(own_module: str) -> None:
 def test_what_is_no_recipe(name: str, message: str, own_module: str) -> None:
     with pytest.raises(Refused, match=message):
         find(name)
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (SmallInit("smal"), r"base = 'smal' does not fit(.|\n)*'small' or 'xavier'"),  # type: ignore[arg-type]
+        (ResidualInit(scale="1/sqrt(s)"), r"scale = '1/sqrt\(s\)' does not fit(.|\n)*'mitchell'"),  # type: ignore[arg-type]
+        (EmbedNorm(norm="ln"), r"norm = 'ln' does not fit(.|\n)*'rmsnorm'"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_choice_that_there_is_not(transform: Transform, message: str) -> None:
+    """What a type checker would have said."""
+    with pytest.raises(Refused, match=message):
+        spikepatch.plan(tiny_model("gpt2"), Recipe("mine", (transform,)), reinit="all")
 
 
 def test_an_error_in_the_users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

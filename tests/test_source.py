@@ -1,3 +1,5 @@
+"""A source, wherever it comes from: what is found, what is fetched, and what is refused before anything is run."""
+
 from __future__ import annotations
 
 import json
@@ -48,7 +50,7 @@ for spec, options in json.loads(sys.argv[1]):
         "copied": [path.name for path in source.copied_files],
         "present": sorted(path.name for path in source.folder.iterdir()),
     })
-print(json.dumps({"results": results, "torch": "torch" in sys.modules}))
+print(json.dumps(results))
 """
 
 
@@ -57,7 +59,7 @@ def open_in_fresh_process(environment: dict[str, str], *requests: tuple[str, dic
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # nothing of the libraries' chatter reaches the user
-    return list(json.loads(done.stdout)["results"])
+    return list(json.loads(done.stdout))
 
 
 def refusal(spec: str | Path, kind: type[SpikepatchError] = BadSource, **options: Any) -> SpikepatchError:

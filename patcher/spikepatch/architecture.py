@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spikepatch.errors import BadSource, Refused, did_you_mean
+from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line
 from spikepatch.quiet import quiet
 from spikepatch.storage.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
 
@@ -27,6 +27,7 @@ class Architecture:
     """What is to be built.
 
     Attributes:
+        config, model_class: the class takes the config; of a composite model, the part that it is built from.
         auto_class: name of the class in transformers whose ``from_pretrained`` gives it.
         needs_code: it is built from Python files that came with the model.
         patched: the record of a folder that spikepatch has written; the rest is then about the model before the patch.
@@ -101,7 +102,7 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
             raise BadSource(
                 "config.json does not describe a model",
                 where=where,
-                why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                why=on_one_line(error),
                 remedy=f"correct the value that is named; or {DOWNLOAD_AGAIN}",
             ) from error
         config._name_or_path = where
@@ -193,7 +194,7 @@ def _remote_class(config: PreTrainedConfig, folder: Path, where: str) -> Archite
         raise BadSource(
             f"its own code for {named[0]} cannot be loaded",
             where=where,
-            why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            why=on_one_line(error),
             remedy="check that the Python files which auto_map names are in the folder and fit this transformers",
         ) from error
     return Architecture(config, model_class, named[0])

@@ -23,7 +23,7 @@ from spikepatch.apply.original import original_in
 from spikepatch.apply.patched import check_known, check_replaced
 from spikepatch.apply.shards import Progress, check_shards, plan_shards, write_folder
 from spikepatch.apply.texts import texts
-from spikepatch.drift import Behaviour, drift_planned, drift_written, expected_initial_loss, tokenizer_problem
+from spikepatch.drift import Behaviour, drift_planned, drift_written, expected_initial_loss
 from spikepatch.errors import BadTarget
 from spikepatch.meta import settings_read
 from spikepatch.planner import make_plan
@@ -38,6 +38,7 @@ from spikepatch.storage.publish import check_space, check_target, publishing
 from spikepatch.storage.read import check_unchanged
 from spikepatch.storage.routes import Kind, Storage, check_storage, choose
 from spikepatch.storage.write import Written, check_shard_size, parse_dtype, write_text
+from spikepatch.tokenizer import tokenizer_problem
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def convert(
         log_vocab=log_vocab,
         notes=(
             *notes.whose_weights(found, plan),
-            notes.how_it_loads(found, plan, route, trust=trust),
+            notes.how_it_loads(plan, route, trust=trust),
             *notes.others(settings, match, expected_loss, log_vocab),
         ),
     )

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,29 +14,17 @@ from torch import nn
 
 from spikepatch.apply.module import patch
 from spikepatch.apply.patched import load_as_it_is, load_learned, load_unpatched
+from spikepatch.errors import on_one_line
 from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 from spikepatch.quiet import quiet
+from spikepatch.residual.names import layers
+from spikepatch.tokenizer import SAMPLE, load_tokenizer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from spikepatch.residual.map import ResidualMap
     from spikepatch.source import Source
-
-#: Public domain: Genesis 1, King James Version.
-SAMPLE = """In the beginning God created the heaven and the earth. And the earth was without form, and void; and
-darkness was upon the face of the deep. And the Spirit of God moved upon the face of the waters. And God
-said, Let there be light: and there was light. And God saw the light, that it was good: and God divided
-the light from the darkness. And God called the light Day, and the darkness he called Night. And the
-evening and the morning were the first day. And God said, Let there be a firmament in the midst of the
-waters, and let it divide the waters from the waters. And God made the firmament, and divided the waters
-which were under the firmament from the waters which were above the firmament: and it was so. And God
-called the firmament Heaven. And the evening and the morning were the second day. And God said, Let the
-waters under the heaven be gathered together unto one place, and let the dry land appear: and it was so.
-And God called the dry land Earth; and the gathering together of the waters called he Seas: and God saw
-that it was good."""
-
-#: What tokenizers of one vocabulary split differently: runs of digits and spaces, case, accents, scripts, emoji.
-PROBE = "In 2025, it's 31415.9 at  10:30.\n\n\tdef f(x): return x_1**2  # naïve Ünïcode 東京 🙂 <s></s>"
-
 
 #: Embedding factors that a dry run compares, beside 1/std and the planned one.
 FACTORS = (1.0, 1.5, 2.0, 4.0)
@@ -109,7 +96,7 @@ def _compare(
     try:
         before, stream = _run(load_as_it_is(source), residual, ids)
     except Exception as error:  # whatever the source's own forward pass raises
-        return f"{source.name} itself does not run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return f"{source.name} itself does not run ({on_one_line(error, 200)})"
     found = [Behaviour("source", _loss(before, ids), 0.0, stream)]
     for name, model in models():
         after, stream = _run(model, residual, ids)
@@ -164,51 +151,15 @@ def _run(model: Any, residual: ResidualMap, ids: torch.Tensor) -> tuple[torch.Te
 
 
 def _blocks(model: nn.Module, residual: ResidualMap) -> dict[int, nn.Module]:
-    """Layer -> its block: the entry, of the outermost list of modules on the way to one of its residual projections."""
+    """Layer -> its block, the first where it is spread over several."""
     found: dict[int, nn.Module] = {}
-    for projection in residual.residual_projections:
-        parts = projection.parameter.split(".")
-        for i in range(1, len(parts)):
-            holder = model.get_submodule(".".join(parts[: i - 1]))
-            if isinstance(holder, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and projection.layer is not None:
-                found.setdefault(projection.layer, model.get_submodule(".".join(parts[:i])))
-                break
+    for path, layer in layers(model, [p.parameter for p in residual.residual_projections]).items():
+        found.setdefault(layer, model.get_submodule(path))
     return found
 
 
 def _loss(log_probabilities: torch.Tensor, ids: torch.Tensor) -> float:
     return float(-log_probabilities[:, :-1].gather(-1, ids[:, 1:, None]).mean())
-
-
-def tokenizer_problem(source: Path, folder: Path) -> str | None:
-    """Why ``AutoTokenizer`` gives other ids for ``folder`` than for ``source``, whose tokenizer files it has; or None.
-
-    AutoTokenizer overrides the class that the files name for some model types, and a patched model has another type.
-    """
-    original, copied = load_tokenizer(source), load_tokenizer(folder)
-    if isinstance(original, str):
-        return original
-    ids = original(PROBE).input_ids
-    if not isinstance(copied, str) and copied(PROBE).input_ids == ids:
-        return None
-    name = type(copied).__name__
-    problem = copied if isinstance(copied, str) else f"AutoTokenizer takes it for a {name}, which gives other ids"
-    direct = load_tokenizer(folder, type(original))
-    if isinstance(direct, str) or direct(PROBE).input_ids != ids:
-        return f"{problem}; load the source's in its place"
-    return f"{problem}; load it with transformers.{type(original).__name__}.from_pretrained"
-
-
-def load_tokenizer(folder: Path, tokenizer_class: Any = None) -> Any:
-    """A tokenizer, or why there is none; code that comes with it is not run."""
-    import transformers
-
-    with quiet():
-        try:
-            return (tokenizer_class or transformers.AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # whatever a tokenizer's own loading raises
-            reason = " ".join(str(error).replace(str(folder), "the folder").split())[:200]
-            return f"AutoTokenizer cannot load it ({type(error).__name__}: {reason})"
 
 
 def expected_initial_loss(plan: Plan, residual: ResidualMap) -> float | None:

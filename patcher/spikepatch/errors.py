@@ -40,3 +40,14 @@ def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:
     """The remedy for a name that is unknown: the known ones that are near to it, if any are, else ``otherwise``."""
     near = difflib.get_close_matches(str(word), list(known), n=3)
     return f"did you mean {' or '.join(near)}?" if near else otherwise
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's ``error`` says; its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def on_one_line(error: BaseException, limit: int = 300) -> str:
+    """A library's ``error`` by its type and what it says, of which at most ``limit`` characters."""
+    said = " ".join(str(error).split()) or "no reason given"
+    return f"{type(error).__name__}: {said[:limit]}"

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, first_line
 from spikepatch.plans import Constant, ValueEdit
 
 Floats = NDArray[np.float32]
@@ -177,7 +177,7 @@ def own_initialiser(
             raise Refused(
                 what="the architecture's own initialiser cannot run on this module alone",
                 where=module or type(skeleton).__name__,
-                why=str(error).splitlines()[0],
+                why=first_line(error),
                 remedy="keep the weights with --reinit none or residual",
             ) from error
     missed = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any()]

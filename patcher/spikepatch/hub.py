@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikepatch.errors import BadSource
+from spikepatch.errors import BadSource, first_line
 from spikepatch.quiet import quiet
 
 _REQUEST_SECONDS = 20
@@ -52,7 +52,7 @@ def locate(repository: str, revision: str | None) -> Snapshot:
             raise BadSource(
                 "is neither a folder nor a model id",
                 where=repository,
-                why=str(error).splitlines()[0],
+                why=first_line(error),
                 remedy="give a folder that exists, a hub id such as org/name, or arch:TYPE",
             ) from error
         except HfHubHTTPError as error:
@@ -188,7 +188,7 @@ def not_reachable(repository: str, error: Exception | None, what: str = "cannot 
     state += f", HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE') or 'not set'}"
     why = "the Hub is switched off" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
     if error is not None and not constants.HF_HUB_OFFLINE:
-        why += f": {_first_line(error)}"
+        why += f": {first_line(error)}"
     return BadSource(
         f"{what} in the local cache",
         where=repository,
@@ -224,12 +224,8 @@ def _refusal(error: Exception, repository: str, revision: str | None) -> BadSour
             remedy=f"check the spelling; if it is private, {log_in}",
         )
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-        return BadSource("access was refused", where=repository, why=_first_line(error), remedy=log_in)
+        return BadSource("access was refused", where=repository, why=first_line(error), remedy=log_in)
     return not_reachable(repository, error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -245,7 +241,7 @@ def _of_file(snapshot: Snapshot, file: str) -> Iterator[None]:
         raise BadSource(
             f"{file} cannot be fetched",
             where=snapshot.repository,
-            why=_first_line(error),
+            why=first_line(error),
             remedy="check the connection, and run again: what has arrived is kept in the Hub's cache",
         ) from error
 

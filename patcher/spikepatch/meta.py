@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, on_one_line
 from spikepatch.quiet import quiet
 
 if TYPE_CHECKING:
@@ -154,11 +154,10 @@ def settings_read() -> Iterator[set[str]]:
 
 def not_buildable(where: str, error: Exception) -> Refused:
     """The error for a config, default or given, that transformers does not build a model from."""
-    reason = " ".join(str(error).split()) or "no reason given"
     return Refused(
         "the default config cannot be built" if where.startswith("arch:") else "the model cannot be built",
         where=where,
-        why=f"{type(error).__name__}: {reason[:300]}",
+        why=on_one_line(error),
         remedy="give a real model: a hub id, or a folder with its config.json"
         if where.startswith("arch:")
         else "check the values in config.json, and that this version of transformers has the model",

@@ -30,7 +30,7 @@ def whose_weights(source: Source, plan: Plan) -> Iterator[str]:
         yield f"{source.name} is patched already ({source.patched['recipe']}): the new plan takes the old one's place"
 
 
-def how_it_loads(source: Source, plan: Plan, route: Route, *, trust: bool) -> str:
+def how_it_loads(plan: Plan, route: Route, *, trust: bool) -> str:
     """What loading the folder takes, and what ``from_config`` makes of its config."""
     loads = "loads with trust_remote_code=True" if trust else f"loads as the plain {route.model_class.__name__}"
     if route.kind == "code" and plan.reinit == "all":

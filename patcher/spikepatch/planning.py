@@ -99,13 +99,6 @@ def checked_recipe(
         )
     if seed < 0:
         raise Refused(what="a negative seed", where=f"seed={seed}", why="seeds count from 0", remedy="give 0 or more")
-    if factor is not None and not 0 < factor < float("inf"):
-        raise Refused(
-            what="the embedding factor must be a positive number",
-            where=f"factor={factor}",
-            why="the stream would vanish, flip or overflow",
-            remedy="leave it out for sqrt(d)",
-        )
     return recipes.with_options(recipes.find(recipe), factor=factor, positions=positions, replace=replace, untie=untie)
 
 

@@ -94,6 +94,18 @@ def _checked(config: type[Any], values: Mapping[str, Any], where: str, without: 
     return dict(values)
 
 
+def check_choices(transform: Transform, where: str) -> None:
+    """Refuse a built-in transform with a value that is not among those to choose from; others may hold what they like.
+
+    In a file that is a mistake like any other. In Python only a type checker sees it.
+    """
+    config = type(transform)
+    if config in KINDS.values():
+        hints = get_type_hints(config)
+        choices = {name: value for name, value in vars(transform).items() if get_origin(hints[name]) is Literal}
+        _checked(config, choices, f"{where}, {config.__name__}")
+
+
 def _fits(value: object, hint: Any) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_fits(value, part) for part in get_args(hint))

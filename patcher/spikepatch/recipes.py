@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spikepatch.errors import Refused, did_you_mean
 from spikepatch.plans import Recipe, cut_std
-from spikepatch.recipe_files import read_recipe
+from spikepatch.recipe_files import check_choices, read_recipe
 from spikepatch_transforms.embed_detach import EmbedDetach
 from spikepatch_transforms.embed_init import EmbedInit
 from spikepatch_transforms.embed_norm import EmbedNorm
@@ -101,6 +101,7 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }
+#: Where none is named.
 DEFAULT = "scaled-embed"
 
 
@@ -133,7 +134,7 @@ def find(recipe: str | Recipe, where: str = "--recipe") -> Recipe:
 
 
 def _own(recipe: Recipe, where: str) -> Recipe:
-    """A user's recipe, if its name is its own: plans, manifests and model cards tell recipes by their names."""
+    """A user's recipe, if it makes sense and its name is its own: plans, manifests and cards tell recipes by names."""
     known = RECIPES.get(recipe.name, recipe)
     if not recipe.name.replace("-", "").replace("_", "").replace(".", "").isalnum() or known != recipe:
         raise Refused(
@@ -142,6 +143,8 @@ def _own(recipe: Recipe, where: str) -> Recipe:
             why="spikepatch has another recipe of this name" if known != recipe else "it is not a plain name",
             remedy="use another name, of letters, digits, - _ and .",
         )
+    for transform in recipe.transforms:
+        check_choices(transform, where)
     return recipe
 
 
@@ -176,10 +179,10 @@ def with_options(
     """The recipe with a call's options in its transforms.
 
     Raises:
-        Refused: it has no transform that takes an option.
+        Refused: it has no transform that takes an option, or the option makes no sense.
     """
     changes = {"factor": factor, "positions": positions, "replace": replace}
-    asked = {name: value for name, value in changes.items() if value}
+    asked = {name: value for name, value in changes.items() if value is not None and value is not False}
     transforms = recipe.transforms
     if asked:
         transforms = tuple(dataclasses.replace(t, **asked) if isinstance(t, EmbedScale) else t for t in transforms)  # type: ignore[arg-type]

@@ -46,8 +46,9 @@ class Source:
 
     Attributes:
         name: as the user gave it.
+        kind: which of the three it is; ``arch`` for ``arch:TYPE``.
         folder: the local folder, or the Hub snapshot; None for ``arch:TYPE``.
-        model_class: takes ``config``.
+        config, model_class: the class takes the config.
         auto_class: name of the class in transformers whose ``from_pretrained`` gives a ``model_class``.
         revision: as the user gave it, for a hub id.
         commit: the Hub's commit hash that it stands for.

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spikepatch
 from spikepatch.cli import main
-from spikepatch.drift import SAMPLE
+from spikepatch.tokenizer import SAMPLE
 from tests.architectures import ids, tiny_config, tiny_model
 from tests.folders import hashes
 

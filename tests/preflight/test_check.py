@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, PegasusConfig, PegasusForConditionalGeneration
 
 import spikepatch
 from spikepatch import StabilityReport
 from spikepatch.meta import build_meta
+from spikepatch.preflight.inputs import random_tokens
+from spikepatch.tokenizer import SAMPLE
 from tests.architectures import tiny_model
 from tests.preflight.initialisations import gpt2, reports
 from tests.residual import configs
@@ -100,8 +103,6 @@ def test_json_keys() -> None:
 def test_a_folder_is_checked_with_its_weights(save_tiny: Callable[..., Path]) -> None:
     """The same numbers as for the loaded model; a recipe's are those of the converted folder."""
     folder = save_tiny("gpt2", n_embd=64, n_layer=3, n_head=4, vocab_size=500, bos_token_id=0, eos_token_id=0)
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folder)
     stored, loaded = (spikepatch.check(m, recipes=["scaled-embed"], tokens=16, seed=5) for m in (str(folder), model))
     assert "learned" in stored.weights
@@ -114,8 +115,6 @@ def test_a_patched_model_is_what_the_recipe_column_shows(save_tiny: Callable[...
     folder = save_tiny("llama", **_LLAMA)
     spikepatch.convert(str(folder), tmp_path / "out", recipe="scaled-embed", seed=2)
     column = spikepatch.check(str(folder), recipes=["scaled-embed"], tokens=16, seed=2).models[0]
-    from transformers import AutoModelForCausalLM
-
     patched = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert _numbers(spikepatch.check(patched, tokens=16, seed=2)) == _numbers(column)
 
@@ -143,10 +142,6 @@ def test_the_model_is_not_changed() -> None:
 
 def test_an_encoder_has_a_report_of_its_own() -> None:
     """Against hidden states of transformers' own forward pass, and gradients of its own backward pass."""
-    from transformers import PegasusConfig, PegasusForConditionalGeneration
-
-    from spikepatch.preflight.subject import example
-
     sizes = {"encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = PegasusConfig(d_model=64, encoder_layers=3, decoder_layers=2, vocab_size=200, dropout=0.0, **sizes)
     model = PegasusForConditionalGeneration(config).eval()
@@ -156,7 +151,7 @@ def test_an_encoder_has_a_report_of_its_own() -> None:
     assert (report.stream, report.sublayers, len(report.layers)) == ("output", 6, 2)
     assert encoder.initial_loss is None
 
-    inputs = example(model, tokens=12, batch=2, seed=3)
+    inputs = random_tokens(model, tokens=12, batch=2, seed=3)
     output = model(**inputs, output_hidden_states=True)
     states = output.encoder_hidden_states
     for state in states:
@@ -224,9 +219,7 @@ def test_the_largest_attention_logit() -> None:
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight.mul_(40)
     report = spikepatch.check(model, tokens=16, batch=1, steps=1)
-    from spikepatch.preflight.subject import example
-
-    ids = example(model, tokens=16, batch=1, seed=0)["input_ids"]
+    ids = random_tokens(model, tokens=16, batch=1, seed=0)["input_ids"]
     block = model.transformer.h[0]
     with torch.no_grad():
         x = block.ln_1(model.transformer.wte(ids) + model.transformer.wpe(torch.arange(16)))
@@ -296,8 +289,6 @@ def test_the_paper_sized_table() -> None:
 @pytest.mark.slow
 def test_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct on English text, against the loss and the sizes measured with transformers."""
-    from spikepatch.drift import SAMPLE
-
     text = tmp_path / "genesis.txt"
     text.write_text(SAMPLE)
     report = spikepatch.check(str(smollm2), text=text, tokens=200, batch=1)

@@ -42,15 +42,18 @@ def random_ids(model: PreTrainedModel, batch: int = 2, tokens: int = 13) -> torc
     return torch.randint(5, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def run(program: Program, weights: Weights) -> torch.Tensor:
+def value_at(program: Program, point: Any, weights: Weights) -> torch.Tensor:
+    """Run piece by piece up to ``point``, with nothing held but what later pieces need."""
     values: Values = {}
     with torch.no_grad():
         for i, piece in enumerate(program.pieces):
             parameters = {p: program.parameter(p, weights) for p in piece.parameters}
             values |= run_piece(program, piece, values, parameters, {*program.alive[i], piece.point})
-            values = {n: v for n, v in values.items() if n in program.alive[i] or n is program.pieces[-1].point}
-    output: torch.Tensor = values[program.pieces[-1].point]
-    return output
+            if piece.point is point:
+                result: torch.Tensor = values[point]
+                return result
+            values = {n: v for n, v in values.items() if n in program.alive[i]}
+    raise AssertionError("no such point")
 
 
 def measured(model: PreTrainedModel, ids: torch.Tensor, *, deep: bool = False) -> tuple[Program, Measurement]:
@@ -67,7 +70,8 @@ def test_the_same_logits_as_the_model(model_type: str) -> None:
     model = tiny_model(model_type)
     ids = random_ids(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    logits = run(program_of(model, ids), live(model))
+    program = program_of(model, ids)
+    logits = value_at(program, program.pieces[-1].point, live(model))
     with torch.no_grad():
         expected = model(ids).logits
     # The model's own kernels may sum in another order (fused attention, experts): a few eps per operation.
@@ -121,9 +125,9 @@ def test_jacobians_of_sublayers(model_type: str) -> None:
     program, found = measured(model, ids, deep=True)
     checked = 0
     for i, (sublayer, stats) in enumerate(zip(program.sublayers, found.sublayers, strict=True)):
-        piece = program.pieces[program.piece_of(sublayer.point)]
+        piece = program.pieces[1 + program.points.index(sublayer.point)]  # the one that begins there
         parameters = {p: program.parameter(p, live(model)) for p in piece.parameters}
-        at = _value_of(program, sublayer.point, live(model))
+        at = value_at(program, sublayer.point, live(model))
 
         def step(x: torch.Tensor, piece: Any = piece, parameters: Any = parameters, point: Any = sublayer.point) -> Any:
             return run_piece(program, piece, {point: x}, parameters, [piece.point])[piece.point]
@@ -133,18 +137,6 @@ def test_jacobians_of_sublayers(model_type: str) -> None:
         assert stats.jacobian.value == pytest.approx(float(torch.linalg.svdvals(dense)[0]), rel=0.01), i
         checked += 1
     assert checked >= 3
-
-
-def _value_of(program: Program, point: Any, weights: Weights) -> torch.Tensor:
-    values: Values = {}
-    with torch.no_grad():
-        for i, piece in enumerate(program.pieces):
-            parameters = {p: program.parameter(p, weights) for p in piece.parameters}
-            values |= run_piece(program, piece, values, parameters, {*program.alive[i], piece.point})
-            if piece.point is point:
-                result: torch.Tensor = values[point]
-                return result
-    raise AssertionError("no such point")
 
 
 def _lower(alive: dict[str, int], elements: int) -> None:

@@ -155,6 +155,30 @@ def reached(model: Model, biases: list[str]) -> set[str]:
     return live - cut
 
 
+class Recurrent(Model):
+    """A loop over the positions, each of which reads the state that the one before has left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.keep, self.leave = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        state, states = torch.zeros_like(x[:, 0]), []
+        for i in range(x.shape[1]):
+            state = torch.tanh(self.enter(x[:, i]) + self.keep(state))
+            states.append(state)
+        return torch.as_tensor(self.blocks[0](x + self.leave(torch.stack(states, dim=1))))
+
+
+@pytest.mark.parametrize("tokens", [3, 6, 20])
+def test_a_loop_over_the_positions_mixes_them(tokens: int) -> None:
+    """However long the example is: no operation but the loop itself says so."""
+    residual = spikepatch.inspect(Recurrent(), example_inputs={"ids": torch.arange(tokens)[None]})
+    assert residual.proven, residual.leaks
+    found = [(p.parameter, p.kind) for p in residual.residual_projections]
+    assert found == [("leave.weight", "mixer"), ("blocks.0.down.weight", "mlp")]
+
+
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 

@@ -89,6 +89,12 @@ def test_twice_is_once() -> None:
     assert all(torch.equal(first[name], p) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("std", [0.0, -1.0, math.nan, math.inf])
+def test_a_std_without_sense(std: float) -> None:
+    with pytest.raises(Refused, match="std of an embedding must be a positive number"):
+        EmbedInit(std)
+
+
 def test_no_embedding_no_edit() -> None:
     residual = dataclasses.replace(spikepatch.inspect(tiny_model("gpt2")), embeddings=())
     assert list(EmbedInit()(residual, Context("all"))) == []

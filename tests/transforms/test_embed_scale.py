@@ -137,6 +137,12 @@ def test_post_norm() -> None:
         spikepatch.plan(tiny_model("opt", do_layer_norm_before=False), "scaled-embed", reinit="all")
 
 
+@pytest.mark.parametrize("factor", [0.0, -2.0, math.nan, math.inf])
+def test_a_factor_without_sense(factor: float) -> None:
+    with pytest.raises(Refused, match="factor must be a positive number"):
+        EmbedScale(factor)
+
+
 @pytest.mark.parametrize("std", [0.0, math.nan, math.inf])
 def test_learned_embedding_without_scale(std: float) -> None:
     residual = spikepatch.inspect(tiny_model("gpt2"))

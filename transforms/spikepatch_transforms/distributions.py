@@ -61,6 +61,7 @@ class Drawn:
 
     @property
     def distribution(self) -> Distribution:
+        """As ``Fill`` names it."""
         return "uniform" if self.uniform else "truncated" if self.cut else "normal"
 
     def fill(self, parameter: str, width: int, shape: tuple[int, ...], matrix: Matrix | None = None) -> Fill:

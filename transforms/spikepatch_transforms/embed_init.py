@@ -4,9 +4,10 @@ With s = 1 the large shortcut is in the weights themselves. Adam's relative step
 smaller than behind a factor at d = 2304, and weight decay pulls the rows to zero: leave embeddings out of it.
 
 Refuses: a tied head where s sqrt(d) > 3. The head reads a stream of std 1 with the same matrix, so the initial logits
-have a std of s sqrt(d), which costs s^2 d / 2 nats above log V; no usual initialisation comes near 3. And a model that
-normalises its embedding, whose scale then does not matter.
-Also where learned embeddings are to be kept. Preserves: nothing. Goes with ``SmallInit(token_embedding=False)``.
+have a std of s sqrt(d), which costs s^2 d / 2 nats above log V; no usual initialisation comes near 3. Also a model that
+normalises its embedding, whose scale then does not matter; learned embeddings that are to be kept; and an s that is no
+positive number.
+Preserves: nothing. Goes with ``SmallInit(token_embedding=False)``.
 Sources: footnote of Takase et al., arXiv 2312.16903; BioNeMo and Megatron-LM's ``--embedding-init-method-std`` (std 1,
 untied, no weight decay on embeddings).
 """
@@ -30,6 +31,15 @@ class EmbedInit:
     """``Fill(table, std)`` for the token embedding."""
 
     std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.std < math.inf:
+            raise Refused(
+                what="the std of an embedding must be a positive number",
+                where=type(self).__name__,
+                why=f"it is {self.std}",
+                remedy="leave it out for 1",
+            )
 
     def __call__(self, residual: ResidualMap, context: Context) -> Iterator[Edit | Skip]:
         if context.reinit != "all":

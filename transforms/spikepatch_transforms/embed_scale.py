@@ -5,8 +5,8 @@ weights that are kept, or a given number. The factor is applied to the output of
 logits' scale, and Adam's relative step on a row is the unscaled table's.
 
 Refuses: a model that normalises its embedding; one that multiplies it by k, unless told to ``replace`` that factor: the
-output is then multiplied by c / k; a table that is not as wide as the stream, unless c is given; a post-norm model; and
-learned embeddings without a finite, positive std.
+output is then multiplied by c / k; a table that is not as wide as the stream, unless c is given; a post-norm model;
+learned embeddings without a finite, positive std; and a given c that is no positive number.
 Preserves: with kept weights the tables exactly; the function only approximately (the stream's start is another one).
 Source: "Scaled Embed" in Takase et al., arXiv 2312.16903.
 """
@@ -32,6 +32,15 @@ class EmbedScale:
     factor: float | None = None
     positions: bool = False
     replace: bool = False
+
+    def __post_init__(self) -> None:
+        if self.factor is not None and not 0 < self.factor < math.inf:
+            raise Refused(
+                what="the embedding factor must be a positive number",
+                where=f"factor={self.factor}",
+                why="the stream would vanish, flip or overflow",
+                remedy="leave it out for sqrt(d)",
+            )
 
     def __call__(self, residual: ResidualMap, context: Context) -> Iterator[Edit | Skip]:
         token = token_embedding(residual, context)

@@ -31,9 +31,11 @@ class View:
         self._norms = {n.module: n for n in residual.norms}
 
     def projections(self, sublayer: Sublayer) -> list[ResidualProjection]:
+        """Of the sub-layer, as the map has them."""
         return [self._projections[name] for _, name in sublayer.projections if name in self._projections]
 
     def matrices(self, sublayer: Sublayer) -> list[Matrix]:
+        """All that the sub-layer computes with, its projections too."""
         names = self.program.stream.facts.trace.parameters
         held = dict.fromkeys(names[n] for n in names if n in sublayer.interior)
         return [self._matrices[name] for name in held if name in self._matrices]
@@ -168,6 +170,7 @@ class View:
         return None, None
 
     def embeddings(self) -> Iterator[EmbeddingReport]:
+        """One report per table that enters the stream."""
         for e in self.residual.embeddings:
             stats = self.measured.weights.get(e.parameter)
             std = stats.std if stats is not None else math.nan
@@ -180,6 +183,7 @@ def growth(first: float, last: float, layers: int) -> float | None:
 
 
 def bound_product(layers: tuple[LayerReport, ...]) -> Bound:
+    """Eq. 7 over all sub-layers."""
     return bounds.product(
         Bound(s.bound, s.not_covered) for s in itertools.chain.from_iterable(layer.sublayers for layer in layers)
     )

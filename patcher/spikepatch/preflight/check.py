@@ -6,19 +6,20 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, first_line
 from spikepatch.plans import Reinit
 from spikepatch.preflight.assemble import View, bound_product, growth
-from spikepatch.preflight.measure import Progress, measure
-from spikepatch.preflight.program import compile_program
+from spikepatch.preflight.inputs import random_tokens, text_tokens
+from spikepatch.preflight.measure import measure
+from spikepatch.preflight.program import Progress, compile_program
 from spikepatch.preflight.result import Finding, StabilityReport
 from spikepatch.preflight.steps import run_steps
-from spikepatch.preflight.subject import Subject, example, of_model, of_source, vocabulary_of, with_recipe
+from spikepatch.preflight.subject import Subject, of_model, of_source, vocabulary_of, with_recipe
 from spikepatch.preflight.verdict import Thresholds, judged, worst
 from spikepatch.residual.inspect import map_of
 from spikepatch.residual.map import ResidualMap
@@ -79,30 +80,30 @@ def check(
     """
     limits = Thresholds.changed(dict(thresholds or {}))
     _check_numbers(tokens=tokens, batch=batch, seed=seed, steps=steps, lr=lr)
-    where = _device(device)
-    report = progress or (lambda step, done, total: None)
+    torch_device = _device(device)
+    tell = progress or (lambda step, done, total: None)
     source: Source | None = None
     if isinstance(model, str):
         from spikepatch.source import open_source
 
-        report("reading the source", 0, 0)
-        source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=report)
+        tell("reading the source", 0, 0)
+        source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell)
         base = of_source(source, seed)
     else:
         base = of_model(model, seed)
     name = source.name if source is not None else type(base.structure).__name__
     inputs = dict(example_inputs) if example_inputs is not None else None
     if text is not None:
-        inputs = _from_text(Path(text), source, tokens=tokens, batch=batch)
+        inputs = text_tokens(Path(text), source, tokens=tokens, batch=batch)
     options = {"factor": factor, "positions": positions, "untie": untie, "trust_remote_code": trust_remote_code}
     subjects = [base]
     for recipe in recipes:  # whatever is refused is refused before anything is measured
-        report(f"planning {recipe}", 0, 0)
+        tell(f"planning {recipe}", 0, 0)
         subjects.append(with_recipe(base, recipe, source=source, reinit=reinit, seed=seed, options=options))
-    setting = _Setting(name, tokens, batch, seed, where, deep, steps, lr)
+    setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
     found = []
     while subjects:  # one model's weights in memory at a time
-        found.append(_check(subjects.pop(0), setting, inputs, limits, report))
+        found.append(_check(subjects.pop(0), setting, inputs, limits, tell))
     return dataclasses.replace(found[0], models=tuple(found[1:]))
 
 
@@ -127,7 +128,7 @@ def _check(
 ) -> StabilityReport:
     progress("mapping the residual stream", 0, 0)
     if inputs is None and hasattr(subject.structure, "config"):
-        inputs = example(subject.structure, tokens=setting.tokens, batch=setting.batch, seed=setting.seed)
+        inputs = random_tokens(subject.structure, tokens=setting.tokens, batch=setting.batch, seed=setting.seed)
     graph = trace(subject.structure, inputs)
     residual = map_of(subject.structure, graph, setting.source)
     if not residual.proven:
@@ -150,29 +151,13 @@ def _check(
         tokens=ids.shape[1] if ids is not None else 0,
         batch=ids.shape[0] if ids is not None else 1,
         seed=setting.seed,
-        verdict="unknown",
-        findings=(),
-        embeddings=(),
-        layers=(),
-        sigma_start=None,
-        sigma_end=None,
-        initial_loss=None,
-        log_vocab=None,
-        gradient_ratio=None,
-        growth_activations=None,
-        growth_gradients=None,
-        eq15_excess_layer1=None,
-        eq15_excess_layer1_stream=None,
-        bound_product=None,
-        jacobian_product=None,
-        gradients={},
     )
     streams = find(graph)
     assert not isinstance(streams, str)
     try:
         return _measured_all(draft, subject, streams, residual, setting, limits, progress)
     except (RuntimeError, NotImplementedError, IndexError) as error:  # an operation of the model
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no reason given'}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         finding = Finding("not-measured", "note", f"the traced graph cannot be run on numbers: {reason}")
         return dataclasses.replace(draft, findings=(finding,), not_measured=(reason,))
 
@@ -219,10 +204,10 @@ def _measured(
     norms = [layer.gradient_norm for layer in layers]
     jacobians = [layer.jacobian for layer in layers]
     start, end = found.start, found.end
-    taken = run_steps(
+    steps = run_steps(
         program, subject.weights, steps=setting.steps, lr=setting.lr, vocabulary=vocabulary, progress=progress
     )
-    draft = dataclasses.replace(
+    report = dataclasses.replace(
         draft,
         embeddings=tuple(view.embeddings()),
         layers=layers,
@@ -238,11 +223,11 @@ def _measured(
         bound_product=bound_product(layers).value,
         jacobian_product=math.prod(j for j in jacobians if j is not None) if None not in jacobians else None,
         gradients=found.gradients,
-        steps=tuple(taken) if setting.steps else (),
+        steps=tuple(steps) if setting.steps else (),  # nothing is run before
         not_measured=tuple(found.problems),
     )
     finite = found.finite and all(w.finite for w in found.weights.values())
-    return judged(draft, residual, limits, finite=finite)
+    return judged(report, residual, limits, finite=finite)
 
 
 def _logits_over(model: nn.Module, graph: Trace) -> int | None:
@@ -250,30 +235,6 @@ def _logits_over(model: nn.Module, graph: Trace) -> int | None:
     vocabulary, width = vocabulary_of(model), shape(graph.output)[-1]
     tokens = any(not x.is_floating_point() for x in graph.inputs.values())
     return width if tokens and vocabulary is not None and width >= vocabulary else None
-
-
-def _from_text(path: Path, source: Source | None, *, tokens: int, batch: int) -> dict[str, torch.Tensor]:
-    """``batch`` sequences of ``tokens`` ids from the beginning of a file."""
-    import transformers
-
-    from spikepatch.quiet import quiet
-
-    def refused(why: str, remedy: str) -> Refused:
-        return Refused(what="the tokens cannot be taken from the file", where=str(path), why=why, remedy=remedy)
-
-    if source is None or source.folder is None:
-        raise refused("there is no tokenizer beside the model", "pass example_inputs={'input_ids': ...} in Python")
-    if not path.is_file():
-        raise refused("there is no such file", "give a text file")
-    with quiet():
-        try:
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-            ids = tokenizer(path.read_text(encoding="utf-8")).input_ids
-        except Exception as error:  # whatever a tokenizer's own loading raises
-            raise refused(" ".join(str(error).split())[:200], "leave --text out for random tokens") from error
-    if len(ids) < tokens * batch:
-        raise refused(f"it has {len(ids)} tokens, {batch} x {tokens} are asked for", "a longer file, or --tokens")
-    return {"input_ids": torch.tensor(ids[: tokens * batch]).reshape(batch, tokens)}
 
 
 def _device(name: str) -> torch.device:
@@ -286,7 +247,7 @@ def _device(name: str) -> torch.device:
         raise Refused(
             what=f"no device {name!r}",
             where="--device",
-            why=str(error).splitlines()[0],
+            why=first_line(error),
             remedy="leave it out for a GPU where there is one, else the CPU",
         ) from error
     return device

@@ -45,7 +45,7 @@ def heads_jacobian(
     Raises:
         RuntimeError: an operation cannot be differentiated twice.
     """
-    norm, heads = normed_input(program, sublayer), factor_of(program, sublayer.projections[0][0])
+    norm, heads = normed_input(program, sublayer), _input_of(program, sublayer.projections[0][0])
     if sublayer.kind != "attention" or norm is None or heads is None or len(sublayer.projections) != 1:
         return None
     before = part_of(program, piece, sublayer.point, norm)
@@ -57,13 +57,13 @@ def heads_jacobian(
 def normed_input(program: Program, sublayer: Sublayer) -> Node | None:
     """The node at which the normed copy of the stream enters the sub-layer."""
     facts = program.stream.facts
-    found = [n for n in sublayer.interior if n in facts.norm_at and leads(sublayer.point, facts.norm_at[n].input)]
+    found = [n for n in sublayer.interior if n in facts.norm_at and same_values(sublayer.point, facts.norm_at[n].input)]
     first = min(found, key=facts.order.__getitem__, default=None)
     parts = [user for user in first.users if op(user) == "getitem"] if first is not None else []
     return parts[0] if parts else first  # the statistics are results too
 
 
-def factor_of(program: Program, matmul: Node) -> Node | None:
+def _input_of(program: Program, matmul: Node) -> Node | None:
     """What a matmul multiplies its weight with."""
     facts = program.stream.facts
     while not facts.product(matmul):  # the sum with a bias of its own
@@ -80,7 +80,7 @@ def steepest(
     facts = program.stream.facts
     if sublayer.kind != "mlp" or len(sublayer.projections) != 1:
         return None
-    last = factor_of(program, sublayer.projections[0][0])
+    last = _input_of(program, sublayer.projections[0][0])
     products = [n for n in facts.behind([last] if last else []) & sublayer.interior if facts.product(n)]
     if last is None or len(products) != 1:
         return None
@@ -103,9 +103,9 @@ def steepest(
     return float(slopes.abs().max()) if pointwise else None
 
 
-def leads(point: Node, node: Node) -> bool:
-    """The two are the same values, but for casts."""
-    return _uncast(point) is _uncast(node)
+def same_values(first: Node, second: Node) -> bool:
+    """The two are the same, but for casts and views."""
+    return _uncast(first) is _uncast(second)
 
 
 def _uncast(node: Node) -> Node:

@@ -18,7 +18,8 @@ import torch
 
 #: Steps, each of one product with J and one with its transpose.
 STEPS = 20
-#: Of the estimate: a singular value lies within its residual. The error of the largest one is of second order in it.
+#: Enough once the residual is below this part of the estimate: the error of the largest singular value is of second
+#: order in it.
 TOLERANCE = 0.01
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -60,18 +61,14 @@ def spectral_norm(
     like: torch.Tensor,
     *,
     steps: int = STEPS,
-    tolerance: float = TOLERANCE,
-    seed: int = 0,
 ) -> SpectralNorm:
     """The largest singular value of the linear map ``forwards``, whose transpose is ``backwards``.
 
     Args:
-        like: an argument of ``forwards``, for its shape, dtype and device.
+        like: an argument of ``forwards``, for its shape, dtype and device; the start vector is drawn on the CPU.
         steps: at most; one product with each map.
-        tolerance: stop when the residual is below this part of the estimate.
-        seed: of the start vector, drawn on the CPU.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     start = torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like)
     right: list[torch.Tensor] = [start / start.norm()]
     left: list[torch.Tensor] = []
@@ -91,7 +88,7 @@ def spectral_norm(
         above.append(float(v.norm()))
         vectors, values, _ = torch.linalg.svd(_bidiagonal(diagonal, above[:-1]))
         best = SpectralNorm(float(values[0]), above[-1] * abs(float(vectors[-1, 0])), step)
-        if best.residual <= tolerance * best.value or above[-1] <= 1e-12 * best.value:
+        if best.residual <= TOLERANCE * best.value or above[-1] <= 1e-12 * best.value:
             break
         right.append(v / above[-1])
     return best

@@ -69,6 +69,7 @@ def layer_table(report: StabilityReport) -> Table:
 
 
 def embedding_table(report: StabilityReport) -> Table:
+    """One row per table of embeddings."""
     rows = [
         (
             e.parameter,

@@ -10,7 +10,9 @@ Every number is at least float32, whatever the model's dtype: what is measured i
 
 from __future__ import annotations
 
+import dataclasses
 import operator
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +22,17 @@ from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spikepatch.errors import Refused
-from spikepatch.residual.inspect import sublayers_of
 from spikepatch.residual.map import SublayerKind
-from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, op, operands
+from spikepatch.residual.measure import in_single
+from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, behind_views, op, operands, writes
 from spikepatch.residual.stream import Stream
+from spikepatch.residual.sublayers import sublayers_of
 
 #: Name of a parameter, as ``named_parameters()`` gives it -> its values, of any float dtype, anywhere.
 Weights = Callable[[str], torch.Tensor]
 Values = dict[Node, Any]
+#: Told (step, done, total).
+Progress = Callable[[str, int, int], None]
 
 _GROUPED = frozenset("_grouped_mm grouped_mm grouped_mm_fallback".split())
 
@@ -68,12 +73,21 @@ class Piece:
 
 @dataclass(frozen=True)
 class Program:
-    """The pieces of one forward pass, first to last: the embedding, then one per point of the stream, then the head."""
+    """One forward pass, in pieces.
+
+    Attributes:
+        stream: that the graph is cut at.
+        pieces: first to last: the embedding, then one per point of the stream, then the head.
+        sublayers: in the order of their additions.
+        alive: after each piece, what later ones need of the values so far.
+        static: values of all that depends on no weight.
+        device: where it is run.
+    """
 
     stream: Stream
     pieces: tuple[Piece, ...]
     sublayers: tuple[Sublayer, ...]
-    alive: tuple[frozenset[Node], ...]  # after each piece: values that later ones need
+    alive: tuple[frozenset[Node], ...]
     static: Mapping[Node, Any]
     device: torch.device
 
@@ -82,12 +96,9 @@ class Program:
         """The stream's points in order: the input of the first sub-layer first, the end of the stream last."""
         return tuple(piece.point for piece in self.pieces[:-1])
 
-    def piece_of(self, point: Node) -> int:
-        """Index of the piece that begins at ``point``."""
-        return self.points.index(point) + 1
-
     def parameter(self, node: Node, weights: Weights) -> torch.Tensor:
-        return at_least_float32(weights(self.stream.facts.trace.parameters[node]).detach()).to(self.device)
+        """The values of a placeholder of ``pieces[i].parameters``, in at least float32, on the program's device."""
+        return _at_least_float32(weights(self.stream.facts.trace.parameters[node]).detach()).to(self.device)
 
 
 def compile_program(stream: Stream, device: torch.device) -> Program:
@@ -96,41 +107,42 @@ def compile_program(stream: Stream, device: torch.device) -> Program:
     cone = facts.behind([facts.trace.output])
     sublayers = _sublayers(stream)
     points = sorted({*(s.point for s in sublayers), _end(stream)}, key=facts.order.__getitem__)
-    weighted: set[Node] = set()
+    weighted: set[Node] = set()  # depends on a parameter
     for node in facts.nodes:
         if node in facts.trace.parameters or any(a in weighted for a in operands(node)):
             weighted.add(node)
-    again = _scratch(stream, weighted) | {n for n in weighted - facts.varies if n not in facts.trace.parameters}
+    # In every piece that reads it: memory that data is written into, and weights in another form.
+    remade = _scratch(stream, weighted) | {n for n in weighted - facts.varies if n not in facts.trace.parameters}
     data = [n for n in facts.nodes if n in cone and n in weighted and n in facts.varies]
     _check_runnable(data)
 
     ends = [facts.order[point] for point in points]
-    place = {node: sum(facts.order[node] > end for end in ends) for node in data}
-    last_use = {node: max((place[u] for u in node.users if u in place), default=0) for node in data}
+    piece_of = {node: bisect_left(ends, facts.order[node]) for node in data}
+    last_use = {node: max((piece_of[u] for u in node.users if u in piece_of), default=0) for node in data}
     last_use[facts.trace.output] = len(points) + 1
     pieces = []
     for i, point in enumerate([*points, facts.trace.output]):
-        own = [node for node in data if place[node] == i]
+        own = [node for node in data if piece_of[node] == i]
         read = {a for node in own for a in operands(node)}
-        helpers = facts.behind(read & again, stop=set(facts.nodes) - again)
+        helpers = facts.behind(read & remade, stop=set(facts.nodes) - remade)
         nodes = tuple(sorted({*own, *helpers}, key=facts.order.__getitem__))
         read |= {a for node in helpers for a in operands(node)}
         pieces.append(
             Piece(
                 nodes=nodes,
-                needs=tuple(a for a in data if a in read and place[a] < i),
+                needs=tuple(a for a in data if a in read and piece_of[a] < i),
                 point=point,
                 parameters=tuple(p for p in facts.trace.parameters if p in read),
-                writes=any(_writes(node) for node in nodes),
+                writes=any(writes(node) for node in nodes),
             )
         )
-    alive = tuple(frozenset(n for n in data if place[n] <= i < last_use[n]) for i in range(len(pieces)))
+    alive = tuple(frozenset(n for n in data if piece_of[n] <= i < last_use[n]) for i in range(len(pieces)))
     program = Program(stream, tuple(pieces), sublayers, alive, {}, device)
-    static = [n for n in facts.nodes if n in cone and n not in weighted and n not in again]
+    static = [n for n in facts.nodes if n in cone and n not in weighted and n not in remade]
     values = _constants(program)
     with torch.no_grad():
         _execute(program, static, values)
-    return Program(stream, program.pieces, sublayers, alive, values, device)
+    return dataclasses.replace(program, static=values)
 
 
 def _check_runnable(nodes: Iterable[Node]) -> None:
@@ -161,7 +173,7 @@ def run_piece(
     values: Values = {node: inputs[node] for node in piece.needs}
     if piece.writes:
         values = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
-    written = {_owner(node) for node in piece.nodes if _writes(node)} if piece.writes else set()
+    written = {behind_views(operands(node)[0]) for node in piece.nodes if writes(node)}
     values.update((p, parameters[p].clone() if p in written else parameters[p]) for p in piece.parameters)
     wanted = set(keep)
     _execute(program, piece.nodes, values, wanted)
@@ -182,7 +194,7 @@ def part_of(program: Program, piece: Piece, start: Node, stop: Node) -> Piece:
     )
 
 
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in {torch.bfloat16, torch.float16} else tensor
 
 
@@ -198,15 +210,13 @@ def _sublayers(stream: Stream) -> tuple[Sublayer, ...]:
     order = stream.facts.order
     kinds, numbers = sublayers_of(stream)
     found = []
-    for number in dict.fromkeys(numbers):
+    for number, kind in dict(zip(numbers, kinds, strict=True)).items():
         terms = [t for t, n in zip(stream.terms, numbers, strict=True) if n == number]
-        point = max((t.reads for t in terms), key=order.__getitem__)
-        mine = [kind for kind, n in zip(kinds, numbers, strict=True) if n == number]
         found.append(
             Sublayer(
                 index=number,
-                kind="moe" if "moe" in mine else mine[0],
-                point=point,
+                kind=kind,
+                point=max((t.reads for t in terms), key=order.__getitem__),
                 outputs=tuple(t.node for t in terms),
                 projections=tuple(projection for t in terms for projection in t.projections),
                 interior=frozenset().union(*(t.interior for t in terms)),
@@ -219,7 +229,7 @@ def _scratch(stream: Stream, weighted: set[Node]) -> set[Node]:
     """Memory without weights that data is written into: made anew for every run."""
     found: set[Node] = set()
     for node in stream.facts.nodes:
-        if not _writes(node) or node not in weighted:
+        if not writes(node) or node not in weighted:
             continue
         target = operands(node)[0]
         while target not in weighted and target.op == "call_function" and target not in found:
@@ -230,43 +240,33 @@ def _scratch(stream: Stream, weighted: set[Node]) -> set[Node]:
     return found
 
 
-def _writes(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
-def _owner(node: Node) -> Node:
-    """What an in-place operation writes into, through views."""
-    target = operands(node)[0]
-    while op(target) in VIEWS:
-        target = operands(target)[0]
-    return target
-
-
 def _constants(program: Program) -> Values:
     trace = program.stream.facts.trace
     constants = {**trace.buffers, **trace.inputs}  # copies: the graph may write into them
-    return {node: at_least_float32(value.clone()).to(program.device) for node, value in constants.items()}
+    return {node: _at_least_float32(value.clone()).to(program.device) for node, value in constants.items()}
 
 
 def _execute(program: Program, nodes: Sequence[Node], values: Values, keep: set[Node] | None = None) -> None:
     """Run ``nodes`` into ``values``; with ``keep`` given, drop all others after their last use among ``nodes``."""
+
+    def value(node: Node) -> Any:
+        return values[node] if node in values else program.static[node]
+
     last: dict[Node, Node] = {a: node for node in nodes for a in operands(node)} if keep is not None else {}
     for node in nodes:
         if op(node):
-            look = lambda n: values[n] if n in values else program.static[n]  # noqa: E731
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), look)
-            values[node] = call(node, args, kwargs, program.device)
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
+            values[node] = _call(node, args, kwargs, program.device)
         if keep is not None:
             for argument in operands(node):
                 if last[argument] is node and argument not in keep:
                     values.pop(argument, None)
 
 
-def call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Any:
+def _call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Any:
     """One operation, on ``device``, at no less than float32, by kernels that can be differentiated twice."""
-    args = [_adapted(a, device) for a in args]
-    kwargs = {name: _adapted(value, device) for name, value in kwargs.items()}
+    args = [in_single(a, device) for a in args]
+    kwargs = {name: in_single(value, device) for name, value in kwargs.items()}
     if node.target is operator.getitem:
         return args[0][args[1]]
     if op(node) in _GROUPED:
@@ -280,14 +280,6 @@ def call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], device: tor
     return node.target(*args, **kwargs)
 
 
-def _adapted(argument: Any, device: torch.device) -> Any:
-    """The traced graph says ``device=meta``, and the model's own precision."""
-    if isinstance(argument, torch.device):
-        return device
-    reduced = isinstance(argument, torch.dtype) and argument in {torch.bfloat16, torch.float16}
-    return torch.float32 if reduced else argument
-
-
 def _grouped(
     tokens: torch.Tensor, matrices: torch.Tensor, offs: torch.Tensor, *_: Any, **__: Any
 ) -> torch.Tensor:  # (rows, in), (groups, in, out), ends of the groups -> (rows, out)
@@ -298,4 +290,5 @@ def _grouped(
 
 
 def is_float(value: Any) -> bool:
+    """It can have a gradient."""
     return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Verdict = Literal["stable", "at-risk", "unstable", "unknown"]
@@ -36,7 +36,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class EmbeddingReport:
-    """``std``: of the table. ``scale``: what its rows are multiplied by on the way; 1 and ``normed`` behind a norm."""
+    """``std``: of the table. ``small_init``: the paper's sqrt(2/(5d)). ``scale``: what its rows are multiplied by on
+    their way; 1 and ``normed`` behind a norm.
+    """
 
     parameter: str
     kind: str
@@ -149,22 +151,22 @@ class StabilityReport:
     tokens: int
     batch: int
     seed: int
-    verdict: Verdict
-    findings: tuple[Finding, ...]
-    embeddings: tuple[EmbeddingReport, ...]
-    layers: tuple[LayerReport, ...]
-    sigma_start: float | None
-    sigma_end: float | None
-    initial_loss: float | None
-    log_vocab: float | None
-    gradient_ratio: float | None
-    growth_activations: float | None
-    growth_gradients: float | None
-    eq15_excess_layer1: float | None
-    eq15_excess_layer1_stream: float | None
-    bound_product: float | None
-    jacobian_product: float | None
-    gradients: dict[str, float]
+    verdict: Verdict = "unknown"
+    findings: tuple[Finding, ...] = ()
+    embeddings: tuple[EmbeddingReport, ...] = ()
+    layers: tuple[LayerReport, ...] = ()
+    sigma_start: float | None = None
+    sigma_end: float | None = None
+    initial_loss: float | None = None
+    log_vocab: float | None = None
+    gradient_ratio: float | None = None
+    growth_activations: float | None = None
+    growth_gradients: float | None = None
+    eq15_excess_layer1: float | None = None
+    eq15_excess_layer1_stream: float | None = None
+    bound_product: float | None = None
+    jacobian_product: float | None = None
+    gradients: dict[str, float] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     not_measured: tuple[str, ...] = ()
     stream: Literal["output", "encoder"] = "output"

@@ -10,8 +10,9 @@ import torch
 from torch.fx import Node
 
 from spikepatch.errors import Refused
-from spikepatch.preflight.measure import Progress, objective, sigma
-from spikepatch.preflight.program import Program, Values, Weights, run_piece
+from spikepatch.preflight.gradients import objective
+from spikepatch.preflight.measure import sigma
+from spikepatch.preflight.program import Program, Progress, Values, Weights, run_piece
 from spikepatch.preflight.result import Step
 from spikepatch.residual.ops import FUSED_ATTENTION, SOFTMAX, op, operands
 
@@ -26,9 +27,6 @@ def run_steps(
     Raises:
         Refused: weights, gradients and optimiser state do not fit into half of this machine's memory.
     """
-    names = dict.fromkeys(
-        program.stream.facts.trace.parameters[p] for piece in program.pieces for p in piece.parameters
-    )
     nodes = {program.stream.facts.trace.parameters[p]: p for piece in program.pieces for p in piece.parameters}
     needed = sum(16 * node.meta["val"].numel() for node in nodes.values())
     if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
@@ -38,7 +36,7 @@ def run_steps(
             why="weights, gradients and AdamW's two moments, in float32, are more than half of this machine's memory",
             remedy="leave --steps out, or check a config of the same depth and a smaller width",
         )
-    leaves = {name: program.parameter(nodes[name], weights).clone().requires_grad_() for name in names}
+    leaves = {name: program.parameter(node, weights).clone().requires_grad_() for name, node in nodes.items()}
     optimiser = torch.optim.AdamW(leaves.values(), lr=lr)
     for i in range(steps + 1):
         progress("optimiser steps", i, steps)
@@ -56,14 +54,15 @@ def _forward(
 ) -> tuple[torch.Tensor, float, float, float | None]:
     """The loss; sigma at the first and the last point of the stream; the largest attention logit."""
     names = program.stream.facts.trace.parameters
-    weighing = {n for s in program.sublayers if s.kind == "attention" for n in s.interior if _weighs(n)}
+    attention = {n for s in program.sublayers if s.kind == "attention" for n in s.interior}
+    softmaxes = {n for n in attention if op(n) in FUSED_ATTENTION | SOFTMAX}
     values: Values = {}
     logits: list[float] = []
     first, last = program.points[0], program.points[-1]
     sizes: dict[Node, float] = {}
     with torch.enable_grad():
         for i, piece in enumerate(program.pieces):
-            inside = [n for n in piece.nodes if n in weighing]
+            inside = [n for n in piece.nodes if n in softmaxes]
             read = {a for n in inside for a in operands(n)} & {*piece.nodes, *piece.needs}
             keep = ({*program.alive[i], piece.point} & set(piece.nodes)) | read
             values |= run_piece(program, piece, values, {p: leaves[names[p]] for p in piece.parameters}, keep)
@@ -73,10 +72,6 @@ def _forward(
             values = {n: v for n, v in values.items() if n in program.alive[i] or n is program.pieces[-1].point}
         loss = objective(program, values[program.pieces[-1].point], vocabulary)
     return loss, sizes[first], sizes[last], max(logits, default=None)
-
-
-def _weighs(node: Node) -> bool:
-    return op(node) in FUSED_ATTENTION | SOFTMAX
 
 
 def _largest_logit(program: Program, node: Node, values: Values) -> float:

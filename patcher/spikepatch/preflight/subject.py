@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from spikepatch.apply.kept import match_source
@@ -18,7 +16,7 @@ from spikepatch.planning import check_weights, plan
 from spikepatch.plans import Reinit
 from spikepatch.preflight.program import Weights
 from spikepatch.preflight.weights import cached, fresh, live, load_buffers, planned, stored
-from spikepatch.residual.trace import example_of, skeleton
+from spikepatch.residual.trace import skeleton
 
 if TYPE_CHECKING:
     from spikepatch.source import Source
@@ -86,7 +84,7 @@ def with_recipe(
         found = plan(source.name, recipe, reinit=reinit, seed=seed, revision=source.revision, **options)
     else:
         found = plan(structure, recipe, reinit=reinit, seed=seed, **options)
-    patched = _without_memory(structure)
+    patched = skeleton(structure, keep_buffers=True)
     restructure(patched, found)
     weights = planned(skeleton(patched), found, base.weights, patched)
     about = {
@@ -97,34 +95,10 @@ def with_recipe(
     return Subject(patched, _kept(patched, weights), about, recipe)
 
 
-def example(model: nn.Module, *, tokens: int, batch: int, seed: int) -> dict[str, torch.Tensor]:
-    """Random token ids in place of those that the model is traced with, without the padding token."""
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    generator = torch.Generator().manual_seed(seed)
-    longest = getattr(config, "max_position_embeddings", None) or tokens
-    result = {}
-    for name, traced in example_of(model).items():
-        if traced.is_floating_point():
-            result[name] = traced
-            continue
-        shape = (traced.shape[0] * batch, min(tokens, longest))
-        ids = torch.randint(0, config.vocab_size, shape, generator=generator)
-        padding = getattr(config, "pad_token_id", None)
-        result[name] = torch.where(ids == padding, (ids + 1) % config.vocab_size, ids) if padding is not None else ids
-    return result
-
-
 def vocabulary_of(model: nn.Module) -> int | None:
+    """Number of tokens, as the model's config has it."""
     config: Any = getattr(model, "config", None)
     return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
-
-
-def _without_memory(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are on meta; buffers keep their values."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, memo)
 
 
 def _kept(model: nn.Module, weights: Weights) -> Weights:

@@ -85,14 +85,14 @@ def judged(report: StabilityReport, residual: ResidualMap, thresholds: Threshold
     return dataclasses.replace(report, findings=found, verdict=verdict)
 
 
-def is_learned(report: StabilityReport, thresholds: Thresholds) -> bool:
+def _is_learned(report: StabilityReport, thresholds: Thresholds) -> bool:
     """Most matrices are no Gaussians any more."""
     measured = [w.gaussianity for layer in report.layers for s in layer.sublayers for w in s.weights if w.gaussianity]
     return sum(abs(g - 1) > thresholds.gaussian for g in measured) * 2 > len(measured) > 0
 
 
 def _findings(report: StabilityReport, residual: ResidualMap, limits: Thresholds, *, finite: bool) -> Iterator[Finding]:
-    learned = is_learned(report, limits)
+    learned = _is_learned(report, limits)
     if not finite:
         yield Finding("non-finite", "unstable", "a weight, a value of the stream or a gradient is NaN or infinite")
     yield from _stream(report, residual, limits, learned)
@@ -247,4 +247,5 @@ def at_or_above(report: StabilityReport, severity: Severity) -> bool:
 
 
 def worst(reports: Iterable[StabilityReport]) -> Verdict:
+    """The verdict on all of them together."""
     return max((report.verdict for report in reports), key=_ORDER.index)

@@ -27,7 +27,16 @@ class NormNode:
 
 
 class Facts:
-    """The facts of one graph; ``carries`` may be computed anew for another root of the stream."""
+    """The facts of one graph.
+
+    Attributes:
+        nodes, order: all nodes in execution order, and the place of each.
+        weight: nodes that are one parameter, seen through views -> its name.
+        fed: nodes computed from the inputs, as data or as control.
+        varies: nodes computed from embedded tokens or real-valued inputs.
+        norm_at: nodes that are a norm's output -> the norm.
+        carries: nodes that carry the stream -> the operands through which they do; computed anew for another root.
+    """
 
     def __init__(self, trace: Trace) -> None:
         self.trace: Trace = trace
@@ -146,6 +155,7 @@ class Facts:
 
 
 def floating(node: Node) -> bool:
+    """The node's value is a tensor of floats, or no single tensor."""
     value = node.meta.get("val")
     return value.is_floating_point() if isinstance(value, torch.Tensor) else True
 

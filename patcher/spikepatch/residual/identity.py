@@ -18,9 +18,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate
-from torch.overrides import TorchFunctionMode
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, on_one_line
 from spikepatch.residual.ops import op, shape
 from spikepatch.residual.trace import Trace, recorded
 
@@ -32,26 +31,14 @@ def forward_of(model: nn.Module, example: Mapping[str, torch.Tensor] | None = No
         Refused: it cannot be recorded.
     """
     try:
-        with _ListsAreTensors():
-            return recorded(model, example)
+        return recorded(model, example)
     except Exception as error:  # whatever a forward pass raises
         raise Refused(
             what="the forward pass cannot be recorded, so what it computes cannot be compared",
             where=type(model).__name__,
-            why=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            why=on_one_line(error, 200),
             remedy="check that the model runs on integer token ids",
         ) from error
-
-
-class _ListsAreTensors(TorchFunctionMode):
-    """``x[..., [-1]]`` on meta makes a tensor of its list there, without the numbers in it; here it is a real one."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__getitem__:
-            data, index = args
-            parts = index if isinstance(index, tuple) else (index,)
-            args = data, tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
-        return func(*args, **(kwargs or {}))
 
 
 class Values:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 from torch.fx import Node
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, first_line
 from spikepatch.meta import build_meta, check_default_device
 from spikepatch.residual import ops
-from spikepatch.residual.kinds import between, kind_of, multiplier, steps
+from spikepatch.residual.facts import NormNode
+from spikepatch.residual.kinds import between, multiplier, steps
 from spikepatch.residual.map import (
     Embedding,
     Head,
@@ -23,15 +23,17 @@ from spikepatch.residual.map import (
     Placement,
     ResidualMap,
     ResidualProjection,
-    SublayerKind,
 )
 from spikepatch.residual.measure import measure
 from spikepatch.residual.names import layers, own_name, tied
-from spikepatch.residual.ops import op, operands, place
-from spikepatch.residual.proof import Term
+from spikepatch.residual.ops import behind_views, op, operands, place, table_of
 from spikepatch.residual.stream import Stream, find
+from spikepatch.residual.sublayers import addition, sublayers_of
 from spikepatch.residual.trace import Trace, trace
 from spikepatch.residual.weights import fan, gain, matrix_weight
+
+#: Views of a part, which is no copy.
+_PARTS = frozenset(("split", "chunk", "split_with_sizes"))
 
 
 def inspect(
@@ -69,40 +71,6 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
         )
     main, *others = (_Naming(model, stream).map(source) for stream in streams)
     return dataclasses.replace(main, streams=tuple(others))
-
-
-def sublayers_of(stream: Stream) -> tuple[list[SublayerKind], list[int]]:
-    """For each term of ``stream``: what it computes, and the index of its sub-layer.
-
-    Feed-forward terms with one input, added before the stream is read again, are one: routed, shared experts.
-    """
-    order = stream.facts.order
-    kinds = [kind_of(stream.facts, term) for term in stream.terms]
-    read = sorted(order[term.reads] for term in stream.terms)
-    keys = []
-    for term, kind in zip(stream.terms, kinds, strict=True):
-        name = "feed-forward" if kind in {"mlp", "moe"} else kind
-        keys.append((_point(term.reads), bisect.bisect(read, order[_addition(stream, term)]), name))
-    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    return kinds, [number[key] for key in keys]
-
-
-def _addition(stream: Stream, term: Term) -> Node:
-    """Where the term joins the stream."""
-    seen: set[Node] = set()
-    todo = [term.node]
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo.extend(node.users if node not in stream.additions else ())
-    return min(seen & stream.additions, key=stream.facts.order.__getitem__)
-
-
-def _point(node: Node) -> Node:
-    while op(node) in ops.VIEWS:
-        node = operands(node)[0]
-    return node
 
 
 class _Naming:
@@ -170,7 +138,6 @@ class _Naming:
 
     def _projections(self) -> tuple[ResidualProjection, ...]:
         found: dict[str, ResidualProjection] = {}
-        moe = {s for s, kind in zip(self.sublayer, self.kinds, strict=True) if kind == "moe"}
         for term, kind, sublayer in zip(self.stream.terms, self.kinds, self.sublayer, strict=True):
             for matmul, parameter in term.projections:
                 norm = next((n for n in steps(self.facts, term.node, matmul) if n in self.facts.norm_at), None)
@@ -178,7 +145,7 @@ class _Naming:
                     parameter=parameter,
                     layer=self._layer(parameter),
                     sublayer=sublayer,
-                    kind="moe" if sublayer in moe else kind,
+                    kind=kind,
                     branch_norm=place(norm) if norm is not None else None,
                     multiplier=multiplier(self.facts, term.node, matmul),
                     between=between(self.facts, term.node, matmul),
@@ -190,7 +157,6 @@ class _Naming:
 
     def _matrices(self) -> tuple[Matrix, ...]:
         found: dict[str, Matrix] = {}
-        moe = {s for s, kind in zip(self.sublayer, self.kinds, strict=True) if kind == "moe"}
         for term, kind, sublayer in zip(self.stream.terms, self.kinds, self.sublayer, strict=True):
             for node in sorted(term.interior, key=self.facts.order.__getitem__):
                 weight, data = matrix_weight(self.facts, node), self.facts.data(node)
@@ -198,65 +164,64 @@ class _Naming:
                 if weight is not None and size is not None:
                     name = self.facts.weight[weight]
                     reads = self._reads_stream(data[0])
-                    matrix = Matrix(name, sublayer, "moe" if sublayer in moe else kind, reads, *size)
-                    found.setdefault(name, matrix)
+                    found.setdefault(name, Matrix(name, sublayer, kind, reads, *size))
         return tuple(found.values())
 
     def _reads_stream(self, node: Node) -> bool:
         """The node is a copy of the stream: normed, cast, gathered or scaled, but not multiplied by a matrix."""
         while node not in self.copies:
-            if op(node) not in ops.VIEWS or _parts(node):
+            if op(node) not in ops.VIEWS - _PARTS:
                 return False
             node = operands(node)[0]
         return True
 
     def _norms(self) -> tuple[Norm, ...]:
-        projected = {m for t in self.stream.terms for m, _ in t.projections}
-        on_branch = {n for t in self.stream.terms for m, _ in t.projections for n in steps(self.facts, t.node, m)}
-        attention = {
-            n for t, kind in zip(self.stream.terms, self.kinds, strict=True) if "attention" in kind for n in t.interior
-        }
         stream = self.stream
         region = set(stream.spine | stream.suffix | self.facts.behind([stream.start]))
         region.update(*(term.interior for term in stream.terms))
-        here = [norm for node, norm in self.facts.norm_at.items() if node in region]
-        on_stream = [norm.output for norm in here if norm.output in stream.spine]
-        start = self.facts.order[self.stream.start]
-        last_add = max(self.facts.order[n] for n in stream.additions)
-        after_start = [n for n in on_stream if self.facts.order[n] > start]
         found: dict[tuple[str, str], Norm] = {}
-        for norm in here:
-            role: NormRole
-            if norm.output in self.stream.spine:
-                if self.facts.order[norm.output] <= start:
-                    role = "embedding"
-                elif self.facts.order[norm.output] > last_add and len(after_start) == 1:
-                    role = "final"
-                else:
-                    role = "post"
-            elif norm.output in self.stream.suffix and _point(norm.input) in self.stream.spine:
-                role = "final"
-            elif norm.output in on_branch and norm.output not in projected:
-                role = "branch"
-            elif _point(norm.input) in self.stream.spine:
-                role = "pre"
-            else:
-                role = "qk" if norm.output in attention and _heads(norm.output) else "inner"
+        for norm, role in self._roles([norm for node, norm in self.facts.norm_at.items() if node in region]):
             module = place(norm.output)
             layer = self._layer(module)
             found.setdefault((module, role), Norm(module, role, norm.kind, norm.eps, layer, *gain(self.facts, norm)))
         return tuple(found.values())
 
+    def _roles(self, norms: list[NormNode]) -> Iterator[tuple[NormNode, NormRole]]:
+        """Each norm's place: on the stream itself, behind it, on a sub-layer's output, at its input or inside it."""
+        stream, order = self.stream, self.facts.order
+        products = [(term.node, matmul) for term in stream.terms for matmul, _ in term.projections]
+        on_branch = {n for node, matmul in products for n in steps(self.facts, node, matmul)} - {m for _, m in products}
+        terms = zip(stream.terms, self.kinds, strict=True)
+        attention = {n for term, kind in terms if "attention" in kind for n in term.interior}
+        start, last_addition = order[stream.start], max(order[n] for n in stream.additions)
+        after_start = [n.output for n in norms if n.output in stream.spine and order[n.output] > start]
+        for norm in norms:
+            reads_stream = behind_views(norm.input) in stream.spine
+            if norm.output in stream.spine and norm.output not in after_start:
+                yield norm, "embedding"
+            elif norm.output in stream.spine:
+                yield norm, "final" if len(after_start) == 1 and order[norm.output] > last_addition else "post"
+            elif norm.output in stream.suffix and reads_stream:
+                yield norm, "final"
+            elif norm.output in on_branch:
+                yield norm, "branch"
+            elif reads_stream:
+                yield norm, "pre"
+            else:
+                yield norm, "qk" if norm.output in attention else "inner"
+
     def _placement(self, projections: tuple[ResidualProjection, ...]) -> Placement:
         terms = list(zip(self.stream.terms, self.sublayer, strict=True))
         points: dict[int, set[Node]] = {}
         for term, s in terms:
-            points.setdefault(s, set()).add(_point(term.reads))
+            points.setdefault(s, set()).add(behind_views(term.reads))
         norms = self.facts.norm_at
         stream = self.stream.spine
-        reads_normed = {s for t, s in terms for n in t.interior if n in norms and _point(norms[n].input) in stream}
+        reads_normed = {
+            s for t, s in terms for n in t.interior if n in norms and behind_views(norms[n].input) in stream
+        }
         normed = {self._behind_gains(norm.input) for output, norm in norms.items() if output in stream}
-        post = {s for t, s in terms if self._behind_gains(t.reads) in norms or _addition(self.stream, t) in normed}
+        post = {s for t, s in terms if self._behind_gains(t.reads) in norms or addition(self.stream, t) in normed}
         found: set[Placement] = set()
         for projection in projections:
             s = projection.sublayer
@@ -276,12 +241,12 @@ class _Naming:
             raise Refused(
                 what="the embedding path cannot be run, so the factor that it applies is not known",
                 where=type(self.model).__name__,
-                why=str(error).splitlines()[0],
+                why=first_line(error),
                 remedy="please report the architecture",
             ) from error
         found: dict[str, Embedding] = {}
         for table in self.stream.tables:
-            parameter = self.facts.weight.get(operands(table)[0] if op(table) in ops.LOOKUPS else table)
+            parameter = self.facts.weight.get(table_of(table))
             if parameter is not None:  # None: a fixed table, such as sinusoidal positions kept in a buffer
                 kind, scale, normed = measured[table]
                 module = place(table) if op(table) in ops.LOOKUPS else parameter.rpartition(".")[0]
@@ -297,11 +262,3 @@ class _Naming:
                 is_table = any(name == e.parameter for e in embeddings)
                 return Head(own_name(self.model, name, place(node)), is_table)
         return None
-
-
-def _parts(node: Node) -> bool:
-    return op(node) in {"split", "chunk", "split_with_sizes"}
-
-
-def _heads(node: Node) -> bool:
-    return len(ops.shape(node)) >= 3

@@ -26,10 +26,17 @@ def kind_of(facts: Facts, term: Term) -> SublayerKind:
         return "cross-attention" if term.crosses else "attention"
     if any(_chooses(n) for n in inside):
         return "moe"
-    unrolled = sum(op(n) == "select" for n in inside) >= TOKENS  # a loop over the positions
     before = [n for n in inside if n not in term.path]  # a convolution of the sub-layer's output is no part of it
     mixes = any(_is_product(facts, n) or _moves(n) for n in before) or bool(names & ops.SCANS)
-    return "mixer" if mixes or unrolled else "mlp"
+    return "mixer" if mixes or _is_loop(facts, inside) else "mlp"
+
+
+def _is_loop(facts: Facts, inside: Iterable[Node]) -> bool:
+    """A loop over the positions: as many entries are picked as the example has tokens, from an axis of that length."""
+    tokens = [x.shape[-1] for x in facts.trace.inputs.values() if x.ndim > 1 and not x.is_floating_point()]
+    length = min(tokens, default=TOKENS)
+    axes = [shape(operands(n)[0])[n.args[1]] for n in inside if op(n) == "select" and isinstance(n.args[1], int)]
+    return 1 < length <= axes.count(length)
 
 
 def _moves(node: Node) -> bool:

@@ -143,7 +143,7 @@ class ResidualMap:
         layers: N, number of blocks that hold residual projections.
         sublayers: S, counted from the additions; 2 N in a classic decoder.
         placement: where the norms stand.
-        proven: both sides of the proof hold; see ``residual/stream.py``.
+        proven: both sides of the proof hold; see ``residual/proof.py``.
         leaks: why not, naming parameters; empty when proven.
         reaches: the parameters that the output still depends on with every residual projection (and its bias) cut: the
             embedding path, norms and gains on the stream, the head.

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.fx import Node
 
-from spikepatch.residual.ops import LOOKUPS, op, operands, shape
+from spikepatch.residual.ops import LOOKUPS, op, operands, shape, table_of
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace
 
@@ -34,15 +34,15 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
 
     Linear in the table: f(2 E) = 2 f(E) once the constant part f(0) is subtracted. A norm on the way breaks that.
     """
-    ids = dict.fromkeys(trace.inputs, 0)
+    seeds = dict.fromkeys(trace.inputs, 0)
     result: dict[Node, Measured] = {}
-    tables = {lookup: _table(trace, lookup, ids) for lookup in stream.tables}
+    tables = {lookup: _table(trace, lookup, seeds) for lookup in stream.tables}
     for lookup, table in tables.items():
         kind = _kind(trace, lookup)
         silent, once, twice = (_start(trace, stream, tables, lookup, factor) for factor in (0.0, 1.0, 2.0))
         once, twice = once - silent, twice - silent
         linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
-        looked_up = table[_rows(trace, lookup, ids).flatten() % len(table)] if op(lookup) in LOOKUPS else table
+        looked_up = table[_rows(trace, lookup, seeds).flatten() % len(table)] if op(lookup) in LOOKUPS else table
         scale = _size(once) / _size(looked_up) if linear else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
     return result
@@ -69,14 +69,9 @@ def _rows(trace: Trace, lookup: Node, seeds: Mapping[Node, int]) -> torch.Tensor
     return ids
 
 
-def _source(node: Node) -> Node:
-    """The node whose value stands for the table: the weight of a lookup, or learned rows themselves."""
-    return operands(node)[0] if op(node) in LOOKUPS else node
-
-
 def _table(trace: Trace, node: Node, seeds: Mapping[Node, int]) -> torch.Tensor:
     """Random rows that stand for the table's."""
-    *rows, width = shape(_source(node))
+    *rows, width = shape(table_of(node))
     if op(node) in LOOKUPS:
         few = int(_rows(trace, node, seeds).max()) < ROWS
         rows = [ROWS if few else max(ROWS, min(rows[0], MANY_ROWS))]
@@ -87,8 +82,8 @@ def _start(
     trace: Trace, stream: Stream, tables: Mapping[Node, torch.Tensor], lookup: Node, factor: float
 ) -> torch.Tensor:
     """The first point of the stream, with this table times ``factor`` and every other zero."""
-    values = {_source(other): torch.zeros_like(table) for other, table in tables.items()}
-    values[_source(lookup)] = factor * tables[lookup]
+    values = {table_of(other): torch.zeros_like(table) for other, table in tables.items()}
+    values[table_of(lookup)] = factor * tables[lookup]
     result = run(trace, [stream.start], values, dict.fromkeys(trace.inputs, 0))[stream.start]
     assert isinstance(result, torch.Tensor)
     return result.float()
@@ -97,8 +92,12 @@ def _start(
 def run(
     trace: Trace, wanted: list[Node], values: Mapping[Node, torch.Tensor], seeds: Mapping[Node, int]
 ) -> dict[Node, Any]:
-    """Execute the graph up to ``wanted``, on the CPU; parameters not in ``values`` are gains of one
-    or random matrices."""
+    """Execute the graph up to ``wanted``, on the CPU in float32.
+
+    Args:
+        values: of nodes that are not computed; parameters that are not among them are gains of one, or random matrices.
+        seeds: for each input, of the random example in its place.
+    """
     needed: set[Node] = set()
     todo = list(wanted)
     while todo:
@@ -120,8 +119,7 @@ def run(
         elif node in trace.parameters:
             results[node] = _parameter(shape(node))
         elif op(node):
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: results[n])
-            results[node] = _call(node, [_exact(a) for a in args], {k: _exact(v) for k, v in kwargs.items()})
+            results[node] = _call(node, *torch.fx.node.map_arg((node.args, node.kwargs), lambda n: results[n]))
     return {node: results[node] for node in wanted}
 
 
@@ -132,15 +130,19 @@ def _parameter(size: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(1)) / math.sqrt(size[-1])
 
 
-def _exact(argument: Any) -> Any:
-    """On the CPU and in float32, whatever the model's device and precision: a factor is not to be rounded."""
+def in_single(argument: Any, device: torch.device) -> Any:
+    """A traced operation's argument: ``device`` for the meta device, float32 for a narrower dtype of the model's."""
     if isinstance(argument, torch.device):
-        return torch.device("cpu")
+        return device
     reduced = isinstance(argument, torch.dtype) and argument in {torch.bfloat16, torch.float16}
     return torch.float32 if reduced else argument
 
 
-def _call(node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def _call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """On the CPU and in float32, whatever the model's device and precision: a factor is not to be rounded."""
+    cpu = torch.device("cpu")
+    args = [in_single(argument, cpu) for argument in args]
+    kwargs = {name: in_single(argument, cpu) for name, argument in kwargs.items()}
     if node.target is operator.getitem:
         return args[0][args[1]]
     if op(node) in LOOKUPS:

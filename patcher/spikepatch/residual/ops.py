@@ -48,6 +48,7 @@ FUSED_ATTENTION = frozenset(
     " flex_attention".split()
 )
 SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax"])
+# Recurrences along the tokens.
 SCANS = frozenset(["associative_scan", "scan", "cumprod"])
 LOOKUPS = frozenset(["embedding", "embedding_bag"])
 ZERO_FACTORIES = frozenset("zeros zeros_like new_zeros".split())
@@ -97,6 +98,24 @@ def place(node: Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
+def writes(node: Node) -> bool:
+    """It changes its first argument in place."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
 def operands(node: Node) -> list[Node]:
     """The graph nodes among the arguments, in order, lists included."""
     return list(node.all_input_nodes)
+
+
+def table_of(node: Node) -> Node:
+    """The table that a lookup reads; rows that enter without a lookup are their own."""
+    return operands(node)[0] if op(node) in LOOKUPS else node
+
+
+def behind_views(node: Node) -> Node:
+    """The node that ``node`` is a view of, or itself."""
+    while op(node) in VIEWS:
+        node = operands(node)[0]
+    return node

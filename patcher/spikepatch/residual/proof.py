@@ -40,7 +40,7 @@ class Proof:
 
 
 def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list[Term]) -> Proof:
-    """Both sides of the proof."""
+    """Both sides of the proof that ``terms`` are all that is added to the stream ``spine`` behind its ``start``."""
     names = sorted(set(facts.trace.parameters.values()))
     bit = {name: 1 << i for i, name in enumerate(names)}
     for i, lookup in enumerate(n for n in facts.nodes if op(n) in ops.LOOKUPS):

@@ -15,9 +15,9 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from spikepatch.errors import Refused
+from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
-from spikepatch.residual.ops import VIEWS, op, shape
+from spikepatch.residual.dataflow import follow_data
 from spikepatch.residual.quick import quick
 from spikepatch.residual.record import record
 
@@ -34,7 +34,7 @@ class Trace:
             writes of whole tensors are redirected to their readers, so a node's value is what its readers see.
         parameters: placeholder -> name as ``named_parameters()`` gives it; tied parameters share one name.
         buffers: placeholder -> the buffer's real value, on the CPU.
-        inputs: placeholder of each tensor argument of ``forward`` -> the integer example, on the CPU.
+        inputs: placeholder of each tensor argument of ``forward`` -> the example, on the CPU.
         output: the first tensor of the model's output: the logits, or the last hidden state.
     """
 
@@ -45,12 +45,14 @@ class Trace:
     output: Node
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with every tensor on the meta device, in eval mode; ``model`` itself is not touched."""
+def skeleton(model: nn.Module, *, keep_buffers: bool = False) -> nn.Module:
+    """A copy of ``model`` in eval mode, with its parameters on the meta device, and its buffers too unless they are to
+    keep their values. ``model`` itself is not touched.
+    """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
+    for buffer in () if keep_buffers else model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
     twin: nn.Module = copy.deepcopy(model, memo)
     return twin.eval()
@@ -64,7 +66,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
         example_inputs: keyword arguments of ``forward``. Shapes and dtypes matter, values hardly.
 
     Raises:
-        Refused: ``torch.export`` cannot follow the forward pass.
+        Refused: neither ``torch.export`` nor a recorded run can follow the forward pass.
     """
     twin = skeleton(model)
     example = dict(example_inputs) if example_inputs is not None else example_of(twin)
@@ -77,7 +79,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
             try:
                 return recorded(model, example)
             except Exception as error:
-                raise _untraceable(type(model).__name__, example, _line(not_exported), _line(error)) from error
+                raise _untraceable(type(model).__name__, example, not_exported, error) from error
     flat = _flat(program, model, twin, example)
     # A number that the forward pass makes a tensor of has no value in a graph that was exported on meta: only a
     # recorded graph can be run.
@@ -87,30 +89,32 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
     return flat
 
 
-def _untraceable(name: str, example: Mapping[str, torch.Tensor], exported: str, recorded: str) -> Refused:
+def _untraceable(
+    name: str, example: Mapping[str, torch.Tensor], not_exported: Exception, not_recorded: Exception
+) -> Refused:
     what = "the forward pass cannot be traced, so its residual stream cannot be found"
-    if exported == recorded:  # the model's own words
+    exporting, recording = first_line(not_exported), first_line(not_recorded)
+    if exporting == recording:  # the model's own words
         return Refused(
             what=what,
             where=name,
-            why=f'it does not run on {" and ".join(example)} alone: "{exported}"',
+            why=f'it does not run on {" and ".join(example)} alone: "{exporting}"',
             remedy="in Python, pass example_inputs={'name of the argument': tensor} with all that its forward needs",
         )
     return Refused(
         what=what,
         where=name,
-        why=f'torch.export stopped: "{exported}"; and a recorded run: "{recorded}"',
+        why=f'torch.export stopped: "{exporting}"; and a recorded run: "{recording}"',
         remedy="check that the model runs on integer token ids without branches on the data",
     )
 
 
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a transformers model takes, by its declared main input: token ids, an image, a spectrogram or a wave."""
+    """What a transformers model takes, by its declared main input: token ids, an image, a spectrogram or a wave.
+
+    Raises:
+        Refused: it is no transformers model.
+    """
     config: Any = getattr(model, "config", None)
     if config is None:
         raise Refused(
@@ -165,9 +169,7 @@ def _flat(
     graph = Graph()
     copies: dict[Node, Node] = {}
     result = _inline(program.graph_module, graph, copies)
-    _redirect_writes(graph)
-    _undo_splits(graph)
-
+    follow_data(graph)
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     values = dict(model.named_buffers(remove_duplicate=False))
     placeholder = {node.name: node for node in graph.nodes if node.op == "placeholder"}
@@ -239,70 +241,8 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None
     recorder, result = record(twin, example)
     output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
     recorder.graph.output(recorder.node(output))
-    _redirect_writes(recorder.graph)
-    _undo_splits(recorder.graph)
+    follow_data(recorder.graph)
     parameters = {recorder.node(p): name for name, p in twin.named_parameters()}
     buffers = {recorder.node(b): b for _, b in twin.named_buffers()} | recorder.constants
     inputs = {recorder.node(t): t for t in example.values()}
     return Trace(recorder.graph, parameters, buffers, inputs, recorder.node(output))
-
-
-def overwritten(value: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """``value`` after ``written``, which shares its memory, was written in place: executed, it has changed already."""
-    return value
-
-
-def _redirect_writes(graph: Graph) -> None:
-    """Make in-place ops visible as data: whoever reads the written memory later reads it through the write.
-
-    The written tensor itself is replaced by the op's result, every other view of the same memory by ``overwritten``.
-    """
-    order: dict[Node, float] = {node: i for i, node in enumerate(graph.nodes)}
-    base: dict[Node, Node] = {}
-    family: dict[Node, list[Node]] = {}
-    for node in list(graph.nodes):
-        schema = getattr(node.target, "_schema", None)
-        first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        writes = first is not None and schema is not None and schema.is_mutable
-        if first is not None and (writes or op(node) in VIEWS):
-            base[node] = base.get(first, first)
-            family.setdefault(base[node], [base[node]]).append(node)
-        if not writes or first is None:
-            continue
-        for alias in family[base[node]]:
-            later = [user for user in alias.users if order.get(user, -1.0) > order[node]]
-            if not later or alias is node:
-                continue
-            seen = node
-            if alias is not first:
-                with graph.inserting_after(node):
-                    seen = graph.call_function(overwritten, (alias, node))
-                seen.meta = dict(alias.meta)
-                order[seen] = order[node] + 0.5
-            for user in later:
-                user.replace_input_with(alias, seen)
-
-
-def _undo_splits(graph: Graph) -> None:
-    """Whoever reads a part of a concatenation, cut where it was joined, reads the joined tensor itself."""
-    for node in graph.nodes:
-        source = node.args[0] if op(node) == "getitem" else None
-        if not isinstance(source, Node) or op(source) not in {"split", "chunk"}:
-            continue
-        joined = source.args[0]
-        if not isinstance(joined, Node) or op(joined) != "cat":
-            continue
-        parts: Any = joined.args[0]
-        sizes = [shape(part)[_axis(joined)] for part in parts]
-        count: Any = source.args[1]
-        step = -(-sum(sizes) // count) if op(source) == "chunk" else count
-        begin, position = [sum(sizes[:i]) for i in range(len(sizes))], node.args[1] * step
-        if _axis(joined) == _axis(source) and position in begin and shape(parts[begin.index(position)]) == shape(node):
-            node.replace_all_uses_with(parts[begin.index(position)])
-
-
-def _axis(node: Node) -> int:
-    """The axis that a cat (tensors, dim) or a split (tensor, size, dim) works along, counted from the front."""
-    axis: Any = node.args[1 if op(node) == "cat" else 2] if len(node.args) > (1 if op(node) == "cat" else 2) else 0
-    tensor: Any = node.args[0]
-    return int(axis) % len(shape(tensor[0] if op(node) == "cat" else tensor))

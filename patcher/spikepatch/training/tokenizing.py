@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from spikepatch.drift import PROBE, SAMPLE, load_tokenizer
 from spikepatch.errors import BadSource, Refused
 from spikepatch.quiet import quiet
+from spikepatch.tokenizer import PROBE, SAMPLE, load_tokenizer
 
 if TYPE_CHECKING:
     from spikepatch.source import Source

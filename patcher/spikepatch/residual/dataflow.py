@@ -1,0 +1,80 @@
+"""A traced graph rewritten so that its edges follow the data: through writes in place, past joins that are undone."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from spikepatch.residual.ops import VIEWS, op, shape, writes
+
+
+def follow_data(graph: Graph) -> None:
+    """Make every node's operands the values that it really reads. The graph is changed in place, its values are not."""
+    _redirect_writes(graph)
+    _undo_splits(graph)
+
+
+def overwritten(value: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+    """``value`` after ``written``, which shares its memory, was written in place: executed, it has changed already."""
+    return value
+
+
+def _redirect_writes(graph: Graph) -> None:
+    """Make in-place ops visible as data: whoever reads the written memory later reads it through the write.
+
+    The written tensor itself is replaced by the op's result, every other view of the same memory by ``overwritten``.
+    """
+    order: dict[Node, float] = {node: i for i, node in enumerate(graph.nodes)}
+    base: dict[Node, Node] = {}
+    family: dict[Node, list[Node]] = {}
+    for node in list(graph.nodes):
+        first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        if first is None:
+            continue
+        if writes(node) or op(node) in VIEWS:
+            base[node] = base.get(first, first)
+            family.setdefault(base[node], [base[node]]).append(node)
+        if not writes(node):
+            continue
+        for alias in family[base[node]]:
+            later = [user for user in alias.users if order.get(user, -1.0) > order[node]]
+            if not later or alias is node:
+                continue
+            seen = node
+            if alias is not first:
+                with graph.inserting_after(node):
+                    seen = graph.call_function(overwritten, (alias, node))
+                seen.meta = dict(alias.meta)
+                order[seen] = order[node] + 0.5
+            for user in later:
+                user.replace_input_with(alias, seen)
+
+
+def _undo_splits(graph: Graph) -> None:
+    """Whoever reads a part of a concatenation, cut where it was joined, reads the joined tensor itself."""
+    for node in graph.nodes:
+        source = node.args[0] if op(node) == "getitem" else None
+        if not isinstance(source, Node) or op(source) not in {"split", "chunk"}:
+            continue
+        joined = source.args[0]
+        if not isinstance(joined, Node) or op(joined) != "cat":
+            continue
+        parts: Any = joined.args[0]
+        sizes = [shape(part)[_axis(joined)] for part in parts]
+        count: Any = source.args[1]
+        step = -(-sum(sizes) // count) if op(source) == "chunk" else count
+        starts = list(accumulate(sizes, initial=0))[:-1]
+        start = node.args[1] * step
+        if _axis(joined) == _axis(source) and start in starts and shape(parts[starts.index(start)]) == shape(node):
+            node.replace_all_uses_with(parts[starts.index(start)])
+
+
+def _axis(node: Node) -> int:
+    """The axis that a cat (tensors, dim) or a split (tensor, size, dim) works along, counted from the front."""
+    joins = op(node) == "cat"
+    position, tensor = 1 if joins else 2, node.args[0]
+    axis: Any = node.args[position] if len(node.args) > position else 0
+    return int(axis) % len(shape(tensor[0] if joins and isinstance(tensor, (list, tuple)) else tensor))

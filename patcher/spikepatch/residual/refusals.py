@@ -1,0 +1,69 @@
+"""Why a model is refused whose stream is no sum, in its own terms: copies of a stream, mixed states, other products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.fx import Node
+
+from spikepatch.residual import ops
+from spikepatch.residual.facts import Facts
+from spikepatch.residual.ops import last, op, operands, place, shape
+
+
+def no_sum(facts: Facts, output: Node) -> str:
+    """Why the stream is no sum, in the model's own terms."""
+    cone = sorted(facts.behind([output]), key=facts.order.__getitem__)
+    if reason := copies(n for n in cone if n in facts.carries) or _mixture(facts, cone):
+        return reason
+    ends = [n for n in cone if n in facts.varies and n not in facts.carries and facts.carries.keys() & facts.data(n)]
+    places = ", ".join(dict.fromkeys(place(n) or op(n) for n in ends[-2:])) or "nothing"
+    return (
+        "no sum of an embedding and sub-layer outputs reaches the output: the input is not a term of it,"
+        f" but goes through products with weights ({places})"
+    )
+
+
+def _mixture(facts: Facts, cone: Iterable[Node]) -> str | None:
+    """The reason to refuse states that are stacked along a new axis and then weighted by computed factors."""
+    widths = {last(node) for node in facts.carries}
+    for node in cone:
+        states = facts.data(node)
+        if op(node) not in {"stack", "cat"} or len(states) < 2 or len(shape(node)) < 4:
+            continue
+        if last(node) not in widths or last(node) != last(states[0]):
+            continue
+        if mixer := _first_mixing(facts, node):
+            return (
+                f"the stream is a set of states that {place(mixer) or 'the model'} mixes by computed weights, not a sum"
+            )
+    return None
+
+
+def _first_mixing(facts: Facts, node: Node) -> Node | None:
+    """The first product of ``node``, seen through views, with something else that depends on the input."""
+    todo = [node]
+    normed = {norm.input: norm.output for norm in facts.norm_at.values()}
+    for reader in todo:
+        if reader in normed:
+            todo.append(normed[reader])
+        for user in reader.users:
+            if op(user) in ops.PRODUCTS | ops.MATMULS and len(facts.data(user)) > 1 and user not in facts.norm_at:
+                return user
+            if op(user) in ops.VIEWS | {"cat"} and user not in todo:
+                todo.append(user)
+    return None
+
+
+def copies(carriers: Iterable[Node]) -> str | None:
+    """The reason to refuse a stream that is kept in several copies, broadcast from the embedding along a new axis."""
+    for node in carriers:
+        if op(node) not in {"expand", "repeat", "repeat_interleave"}:
+            continue
+        before, after = shape(operands(node)[0]), shape(node)
+        along_width = len(after) > 2 and after[-1] > before[-1]
+        new_axis = len(after) > 3 and after[-1] == before[-1] and after[-2] > before[-2] == 1
+        if along_width or new_axis:
+            count = after[-1] // before[-1] if along_width else after[-2]
+            return f"hyper-connections: the stream is a set of {count} mixed copies, not a sum"
+    return None
