@@ -24,7 +24,6 @@ from spikepatch.apply.patched import check_known, check_replaced
 from spikepatch.apply.shards import Progress, check_shards, plan_shards, write_folder
 from spikepatch.apply.texts import texts
 from spikepatch.drift import Behaviour, drift_planned, drift_written, expected_initial_loss, tokenizer_problem
-from spikepatch.errors import BadTarget
 from spikepatch.meta import settings_read
 from spikepatch.planner import make_plan
 from spikepatch.planning import check_weights, checked_recipe, tensor_shapes
@@ -34,7 +33,7 @@ from spikepatch.residual.map import ResidualMap
 from spikepatch.source import Source, build_meta, open_source
 from spikepatch.storage.header import DTYPES
 from spikepatch.storage.manifest import MANIFEST, fingerprint, manifest
-from spikepatch.storage.publish import check_space, check_target, publishing
+from spikepatch.storage.publish import check_space, check_target, publishing, unwritable
 from spikepatch.storage.read import check_unchanged
 from spikepatch.storage.routes import Kind, Storage, check_storage, choose
 from spikepatch.storage.write import Written, check_shard_size, parse_dtype, write_text
@@ -224,12 +223,7 @@ def convert(
             model_class = generated_classes(original_in(found)).model if route.kind == "code" else route.model_class
             return _with_drift(result, drift_written(found, residual, scratch, model_class))
     except OSError as error:
-        raise BadTarget(
-            "the output cannot be written",
-            where=str(folder),
-            why=str(error),
-            remedy="check the disk's free space and the folder's permissions; nothing was left behind",
-        ) from error
+        raise unwritable(folder, error) from error
 
 
 def _with_dtype(source: Source, asked: torch.dtype | None) -> Any:

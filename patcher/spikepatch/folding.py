@@ -32,11 +32,11 @@ from spikepatch.apply.original import original_in
 from spikepatch.apply.patched import build_as_it_is
 from spikepatch.apply.shards import Progress, Shards, check_shards, write_folder
 from spikepatch.apply.source_code import check_generated, stored_as_code
-from spikepatch.errors import BadTarget, Refused
+from spikepatch.errors import Refused
 from spikepatch.planning import check_weights
 from spikepatch.source import MODEL_CARD, Source, open_source
 from spikepatch.storage.manifest import MANIFEST, fingerprint, fold_card, fold_manifest, inherited_metadata
-from spikepatch.storage.publish import check_space, check_target, publishing
+from spikepatch.storage.publish import check_space, check_target, publishing, unwritable
 from spikepatch.storage.read import check_unchanged
 from spikepatch.storage.write import write_text
 
@@ -137,12 +137,7 @@ def fold(
             command = shlex.join(["spikepatch", "fold", trained, "OUT", *["--allow-nonfinite"] * allow_nonfinite])
             write_text(scratch / MANIFEST, fold_manifest(record, origin, command, written.hashes))
     except OSError as error:
-        raise BadTarget(
-            "the output cannot be written",
-            where=str(folder),
-            why=str(error),
-            remedy="check the disk's free space and the folder's permissions; nothing was left behind",
-        ) from error
+        raise unwritable(folder, error) from error
     unsound = notes.unsound_values(written.tallies, str(found.config.dtype).removeprefix("torch."))
     return dataclasses.replace(result, notes=(*result.notes, *unsound))
 
