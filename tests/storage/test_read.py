@@ -1,3 +1,5 @@
+"""Headers and indexes: what is read as safetensors reads it, and what is refused, with the file and the remedy."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -202,6 +204,11 @@ BAD_INDEXES: dict[str, tuple[bytes, str, str]] = {
     "absolute": (b'{"weight_map": {"a": "/etc/passwd"}}', "points outside the folder: '/etc/passwd'", "do not trust"),
     "backslash": (b'{"weight_map": {"a": "..\\\\x"}}', "points outside the folder", "do not trust"),
     "folder": (b'{"weight_map": {"a": ".."}}', "points outside the folder: '..'", "do not trust"),
+    "no safetensors": (
+        b'{"weight_map": {"a": "spikepatch.json"}}',
+        "as pickles: 'spikepatch.json'",
+        "end in .safetensors",
+    ),
     "missing": (b'{"weight_map": {"a": "x.safetensors"}}', "x.safetensors: is missing", "download"),
 }
 

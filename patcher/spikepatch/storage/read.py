@@ -214,7 +214,13 @@ def _read_index(folder: Path, findings: list[_Finding]) -> dict[str, str]:
     if outside:
         problem = f"points outside the folder: {some(map(repr, sorted(outside)))}"
         findings.append(_Finding(INDEX_FILE, problem, "do not trust this checkpoint; get it from its author again"))
-    return {name: file for name, file in weight_map.items() if file not in outside}
+    pickles = {file for file in weight_map.values() if not file.endswith(".safetensors")} - outside
+    if pickles:
+        problem = f"names files that transformers would load as pickles: {some(map(repr, sorted(pickles)))}"
+        findings.append(
+            _Finding(INDEX_FILE, problem, "give them names that end in .safetensors, here and in the index")
+        )
+    return {name: file for name, file in weight_map.items() if file not in outside | pickles}
 
 
 def inside(folder: Path, name: str) -> Path:
