@@ -71,10 +71,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickles beside it": (lambda f: (f / "pytorch_model.bin").touch(), "pytorch_model.bin: weights that were not"),
     "NaN": (lambda f: with_nan(shard(f)), "holds NaN or infinite values: "),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "No such file"),
-    "a manifest that is not JSON": (lambda f: (f / MANIFEST).write_text("{"), ""),
+    "a manifest that is not JSON": (lambda f: (f / MANIFEST).write_text("{"), "Expecting property name"),
     "a manifest of something else": (lambda f: (f / MANIFEST).write_text("[]"), "it has no files"),
     "a manifest without hashes": (lambda f: rewrite_manifest(f, files={"x": 1}), "it has no files"),
     "a manifest that leads outside": (lambda f: rewrite_manifest(f, files={"../x": "0"}), "'../x'"),
+    "a manifest with a name that no file can have": (
+        lambda f: rewrite_manifest(f, files={"x" * 300: "0"}),
+        f"{'x' * 300}: is missing",
+    ),
     "an absolute manifest": (lambda f: rewrite_manifest(f, files={"/etc/passwd": "0"}), "'/etc/passwd'"),
 }
 
