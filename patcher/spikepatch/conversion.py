@@ -31,7 +31,7 @@ from spikepatch.plans import Plan, Recipe, Reinit
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source import Source, build_meta, open_source
-from spikepatch.storage.header import DTYPES
+from spikepatch.storage.header import torch_dtype
 from spikepatch.storage.manifest import MANIFEST, fingerprint, manifest
 from spikepatch.storage.publish import check_space, check_target, publishing, unwritable
 from spikepatch.storage.read import check_unchanged
@@ -234,7 +234,7 @@ def _with_dtype(source: Source, asked: torch.dtype | None) -> Any:
     elif config.dtype is None:
         stored = [entry.dtype for entry in source.checkpoint.tensors.values()] if source.checkpoint else []
         floats = [kind for kind in stored if kind in {"F64", "F32", "F16", "BF16"}]
-        config.dtype = getattr(torch, DTYPES[max(floats, key=floats.count, default="F32")][0])
+        config.dtype = torch_dtype(max(floats, key=floats.count, default="F32"))
     return config
 
 

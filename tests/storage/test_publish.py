@@ -222,9 +222,11 @@ def test_what_was_moved_aside_is_not_lost_to_what_came_there_since(tmp_path: Pat
     occupied(tmp_path / "out")
     before = tree(tmp_path)
     for _ in range(2):
-        with pytest.raises(BadTarget, match=r"\.out\.old\.spikepatch is in the way") as caught:  # noqa: PT012
-            with publishing(tmp_path / "out", overwrite=overwrite):
-                pass
+        with (
+            pytest.raises(BadTarget, match=r"\.out\.old\.spikepatch is in the way") as caught,
+            publishing(tmp_path / "out", overwrite=overwrite),
+        ):
+            pass
         assert "it was the output folder" in caught.value.why
         assert tree(tmp_path) == before
     (tmp_path / ".out.old.spikepatch").rename(tmp_path / "saved")

@@ -1,8 +1,8 @@
 """For a process of its own: forks runs, kills them, and looks at what each leaves. ``python -m tests.storage.victims``
 
-Everything is imported once, here, so that a victim's life is its run alone. Prints one JSON object: the steps that a run
-takes, and of each victim the kind of run, whether it was to replace a folder, where it was killed, how it ended, what was
-at OUT then, and after the next run.
+Everything is imported once, here, so that a victim's life is its run alone. Prints one JSON object: the steps that a
+run takes, and of each victim the kind of run, whether it was to replace a folder, where it was killed, how it ended,
+what was at OUT then, and after the next run.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ class Names(NamedTuple):
 
 
 def class_name(edit: EmbeddingEdit) -> str:
+    """What the class that stands in for ``nn.Embedding`` is called in the user's file."""
     match edit:
         case ScaleEmbedding():
             return "ScaledEmbedding"

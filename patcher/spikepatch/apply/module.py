@@ -18,7 +18,7 @@ from spikepatch.planning import check_learned, tensor_shapes
 from spikepatch.planning import plan as make_plan
 from spikepatch.plans import EmbeddingEdit, Plan, Recipe, Reinit, Untie
 from spikepatch.residual.trace import skeleton
-from spikepatch.runtime.embedding import check_patchable, install
+from spikepatch.runtime.embedding import check_patchable, install, patched_embeddings
 
 
 def patch(
@@ -178,7 +178,7 @@ def _tied(model: nn.Module) -> set[frozenset[str]]:
 
 
 def _check_unpatched(model: nn.Module) -> None:
-    patched = [name for name, module in model.named_modules() if hasattr(module, "is_spikepatched")]
+    patched = patched_embeddings(model)
     if patched:
         raise Refused(
             what="the model is patched already",

@@ -21,9 +21,9 @@ from spikepatch.fill import draw
 from spikepatch.plans import Fill, Plan, Untie, ValueEdit
 from spikepatch.residual.trace import skeleton
 from spikepatch.storage.formats import SINGLE_FILE, some
-from spikepatch.storage.header import DTYPES
+from spikepatch.storage.header import TensorEntry, torch_dtype
 from spikepatch.storage.manifest import file_hash
-from spikepatch.storage.read import Checkpoint, TensorEntry, read_checkpoint
+from spikepatch.storage.read import Checkpoint, read_checkpoint
 from spikepatch.storage.stream import Tally
 from spikepatch.storage.write import Planned, Written, split, write_checkpoint, write_text
 
@@ -156,7 +156,7 @@ def check_shards(folder: Path, shards: Shards, written: Written, *, allow_nonfin
     """
     expected = {t.name: (t.shape, t.dtype) for t in shards.tensors}
     entries = read_checkpoint(folder).tensors
-    present = {name: (e.shape, getattr(torch, DTYPES[e.dtype][0])) for name, e in entries.items()}
+    present = {name: (e.shape, torch_dtype(e.dtype)) for name, e in entries.items()}
     if present != expected:
         differing = sorted(n for n in present.keys() | expected.keys() if present.get(n) != expected.get(n))
         raise RuntimeError(f"tensors were not written as planned: {', '.join(differing[:5])}")
@@ -205,8 +205,7 @@ def _originals(plan: Plan, targets: Iterable[Target], match: Match) -> dict[str,
 def _dtype(target: Target, original: TensorEntry | None, asked: torch.dtype | None) -> torch.dtype:
     if original is None or asked is not None or not target.dtype.is_floating_point:
         return target.dtype
-    dtype: torch.dtype = getattr(torch, DTYPES[original.dtype][0])
-    return dtype
+    return torch_dtype(original.dtype)
 
 
 def as_in(

@@ -55,6 +55,10 @@ class TensorEntry:
     end: int
     wait: Callable[[], None] = field(default=_is_there, repr=False, compare=False)
 
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
 
 class MalformedError(Exception):
     """What is wrong with one file."""
@@ -105,6 +109,14 @@ def _first_bytes(path: Path, count: int) -> tuple[bytes, int]:
         raise MalformedError(
             f"cannot be read: {error.strerror}", "check the file's permissions and the disk"
         ) from error
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The dtype of torch for a key of ``DTYPES``."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[code][0])
+    return dtype
 
 
 def dtype_code(dtype: torch.dtype) -> str:

@@ -102,7 +102,7 @@ def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     killed, ``out`` is the old one or the new one. Files get the permissions that the umask gives, whatever wrote them.
 
     Raises:
-        BadTarget: another run is writing to ``out`` or has written it meanwhile, or what is there is not to be replaced.
+        BadTarget: another run is writing to ``out`` or has written it meanwhile; what is there is not to be replaced.
     """
     out = Path(os.path.realpath(Path(os.path.abspath(out)).parent)) / Path(os.path.abspath(out)).name
     lock, new, old = (out.parent / f".{out.name}.{part}.spikepatch" for part in ("lock", "new", "old"))

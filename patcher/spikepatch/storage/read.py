@@ -24,13 +24,11 @@ from spikepatch.storage.formats import (
     recognise,
     some,
 )
-from spikepatch.storage.header import DEQUANTISE, DTYPES, MalformedError, TensorEntry, read_header
+from spikepatch.storage.header import DEQUANTISE, MalformedError, TensorEntry, read_header, torch_dtype
 from spikepatch.storage.pieces import changed, open_tensor, read_into
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["Checkpoint", "TensorEntry", "check_unchanged", "inside", "read_checkpoint", "read_tensor"]
 
 _PACKED_INTEGERS = ("I8", "U8", "I32")
 _SCALE_WORDS = ("scale", "absmax", "zeros")
@@ -49,8 +47,6 @@ class Checkpoint:
     Attributes:
         shards: file names, in the order in which the index first names them; one for a single file.
         tensors: name -> entry; shard by shard, in the order of their bytes.
-        metadata: the shards' ``__metadata__``, merged.
-        total_bytes: of all tensors together.
         stamps: file -> its size, time of last change and inode, before its header was read; of files that are there.
         arrivals: the files that are not there yet. Reading a tensor waits for its file.
     """
@@ -58,9 +54,6 @@ class Checkpoint:
     folder: Path
     shards: tuple[str, ...]
     tensors: Mapping[str, TensorEntry]
-    metadata: Mapping[str, str]
-    total_bytes: int
-    single_file: bool
     stamps: Mapping[Path, _Stamp]
     arrivals: Arrivals
 
@@ -90,7 +83,6 @@ def read_checkpoint(folder: Path, snapshot: hub.Snapshot | None = None, report: 
     weight_map = {} if single else _read_index(folder, findings)
     shards = (SINGLE_FILE,) if single else tuple(dict.fromkeys(weight_map.values()))
     tensors: dict[str, TensorEntry] = {}
-    metadata: dict[str, str] = {}
     stamps: dict[Path, _Stamp] = {}
     away = {} if snapshot is None else _headers_away(snapshot, shards)
     for shard in shards:
@@ -103,13 +95,12 @@ def read_checkpoint(folder: Path, snapshot: hub.Snapshot | None = None, report: 
         except MalformedError as error:
             findings.append(_Finding(shard, error.problem, error.remedy))
             continue
-        entries, own_metadata = header
+        entries, _ = header
         if not single:
             findings += _disagreements(shard, entries, weight_map)
         if twice := [f"{name!r} (in {tensors[name].file.name} too)" for name in entries if name in tensors]:
             findings.append(_Finding(shard, f"holds tensors of another shard: {some(twice)}"))
         tensors |= entries
-        metadata |= own_metadata
     findings += _packed_weights(tensors)
     if findings:
         raise BadSource(
@@ -123,8 +114,7 @@ def read_checkpoint(folder: Path, snapshot: hub.Snapshot | None = None, report: 
     for name, entry in tensors.items():
         if entry.file.name in expected:
             tensors[name] = dataclasses.replace(entry, wait=partial(arrivals.wait, entry.file.name))
-    total_bytes = sum(entry.end - entry.begin for entry in tensors.values())
-    return Checkpoint(folder, shards, tensors, metadata, total_bytes, single, stamps, arrivals)
+    return Checkpoint(folder, shards, tensors, stamps, arrivals)
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
@@ -141,7 +131,7 @@ def read_tensor(entry: TensorEntry, out: torch.Tensor | None = None) -> torch.Te
     """
     import torch
 
-    dtype: torch.dtype = getattr(torch, DTYPES[entry.dtype][0])
+    dtype = torch_dtype(entry.dtype)
     if out is None:
         out = torch.empty(entry.shape, dtype=dtype)
     assert (out.dtype, tuple(out.shape), out.device.type) == (dtype, entry.shape, "cpu")

@@ -171,7 +171,8 @@ def _hosted(source: Source, plan: Plan, patched: PreTrainedModel, factor: float)
     own = source.model_class.__module__.startswith("transformers.")
     host = HOSTS.get(source.config.model_type) if own else None
     if host is None:
-        return f"no architecture is known to compute what {plan.architecture} does; there is one for {_listed()}"
+        known = ", ".join(sorted(HOSTS))
+        return f"no architecture is known to compute what {plan.architecture} does; there is one for {known}"
     config_class = transformers.CONFIG_MAPPING[host.model_type]
     data = {k: v for k, v in source.config.to_dict().items() if k not in ("model_type", "architectures")}
     # Keys that the source's own class does not know are read by neither.
@@ -196,10 +197,6 @@ def _hosted(source: Source, plan: Plan, patched: PreTrainedModel, factor: float)
     why = f"as asked: {model_class.__name__} has the same tensors and computes the same, operation by operation"
     replaced = {"model_type": source.config.model_type, "architectures": [source.model_class.__name__]}
     return Route("host", why, model_class, config, replaced | dict.fromkeys(settings))
-
-
-def _listed() -> str:
-    return ", ".join(sorted(HOSTS))
 
 
 def _own_head(patched: Any) -> dict[str, bool]:
