@@ -21,7 +21,7 @@ from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.module import restructure
 from spikepatch.apply.original import original_in
 from spikepatch.apply.patched import check_known, check_replaced
-from spikepatch.apply.shards import Progress, check_shards, plan_shards, write_folder
+from spikepatch.apply.shards import Progress, plan_shards, write_folder
 from spikepatch.apply.texts import texts
 from spikepatch.drift import Behaviour, drift_planned, drift_written, expected_initial_loss, tokenizer_problem
 from spikepatch.meta import settings_read
@@ -32,9 +32,8 @@ from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source import Source, build_meta, open_source
 from spikepatch.storage.header import torch_dtype
-from spikepatch.storage.manifest import MANIFEST, fingerprint, manifest
+from spikepatch.storage.manifest import MANIFEST, manifest
 from spikepatch.storage.publish import check_space, check_target, publishing, unwritable
-from spikepatch.storage.read import check_unchanged
 from spikepatch.storage.routes import Kind, Storage, check_storage, choose
 from spikepatch.storage.write import Written, check_shard_size, parse_dtype, write_text
 
@@ -208,13 +207,7 @@ def convert(
     check_space(folder, shards.bytes, found.checkpoint)
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
-            with found.arriving():
-                written = write_folder(scratch, shards, files, found.folder, found.copied_files, report)
-            report("checking what was written")
-            check_shards(scratch, shards, written, allow_nonfinite=allow_nonfinite)
-            origin = fingerprint(found, written.copies)
-            if found.checkpoint is not None:
-                check_unchanged(found.checkpoint)
+            written, origin = write_folder(scratch, shards, files, found, report, allow_nonfinite=allow_nonfinite)
             write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes))
             result = _check_tokenizer(_with_casts(result, written), found, scratch, report)
             if reinit == "all":

@@ -30,14 +30,13 @@ from spikepatch.apply.folded import Rows, fold_shards, plain_model
 from spikepatch.apply.kept import Match, match_source
 from spikepatch.apply.original import original_in
 from spikepatch.apply.patched import build_as_it_is
-from spikepatch.apply.shards import Progress, Shards, check_shards, write_folder
+from spikepatch.apply.shards import Progress, Shards, write_folder
 from spikepatch.apply.source_code import check_generated, stored_as_code
 from spikepatch.errors import Refused
 from spikepatch.planning import check_weights
 from spikepatch.source import MODEL_CARD, Source, open_source
-from spikepatch.storage.manifest import MANIFEST, fingerprint, fold_card, fold_manifest, inherited_metadata
+from spikepatch.storage.manifest import MANIFEST, fold_card, fold_manifest, inherited_metadata
 from spikepatch.storage.publish import check_space, check_target, publishing, unwritable
-from spikepatch.storage.read import check_unchanged
 from spikepatch.storage.write import write_text
 
 
@@ -127,13 +126,7 @@ def fold(
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
             texts = _texts(found, plain, result)
-            with found.arriving():
-                written = write_folder(scratch, shards, texts, found.folder, found.copied_files, report)
-            report("checking what was written")
-            check_shards(scratch, shards, written, allow_nonfinite=allow_nonfinite)
-            origin = fingerprint(found, written.copies)
-            assert found.checkpoint is not None
-            check_unchanged(found.checkpoint)
+            written, origin = write_folder(scratch, shards, texts, found, report, allow_nonfinite=allow_nonfinite)
             command = shlex.join(["spikepatch", "fold", trained, "OUT", *["--allow-nonfinite"] * allow_nonfinite])
             write_text(scratch / MANIFEST, fold_manifest(record, origin, command, written.hashes))
     except OSError as error:
