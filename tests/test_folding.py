@@ -320,7 +320,8 @@ def test_weights_that_are_not_finite(source: Path, tmp_path: Path) -> None:
     result = spikepatch.fold(str(patched), tmp_path / "out", allow_nonfinite=True)
     assert f"'{name}' (2)" in result.notes[-1]
     assert load_file(result.out / "model.safetensors")[name].isnan().sum() == 2
-    assert "--allow-nonfinite" in json.loads((result.out / "spikepatch.json").read_text())["command"]
+    command = json.loads((result.out / "spikepatch.json").read_text())["command"]
+    assert command == f"spikepatch fold {patched} OUT --allow-nonfinite"
 
     spoil(table, math.inf)
     with pytest.raises(spikepatch.BadSource, match=f"{table} holds NaN or infinite values"):

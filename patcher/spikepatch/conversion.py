@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import math
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,7 @@ from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source import Source, build_meta, open_source
 from spikepatch.storage.header import torch_dtype
-from spikepatch.storage.manifest import MANIFEST, manifest
+from spikepatch.storage.manifest import MANIFEST, command_line, manifest
 from spikepatch.storage.publish import check_space, check_target, publishing, unwritable
 from spikepatch.storage.routes import Kind, Storage, check_storage, choose
 from spikepatch.storage.write import Written, check_shard_size, parse_dtype, write_text
@@ -188,7 +187,8 @@ def convert(
         report("measuring the loss over factors")
         return _with_drift(result, drift_planned(found, residual, plan, stds))
 
-    command = _command(
+    command = command_line(
+        "convert",
         source,
         recipe=asked_for,
         reinit=reinit,
@@ -263,12 +263,3 @@ def _with_casts(result: Conversion, written: Written) -> Conversion:
 
 def _noted(result: Conversion, *notes: str) -> Conversion:
     return dataclasses.replace(result, notes=(*result.notes, *notes))
-
-
-def _command(source: str, **options: object) -> str:
-    """The command that would write this folder again, with OUT for its path."""
-    words = ["spikepatch", "convert", source, "OUT"]
-    for name, value in options.items():
-        if value is not None and value is not False:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)

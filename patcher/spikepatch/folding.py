@@ -19,7 +19,6 @@ import copy
 import dataclasses
 import json
 import os
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from spikepatch.apply.source_code import check_generated, stored_as_code
 from spikepatch.errors import Refused
 from spikepatch.planning import check_weights
 from spikepatch.source import MODEL_CARD, Source, open_source
-from spikepatch.storage.manifest import MANIFEST, fold_card, fold_manifest, inherited_metadata
+from spikepatch.storage.manifest import MANIFEST, command_line, fold_card, fold_manifest, inherited_metadata
 from spikepatch.storage.publish import check_space, check_target, publishing, unwritable
 from spikepatch.storage.write import write_text
 
@@ -127,7 +126,13 @@ def fold(
         with publishing(folder, overwrite=overwrite) as scratch:
             texts = _texts(found, plain, result)
             written, origin = write_folder(scratch, shards, texts, found, report, allow_nonfinite=allow_nonfinite)
-            command = shlex.join(["spikepatch", "fold", trained, "OUT", *["--allow-nonfinite"] * allow_nonfinite])
+            command = command_line(
+                "fold",
+                trained,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                allow_nonfinite=allow_nonfinite,
+            )
             write_text(scratch / MANIFEST, fold_manifest(record, origin, command, written.hashes))
     except OSError as error:
         raise unwritable(folder, error) from error

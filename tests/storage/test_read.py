@@ -220,6 +220,19 @@ def test_a_bad_index_is_refused(tmp_path: Path, content: bytes, why: str, remedy
     assert remedy in error.remedy
 
 
+def test_an_index_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path, {"one.safetensors": ["a"]}, {"a": "one.safetensors"})
+
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    error = refusal(tmp_path)
+
+    assert error.why == "model.safetensors.index.json: cannot be read: Permission denied"
+    assert "permissions" in error.remedy
+
+
 def test_all_findings_of_a_folder_come_at_once(tmp_path: Path) -> None:
     write_shards(
         tmp_path,

@@ -60,6 +60,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit of a header": (lambda f: flip(shard(f), 9), ".safetensors: is not the file that was written"),
     "a truncated shard": (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-1]), ".safetensors: is truncated"),
     "a missing shard": (lambda f: shard(f).unlink(), ".safetensors: is missing"),
+    "a file that cannot be read": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/proc/self/mem")),
+        "config.json: cannot be read: ",
+    ),
     "a missing config": (lambda f: (f / "config.json").unlink(), "config.json: is missing"),
     "another config": (lambda f: (f / "config.json").write_text("{}"), "config.json: is not the file that was written"),
     "other code": (lambda f: flip(next(f.glob("modeling*.py"))), ".py: is not the file that was written"),

@@ -69,6 +69,11 @@ class MalformedError(Exception):
         self.remedy: str = remedy
 
 
+def unreadable(error: OSError) -> MalformedError:
+    """What a file is that the system does not give."""
+    return MalformedError(f"cannot be read: {error.strerror}", "check the file's permissions and the disk")
+
+
 def read_header(
     path: Path, first_bytes: Callable[[int], tuple[bytes, int]] | None = None
 ) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -106,9 +111,7 @@ def _first_bytes(path: Path, count: int) -> tuple[bytes, int]:
         with open(path, "rb") as file:
             return file.read(count), os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise MalformedError(
-            f"cannot be read: {error.strerror}", "check the file's permissions and the disk"
-        ) from error
+        raise unreadable(error) from error
 
 
 def torch_dtype(code: str) -> torch.dtype:

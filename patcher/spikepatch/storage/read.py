@@ -24,7 +24,7 @@ from spikepatch.storage.formats import (
     recognise,
     some,
 )
-from spikepatch.storage.header import DEQUANTISE, MalformedError, TensorEntry, read_header, torch_dtype
+from spikepatch.storage.header import DEQUANTISE, MalformedError, TensorEntry, read_header, torch_dtype, unreadable
 from spikepatch.storage.pieces import changed, open_tensor, read_into
 
 if TYPE_CHECKING:
@@ -187,9 +187,12 @@ def _arrivals(
 def _read_index(folder: Path, findings: list[_Finding]) -> dict[str, str]:
     """Tensor name -> name of its shard, for the shards that may be opened; what is wrong goes to ``findings``."""
     try:
-        data = inside(folder, INDEX_FILE).read_bytes()
+        path = inside(folder, INDEX_FILE)
         try:
+            data = path.read_bytes()
             index = parse_json(data)
+        except OSError as error:
+            raise unreadable(error) from error
         except ValueError as error:
             raise MalformedError(*recognise(data) or (f"is not JSON: {error}",)) from error
         weight_map = index.get("weight_map") if isinstance(index, dict) else None

@@ -69,7 +69,11 @@ def verify(
 
     for name in present:
         within = [entry for entry in entries.values() if entry.file == root / name]
-        digest, unsound = _read(root / name, within, advance)
+        try:
+            digest, unsound = _read(root / name, within, advance)
+        except OSError as error:
+            findings.append(f"{name}: cannot be read: {error.strerror}")
+            continue
         if digest != promised[name]:
             findings.append(f"{name}: is not the file that was written, its SHA-256 differs")
         if unsound and not allow_nonfinite:
