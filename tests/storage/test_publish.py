@@ -294,6 +294,18 @@ def test_permissions(tmp_path: Path) -> None:
     assert [mode(out / "private"), mode(out / "sub/open")] == [0o640, 0o640]
 
 
+def test_folders_of_a_group_stay_so(tmp_path: Path) -> None:
+    """In a folder whose files all get its group, as ``mkdir`` makes them there."""
+    tmp_path.chmod(0o2777)
+    (tmp_path / "made").mkdir()
+    assert (tmp_path / "made").stat().st_mode & stat.S_ISGID
+    with publishing(tmp_path / "out") as scratch:
+        (scratch / "sub").mkdir()
+        (scratch / "file").touch()
+    assert mode(tmp_path / "out") == mode(tmp_path / "out/sub") == mode(tmp_path / "made")
+    assert not (tmp_path / "out/file").stat().st_mode & stat.S_ISGID
+
+
 # Targets.
 
 

@@ -114,7 +114,7 @@ def patch(
 
 
 def restructure(twin: nn.Module, plan: Plan) -> None:
-    """The plan's changes of structure on a model of one's own, usually on the meta device.
+    """Make the plan's changes of structure in a model that nobody else uses, usually on the meta device.
 
     Raises:
         Refused: the model's class ties the head again when it is built from a config, or unties more than the head.

@@ -16,6 +16,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +122,8 @@ def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 _log.debug("sync")
                 mask = _umask()
                 for path in (*sorted(new.rglob("*")), new):
-                    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+                    mode = 0o777 | path.stat().st_mode & stat.S_ISGID if path.is_dir() else 0o666
+                    path.chmod(mode & ~mask)
                     sync(path)
                 if _occupant(out) != before:
                     raise BadTarget(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from spikepatch.errors import Refused, did_you_mean
 from spikepatch.meta import as_read, build_meta
-from spikepatch.plans import Plan, ScaleEmbedding
+from spikepatch.plans import EmbeddingEdit, Plan, ScaleEmbedding
 from spikepatch.residual.identity import Values, forward_of
 from spikepatch.storage.hosts import HOSTS
 
@@ -113,9 +113,10 @@ def choose(source: Source, plan: Plan, patched: PreTrainedModel, storage: Storag
 
 def _factor(plan: Plan) -> float | str:
     """The one factor by which embeddings are multiplied, or why there is none."""
-    if not all(edit.keys() == {"factor"} for edit in plan.record("")["embeddings"].values()):
+    edits = plan.select(EmbeddingEdit)
+    if not all(isinstance(edit, ScaleEmbedding) for edit in edits):
         return f"{plan.recipe} does more to the embedding than to multiply it, which no setting of a config does"
-    factors = {edit.factor for edit in plan.select(ScaleEmbedding)}
+    factors = {edit.factor for edit in edits}
     return factors.pop() if len(factors) == 1 else "embeddings are multiplied by different factors"
 
 
