@@ -101,7 +101,7 @@ def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -
     (stream,) = plan.streams
     draws = _draws(plan, shapes, names)
     code = " ".join(draws)
-    # A pattern with a number and no star is of one layer alone, and says nothing of a model with another number of them.
+    # A pattern with a number and no star is of one layer alone: it says nothing of a model with more or fewer.
     by_layer = any(re.search(r"\d", p) and "*" not in p for patterns in draws.values() for p in patterns)
     lines = [
         f"def {INITIALISER}(model):",
