@@ -204,9 +204,9 @@ def convert(
         trust_remote_code=trust_remote_code,
         allow_nonfinite=allow_nonfinite,
     )
-    check_space(folder, shards.bytes, found.checkpoint)
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
+            check_space(folder, shards.bytes, found.checkpoint)
             written, origin = write_folder(scratch, shards, files, found, report, allow_nonfinite=allow_nonfinite)
             write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes))
             result = _check_tokenizer(_with_casts(result, written), found, scratch, report)

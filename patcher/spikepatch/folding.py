@@ -121,9 +121,9 @@ def fold(
         bytes=shards.bytes,
         notes=tuple(_notes(shards, match, record["embeddings"])),
     )
-    check_space(folder, shards.bytes, found.checkpoint)
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
+            check_space(folder, shards.bytes, found.checkpoint)
             texts = _texts(found, plain, result)
             written, origin = write_folder(scratch, shards, texts, found, report, allow_nonfinite=allow_nonfinite)
             command = command_line(

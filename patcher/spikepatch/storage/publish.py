@@ -82,7 +82,8 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
 def check_space(out: Path, needed: int, source: Checkpoint | None = None) -> None:
     """Refuse where fewer than ``needed`` bytes are free; a folder that is replaced stays until the new one is whole.
 
-    What ``source`` lacks is fetched meanwhile, and may come to the same disk.
+    To be asked while ``publishing``, which has deleted the remains of a run that was killed. What ``source`` lacks is
+    fetched meanwhile, and may come to the same disk.
     """
     parent = next(p for p in Path(os.path.realpath(out)).parents if os.path.exists(p))
     same = source is not None and os.stat(source.folder).st_dev == os.stat(parent).st_dev
