@@ -216,6 +216,24 @@ def test_what_was_moved_aside_takes_the_place_of_an_empty_folder(tmp_path: Path)
     assert tree(tmp_path) == {"out": None, "out/precious": b""}
 
 
+def test_what_was_moved_aside_is_put_back_though_the_new_folder_is_gone(tmp_path: Path) -> None:
+    """Somebody has cleaned up by hand."""
+    killed_between_two_renames(tmp_path / "out")
+    shutil.rmtree(tmp_path / ".out.new.spikepatch")
+    with pytest.raises(BadTarget, match="is not empty"), publishing(tmp_path / "out"):
+        pass
+    assert tree(tmp_path) == {"out": None, "out/precious": b""}
+
+
+def test_what_was_moved_aside_is_not_lost_to_a_file(tmp_path: Path) -> None:
+    killed_between_two_renames(tmp_path / "out")
+    (tmp_path / "out").write_bytes(b"3")
+    before = tree(tmp_path)
+    with pytest.raises(NotADirectoryError), publishing(tmp_path / "out", overwrite=True):
+        pass
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_was_moved_aside_is_not_lost_to_what_came_there_since(tmp_path: Path, overwrite: bool) -> None:
     killed_between_two_renames(tmp_path / "out")

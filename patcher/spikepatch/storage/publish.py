@@ -272,11 +272,11 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _sweep(out: Path, new: Path, old: Path) -> None:
-    """Undo half a swap, where both ``new`` and ``old`` are there; then delete what is not ``out``."""
-    if os.path.lexists(old) and os.path.lexists(new):
-        try:
+    """Put back what half a swap has moved aside; then delete what is not ``out``."""
+    if os.path.lexists(old):
+        if _occupant(out) is None:
             os.replace(old, out)
-        except OSError:  # something with anything in it is there: what it took the place of is not deleted
+        elif os.path.lexists(new):  # it is not the new folder that has come to ``out``
             return
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)
