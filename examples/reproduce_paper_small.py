@@ -1,7 +1,7 @@
 """The comparison of "Spike No More" at a size for two CPU cores: four initialisations of one GPT-2, on the same
 batches, at several learning rates and seeds, and what pre-flight had said of each.
 
-    python examples/reproduce_paper_small.py                # 12 layers of width 128: 32 runs x 300 steps, half an hour
+    python examples/reproduce_paper_small.py                # 12 layers of width 128: 32 runs x 300 steps, 40 minutes
     python examples/reproduce_paper_small.py --full --data 'c4/*.jsonl'   # the paper's 350M, on a GPU in bfloat16
     python examples/reproduce_paper_small.py --smoke        # seconds: does it run?
 

@@ -1,4 +1,4 @@
-"""Folders, compared: shared by the tests of the command."""
+"""Folders, compared."""
 
 from __future__ import annotations
 

@@ -386,7 +386,7 @@ def test_an_exception_of_our_own_is_reported_as_a_bug(
     def fail(*_: object, **__: object) -> None:
         raise KeyError("of our own")
 
-    monkeypatch.setattr("spikepatch.conversion.check_shards", fail)
+    monkeypatch.setattr("spikepatch.apply.shards.check_shards", fail)
     done = CliRunner().invoke(main, ["convert", source, str(tmp_path / "out")])
 
     assert done.exit_code == 3

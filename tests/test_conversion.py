@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -440,6 +441,28 @@ def test_overwrite_replaces_the_folder(tiny: Path, tmp_path: Path) -> None:
 
     assert set(hashes(out)) == {"model.safetensors", "config.json", "spikepatch.json", "README.md"} | COPIED | CODE
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def full_while_there(remains: Path) -> Callable[[Path], SimpleNamespace]:
+    """``shutil.disk_usage`` of a disk that the remains of a killed run have filled up."""
+    return lambda folder: SimpleNamespace(free=0 if remains.exists() else 10**12)
+
+
+def test_the_remains_of_a_run_that_was_killed_are_no_lack_of_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_config("gpt2").save_pretrained(tmp_path / "source")
+    remains = tmp_path / ".out.new.spikepatch" / "large"
+    remains.parent.mkdir()
+    remains.touch()
+    monkeypatch.setattr(shutil, "disk_usage", full_while_there(remains))
+    with pytest.raises(spikepatch.BadTarget, match="is in the way"):
+        spikepatch.convert(str(tmp_path / "source"), tmp_path / "out")
+    (tmp_path / ".out.lock.spikepatch").touch()
+    result = spikepatch.convert(str(tmp_path / "source"), tmp_path / "out")
+
+    assert loads(result.out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 @pytest.mark.parametrize("old", [False, True])

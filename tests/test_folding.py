@@ -22,6 +22,7 @@ from tests.architectures import tiny_config
 from tests.elsewhere import logits_elsewhere
 from tests.folders import hashes
 from tests.storage.test_routes import config_of
+from tests.test_conversion import full_while_there
 
 #: Type, options of ``convert``; whether a tied head has to get its own matrix.
 CASES: list[tuple[str, dict[str, Any], bool]] = [
@@ -320,14 +321,15 @@ def test_weights_that_are_not_finite(source: Path, tmp_path: Path) -> None:
     result = spikepatch.fold(str(patched), tmp_path / "out", allow_nonfinite=True)
     assert f"'{name}' (2)" in result.notes[-1]
     assert load_file(result.out / "model.safetensors")[name].isnan().sum() == 2
-    assert "--allow-nonfinite" in json.loads((result.out / "spikepatch.json").read_text())["command"]
+    command = json.loads((result.out / "spikepatch.json").read_text())["command"]
+    assert command == f"spikepatch fold {patched} OUT --allow-nonfinite"
 
     spoil(table, math.inf)
     with pytest.raises(spikepatch.BadSource, match=f"{table} holds NaN or infinite values"):
         spikepatch.fold(str(patched), tmp_path / "again", allow_nonfinite=True)
 
 
-def test_overwrite_and_verify(source: Path, tmp_path: Path) -> None:
+def test_overwrite_and_verify(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patched, out = spikepatch.convert(str(source), tmp_path / "patched").out, tmp_path / "plain"
     spikepatch.fold(str(patched), out)
     before = hashes(out)
@@ -335,6 +337,11 @@ def test_overwrite_and_verify(source: Path, tmp_path: Path) -> None:
     with pytest.raises(spikepatch.BadTarget, match="is not empty"):
         spikepatch.fold(str(patched), out)
     assert (out / "left.txt").exists()
+    remains = tmp_path / ".plain.new.spikepatch" / "large"
+    remains.parent.mkdir()
+    remains.touch()
+    (tmp_path / ".plain.lock.spikepatch").touch()
+    monkeypatch.setattr(shutil, "disk_usage", full_while_there(remains))
     spikepatch.fold(str(patched), out, overwrite=True)
 
     assert hashes(out) == before

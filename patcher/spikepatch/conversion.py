@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import math
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +20,9 @@ from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.module import restructure
 from spikepatch.apply.original import original_in
 from spikepatch.apply.patched import check_known, check_replaced
-from spikepatch.apply.shards import Progress, check_shards, plan_shards, write_folder
+from spikepatch.apply.shards import Progress, plan_shards, write_folder
 from spikepatch.apply.texts import texts
 from spikepatch.drift import Behaviour, drift_planned, drift_written, expected_initial_loss
-from spikepatch.errors import BadTarget
 from spikepatch.meta import settings_read
 from spikepatch.planner import make_plan
 from spikepatch.planning import check_weights, checked_recipe, tensor_shapes
@@ -32,10 +30,9 @@ from spikepatch.plans import Plan, Recipe, Reinit
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source import Source, build_meta, open_source
-from spikepatch.storage.header import DTYPES
-from spikepatch.storage.manifest import MANIFEST, fingerprint, manifest
-from spikepatch.storage.publish import check_space, check_target, publishing
-from spikepatch.storage.read import check_unchanged
+from spikepatch.storage.header import torch_dtype
+from spikepatch.storage.manifest import MANIFEST, command_line, manifest
+from spikepatch.storage.publish import check_space, check_target, publishing, unwritable
 from spikepatch.storage.routes import Kind, Storage, check_storage, choose
 from spikepatch.storage.write import Written, check_shard_size, parse_dtype, write_text
 from spikepatch.tokenizer import tokenizer_problem
@@ -191,7 +188,8 @@ def convert(
         report("measuring the loss over factors")
         return _with_drift(result, drift_planned(found, residual, plan, stds))
 
-    command = _command(
+    command = command_line(
+        "convert",
         source,
         recipe=asked_for,
         reinit=reinit,
@@ -207,16 +205,10 @@ def convert(
         trust_remote_code=trust_remote_code,
         allow_nonfinite=allow_nonfinite,
     )
-    check_space(folder, shards.bytes, found.checkpoint)
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
-            with found.arriving():
-                written = write_folder(scratch, shards, files, found.folder, found.copied_files, report)
-            report("checking what was written")
-            check_shards(scratch, shards, written, allow_nonfinite=allow_nonfinite)
-            origin = fingerprint(found, written.copies)
-            if found.checkpoint is not None:
-                check_unchanged(found.checkpoint)
+            check_space(folder, shards.bytes, found.checkpoint)
+            written, origin = write_folder(scratch, shards, files, found, report, allow_nonfinite=allow_nonfinite)
             write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes))
             result = _check_tokenizer(_with_casts(result, written), found, scratch, report)
             if reinit == "all":
@@ -225,12 +217,7 @@ def convert(
             model_class = generated_classes(original_in(found)).model if route.kind == "code" else route.model_class
             return _with_drift(result, drift_written(found, residual, scratch, model_class))
     except OSError as error:
-        raise BadTarget(
-            "the output cannot be written",
-            where=str(folder),
-            why=str(error),
-            remedy="check the disk's free space and the folder's permissions; nothing was left behind",
-        ) from error
+        raise unwritable(folder, error) from error
 
 
 def _with_dtype(source: Source, asked: torch.dtype | None) -> Any:
@@ -241,7 +228,7 @@ def _with_dtype(source: Source, asked: torch.dtype | None) -> Any:
     elif config.dtype is None:
         stored = [entry.dtype for entry in source.checkpoint.tensors.values()] if source.checkpoint else []
         floats = [kind for kind in stored if kind in {"F64", "F32", "F16", "BF16"}]
-        config.dtype = getattr(torch, DTYPES[max(floats, key=floats.count, default="F32")][0])
+        config.dtype = torch_dtype(max(floats, key=floats.count, default="F32"))
     return config
 
 
@@ -277,12 +264,3 @@ def _with_casts(result: Conversion, written: Written) -> Conversion:
 
 def _noted(result: Conversion, *notes: str) -> Conversion:
     return dataclasses.replace(result, notes=(*result.notes, *notes))
-
-
-def _command(source: str, **options: object) -> str:
-    """The command that would write this folder again, with OUT for its path."""
-    words = ["spikepatch", "convert", source, "OUT"]
-    for name, value in options.items():
-        if value is not None and value is not False:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)

@@ -19,7 +19,6 @@ import copy
 import dataclasses
 import json
 import os
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +29,13 @@ from spikepatch.apply.folded import Rows, fold_shards, plain_model
 from spikepatch.apply.kept import Match, match_source
 from spikepatch.apply.original import original_in
 from spikepatch.apply.patched import build_as_it_is
-from spikepatch.apply.shards import Progress, Shards, check_shards, write_folder
+from spikepatch.apply.shards import Progress, Shards, write_folder
 from spikepatch.apply.source_code import check_generated, stored_as_code
-from spikepatch.errors import BadTarget, Refused
+from spikepatch.errors import Refused
 from spikepatch.planning import check_weights
 from spikepatch.source import MODEL_CARD, Source, open_source
-from spikepatch.storage.manifest import MANIFEST, fingerprint, fold_card, fold_manifest, inherited_metadata
-from spikepatch.storage.publish import check_space, check_target, publishing
-from spikepatch.storage.read import check_unchanged
+from spikepatch.storage.manifest import MANIFEST, command_line, fold_card, fold_manifest, inherited_metadata
+from spikepatch.storage.publish import check_space, check_target, publishing, unwritable
 from spikepatch.storage.write import write_text
 
 
@@ -123,26 +121,21 @@ def fold(
         bytes=shards.bytes,
         notes=tuple(_notes(shards, match, record["embeddings"])),
     )
-    check_space(folder, shards.bytes, found.checkpoint)
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
+            check_space(folder, shards.bytes, found.checkpoint)
             texts = _texts(found, plain, result)
-            with found.arriving():
-                written = write_folder(scratch, shards, texts, found.folder, found.copied_files, report)
-            report("checking what was written")
-            check_shards(scratch, shards, written, allow_nonfinite=allow_nonfinite)
-            origin = fingerprint(found, written.copies)
-            assert found.checkpoint is not None
-            check_unchanged(found.checkpoint)
-            command = shlex.join(["spikepatch", "fold", trained, "OUT", *["--allow-nonfinite"] * allow_nonfinite])
+            written, origin = write_folder(scratch, shards, texts, found, report, allow_nonfinite=allow_nonfinite)
+            command = command_line(
+                "fold",
+                trained,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                allow_nonfinite=allow_nonfinite,
+            )
             write_text(scratch / MANIFEST, fold_manifest(record, origin, command, written.hashes))
     except OSError as error:
-        raise BadTarget(
-            "the output cannot be written",
-            where=str(folder),
-            why=str(error),
-            remedy="check the disk's free space and the folder's permissions; nothing was left behind",
-        ) from error
+        raise unwritable(folder, error) from error
     unsound = notes.unsound_values(written.tallies, str(found.config.dtype).removeprefix("torch."))
     return dataclasses.replace(result, notes=(*result.notes, *unsound))
 

@@ -193,7 +193,7 @@ def test_untie(reinit: str, tmp_path: Path) -> None:
     assert torch.equal(loaded.lm_head.weight, written["lm_head.weight"])
 
 
-def test_positions(tmp_path: Path) -> None:
+def test_positions() -> None:
     for model_type, path in (("gpt2", "transformer"), ("opt", "model.decoder")):
         model = tiny_model(model_type)
         plan = spikepatch.plan(model, "scaled-embed", reinit="all", positions=True)

@@ -20,6 +20,7 @@ import spikepatch
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.plans import Plan, Skip
 from tests.architectures import ids, tiny_config, tiny_model
+from tests.folders import hashes
 from tests.residual.test_stream import EXAMPLE, Model
 
 
@@ -277,17 +278,14 @@ def test_after_new_weights_alone_a_patch_is_fine() -> None:
 
 @pytest.mark.parametrize(("recipe", "storage"), [("scaled-embed", "code"), ("vanilla", "plain")])
 def test_save(recipe: str, storage: str, tmp_path: Path) -> None:
-    import hashlib
-
     model, plan = tiny_model("gpt2"), plan_of(recipe=recipe)
     spikepatch.patch(model, plan)
     out = spikepatch.save(model, tmp_path / "out")
     manifest = json.loads((out / "spikepatch.json").read_text())
     assert Plan.from_dict(manifest["plan"]) == plan
     assert manifest["storage"] == storage
-    assert manifest["files"].keys() == {p.name for p in out.iterdir()} - {"spikepatch.json"}
-    for name, digest in manifest["files"].items():
-        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest, name
+    assert manifest["files"] == {name: digest for name, digest in hashes(out).items() if name != "spikepatch.json"}
+    assert manifest["files"]
     assert "AutoModelForCausalLM.from_pretrained" in (out / "README.md").read_text()
     stored = load_file(out / "model.safetensors")
     assert all(torch.equal(model.get_parameter(name), value) for name, value in stored.items())

@@ -1,3 +1,5 @@
+"""What is rendered for an architecture: whole files of known imports, whatever its classes and type are called."""
+
 from __future__ import annotations
 
 import ast

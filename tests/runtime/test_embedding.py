@@ -1,3 +1,5 @@
+"""Embeddings that are changed in place, and the stds of fresh weights: on the module itself, without generated code."""
+
 from __future__ import annotations
 
 import copy

@@ -1,3 +1,5 @@
+"""Files that are fetched by a thread: when, in which order, and what becomes of failures and of who stops."""
+
 from __future__ import annotations
 
 import threading

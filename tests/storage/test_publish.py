@@ -44,6 +44,13 @@ class Boom(BaseException):
     """As KeyboardInterrupt: no Exception."""
 
 
+def occupied(out: Path) -> dict[str, bytes | None]:
+    """Put a model there; what ``tree`` says of it, from the folder above."""
+    out.mkdir()
+    (out / "config.json").write_bytes(b"0")
+    return {out.name: None, f"{out.name}/config.json": b"0"}
+
+
 def publish_and_fail(out: Path, error: BaseException) -> None:
     with publishing(out, overwrite=True) as scratch:
         (scratch / "new").write_bytes(b"1")
@@ -67,6 +74,20 @@ def test_nothing_is_left_after_an_error(tmp_path: Path, error: BaseException) ->
     assert tree(tmp_path) == {}
 
 
+def test_no_parent_is_left_when_one_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir = os.mkdir
+
+    def full(path: Path, mode: int = 0o777) -> None:
+        if Path(path).name == "b" and Path(path).parent.exists():
+            raise OSError(28, "disk full")
+        mkdir(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", full)
+    with pytest.raises(OSError, match="disk full"), publishing(tmp_path / "a/b/out"):
+        pass
+    assert tree(tmp_path) == {}
+
+
 def test_parents_that_others_use_stay(tmp_path: Path) -> None:
     def share(out: Path) -> None:
         with publishing(out):
@@ -79,11 +100,10 @@ def test_parents_that_others_use_stay(tmp_path: Path) -> None:
 
 
 def test_an_existing_folder_survives_an_error(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/old").write_bytes(b"0")
+    before = occupied(tmp_path / "out")
     with pytest.raises(Boom):
         publish_and_fail(tmp_path / "out", Boom())
-    assert tree(tmp_path) == {"out": None, "out/old": b"0"}
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("fails", [1, 2])
@@ -92,8 +112,7 @@ def test_an_existing_folder_survives_a_failing_rename(
 ) -> None:
     """Where folders cannot be exchanged: of the two renames of a replacement, the first or the second fails."""
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_bytes(b"0")
+    before = occupied(out)
     rename, calls = os.replace, []
 
     def replace(a: Path, b: Path) -> None:
@@ -107,7 +126,7 @@ def test_an_existing_folder_survives_a_failing_rename(
     with pytest.raises(OSError, match="rename failed"), publishing(out, overwrite=True) as scratch:
         (scratch / "new").write_bytes(b"1")
     assert len(calls) >= fails
-    assert tree(tmp_path) == {"out": None, "out/old": b"0"}
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
@@ -130,9 +149,7 @@ def test_an_existing_folder_is_replaced(
     if not exchanged:
         monkeypatch.setattr(publish, "_exchange", lambda a, b: False)
     out = tmp_path / "out"
-    out.mkdir()
-    if full:
-        (out / "old").write_bytes(b"0")
+    occupied(out) if full else out.mkdir()
     with publishing(out, overwrite=full) as scratch:
         (scratch / "new").write_bytes(b"1")
     assert tree(tmp_path) == {"out": None, "out/new": b"1"}
@@ -143,8 +160,7 @@ def test_two_runs_to_one_folder(tmp_path: Path, existing: bool) -> None:
     """The second one is refused, and takes nothing from the first."""
     out = tmp_path / "out"
     if existing:
-        out.mkdir()
-        (out / "old").write_bytes(b"0")
+        occupied(out)
     with publishing(out, overwrite=True) as first:
         (first / "file").write_bytes(b"first")
         with pytest.raises(BadTarget, match="another run is writing"), publishing(out, overwrite=True):
@@ -165,9 +181,10 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     with pytest.raises(BadTarget, match="another program has written"):
         two_programs()
     assert tree(tmp_path) == {"out": None, "out/other": b"2"}
-    with pytest.raises(BadTarget, match="is not empty"), publishing(out):
-        pass
-    assert tree(tmp_path) == {"out": None, "out/other": b"2"}
+    for overwrite, message in ((False, "is not empty"), (True, "does not hold a model")):
+        with pytest.raises(BadTarget, match=message), publishing(out, overwrite=overwrite):
+            pass
+        assert tree(tmp_path) == {"out": None, "out/other": b"2"}
 
 
 def test_the_remains_of_a_run_that_was_killed(tmp_path: Path) -> None:
@@ -179,6 +196,85 @@ def test_the_remains_of_a_run_that_was_killed(tmp_path: Path) -> None:
     with pytest.raises(BadTarget, match="is not empty"), publishing(out):  # it had been moved aside
         pass
     assert tree(tmp_path) == {".other.new.spikepatch": None, ".other.new.spikepatch/x": b"", "out": None, "out/x": b""}
+
+
+def killed_between_two_renames(out: Path) -> None:
+    """Where folders cannot be exchanged: the old one has been moved aside, the new one is not in its place yet."""
+    for name, file in (("new", "config.json"), ("old", "precious")):
+        folder = out.with_name(f".out.{name}.spikepatch")
+        folder.mkdir()
+        (folder / file).write_bytes(b"")
+    out.with_name(".out.lock.spikepatch").touch()
+
+
+def test_what_was_moved_aside_takes_the_place_of_an_empty_folder(tmp_path: Path) -> None:
+    """Scripts make the output folder before they start."""
+    killed_between_two_renames(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadTarget, match="is not empty"), publishing(tmp_path / "out"):
+        pass
+    assert tree(tmp_path) == {"out": None, "out/precious": b""}
+
+
+def test_what_was_moved_aside_is_put_back_though_the_new_folder_is_gone(tmp_path: Path) -> None:
+    """Somebody has cleaned up by hand."""
+    killed_between_two_renames(tmp_path / "out")
+    shutil.rmtree(tmp_path / ".out.new.spikepatch")
+    with pytest.raises(BadTarget, match="is not empty"), publishing(tmp_path / "out"):
+        pass
+    assert tree(tmp_path) == {"out": None, "out/precious": b""}
+
+
+def test_what_was_moved_aside_is_not_lost_to_a_file(tmp_path: Path) -> None:
+    killed_between_two_renames(tmp_path / "out")
+    (tmp_path / "out").write_bytes(b"3")
+    before = tree(tmp_path)
+    with pytest.raises(NotADirectoryError), publishing(tmp_path / "out", overwrite=True):
+        pass
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_was_moved_aside_is_not_lost_to_what_came_there_since(tmp_path: Path, overwrite: bool) -> None:
+    killed_between_two_renames(tmp_path / "out")
+    occupied(tmp_path / "out")
+    before = tree(tmp_path)
+    for _ in range(2):
+        with (
+            pytest.raises(BadTarget, match=r"\.out\.old\.spikepatch is in the way") as caught,
+            publishing(tmp_path / "out", overwrite=overwrite),
+        ):
+            pass
+        assert "it was the output folder" in caught.value.why
+        assert tree(tmp_path) == before
+    (tmp_path / ".out.old.spikepatch").rename(tmp_path / "saved")
+    with publishing(tmp_path / "out", overwrite=True):
+        pass
+    assert tree(tmp_path) == {"out": None, "saved": None, "saved/precious": b""}
+
+
+def test_a_folder_that_appears_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three stay: the one that was there, the one that was to take its place, and the one that did."""
+    out = tmp_path / "out"
+    occupied(out)
+    rename = os.replace
+
+    def replace(a: Path, b: Path) -> None:
+        rename(a, b)
+        if b.name == ".out.old.spikepatch":
+            out.mkdir()
+            (out / "other").write_bytes(b"2")
+
+    monkeypatch.setattr(publish, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="not empty"), publishing(out, overwrite=True) as scratch:
+        (scratch / "new").write_bytes(b"1")
+    files = {name: content for name, content in tree(tmp_path).items() if content}
+    assert files == {
+        ".out.new.spikepatch/new": b"1",
+        ".out.old.spikepatch/config.json": b"0",
+        "out/other": b"2",
+    }
 
 
 @pytest.mark.parametrize("name", [".out.new.spikepatch", ".out.old.spikepatch"])
@@ -216,6 +312,18 @@ def test_permissions(tmp_path: Path) -> None:
     assert [mode(out / "private"), mode(out / "sub/open")] == [0o640, 0o640]
 
 
+def test_folders_of_a_group_stay_so(tmp_path: Path) -> None:
+    """In a folder whose files all get its group, as ``mkdir`` makes them there."""
+    tmp_path.chmod(0o2777)
+    (tmp_path / "made").mkdir()
+    assert (tmp_path / "made").stat().st_mode & stat.S_ISGID
+    with publishing(tmp_path / "out") as scratch:
+        (scratch / "sub").mkdir()
+        (scratch / "file").touch()
+    assert mode(tmp_path / "out") == mode(tmp_path / "out/sub") == mode(tmp_path / "made")
+    assert not (tmp_path / "out/file").stat().st_mode & stat.S_ISGID
+
+
 # Targets.
 
 
@@ -251,6 +359,12 @@ def test_files_and_links(tmp_path: Path) -> None:
         refused(tmp_path / name, None, "file or a link", overwrite=True)
     refused(tmp_path / "file/out", None, "cannot be made")
     check_target(tmp_path / "link/out", None, overwrite=False)
+
+
+def test_a_mount_point_cannot_be_replaced() -> None:
+    """As a volume in a container is one; found out before anything is read."""
+    assert os.path.ismount("/")
+    refused(Path("/"), None, "is a mount point")
 
 
 def test_not_empty(tmp_path: Path) -> None:

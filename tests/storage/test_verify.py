@@ -60,6 +60,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit of a header": (lambda f: flip(shard(f), 9), ".safetensors: is not the file that was written"),
     "a truncated shard": (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-1]), ".safetensors: is truncated"),
     "a missing shard": (lambda f: shard(f).unlink(), ".safetensors: is missing"),
+    "a file that cannot be read": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/proc/self/mem")),
+        "config.json: cannot be read: ",
+    ),
     "a missing config": (lambda f: (f / "config.json").unlink(), "config.json: is missing"),
     "another config": (lambda f: (f / "config.json").write_text("{}"), "config.json: is not the file that was written"),
     "other code": (lambda f: flip(next(f.glob("modeling*.py"))), ".py: is not the file that was written"),
@@ -71,10 +75,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickles beside it": (lambda f: (f / "pytorch_model.bin").touch(), "pytorch_model.bin: weights that were not"),
     "NaN": (lambda f: with_nan(shard(f)), "holds NaN or infinite values: "),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "No such file"),
-    "a manifest that is not JSON": (lambda f: (f / MANIFEST).write_text("{"), ""),
+    "a manifest that is not JSON": (lambda f: (f / MANIFEST).write_text("{"), "Expecting property name"),
     "a manifest of something else": (lambda f: (f / MANIFEST).write_text("[]"), "it has no files"),
     "a manifest without hashes": (lambda f: rewrite_manifest(f, files={"x": 1}), "it has no files"),
     "a manifest that leads outside": (lambda f: rewrite_manifest(f, files={"../x": "0"}), "'../x'"),
+    "a manifest with a name that no file can have": (
+        lambda f: rewrite_manifest(f, files={"x" * 300: "0"}),
+        f"{'x' * 300}: is missing",
+    ),
     "an absolute manifest": (lambda f: rewrite_manifest(f, files={"/etc/passwd": "0"}), "'/etc/passwd'"),
 }
 

@@ -1,7 +1,8 @@
 """For a process of its own: forks runs, kills them, and looks at what each leaves. ``python -m tests.storage.victims``
 
-Everything is imported once, here, so that a victim's life is its run alone. Prints one JSON array: of each victim the
-kind of run, what it was to replace, where it was killed, how it ended, what was at OUT then, and after the next run.
+Everything is imported once, here, so that a victim's life is its run alone. Prints one JSON object: the steps that a
+run takes, and of each victim the kind of run, whether it was to replace a folder, where it was killed, how it ended,
+what was at OUT then, and after the next run.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def write_few(out: Path) -> None:
     files = {"one.safetensors": ["a", "b", "c"], "two.safetensors": ["d", "e", "f"]}
     with publish.publishing(out, overwrite=True) as folder:
         written = write_checkpoint(folder, planned, files, values.__getitem__, lambda count: None)
-        write_text(folder / "manifest", json.dumps(written.hashes))
+        write_text(folder / "config.json", json.dumps(written.hashes))
 
 
 class At(logging.Handler):

@@ -22,8 +22,8 @@ from spikepatch.residual.ops import LOOKUPS, op
 from spikepatch.residual.trace import Trace, skeleton
 from spikepatch.runtime.embedding import change_output
 from spikepatch.source import Source
-from spikepatch.storage.header import DTYPES
-from spikepatch.storage.read import TensorEntry, read_tensor
+from spikepatch.storage.header import TensorEntry, torch_dtype
+from spikepatch.storage.read import read_tensor
 from spikepatch.storage.write import Planned
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ def _step(module: nn.Module, edit: Any) -> tuple[Trace, Node]:
 
 
 def fold_shards(source: Source, plain: nn.Module, held: Mapping[str, Held], match: Match) -> Shards:
-    """What is to be written: every tensor in the file and the dtype that it has in the source; a new head's, last.
+    """What is to be written: every tensor in the file and the dtype that it has in the source; a new head, in
+    those of the table that it shared.
 
     Args:
         plain, held: see ``plain_model``.
@@ -160,7 +161,7 @@ def fold_shards(source: Source, plain: nn.Module, held: Mapping[str, Held], matc
         name = value.table if isinstance(value, Rows) else value
         whole = match.owners.get(name)
         entries[target.name] = match.targets[target.name] if whole is None else whole
-    tensors = tuple(Planned(name, _dtype(entries[name]), target.shape) for name, target in targets.items())
+    tensors = tuple(Planned(name, torch_dtype(entries[name].dtype), target.shape) for name, target in targets.items())
 
     def produce(name: str) -> Content:
         if name not in folded:
@@ -182,11 +183,6 @@ def fold_shards(source: Source, plain: nn.Module, held: Mapping[str, Held], matc
         kept={name: entry for name, entry in entries.items() if name not in folded},
         produce=produce,
     )
-
-
-def _dtype(entry: TensorEntry) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, DTYPES[entry.dtype][0])
-    return dtype
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ class Names(NamedTuple):
 
 
 def class_name(edit: EmbeddingEdit) -> str:
+    """What the class that stands in for ``nn.Embedding`` is called in the user's file."""
     match edit:
         case ScaleEmbedding():
             return "ScaledEmbedding"
@@ -100,7 +101,7 @@ def initialiser(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -
     (stream,) = plan.streams
     draws = _draws(plan, shapes, names)
     code = " ".join(draws)
-    # A number without a star would be a layer's, or take a layer's place where there are more of them.
+    # A pattern with a number and no star is of one layer alone: it says nothing of a model with more or fewer.
     by_layer = any(re.search(r"\d", p) and "*" not in p for patterns in draws.values() for p in patterns)
     lines = [
         f"def {INITIALISER}(model):",

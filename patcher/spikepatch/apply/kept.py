@@ -16,9 +16,8 @@ from torch import nn
 from spikepatch.apply.tensors import layout
 from spikepatch.errors import BadSource
 from spikepatch.residual.trace import skeleton
-from spikepatch.storage.header import DTYPES
+from spikepatch.storage.header import TensorEntry, torch_dtype
 from spikepatch.storage.pieces import pieces
-from spikepatch.storage.read import TensorEntry
 
 if TYPE_CHECKING:
     from spikepatch.residual.map import ResidualMap
@@ -61,7 +60,7 @@ def match_source(source: Source, model: nn.Module) -> Match:
             findings.append(f"{target.name} is missing")
         elif entry.shape != target.shape:
             findings.append(f"{target.name} has shape {entry.shape}, the architecture {target.shape}")
-        elif getattr(torch, DTYPES[entry.dtype][0]).is_floating_point != target.dtype.is_floating_point:
+        elif torch_dtype(entry.dtype).is_floating_point != target.dtype.is_floating_point:
             findings.append(f"{target.name} is {entry.dtype}, the architecture's is {target.dtype}")
         else:
             found[target.name] = entry
@@ -132,7 +131,7 @@ def embedding_stds(match: Match, residual: ResidualMap) -> dict[str, float]:
 
 
 def _std(entry: TensorEntry) -> float:
-    return element_std(pieces(entry), math.prod(entry.shape))
+    return element_std(pieces(entry), entry.elements)
 
 
 @np.errstate(invalid="ignore")

@@ -18,7 +18,7 @@ from spikepatch.planning import check_learned, tensor_shapes
 from spikepatch.planning import plan as make_plan
 from spikepatch.plans import EmbeddingEdit, Plan, Recipe, Reinit, Untie
 from spikepatch.residual.trace import skeleton
-from spikepatch.runtime.embedding import check_patchable, install
+from spikepatch.runtime.embedding import check_patchable, install, patched_embeddings
 
 
 def patch(
@@ -114,7 +114,7 @@ def patch(
 
 
 def restructure(twin: nn.Module, plan: Plan) -> None:
-    """The plan's changes of structure on a model of one's own, usually on the meta device.
+    """Make the plan's changes of structure in a model that nobody else uses, usually on the meta device.
 
     Raises:
         Refused: the model's class ties the head again when it is built from a config, or unties more than the head.
@@ -178,7 +178,7 @@ def _tied(model: nn.Module) -> set[frozenset[str]]:
 
 
 def _check_unpatched(model: nn.Module) -> None:
-    patched = [name for name, module in model.named_modules() if hasattr(module, "is_spikepatched")]
+    patched = patched_embeddings(model)
     if patched:
         raise Refused(
             what="the model is patched already",

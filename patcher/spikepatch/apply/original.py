@@ -96,6 +96,7 @@ def carried_files(original: Original) -> list[Path]:
 
 
 def stem(cls: type) -> str:
+    """Name of the file, without its ending, that a class of a model's own code is in."""
     return cls.__module__.rpartition(".")[2]
 
 

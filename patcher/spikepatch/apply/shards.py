@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -21,13 +21,14 @@ from spikepatch.fill import draw
 from spikepatch.plans import Fill, Plan, Untie, ValueEdit
 from spikepatch.residual.trace import skeleton
 from spikepatch.storage.formats import SINGLE_FILE, some
-from spikepatch.storage.header import DTYPES
-from spikepatch.storage.manifest import file_hash
-from spikepatch.storage.read import Checkpoint, TensorEntry, read_checkpoint
+from spikepatch.storage.header import TensorEntry, torch_dtype
+from spikepatch.storage.manifest import file_hash, fingerprint
+from spikepatch.storage.read import Checkpoint, check_unchanged, read_checkpoint
 from spikepatch.storage.stream import Tally
 from spikepatch.storage.write import Planned, Written, split, write_checkpoint, write_text
 
 if TYPE_CHECKING:
+    from spikepatch.source import Source
     from spikepatch.storage.stream import Content
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -123,11 +124,31 @@ def write_folder(
     folder: Path,
     shards: Shards,
     texts: Mapping[str, str],
-    source: Path | None,
-    copied: Iterable[Path],
+    source: Source,
     report: Progress,
-) -> Written:
-    """Write the weights, ``texts`` (file name -> text) and a copy of each file of ``copied``, all below ``source``."""
+    *,
+    allow_nonfinite: bool,
+) -> tuple[Written, dict[str, Any]]:
+    """Write the weights, ``texts`` (file name -> text) and a copy of what is taken over from ``source``; then check it.
+
+    Returns:
+        What was written, and the fingerprint of the source, which was the same all the while.
+
+    Raises:
+        BadSource: see ``check_shards``; or the source has changed meanwhile.
+        RuntimeError: see ``check_shards``.
+    """
+    with source.arriving():
+        written = _write(folder, shards, texts, source, report)
+    report("checking what was written")
+    check_shards(folder, shards, written, allow_nonfinite=allow_nonfinite)
+    origin = fingerprint(source, written.copies)
+    if source.checkpoint is not None:
+        check_unchanged(source.checkpoint)
+    return written, origin
+
+
+def _write(folder: Path, shards: Shards, texts: Mapping[str, str], source: Source, report: Progress) -> Written:
     done = 0
 
     def advance(count: int) -> None:
@@ -137,16 +158,16 @@ def write_folder(
 
     written = write_checkpoint(folder, shards.tensors, shards.files, shards.produce, advance)
     written.hashes.update({name: write_text(folder / name, text) for name, text in texts.items()})
-    for path in copied:
-        assert source is not None
-        name = path.relative_to(source).as_posix()
+    for path in source.copied_files:
+        assert source.folder is not None
+        name = path.relative_to(source.folder).as_posix()
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
         written.hashes[name] = file_hash(folder / name)
     return written
 
 
-def check_shards(folder: Path, shards: Shards, written: Written, *, allow_nonfinite: bool = False) -> None:
+def check_shards(folder: Path, shards: Shards, written: Written, *, allow_nonfinite: bool) -> None:
     """Compare what was written with what was planned: headers, finite values, and the std of what was drawn.
 
     Raises:
@@ -156,7 +177,7 @@ def check_shards(folder: Path, shards: Shards, written: Written, *, allow_nonfin
     """
     expected = {t.name: (t.shape, t.dtype) for t in shards.tensors}
     entries = read_checkpoint(folder).tensors
-    present = {name: (e.shape, getattr(torch, DTYPES[e.dtype][0])) for name, e in entries.items()}
+    present = {name: (e.shape, torch_dtype(e.dtype)) for name, e in entries.items()}
     if present != expected:
         differing = sorted(n for n in present.keys() | expected.keys() if present.get(n) != expected.get(n))
         raise RuntimeError(f"tensors were not written as planned: {', '.join(differing[:5])}")
@@ -205,8 +226,7 @@ def _originals(plan: Plan, targets: Iterable[Target], match: Match) -> dict[str,
 def _dtype(target: Target, original: TensorEntry | None, asked: torch.dtype | None) -> torch.dtype:
     if original is None or asked is not None or not target.dtype.is_floating_point:
         return target.dtype
-    dtype: torch.dtype = getattr(torch, DTYPES[original.dtype][0])
-    return dtype
+    return torch_dtype(original.dtype)
 
 
 def as_in(

@@ -28,7 +28,6 @@ class Span:
     file: str
     function: str
     line: int
-    column: int
     end_line: int
     end_column: int
 
@@ -46,6 +45,7 @@ class Watch:
         self._waiting: dict[FrameType, list[object]] = {}
 
     def constructed(self, module: object, frame: FrameType | None) -> None:
+        """``module`` is an embedding whose ``nn.Embedding.__init__`` is called in ``frame``."""
         self._alive.append(module)
         self.calls[id(module)] = []
         while frame is not None and _is_method_of(frame, module):  # the __init__ of a subclass
@@ -53,6 +53,7 @@ class Watch:
         self._value_in(module, frame)
 
     def replaced(self, module: object, name: str, value: object, frame: FrameType) -> None:
+        """In ``frame`` the parameter ``module.name`` has been replaced by ``value``."""
         self._alive.append(module)
         self.replacements[id(module), name] = value, _span(frame)
 
@@ -76,6 +77,7 @@ class Watch:
 
 @contextlib.contextmanager
 def watching() -> Iterator[Watch]:
+    """Watch what the block builds, in this thread; torch's classes are as before at its end."""
     from torch import nn
 
     watch = Watch()
@@ -111,12 +113,11 @@ def _is_method_of(frame: FrameType, module: object) -> bool:
 def _span(frame: FrameType) -> Span:
     """The expression that ``frame`` is evaluating."""
     positions = frame.f_code.co_positions()
-    line, end_line, column, end_column = next(itertools.islice(positions, frame.f_lasti // 2, None))
+    line, end_line, _, end_column = next(itertools.islice(positions, frame.f_lasti // 2, None))
     return Span(
         os.path.realpath(frame.f_code.co_filename),
         frame.f_code.co_name,
         line or frame.f_lineno,
-        -1 if column is None else column,
         end_line or frame.f_lineno,
         -1 if end_column is None else end_column,
     )

@@ -55,6 +55,10 @@ class TensorEntry:
     end: int
     wait: Callable[[], None] = field(default=_is_there, repr=False, compare=False)
 
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
 
 class MalformedError(Exception):
     """What is wrong with one file."""
@@ -63,6 +67,11 @@ class MalformedError(Exception):
         super().__init__(problem)
         self.problem: str = problem
         self.remedy: str = remedy
+
+
+def unreadable(error: OSError) -> MalformedError:
+    """What a file is that the system does not give."""
+    return MalformedError(f"cannot be read: {error.strerror}", "check the file's permissions and the disk")
 
 
 def read_header(
@@ -102,9 +111,15 @@ def _first_bytes(path: Path, count: int) -> tuple[bytes, int]:
         with open(path, "rb") as file:
             return file.read(count), os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise MalformedError(
-            f"cannot be read: {error.strerror}", "check the file's permissions and the disk"
-        ) from error
+        raise unreadable(error) from error
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The dtype of torch for a key of ``DTYPES``."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[code][0])
+    return dtype
 
 
 def dtype_code(dtype: torch.dtype) -> str:

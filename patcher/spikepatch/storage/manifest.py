@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,15 @@ def _manifest(source: Mapping[str, Any], command: str, hashes: Mapping[str, str]
         "files": dict(sorted(hashes.items())),
     }
     return json.dumps(data, indent=2) + "\n"
+
+
+def command_line(command: str, source: str, **options: object) -> str:
+    """The command that would write the folder again, with OUT for its path; without options that are None or False."""
+    words = ["spikepatch", command, source, "OUT"]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 def fingerprint(source: Source, known: Mapping[Path, str] = MappingProxyType({})) -> dict[str, Any]:

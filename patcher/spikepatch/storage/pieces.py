@@ -6,7 +6,6 @@ With plain reads and not with a mapping, whose pages count as this process's mem
 from __future__ import annotations
 
 import errno
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spikepatch.errors import BadSource
-from spikepatch.storage.header import DTYPES, TensorEntry
+from spikepatch.storage.header import DTYPES, TensorEntry, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -113,10 +112,10 @@ def raw_pieces(entry: TensorEntry) -> Iterator[memoryview]:
     """A tensor's bytes in order; every piece lies in the same memory."""
     import numpy as np
 
-    size, elements = DTYPES[entry.dtype][1], math.prod(entry.shape)
-    buffer = np.empty(min(elements, PIECE) * size, np.uint8).data
+    size = DTYPES[entry.dtype][1]
+    buffer = np.empty(min(entry.elements, PIECE) * size, np.uint8).data
     with open_tensor(entry) as file:
-        for start, stop in ranges(elements):
+        for start, stop in ranges(entry.elements):
             raw = buffer[: (stop - start) * size]
             read_into(file.fileno(), entry.begin + start * size, raw, entry.file)
             yield raw
@@ -126,7 +125,7 @@ def pieces(entry: TensorEntry) -> Iterator[torch.Tensor]:
     """A tensor's elements in order, flat; every piece lies in the same memory."""
     import torch
 
-    dtype = getattr(torch, DTYPES[entry.dtype][0])
+    dtype = torch_dtype(entry.dtype)
     return (torch.frombuffer(raw, dtype=dtype) for raw in raw_pieces(entry))
 
 

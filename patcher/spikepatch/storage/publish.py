@@ -3,8 +3,8 @@
 Beside ``OUT`` a run has ``.OUT.lock.spikepatch``, a file that it keeps locked; ``.OUT.new.spikepatch``, where it
 writes; and where the system cannot exchange two folders, for a moment, ``.OUT.old.spikepatch``. All are gone when it
 ends. A lock file that nobody holds marks the other two as the remains of a run that was killed: the next run to ``OUT``
-puts a folder back that had been moved aside, and deletes the rest. Without the lock file, folders of these names are
-not ours.
+puts a folder back that had been moved aside, and deletes the rest; where something else has come to ``OUT`` since, it
+deletes nothing and stops. Without the lock file, folders of these names are not ours.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,17 +58,16 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
             ("the output path is a file or a link", "a folder is to be put there", "choose another output folder")
         )
     elif _occupant(out) is not None and not findings:
-        if not overwrite:
-            findings.append(_NOT_EMPTY)
-        if not os.path.exists(out / "config.json"):
-            findings.append(
-                (
-                    "the folder there does not hold a model",
-                    "it has no config.json, and --overwrite would delete the whole folder that it replaces",
-                    "choose another output folder, or remove this one yourself",
-                )
+        findings += _objections(out, overwrite)
+    if os.path.ismount(out):
+        findings.append(
+            (
+                "the output folder is a mount point",
+                "no other folder can be put in its place, which is how the output appears whole or not at all",
+                "choose a folder inside it",
             )
-    parent = next(p for p in real.parents if os.path.exists(p))
+        )
+    parent = next((p for p in real.parents if os.path.exists(p)), real)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         findings.append(
             (
@@ -82,7 +82,8 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
 def check_space(out: Path, needed: int, source: Checkpoint | None = None) -> None:
     """Refuse where fewer than ``needed`` bytes are free; a folder that is replaced stays until the new one is whole.
 
-    What ``source`` lacks is fetched meanwhile, and may come to the same disk.
+    To be asked while ``publishing``, which has deleted the remains of a run that was killed. What ``source`` lacks is
+    fetched meanwhile, and may come to the same disk.
     """
     parent = next(p for p in Path(os.path.realpath(out)).parents if os.path.exists(p))
     same = source is not None and os.stat(source.folder).st_dev == os.stat(parent).st_dev
@@ -103,24 +104,27 @@ def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     killed, ``out`` is the old one or the new one. Files get the permissions that the umask gives, whatever wrote them.
 
     Raises:
-        BadTarget: another run is writing to ``out``, or has written it meanwhile.
+        BadTarget: another run is writing to ``out`` or has written it meanwhile; what is there is not to be replaced.
     """
     out = Path(os.path.realpath(Path(os.path.abspath(out)).parent)) / Path(os.path.abspath(out)).name
     lock, new, old = (out.parent / f".{out.name}.{part}.spikepatch" for part in ("lock", "new", "old"))
-    made = _make_parents(out.parent)
+    made = [folder for folder in out.parents if not folder.exists()]
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(lock, out, new, old):
             before = _occupant(out)
-            if before is not None and not overwrite:
-                _refuse(out, [_NOT_EMPTY])
+            if before is not None:
+                _refuse(out, _objections(out, overwrite))
             try:
                 _log.debug("create")
                 new.mkdir(mode=0o700)
                 _log.debug("write")
                 yield new
                 _log.debug("sync")
+                mask = _umask()
                 for path in (*sorted(new.rglob("*")), new):
-                    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+                    mode = 0o777 | path.stat().st_mode & stat.S_ISGID if path.is_dir() else 0o666
+                    path.chmod(mode & ~mask)
                     sync(path)
                 if _occupant(out) != before:
                     raise BadTarget(
@@ -142,11 +146,36 @@ def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-_NOT_EMPTY = (
-    "the output folder is not empty",
-    "stale shards among new ones would be loaded without a word",
-    "choose an empty or new folder, or give --overwrite to replace this one",
-)
+def unwritable(out: Path, error: OSError) -> BadTarget:
+    """The error for a system call that failed while ``out`` was written."""
+    return BadTarget(
+        "the output cannot be written",
+        where=str(out),
+        why=str(error),
+        remedy="check the disk's free space and the folder's permissions; nothing was left behind",
+    )
+
+
+def _objections(out: Path, overwrite: bool) -> list[tuple[str, str, str]]:
+    """What speaks against replacing the folder at ``out``, in which there is something."""
+    findings = []
+    if not overwrite:
+        findings.append(
+            (
+                "the output folder is not empty",
+                "stale shards among new ones would be loaded without a word",
+                "choose an empty or new folder, or give --overwrite to replace this one",
+            )
+        )
+    if not os.path.exists(out / "config.json"):
+        findings.append(
+            (
+                "the folder there does not hold a model",
+                "it has no config.json, and --overwrite would delete the whole folder that it replaces",
+                "choose another output folder, or remove this one yourself",
+            )
+        )
+    return findings
 
 
 def _refuse(out: Path, findings: list[tuple[str, str, str]]) -> None:
@@ -170,19 +199,21 @@ def _locked(lock: Path, out: Path, new: Path, old: Path) -> Iterator[None]:
     """Hold the lock, with the remains of a run that was killed swept; the lock file stays where some cannot be."""
     _log.debug("lock")
     handle, killed = _acquire(lock, out)
-    foreign: list[Path] = []
+    left: list[Path] = []
     try:
         if killed:
             _log.debug("sweep the remains of another run")
             _sweep(out, new, old)
-        foreign = [path for path in (new, old) if os.path.lexists(path)]
-        if foreign:
+        left = [path for path in (old, new) if os.path.lexists(path)]
+        if left:
             why = "it has a name that this program uses while it writes, and is not its own or cannot be deleted"
-            _refuse(out, [(f"{foreign[0]} is in the way", why, "move it away")])
+            if killed and left == [old, new]:
+                why = "it was the output folder before a run that was killed, and something else has taken its place"
+            _refuse(out, [(f"{left[0]} is in the way", why, "move it away")])
         yield
     finally:
         _log.debug("unlock")
-        if (foreign and not killed) or not any(map(os.path.lexists, (new, old))):
+        if (left and not killed) or not any(map(os.path.lexists, (new, old))):
             with contextlib.suppress(OSError):
                 lock.unlink()
         os.close(handle)
@@ -241,18 +272,14 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _sweep(out: Path, new: Path, old: Path) -> None:
-    """Undo half a swap, where both ``new`` and ``old`` are there; then delete what is not ``out``."""
-    if os.path.lexists(old) and os.path.lexists(new) and not os.path.lexists(out):
-        os.replace(old, out)
+    """Put back what half a swap has moved aside; then delete what is not ``out``."""
+    if os.path.lexists(old):
+        if _occupant(out) is None:
+            os.replace(old, out)
+        elif os.path.lexists(new):  # it is not the new folder that has come to ``out``
+            return
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _make_parents(folder: Path) -> list[Path]:
-    """Create the missing parents; those created, innermost first."""
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
 
 
 def _umask() -> int:

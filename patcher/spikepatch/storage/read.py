@@ -24,13 +24,11 @@ from spikepatch.storage.formats import (
     recognise,
     some,
 )
-from spikepatch.storage.header import DEQUANTISE, DTYPES, MalformedError, TensorEntry, read_header
+from spikepatch.storage.header import DEQUANTISE, MalformedError, TensorEntry, read_header, torch_dtype, unreadable
 from spikepatch.storage.pieces import changed, open_tensor, read_into
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["Checkpoint", "TensorEntry", "check_unchanged", "inside", "read_checkpoint", "read_tensor"]
 
 _PACKED_INTEGERS = ("I8", "U8", "I32")
 _SCALE_WORDS = ("scale", "absmax", "zeros")
@@ -49,8 +47,6 @@ class Checkpoint:
     Attributes:
         shards: file names, in the order in which the index first names them; one for a single file.
         tensors: name -> entry; shard by shard, in the order of their bytes.
-        metadata: the shards' ``__metadata__``, merged.
-        total_bytes: of all tensors together.
         stamps: file -> its size, time of last change and inode, before its header was read; of files that are there.
         arrivals: the files that are not there yet. Reading a tensor waits for its file.
     """
@@ -58,9 +54,6 @@ class Checkpoint:
     folder: Path
     shards: tuple[str, ...]
     tensors: Mapping[str, TensorEntry]
-    metadata: Mapping[str, str]
-    total_bytes: int
-    single_file: bool
     stamps: Mapping[Path, _Stamp]
     arrivals: Arrivals
 
@@ -90,7 +83,6 @@ def read_checkpoint(folder: Path, snapshot: hub.Snapshot | None = None, report: 
     weight_map = {} if single else _read_index(folder, findings)
     shards = (SINGLE_FILE,) if single else tuple(dict.fromkeys(weight_map.values()))
     tensors: dict[str, TensorEntry] = {}
-    metadata: dict[str, str] = {}
     stamps: dict[Path, _Stamp] = {}
     away = {} if snapshot is None else _headers_away(snapshot, shards)
     for shard in shards:
@@ -103,13 +95,12 @@ def read_checkpoint(folder: Path, snapshot: hub.Snapshot | None = None, report: 
         except MalformedError as error:
             findings.append(_Finding(shard, error.problem, error.remedy))
             continue
-        entries, own_metadata = header
+        entries, _ = header
         if not single:
             findings += _disagreements(shard, entries, weight_map)
         if twice := [f"{name!r} (in {tensors[name].file.name} too)" for name in entries if name in tensors]:
             findings.append(_Finding(shard, f"holds tensors of another shard: {some(twice)}"))
         tensors |= entries
-        metadata |= own_metadata
     findings += _packed_weights(tensors)
     if findings:
         raise BadSource(
@@ -123,8 +114,7 @@ def read_checkpoint(folder: Path, snapshot: hub.Snapshot | None = None, report: 
     for name, entry in tensors.items():
         if entry.file.name in expected:
             tensors[name] = dataclasses.replace(entry, wait=partial(arrivals.wait, entry.file.name))
-    total_bytes = sum(entry.end - entry.begin for entry in tensors.values())
-    return Checkpoint(folder, shards, tensors, metadata, total_bytes, single, stamps, arrivals)
+    return Checkpoint(folder, shards, tensors, stamps, arrivals)
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
@@ -141,7 +131,7 @@ def read_tensor(entry: TensorEntry, out: torch.Tensor | None = None) -> torch.Te
     """
     import torch
 
-    dtype: torch.dtype = getattr(torch, DTYPES[entry.dtype][0])
+    dtype = torch_dtype(entry.dtype)
     if out is None:
         out = torch.empty(entry.shape, dtype=dtype)
     assert (out.dtype, tuple(out.shape), out.device.type) == (dtype, entry.shape, "cpu")
@@ -197,9 +187,12 @@ def _arrivals(
 def _read_index(folder: Path, findings: list[_Finding]) -> dict[str, str]:
     """Tensor name -> name of its shard, for the shards that may be opened; what is wrong goes to ``findings``."""
     try:
-        data = inside(folder, INDEX_FILE).read_bytes()
+        path = inside(folder, INDEX_FILE)
         try:
+            data = path.read_bytes()
             index = parse_json(data)
+        except OSError as error:
+            raise unreadable(error) from error
         except ValueError as error:
             raise MalformedError(*recognise(data) or (f"is not JSON: {error}",)) from error
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -214,7 +207,13 @@ def _read_index(folder: Path, findings: list[_Finding]) -> dict[str, str]:
     if outside:
         problem = f"points outside the folder: {some(map(repr, sorted(outside)))}"
         findings.append(_Finding(INDEX_FILE, problem, "do not trust this checkpoint; get it from its author again"))
-    return {name: file for name, file in weight_map.items() if file not in outside}
+    pickles = {file for file in weight_map.values() if not file.endswith(".safetensors")} - outside
+    if pickles:
+        problem = f"names files that transformers would load as pickles: {some(map(repr, sorted(pickles)))}"
+        findings.append(
+            _Finding(INDEX_FILE, problem, "give them names that end in .safetensors, here and in the index")
+        )
+    return {name: file for name, file in weight_map.items() if file not in outside | pickles}
 
 
 def inside(folder: Path, name: str) -> Path:

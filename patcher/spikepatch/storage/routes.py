@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from spikepatch.errors import Refused, did_you_mean
 from spikepatch.meta import as_read, build_meta
-from spikepatch.plans import Plan, ScaleEmbedding
+from spikepatch.plans import EmbeddingEdit, Plan, ScaleEmbedding
 from spikepatch.residual.identity import Values, forward_of
 from spikepatch.storage.hosts import HOSTS
 
@@ -113,9 +113,10 @@ def choose(source: Source, plan: Plan, patched: PreTrainedModel, storage: Storag
 
 def _factor(plan: Plan) -> float | str:
     """The one factor by which embeddings are multiplied, or why there is none."""
-    if not all(edit.keys() == {"factor"} for edit in plan.record("")["embeddings"].values()):
+    edits = plan.select(EmbeddingEdit)
+    if not all(isinstance(edit, ScaleEmbedding) for edit in edits):
         return f"{plan.recipe} does more to the embedding than to multiply it, which no setting of a config does"
-    factors = {edit.factor for edit in plan.select(ScaleEmbedding)}
+    factors = {edit.factor for edit in edits}
     return factors.pop() if len(factors) == 1 else "embeddings are multiplied by different factors"
 
 
@@ -171,7 +172,8 @@ def _hosted(source: Source, plan: Plan, patched: PreTrainedModel, factor: float)
     own = source.model_class.__module__.startswith("transformers.")
     host = HOSTS.get(source.config.model_type) if own else None
     if host is None:
-        return f"no architecture is known to compute what {plan.architecture} does; there is one for {_listed()}"
+        known = ", ".join(sorted(HOSTS))
+        return f"no architecture is known to compute what {plan.architecture} does; there is one for {known}"
     config_class = transformers.CONFIG_MAPPING[host.model_type]
     data = {k: v for k, v in source.config.to_dict().items() if k not in ("model_type", "architectures")}
     # Keys that the source's own class does not know are read by neither.
@@ -196,10 +198,6 @@ def _hosted(source: Source, plan: Plan, patched: PreTrainedModel, factor: float)
     why = f"as asked: {model_class.__name__} has the same tensors and computes the same, operation by operation"
     replaced = {"model_type": source.config.model_type, "architectures": [source.model_class.__name__]}
     return Route("host", why, model_class, config, replaced | dict.fromkeys(settings))
-
-
-def _listed() -> str:
-    return ", ".join(sorted(HOSTS))
 
 
 def _own_head(patched: Any) -> dict[str, bool]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from spikepatch.storage.header import DTYPES, TensorEntry, dtype_code
+from spikepatch.storage.header import TensorEntry, dtype_code, torch_dtype
 from spikepatch.storage.pieces import PIECE, copy, nonfinite, read_into, write_all
 
 if TYPE_CHECKING:
@@ -141,10 +141,10 @@ def _value(job: Job) -> torch.Tensor:
 
     match job.content:
         case TensorEntry(dtype=code, begin=begin, file=path):
-            name, size = DTYPES[code]
-            raw = np.empty((job.stop - job.start) * size, np.uint8).data
-            read_into(job.source, begin + job.start * size, raw, path)
-            return torch.frombuffer(raw, dtype=getattr(torch, name))
+            dtype = torch_dtype(code)
+            raw = np.empty((job.stop - job.start) * dtype.itemsize, np.uint8).data
+            read_into(job.source, begin + job.start * dtype.itemsize, raw, path)
+            return torch.frombuffer(raw, dtype=dtype)
         case torch.Tensor() as whole:
             return whole[job.start : job.stop]
         case compute:

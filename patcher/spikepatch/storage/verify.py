@@ -50,7 +50,8 @@ def verify(
     """
     root = Path(folder)
     promised = _promised(root)
-    findings = [f"{name}: is missing" for name in promised if not (root / name).is_file()]
+    present = [name for name in promised if os.path.isfile(root / name)]
+    findings = [f"{name}: is missing" for name in promised if name not in present]
     findings += [f"{name}: {kind}" for name, kind in _strangers(root, promised).items()]
     entries: Mapping[str, TensorEntry] = {}
     if {SINGLE_FILE, INDEX_FILE} & promised.keys():
@@ -58,7 +59,6 @@ def verify(
             entries = read_checkpoint(root).tensors
         except BadSource as error:
             findings.append(error.why if error.why.startswith(tuple(promised)) else f"{error.what} ({error.why})")
-    present = [name for name in promised if (root / name).is_file()]
     total, done = sum((root / name).stat().st_size for name in present), 0
 
     def advance(count: int) -> None:
@@ -69,7 +69,11 @@ def verify(
 
     for name in present:
         within = [entry for entry in entries.values() if entry.file == root / name]
-        digest, unsound = _read(root / name, within, advance)
+        try:
+            digest, unsound = _read(root / name, within, advance)
+        except OSError as error:
+            findings.append(f"{name}: cannot be read: {error.strerror}")
+            continue
         if digest != promised[name]:
             findings.append(f"{name}: is not the file that was written, its SHA-256 differs")
         if unsound and not allow_nonfinite:
