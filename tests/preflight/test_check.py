@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PegasusConfig, PegasusForConditionalGeneration
 
 import spikepatch
-from spikepatch import StabilityReport
+from spikepatch import Refused, StabilityReport
 from spikepatch.meta import build_meta
 from spikepatch.preflight.inputs import random_tokens
 from spikepatch.tokenizer import SAMPLE
-from tests.architectures import tiny_model
+from tests.architectures import tiny_config, tiny_model
 from tests.preflight.initialisations import gpt2, reports
 from tests.residual import configs
 from tests.residual.configs import model_class, tiny_config_for
@@ -299,3 +300,38 @@ def test_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     assert report.layers[-1].sigma_in == pytest.approx(31.4, rel=0.2)
     assert report.initial_loss == pytest.approx(1.74, rel=0.05)
     assert report.eq15_excess_layer1 is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("gpt2", {"recipe": "scaled-embed"}),
+        ("gpt2", {"recipe": "embed-ln", "untie": True}),
+        ("llama", {"recipe": "embed-ln"}),
+        ("llama", {"storage": "host"}),
+        ("granite", {"storage": "native", "replace": True}),
+    ],
+)
+def test_a_patched_folder_is_measured_with_its_patch(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
+    tiny_config(model_type).save_pretrained(tmp_path / "source")
+    done = spikepatch.convert(str(tmp_path / "source"), tmp_path / "patched", **options)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patched", trust_remote_code=True)
+
+    found = spikepatch.check(str(tmp_path / "patched"), tokens=16, recipes=["embed-ln", "vanilla"][::-1])
+    live = spikepatch.check(loaded, tokens=16)
+    before = spikepatch.check(str(tmp_path / "source"), tokens=16)
+
+    assert done.storage == options.get("storage", "code")
+    assert live.layers[0].sigma_in > 2 * before.layers[0].sigma_in
+    for name in ("embeddings", "layers", "initial_loss", "gradient_ratio", "verdict"):
+        assert getattr(found, name) == getattr(live, name), name
+    source = spikepatch.check(str(tmp_path / "source"), tokens=16, recipes=["vanilla", "embed-ln"])
+    assert [model.layers for model in found.models] == [model.layers for model in source.models]
+
+
+def test_a_patched_config_without_weights_is_refused(tmp_path: Path) -> None:
+    tiny_config("gpt2").save_pretrained(tmp_path / "source")
+    spikepatch.convert(str(tmp_path / "source"), tmp_path / "patched")
+    (tmp_path / "patched" / "model.safetensors").unlink()
+    with pytest.raises(Refused, match="it is patched, and has no weights"):
+        spikepatch.check(str(tmp_path / "patched"))

@@ -83,12 +83,15 @@ def check(
     torch_device = _device(device)
     tell = progress or (lambda step, done, total: None)
     source: Source | None = None
+    plain: Subject | None = None
     if isinstance(model, str):
         from spikepatch.source import open_source
 
         tell("reading the source", 0, 0)
         source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell)
         base = of_source(source, seed)
+        if recipes and source.patched is not None:  # a recipe takes the place of the patch
+            plain = of_source(source, seed, patched=False)
     else:
         base = of_model(model, seed)
     name = source.name if source is not None else type(base.structure).__name__
@@ -99,7 +102,7 @@ def check(
     subjects = [base]
     for recipe in recipes:  # whatever is refused is refused before anything is measured
         tell(f"planning {recipe}", 0, 0)
-        subjects.append(with_recipe(base, recipe, source=source, reinit=reinit, seed=seed, options=options))
+        subjects.append(with_recipe(plain or base, recipe, source=source, reinit=reinit, seed=seed, options=options))
     setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
     found = []
     while subjects:  # one model's weights in memory at a time

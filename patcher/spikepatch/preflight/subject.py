@@ -10,6 +10,7 @@ from torch import nn
 
 from spikepatch.apply.kept import match_source
 from spikepatch.apply.module import restructure
+from spikepatch.apply.patched import build_as_it_is, check_known, check_replaced
 from spikepatch.errors import Refused
 from spikepatch.meta import build_meta
 from spikepatch.planning import check_weights, plan
@@ -56,9 +57,25 @@ def of_model(model: nn.Module, seed: int) -> Subject:
     return Subject(model, live(model), "of the model in memory")
 
 
-def of_source(source: Source, seed: int) -> Subject:
-    """The checkpoint's weights; where it has none, those of the architecture's own initialiser."""
-    structure = build_meta(source.model_class, source.config, where=source.name)
+def of_source(source: Source, seed: int, *, patched: bool = True) -> Subject:
+    """The checkpoint's weights; where it has none, those of the architecture's own initialiser.
+
+    Args:
+        patched: a source that is patched is measured with its patch, or else without it.
+
+    Raises:
+        BadSource: the checkpoint does not fit the model, or the patch is not one of ours.
+        Refused: it is patched and has no weights.
+    """
+    check_known(source)
+    if patched and source.patched is not None and source.checkpoint is None:
+        raise Refused(
+            what="it is patched, and has no weights",
+            where=source.name,
+            why="its config records a patch, which is made together with the weights",
+            remedy="check what it was made from, with --recipe",
+        )
+    structure = build_as_it_is(source) if patched else build_meta(source.model_class, source.config, where=source.name)
     if source.checkpoint is None:
         return of_model(structure, seed)
     match = match_source(source, structure)
@@ -70,7 +87,7 @@ def of_source(source: Source, seed: int) -> Subject:
 def with_recipe(
     base: Subject, recipe: str, *, source: Source | None, reinit: Reinit, seed: int, options: Mapping[str, Any]
 ) -> Subject:
-    """The same model with a recipe planned and applied; ``base`` is not changed.
+    """The same model with a recipe planned and applied; ``base`` has no patch, and is not changed.
 
     Raises:
         SpikepatchError: the recipe does not apply.
@@ -82,6 +99,7 @@ def with_recipe(
         structure = build_meta(type(structure), structure.config, where=type(structure).__name__)
     if source is not None and reinit != "all":  # the plan reads the learned embedding
         found = plan(source.name, recipe, reinit=reinit, seed=seed, revision=source.revision, **options)
+        check_replaced(source, found)
     else:
         found = plan(structure, recipe, reinit=reinit, seed=seed, **options)
     patched = skeleton(structure, keep_buffers=True)
