@@ -50,6 +50,12 @@ def with_nan(path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+def make_unreadable(path: Path) -> None:
+    """For root too: reading the first page of a process's memory is an error of input and output."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
 def rewrite_manifest(folder: Path, **changes: object) -> None:
     data = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**data, **changes}))
@@ -61,7 +67,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a truncated shard": (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-1]), ".safetensors: is truncated"),
     "a missing shard": (lambda f: shard(f).unlink(), ".safetensors: is missing"),
     "a file that cannot be read": (
-        lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/proc/self/mem")),
+        lambda f: make_unreadable(f / "config.json"),
         "config.json: cannot be read: ",
     ),
     "a missing config": (lambda f: (f / "config.json").unlink(), "config.json: is missing"),
