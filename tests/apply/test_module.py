@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import spikepatch
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.plans import Plan, Skip
+from spikepatch.runtime.embedding import patched_embeddings
 from tests.architectures import ids, tiny_config, tiny_model
 from tests.folders import hashes
 from tests.residual.test_stream import EXAMPLE, Model
@@ -146,6 +147,26 @@ def test_the_config_records_the_plan(recipe: str, tmp_path: Path) -> None:
 
 
 # Refusals.
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize(("recipe", "untie"), [("scaled-embed", True), ("scaled-embed", False), ("vanilla", False)])
+def test_the_config_that_a_model_was_built_from_stays(recipe: str, untie: bool, model_type: str) -> None:
+    untie = untie and model_type == "gpt2"
+    config = tiny_config(model_type)
+    auto = AutoModelForSeq2SeqLM if model_type == "t5" else AutoModelForCausalLM
+    model = auto.from_config(config)
+    before = config.to_dict()
+    spikepatch.patch(model, recipe, reinit="all", untie=untie)
+
+    assert config.to_dict() == before
+    assert type(config) is type(tiny_config(model_type))
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    assert id(config) not in configs
+    baseline = auto.from_config(config)
+    assert type(baseline) is type(auto.from_config(tiny_config(model_type)))
+    assert not patched_embeddings(baseline)
+    assert type(copy.deepcopy(model)) is type(model)
 
 
 def test_reinit_has_no_default() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,7 +36,8 @@ def patch(
 ) -> nn.Module:
     """Apply a plan, or a recipe, to ``model``, in place; the same bits as on disk.
 
-    Parameters keep their identity (an untied head gets a new one). A patched transformers model is an instance of a
+    Parameters keep their identity (an untied head gets a new one); ``model.config`` is a copy from then on, and the
+    config that the model was built from stays as it is. A patched transformers model is an instance of a
     generated class, so its own ``save_pretrained``, as a Trainer calls it, writes a folder that loads patched.
 
     Of a model on the meta device the structure is patched; once it is sharded and has memory,
@@ -95,6 +97,7 @@ def patch(
 
     settings = {} if plan.structural else stable_settings(model, plan)
 
+    _own_configs(model)
     _record(model, plan)
     for name, setting in settings.items():
         setattr(model.config, name, setting)
@@ -124,6 +127,17 @@ def restructure(twin: nn.Module, plan: Plan) -> None:
         _check_untied(twin, edit)
     if plan.structural:
         install(twin, plan.record(__version__))
+
+
+def _own_configs(model: nn.Module) -> None:
+    """Let the caller keep the config as it is, to build another model from: give the modules copies, shared as before."""
+    from transformers import PreTrainedConfig
+
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                setattr(module, name, copy.deepcopy(value, memo))
 
 
 def _record(model: Any, plan: Plan) -> None:
