@@ -87,7 +87,11 @@ def checked_recipe(
     replace: bool,
     untie: bool,
 ) -> Recipe:
-    """The recipe with the options in its transforms, once all are found to be sensible."""
+    """The recipe with the options in its transforms, once all are found to be sensible.
+
+    Raises:
+        Refused: they are not, or there is no such recipe.
+    """
     if reinit not in REINITS:
         raise Refused(
             what=f"there is no reinit mode {reinit!r}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -185,8 +186,13 @@ def test_a_plain_module() -> None:
             logits: torch.Tensor = self.head(self.block(self.tokens(ids)))
             return logits
 
-    report = spikepatch.check(Plain(), example_inputs=EXAMPLE)
-    assert report.sigma_start == pytest.approx(1, rel=0.2)
+    model = Plain()
+    report = spikepatch.check(model, recipes=["scaled-embed"], example_inputs=EXAMPLE)
+    patched = spikepatch.patch(copy.deepcopy(model), "scaled-embed", reinit="all", example_inputs=EXAMPLE)
+    for each, measured in zip((model, patched), report.every, strict=True):
+        start = each.get_submodule("tokens")(EXAMPLE["ids"]).detach().double()  # (1, tokens, width)
+        expected = float(start.std(-1, correction=0).mean())
+        assert measured.sigma_start == pytest.approx(expected, rel=16 * torch.finfo(torch.float32).eps)
     assert report.initial_loss is None  # nothing says that its output is logits
     assert report.gradient_ratio == 1
 

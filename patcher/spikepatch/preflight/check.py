@@ -98,7 +98,13 @@ def check(
     inputs = dict(example_inputs) if example_inputs is not None else None
     if text is not None:
         inputs = text_tokens(Path(text), source, tokens=tokens, batch=batch)
-    options = {"factor": factor, "positions": positions, "untie": untie, "trust_remote_code": trust_remote_code}
+    options = {
+        "factor": factor,
+        "positions": positions,
+        "untie": untie,
+        "example_inputs": example_inputs,
+        "trust_remote_code": trust_remote_code,
+    }
     subjects = [base]
     for recipe in recipes:  # whatever is refused is refused before anything is measured
         tell(f"planning {recipe}", 0, 0)
