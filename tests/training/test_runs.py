@@ -150,7 +150,7 @@ def test_exit_code_0(inputs: Path, tmp_path: Path) -> None:
 def test_a_folder_that_is_not_empty(inputs: Path, pair: Path, tmp_path: Path) -> None:
     refused(inputs, pair, match="--resume goes on with them")
     (tmp_path / "notes.txt").touch()
-    refused(inputs, tmp_path, match="runs of two commands would be taken for one")
+    refused(inputs, tmp_path, match="what is in it is not of a training")
     refused(inputs, tmp_path, "--resume", match="it has no run.json")
     refused(inputs, tmp_path / "notes.txt", match="it is a file")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -220,6 +220,19 @@ def test_one_command_at_a_time(inputs: Path, tmp_path: Path) -> None:
         refused(inputs, out, "--resume", steps=1, match="another command is training into the output folder")
 
 
+@pytest.mark.parametrize("there", [None, "empty", "tokens"])
+def test_bad_input_leaves_nothing(inputs: Path, tmp_path: Path, there: str | None) -> None:
+    out = tmp_path / "runs" / "x"
+    if there is not None:
+        (out / "data" if there == "tokens" else out).mkdir(parents=True)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    refused(inputs, out, models=("a=:gpt2@scaled-embd",), match="did you mean scaled-embed?")
+    refused(inputs, out, "--batch-tokens", "65536", match="the data are too few for one batch")
+    if there != "tokens":  # those of an earlier command stay, with what was added
+        assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    run(inputs, out, steps=1, code=1)
+
+
 @pytest.mark.parametrize(
     ("lr", "name"),
     [(5e-4, "lr5e-4"), (3e-3 * 2, "lr6e-3"), (0.1 + 0.2, "lr3e-1"), (1.0, "lr1e0"), (1.25e-5, "lr1.25e-5")],
@@ -229,11 +242,15 @@ def test_names_of_runs(lr: float, name: str) -> None:
 
 
 def test_the_record(tmp_path: Path) -> None:
-    check_out(tmp_path, resume=False)
     (tmp_path / "data").mkdir()
-    check_out(tmp_path, resume=True)
-    with pytest.raises(BadTarget):
-        check_out(tmp_path, resume=False)
+    (tmp_path / "data" / "tokens-0.part").touch()
+    for resume in (True, False):
+        check_out(tmp_path, resume=resume)  # as a command leaves it that was killed before its first step
+    (tmp_path / "data" / "mine.txt").touch()
+    for resume in (True, False):
+        with pytest.raises(BadTarget):
+            check_out(tmp_path, resume=resume)
+    (tmp_path / "data" / "mine.txt").unlink()
     write_record(tmp_path, {"a": (1, 2), "b": {"c": None}}, "one")
     check_out(tmp_path, resume=True)
     write_record(tmp_path, {"a": [1, 2], "b": {"c": None}}, "two")

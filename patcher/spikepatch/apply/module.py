@@ -130,7 +130,7 @@ def restructure(twin: nn.Module, plan: Plan) -> None:
 
 
 def _own_configs(model: nn.Module) -> None:
-    """Let the caller keep the config as it is, to build another model from: give the modules copies, shared as before."""
+    """Give the modules copies of their configs, shared as before: the caller may build other models from the config."""
     from transformers import PreTrainedConfig
 
     memo: dict[int, Any] = {}

@@ -28,6 +28,7 @@ from filelock import FileLock
 
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.training.documents import PIECE, Input, Piece, inputs
+from spikepatch.training.folder import LOCK, TOKENS
 from spikepatch.training.permutation import permuted
 from spikepatch.training.tokenizing import Tokenizing, too_narrow
 
@@ -103,7 +104,7 @@ def prepare(
     key = _key(training, evaluation, tokenizing, report)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        with FileLock(folder / LOCK):
             found = _read(folder, key)
             return found if found is not None else _write(folder, key, training, evaluation, tokenizing, report)
     except OSError as error:
@@ -203,7 +204,7 @@ def _key(training: Iterable[Input], evaluation: Iterable[Input], tokenizing: Tok
 
 
 def _paths(folder: Path, key: str) -> tuple[Path, Path]:
-    return folder / f"tokens-{key[:16]}.bin", folder / f"tokens-{key[:16]}.json"
+    return folder / f"{TOKENS}{key[:16]}.bin", folder / f"{TOKENS}{key[:16]}.json"
 
 
 def _read(folder: Path, key: str) -> Tokens | None:

@@ -22,6 +22,7 @@ from spikepatch.preflight.weights import fresh
 from spikepatch.quiet import quiet
 from spikepatch.residual.trace import skeleton
 from spikepatch.source import Source, open_source
+from spikepatch.training.folder import DATA, RECORD
 from spikepatch.training.tokenizing import Tokenizing, of_source, shared
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 #: What else lies in the folder of a run.
-_TAKEN = ("data", "run.json", "verdict.json", "report.html")
+_TAKEN = (DATA, RECORD, "verdict.json", "report.html")
 
 
 @dataclass(frozen=True)

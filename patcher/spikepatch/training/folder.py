@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from spikepatch import __version__
 from spikepatch.errors import BadTarget, Refused
@@ -17,21 +21,75 @@ from spikepatch.storage.write import sync
 #: What is run. Written before the first step; its keys but ``versions`` and ``command`` stay as they are.
 RECORD = "run.json"
 
+#: The tokens are in files of this beginning, in this folder; ``data.prepare`` has a lock of the same name there.
+DATA, TOKENS, LOCK = "data", "tokens-", ".lock"
+
 _LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
 
 
 def check_out(out: Path, *, resume: bool) -> None:
-    """Refuse a folder that holds something, or with ``resume``, something that is no run."""
+    """Refuse a folder that holds something, or with ``resume``, something that is no run.
+
+    What a command leaves that was killed before its first step is nothing: the lock, and tokens.
+    """
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if out.exists() and not out.is_dir():
         why, remedy = "it is a file", "give a folder"
-    elif found and not resume:
-        why, remedy = "runs of two commands would be taken for one", "--resume goes on with them; or give a new folder"
-    elif found - {"data", ".lock"} and RECORD not in found:
-        why, remedy = f"it has no {RECORD}: nothing in it is to be resumed", "give the folder of a run, or a new one"
-    else:
+    elif found <= {LOCK, *([DATA] if _holds_tokens(out / DATA) else [])} or (resume and RECORD in found):
         return
+    elif resume:
+        why, remedy = f"it has no {RECORD}: nothing in it is to be resumed", "give the folder of a run, or a new one"
+    elif RECORD in found:
+        why, remedy = "runs of two commands would be taken for one", "--resume goes on with them; or give a new folder"
+    else:
+        why, remedy = "what is in it is not of a training", "give a new folder"
     raise BadTarget("the output folder is not empty", where=str(out), why=why, remedy=remedy)
+
+
+def _holds_tokens(data: Path) -> bool:
+    """And nothing else."""
+    return data.is_dir() and all(path.name == LOCK or path.name.startswith(TOKENS) for path in data.iterdir())
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the folder against other commands; it is made, and where no run has begun, it is gone again at the end.
+
+    Raises:
+        BadTarget: another command holds it, or it cannot be made.
+    """
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    had_tokens = (out / DATA).exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BadTarget(
+            "another command is training into the output folder",
+            where=str(out),
+            why=f"it holds {LOCK}",
+            remedy="wait until it has ended, or give every command a folder of its own",
+        ) from error
+    except OSError as error:
+        raise BadTarget(
+            "the output folder cannot be made",
+            where=str(out),
+            why=str(error),
+            remedy="give another one with --out, or mend its parent's permissions",
+        ) from error
+    try:
+        yield
+    finally:
+        begun = (out / RECORD).exists()
+        if not begun and not had_tokens:
+            shutil.rmtree(out / DATA, ignore_errors=True)
+        lock.release()
+        if not begun:
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                (out / LOCK).unlink(missing_ok=True)
+                for path in made:
+                    path.rmdir()
 
 
 def write_record(out: Path, wanted: Mapping[str, Any], command: str) -> None:

@@ -12,12 +12,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from torch import nn
 
 from spikepatch.apply.saving import pretrained, save, sharded
@@ -26,7 +25,7 @@ from spikepatch.source import Source, open_source
 from spikepatch.training import checkpoints
 from spikepatch.training.data import Tokens, check_enough, prepare
 from spikepatch.training.entries import Entry, build, check_causal, parse_entries, tokenizer_of
-from spikepatch.training.folder import RECORD, check_out, run_folder, write_json, write_record
+from spikepatch.training.folder import DATA, RECORD, check_out, locked, run_folder, write_json, write_record
 from spikepatch.training.launch import Launch, launched
 from spikepatch.training.log import read
 from spikepatch.training.loop import Progress, train
@@ -97,7 +96,7 @@ def run_all(
         check_out(out, resume=resume)
         launch.accelerator.wait_for_everyone()
         if main:
-            stack.enter_context(_locked(out))
+            stack.enter_context(locked(out))
             for note in launch.notes:
                 say(note)
         quiet_steps: Steps = steps if main else lambda step, done=0, total=0: None
@@ -106,7 +105,7 @@ def run_all(
         sources = {entry.name: open_source(entry.source, **access, weights=False) for entry in entries}
         _check_models(sources, settings)
         tokenizing = tokenizer_of(entries, **access)
-        tokens = prepare(data, tokenizing, out / "data", eval_data=eval_data, progress=quiet_steps)
+        tokens = prepare(data, tokenizing, out / DATA, eval_data=eval_data, progress=quiet_steps)
         check_enough(tokens, sequences=settings.sequences, length=settings.seq_len)
         wanted = {
             "settings": dataclasses.asdict(settings),
@@ -223,22 +222,3 @@ def _check_models(sources: Mapping[str, Source], settings: Settings) -> None:
 def _digest(source: Source) -> str:
     """Of the config: a folder may have been changed since."""
     return hashlib.sha256(json.dumps(source.config.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise BadTarget(
-            "another command is training into the output folder",
-            where=str(out),
-            why="it holds .lock",
-            remedy="wait until it has ended, or give every command a folder of its own",
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
