@@ -69,7 +69,8 @@ def test_what_happens_is_said_at_once() -> None:
     told = lines(
         run(), step(1), event(7), event(7, "nonfinite"), event(9, outcome="recovered"), step(100),
         {"type": "rewind", "step": 100, "to": 50, "skipped": [50, 99]},
-        {"type": "stop", "step": 100, "why": "enough"}, {"type": "eval", "step": 100, "loss": 2.25},
+        {"type": "stop", "step": 100, "why": "enough"},
+        {"type": "evaluating", "step": 100, "done": 0, "total": 2048}, {"type": "eval", "step": 100, "loss": 2.25},
         {"type": "layers", "step": 1, "stream": [], "gradients": []},
     )  # fmt: skip
     assert told[2:4] == [
@@ -81,7 +82,16 @@ def test_what_happens_is_said_at_once() -> None:
     assert told[6:] == [
         "  step 100: back to the checkpoint of step 50",
         "  step 100: stopped, enough",
+        "  step 100: evaluating on 2,048 held-out tokens",
         "  step 100: held-out loss 2.25",
+    ]
+
+
+def test_a_long_evaluation_is_seen() -> None:
+    evaluating = [{"type": "evaluating", "step": 100, "done": 10 * i, "total": 1000} for i in range(100)]
+    assert lines(run(), *evaluating)[1:] == [
+        "  step 100: evaluating on 1,000 held-out tokens",
+        *(f"  {done} of 1,000 held-out tokens" for done in (280, 580, 880)),
     ]
 
 
@@ -116,6 +126,14 @@ def test_on_a_terminal(no_color: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         assert words in shown
     assert "seed 0: step 7: a spike of the loss" in shown
     assert ("\x1b[38;5;" in shown or "\x1b[3" in shown) != no_color
+
+
+def test_an_evaluation_on_a_terminal() -> None:
+    out = io.StringIO()
+    with reporting(4, console=Console(file=out, force_terminal=True, width=150)) as report:
+        for record in (run(), step(100), {"type": "evaluating", "step": 100, "done": 512, "total": 1024}):
+            report(record)
+    assert "held-out tokens: 512 of 1,024" in out.getvalue()
 
 
 def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:

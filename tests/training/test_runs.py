@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,17 @@ def test_one_command_at_a_time(inputs: Path, tmp_path: Path) -> None:
     run(inputs, out, steps=1, code=1)
     with FileLock(out / ".lock"):
         refused(inputs, out, "--resume", steps=1, match="another command is training into the output folder")
+
+
+def test_what_is_said_before_the_first_step(inputs: Path, tmp_path: Path) -> None:
+    said = CliRunner().invoke(main, arguments(inputs, tmp_path / "x", steps=2)).stderr.splitlines()
+    (data,) = [line for line in said if "held out for evaluation" in line]
+    assert re.fullmatch(
+        r"[\d,]+ tokens of 1 document \(bytes, since no model has a tokenizer\); [\d,]+ of them .*", data
+    )
+    assert "2 steps after warm-up will be too short to tell: 64 are needed for a verdict" in said
+    assert said.index(data) < next(i for i, line in enumerate(said) if line.startswith("run 1 of 1"))
+    assert any("evaluating on" in line for line in said)
 
 
 @pytest.mark.parametrize("there", [None, "empty", "tokens"])

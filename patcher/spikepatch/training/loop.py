@@ -100,7 +100,8 @@ def train(
         about: the first line of the log: name, source, versions ...
         points: ``watch.points_of(model)``.
         shard: with ``fully_shard``, layer by layer, instead of a copy on each rank.
-        progress: is called with every record of the log, on the main process.
+        progress: is called with every record of the log, on the main process; and while it evaluates, with
+            ``{"type": "evaluating", "step": ..., "done": ..., "total": ...}``, in tokens, which is not in the log.
 
     Returns:
         Why it ended before its last step, if it did; so says the log.
@@ -138,6 +139,10 @@ def train(
         def write(record: Mapping[str, Any]) -> None:
             if log is not None:
                 progress(log.write(record))
+
+        def evaluating(done: int, total: int) -> None:
+            if log is not None:
+                progress({"type": "evaluating", "step": settings.steps, "done": done, "total": total})
 
         def save() -> None:
             state = {
@@ -243,24 +248,33 @@ def train(
             if settings.checkpoint_every and step % settings.checkpoint_every == 0:
                 save()
         else:
-            write({"type": "eval", "step": at.step, "loss": evaluate(model, loss_of, tokens, settings, accelerator)})
+            held_out = evaluate(model, loss_of, tokens, settings, accelerator, evaluating)
+            write({"type": "eval", "step": at.step, "loss": held_out})
     return stop
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loss_of: Loss, tokens: Tokens, settings: Settings, accelerator: Accelerator
+    model: nn.Module,
+    loss_of: Loss,
+    tokens: Tokens,
+    settings: Settings,
+    accelerator: Accelerator,
+    report: Callable[[int, int], None],
 ) -> float | None:
     """Mean cross-entropy on all held-out tokens, the same on every rank; None where there are none.
 
-    Every rank runs as many forward passes as the others, since sharded ones wait for each other.
+    Every rank runs as many forward passes as the others, since sharded ones wait for each other. ``report`` is told
+    how many tokens are done, and how many there are.
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
     sequences = settings.micro_batch or settings.sequences // ranks
     batches = list(held_out_batches(tokens, sequences=sequences, length=settings.seq_len))
     total = count = 0.0
     model.eval()
+    sizes = [rows[:, 1:].size for rows in batches]
     for first in range(0, len(batches), ranks):
+        report(sum(sizes[:first]), sum(sizes))
         rows = torch.from_numpy(batches[min(first + rank, len(batches) - 1)]).to(accelerator.device)
         entropy, _ = loss_of(rows)
         if first + rank < len(batches):

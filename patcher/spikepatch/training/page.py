@@ -12,7 +12,7 @@ from spikepatch.training.curves import Pair, curves, heat_maps, pairs, rates, wh
 from spikepatch.training.outcome import Outcome, outcome
 from spikepatch.training.spikes import SpikeDetector
 from spikepatch.training.tables import event_table, model_table, run_table, score_table
-from spikepatch.training.verdict import RunVerdict, Verdict
+from spikepatch.training.verdict import LEVEL, RunVerdict, Verdict
 
 #: From good to bad.
 _TONES: dict[RunVerdict, Tone] = {
@@ -20,8 +20,9 @@ _TONES: dict[RunVerdict, Tone] = {
 }  # fmt: skip
 
 _FOOTER = (
-    "Sensitivity to the learning rate: Wortsman et al., arXiv 2309.14322. Curves are from log.jsonl of each run; of the"
-    " steps that share a column of pixels, the lowest and the highest are drawn."
+    f"Final loss: mean of the last {LEVEL} steps that were applied. Sensitivity to the learning rate: Wortsman et al.,"
+    " arXiv 2309.14322. Curves are from log.jsonl of each run; of the steps that share a column of pixels, the lowest"
+    " and the highest are drawn."
 )
 
 

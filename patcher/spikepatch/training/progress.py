@@ -85,6 +85,8 @@ class _State:
                 return f"step {record['step']}: back to the checkpoint of step {record['to']}"
             case "stop":
                 return f"step {record['step']}: stopped, {record['why']}"
+            case "evaluating" if record["done"] == 0:
+                return f"step {record['step']}: evaluating on {record['total']:,} held-out tokens"
             case "eval" if record["loss"] is not None:
                 return f"step {record['step']}: held-out loss {record['loss']:.4g}"
         return None
@@ -127,6 +129,9 @@ def _lines(runs: int, console: Console, clock: Callable[[], float]) -> Reporter:
         news = state.take(record)
         if news is not None:
             say(news if record["type"] == "run" else f"  {news}")
+        elif record["type"] == "evaluating" and clock() - said >= _EVERY:
+            said = clock()
+            say(f"  {record['done']:,} of {record['total']:,} held-out tokens")
         elif record["type"] == "step":
             first, last = len(state.recent) == 1, record["step"] == state.steps
             if first or last or clock() - said >= _EVERY:
@@ -155,6 +160,9 @@ def _live(runs: int, console: Console) -> Iterator[Reporter]:
         elif record["type"] == "run" and news is not None:
             bar.reset(task, description=news, total=record["steps"], figures="")
             bar.start()  # not before: what is prepared until then has a bar of its own
+        elif record["type"] == "evaluating":
+            figures = f"held-out tokens: {record['done']:,} of {record['total']:,}"
+            bar.update(task, figures=figures)
         elif news is not None:
             console.print(f"{state.run()}: {news}", markup=False, highlight=False)
 

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,9 @@ from spikepatch.training.launch import Launch, launched
 from spikepatch.training.log import read
 from spikepatch.training.loop import Progress, train
 from spikepatch.training.settings import Settings
+from spikepatch.training.tokenizing import BYTES, Tokenizing
 from spikepatch.training.trackers import check_installed, tracking
-from spikepatch.training.verdict import Verdict, judge, summarise
+from spikepatch.training.verdict import LEAST_STEPS, Verdict, judge, summarise
 from spikepatch.training.watch import Points, points_of
 
 if TYPE_CHECKING:
@@ -107,6 +108,9 @@ def run_all(
         tokenizing = tokenizer_of(entries, **access)
         tokens = prepare(data, tokenizing, out / DATA, eval_data=eval_data, progress=quiet_steps)
         check_enough(tokens, sequences=settings.sequences, length=settings.seq_len)
+        if main:
+            for note in _notes(tokens, tokenizing, settings):
+                say(note)
         wanted = {
             "settings": dataclasses.asdict(settings),
             "lr": lr, "multipliers": multipliers, "seeds": seeds,
@@ -141,6 +145,18 @@ def run_all(
         if main:
             write_json(out / "verdict.json", verdict.to_dict())
         return verdict
+
+
+def _notes(tokens: Tokens, tokenizing: Tokenizing, settings: Settings) -> Iterator[str]:
+    """What there is to train on, and whether it is enough for a verdict."""
+    means = f"{tokenizing.name}, since no model has a tokenizer" if tokenizing.name == BYTES else tokenizing.name
+    yield (
+        f"{tokens.count:,} tokens of {tokens.documents:,} document{'' if tokens.documents == 1 else 's'} ({means});"
+        f" {tokens.held_out:,} of them are held out for evaluation"
+    )
+    after = settings.steps - settings.warmup_steps
+    if after < LEAST_STEPS:
+        yield f"{after} steps after warm-up will be too short to tell: {LEAST_STEPS} are needed for a verdict"
 
 
 def _run(

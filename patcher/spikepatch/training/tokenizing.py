@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
 _SUFFIXES = (".model", ".tiktoken")
 
+#: The name of what stands in for a tokenizer.
+BYTES = "bytes"
+
 #: No UTF-8 text has this byte.
 _BYTES_EOS = 0xFF
 
@@ -115,7 +118,7 @@ def _bytes(limit: int, model: str) -> Tokenizing:
     def encode(texts: Sequence[str]) -> list[Ids]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
-    return Tokenizing("bytes", encode, _BYTES_EOS, 256, _fingerprint("bytes"), limit, model)
+    return Tokenizing(BYTES, encode, _BYTES_EOS, 256, _fingerprint(BYTES), limit, model)
 
 
 def _of_folder(source: Source, limit: int, model: str) -> Tokenizing:
