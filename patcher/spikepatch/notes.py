@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,16 @@ def whose_weights(source: Source, plan: Plan) -> Iterator[str]:
     else:
         yield "fresh weights: a model to pre-train"
     if source.patched is not None and source.patched["embeddings"]:
-        yield f"{source.name} is patched already ({source.patched['recipe']}): the new plan takes the old one's place"
+        old = ", ".join([source.patched["recipe"], *_factors(source.patched["embeddings"], plan)])
+        note = f"{source.name} is patched already ({old}): the new plan takes the old one's place"
+        yield note + (", and the learned weights were trained with the old one" if plan.reinit != "all" else "")
+
+
+def _factors(embeddings: Mapping[str, Mapping[str, Any]], plan: Plan) -> Iterator[str]:
+    for name, edit in embeddings.items():
+        if "factor" in edit:
+            factor = math.sqrt(plan.width) if edit["factor"] == "sqrt(width)" else edit["factor"]
+            yield f"{name} * {factor:.6g}"
 
 
 def how_it_loads(plan: Plan, route: Route, *, trust: bool) -> str:
