@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from spikepatch.cli import main
+from spikepatch.preflight.verdict import Thresholds
 from tests.architectures import tiny_config
 from tests.preflight.test_check import KEYS
 
@@ -36,8 +38,9 @@ def test_every_option_is_explained() -> None:
 
 
 def test_the_table(source: str) -> None:
-    done = run(source, "--recipe", "embed-ln", "--tokens", "16", "--deep")
+    done = run(source, "--recipe", "embed-ln", "--tokens", "16", "--deep", "-v")
     assert done.exit_code == 0
+    assert "sub-layers\n" not in run(source, "--tokens", "16").stdout
     assert "GPT2LMHeadModel: pre-norm, width d = 64, S = 6 sub-layers; 2 x 16 tokens" in done.stdout
     for words in (
         "as it is: at-risk",
@@ -47,10 +50,18 @@ def test_the_table(source: str) -> None:
         "transformer.wte.weight",
     ):
         assert words in done.stdout
-    assert f"remedy: spikepatch convert {source} OUT --recipe scaled-embed" in done.stdout
+    assert done.stdout.count(f"remedy: spikepatch convert {source} OUT --recipe scaled-embed") == 1
+    stream = r"at-risk: the stream enters .*: .* \(Eq\. 14; 0\.0\d+, the limit is 0\.5\)"
+    assert re.search(stream, done.stdout)
     assert "Not predicted: spikes" in done.stdout
     assert "mapping the residual stream ..." in done.stderr
     assert "..." not in done.stdout
+
+
+def test_the_help_names_every_threshold() -> None:
+    shown = " ".join(run("--help").output.split())
+    for field in dataclasses.fields(Thresholds):
+        assert field.name in shown
 
 
 def test_json(source: str) -> None:

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spikepatch.commands import options
-from spikepatch.commands.console import is_quiet, progress
+from spikepatch.commands.console import is_quiet, is_verbose, progress
 from spikepatch.errors import BadTarget, Refused
 
 if TYPE_CHECKING:
     from spikepatch.preflight.result import StabilityReport
+
+_THRESHOLDS = (
+    "Change a limit of the verdict: stream_low, stream_high, excess, ratio_at_risk, ratio_unstable, loss or gaussian."
+)
 
 
 @click.command("check")
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--deep", is_flag=True, help="Measure every sub-layer's Jacobian too, and the attention bounds.")
 @click.option("--steps", type=click.IntRange(min=0), default=0, metavar="N", help="Run N AdamW steps as well.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of --steps.")
-@click.option("--threshold", "thresholds", multiple=True, metavar="NAME=X", help="Change a threshold of the verdict.")
+@click.option("--threshold", "thresholds", multiple=True, metavar="NAME=X", help=_THRESHOLDS)
 @click.option(
     "--report",
     type=click.Path(dir_okay=False),
@@ -64,7 +68,8 @@ def check_command(
     What is measured: the size of its residual stream, of its gradients through the layers, and the paper's bounds.
 
     SOURCE is a hub id (gpt2), a local folder (with or without weights), or arch:TYPE (arch:gpt2). Without weights it is
-    checked as its own initialiser makes it. --reinit, --factor, --positions and --untie are of the recipes.
+    checked as its own initialiser makes it. --reinit, --factor, --positions and --untie are of the recipes. -v prints
+    every layer, and --report draws them.
 
     \b
         spikepatch check arch:gpt2
@@ -120,7 +125,7 @@ def _print(report: StabilityReport) -> None:
         f" {report.batch} x {report.tokens} tokens, float32 on {report.device}"
     )
     print_table(summary_table(report), console)
-    for model in report.every:
+    for model in report.every if is_verbose() else ():
         print_table(embedding_table(model), console)
         print_table(layer_table(model), console)
     for model in report.every:

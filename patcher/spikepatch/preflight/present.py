@@ -23,7 +23,7 @@ def summary_table(report: StabilityReport) -> Table:
         ("stream after the last layer", lambda m: number(m.sigma_end)),
         ("gradient, first over last layer", lambda m: number(m.gradient_ratio)),
         ("Eq. 15 excess at layer 1", lambda m: number(m.eq15_excess_layer1)),
-        ("Eq. 15 excess, by the stream's std", lambda m: number(m.eq15_excess_layer1_stream)),
+        ("Eq. 15 excess, by the stream there", lambda m: number(m.eq15_excess_layer1_stream)),
         ("Eq. 7, product of the bounds", lambda m: number(m.bound_product)),
         ("product of measured Jacobians", lambda m: number(m.jacobian_product)),
         ("initial loss (log V)", lambda m: f"{number(m.initial_loss)} ({number(m.log_vocab)})"),
@@ -84,10 +84,12 @@ def embedding_table(report: StabilityReport) -> Table:
 
 
 def findings(report: StabilityReport) -> Iterable[str]:
-    """One line each, with the remedy; reasons for what is not covered once each."""
+    """One line each, with the limit; then remedies, and reasons for what is not covered, once each."""
     for f in report.findings:
-        equation = f" ({f.equation})" if f.equation else ""
-        yield f"{f.severity}: {f.what}{equation}" + (f"; remedy: {f.remedy}" if f.remedy else "")
+        compared = f"{number(f.measured)}, the limit is {number(f.limit)}" if f.limit is not None else ""
+        rests_on = "; ".join(filter(None, (f.equation, compared)))
+        yield f"{f.severity}: {f.what}" + (f" ({rests_on})" if rests_on else "")
+    yield from (f"remedy: {remedy}" for remedy in dict.fromkeys(f.remedy for f in report.findings if f.remedy))
     reasons = Counter(s.not_covered for layer in report.layers for s in layer.sublayers if s.not_covered)
     for reason, count in reasons.items():
         yield f"bound not covered in {count} of {report.sublayers} sub-layers: {reason}"

@@ -101,7 +101,7 @@ def _findings(report: StabilityReport, residual: ResidualMap, limits: Thresholds
         yield Finding(
             "eq15",
             "at-risk",
-            f"the first MLP may multiply the gradient by {1 + excess:.3g}: too large for its shortcut",
+            f"the first MLP may multiply the gradient by 1 + {excess:.3g}: too large for its shortcut",
             excess,
             limit,
             "Eq. 15",
