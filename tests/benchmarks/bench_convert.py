@@ -4,9 +4,10 @@ speed: a 1.1 B-parameter bfloat16 Llama in 5 shards (2.2 GB); in-process, after 
 the other, 7 rounds; ratios are of medians. Targets: ``--reinit none`` at most 2.0 times (cp + sync), ``--reinit all``
 at most 1.3 times (values / rate of one generator + cp + sync), both at most 0.5 times transformers' load and save. With
 ``MERGEKIT=/path/to/mergekit-yaml`` (in an environment of its own) the whole command at most 0.5 times its passthrough.
+"Less planning": without what comes before the first byte (finding and proving the stream, 1 to 3 s), which depends on
+the number of layers, and not on their size.
 memory: 20 GB of weights, and one tensor of 4 GB; the target is 256 MB and a piece above ``import torch``. It takes
-20 GB of disk. linear: 0.1, 1 and 10 GB. "Less planning": without what comes before the first byte (finding and proving
-the stream, 1 to 3 s), which depends on the number of layers, and not on their size.
+20 GB of disk. linear: 0.1, 1 and 10 GB, beside cp + sync of the same.
 
 ``TMPDIR`` says on which disk. On a machine that others use too, the seconds of the processors tell more than the clock.
 """
@@ -85,6 +86,12 @@ def timed(work: Callable[[Path], object], out: Path) -> tuple[float, float]:
     return seconds
 
 
+def copy(source: Path, out: Path) -> None:
+    """Of every byte, zeros too, until it is on the disk."""
+    subprocess.run(["cp", "-r", "--reflink=never", "--sparse=never", str(source), str(out)], check=True)
+    os.sync()
+
+
 def _busy() -> float:
     both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in both)
@@ -98,10 +105,6 @@ def speed(layers: int = 22) -> None:
 
     def generator(out: Path) -> None:
         values.normal_()
-
-    def copy(out: Path) -> None:
-        subprocess.run(["cp", "-r", "--reflink=never", str(source), str(out)], check=True)
-        os.sync()
 
     def load_and_save(out: Path) -> None:
         AutoModelForCausalLM.from_pretrained(source).save_pretrained(out)
@@ -133,7 +136,7 @@ def speed(layers: int = 22) -> None:
         values = torch.empty(1 << 26)
         values.normal_()
         jobs: dict[str, Callable[[Path], object]] = {
-            "cp + sync": copy,
+            "cp + sync": partial(copy, source),
             "--reinit none": lambda out: spikepatch.convert(str(source), out, reinit="none"),
             "--reinit all": lambda out: spikepatch.convert(str(source), out, reinit="all"),
             "one generator": generator,
@@ -229,14 +232,16 @@ def linear() -> None:
     wide = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 2048}
     for layers, intermediate in ((1, 1024), (5, 5000), (24, 14336)):
         with scratch() as folder:
-            size = sparse_source(folder / "source", 2, num_hidden_layers=layers, intermediate_size=intermediate, **wide)
+            source = folder / "source"
+            size = sparse_source(source, 2, num_hidden_layers=layers, intermediate_size=intermediate, **wide)
+            rounds = 3 if size < 5e9 else 1
+            copied = statistics.median(timed(partial(copy, source), folder / "out")[0] for _ in range(rounds))
+            click.echo(f"{size / 1e9:.2f} GB, cp + sync: {copied:.2f} s; for each GB {copied / size * 1e9:.2f} s")
             for reinit in ("none", "all"):
                 took = []
                 for dry in (True, False):
-                    convert = partial(
-                        spikepatch.convert, str(folder / "source"), reinit=reinit, factor=2.0, dry_run=dry
-                    )
-                    runs = [timed(convert, folder / "out") for _ in range(3 if size < 5e9 else 1)]
+                    convert = partial(spikepatch.convert, str(source), reinit=reinit, factor=2.0, dry_run=dry)
+                    runs = [timed(convert, folder / "out") for _ in range(rounds)]
                     took.append([statistics.median(run[i] for run in runs) for i in (0, 1)])
                 (plan, busy_plan), (whole, busy) = took
                 clock, work = (whole - plan) / size * 1e9, (busy - busy_plan) / size * 1e9
