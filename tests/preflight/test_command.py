@@ -202,3 +202,13 @@ def test_text_takes_the_tokenizer_of_the_source(gpt2_tokenizer: Path, tmp_path: 
     assert json.loads(done.stdout)["tokens"] == positions
     text.write_text("too short")
     assert run(str(folder), "--text", str(text), "--tokens", "16").exit_code == 2
+
+
+def test_a_folder_of_pickles_is_told_what_helps_here(tmp_path: Path) -> None:
+    tiny_config("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    done = run(str(tmp_path))
+    assert done.exit_code == 2
+    assert "for check a folder with the config.json alone" in done.stderr
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert run(str(tmp_path), "--tokens", "12").exit_code == 0

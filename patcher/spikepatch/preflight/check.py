@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from spikepatch.errors import Refused, first_line
+from spikepatch.meta import check_module
 from spikepatch.plans import Reinit
 from spikepatch.preflight.assemble import View, bound_product, growth
 from spikepatch.preflight.inputs import random_tokens, text_tokens
@@ -94,6 +95,7 @@ def check(
         if recipes and source.patched is not None:  # a recipe takes the place of the patch
             plain = of_source(source, seed, patched=False)
     else:
+        check_module(model)
         base = of_model(model, seed)
     name = source.name if source is not None else type(base.structure).__name__
     inputs = example_inputs
