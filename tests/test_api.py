@@ -88,7 +88,7 @@ def test_example_inputs_that_are_no_dict() -> None:
 
 def test_messages_fit_the_command_and_python(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
-    with pytest.raises(spikepatch.Refused, match="^recipe: there is no recipe 'scaled'"):
+    with pytest.raises(spikepatch.Refused, match=r"^recipe: there is no recipe 'scaled'"):
         spikepatch.plan(model, "scaled", reinit="all")
     spikepatch.patch(model, "scaled-embed", reinit="all")
     spikepatch.save(model, tmp_path / "out")

@@ -161,7 +161,9 @@ def _call(transform: Transform, *, every: bool = False) -> str:
 
     kinds = {kind: name for name, kind in KINDS.items()}
     name = kinds.get(type(transform), getattr(transform, "__qualname__", type(transform).__qualname__))
-    fields = dataclasses.fields(transform) if dataclasses.is_dataclass(transform) else ()
+    fields: tuple[dataclasses.Field[Any], ...] = ()
+    if dataclasses.is_dataclass(transform):
+        fields = dataclasses.fields(transform)
     values = {field.name: (getattr(transform, field.name), field.default) for field in fields}
     shown = [f"{field}={value!r}" for field, (value, default) in values.items() if every or value != default]
     return f"{name}({', '.join(shown)})"

@@ -72,7 +72,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
         raise Refused(
             what="example_inputs is no dict of arguments",
             where=type(model).__name__,
-            why=f"it is of type {type(example_inputs).__name__}, and which argument of forward it is for is not guessed",
+            why=f"it is of type {type(example_inputs).__name__}, and does not say which argument it is for",
             remedy="pass example_inputs={'name of the argument': tensor}",
         )
     twin = skeleton(model)

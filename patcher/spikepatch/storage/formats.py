@@ -103,13 +103,10 @@ def size(count: int) -> str:
     """``count`` bytes as people read them, to three digits: 652 MB."""
     if count < 1000:
         return f"{count} bytes"
-    number, unit = float(count), ""
-    for unit in ("kB", "MB", "GB", "TB"):
-        number /= 1000
-        if round(number) < 1000:
-            break
+    power = next((power for power in (1, 2, 3) if round(count / 1000**power) < 1000), 4)
+    number = count / 1000**power
     digits = 2 if round(number, 2) < 10 else 1 if round(number, 1) < 100 else 0
-    return f"{number:.{digits}f} {unit}"
+    return f"{number:.{digits}f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 def some(items: Iterable[str], limit: int = 3) -> str:
