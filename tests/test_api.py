@@ -6,11 +6,15 @@ import dataclasses
 import inspect
 import pydoc
 import re
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import torch
 
 import spikepatch
+from tests.architectures import tiny_model
 
 PUBLIC = {name: getattr(spikepatch, name) for name in spikepatch.__all__}
 FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
@@ -49,6 +53,47 @@ def test_every_field_and_method_of_a_class_is_explained(name: str) -> None:
     assert entries(section(kind, "Attributes")) == fields
     own = [value for key, value in vars(kind).items() if not key.startswith("_") and key not in fields]
     assert all(inspect.getdoc(value) for value in own), [value for value in own if not inspect.getdoc(value)]
+
+
+def test_a_name_where_a_model_is_meant(tmp_path: Path) -> None:
+    plan = spikepatch.plan(tiny_model("gpt2"), reinit="all")
+    name: Any = "gpt2"
+    calls: list[Callable[[], object]] = [
+        lambda: spikepatch.inspect(name),
+        lambda: spikepatch.initialize(name, plan),
+        lambda: spikepatch.save(name, tmp_path / "out"),
+        lambda: spikepatch.param_groups(name),
+        lambda: spikepatch.plan(cast(Any, None), reinit="none"),
+        lambda: spikepatch.check(cast(Any, 3)),
+    ]
+    for call in calls:
+        with pytest.raises(spikepatch.Refused, match="this is no loaded model") as refused:
+            call()
+        assert "load the model first" in refused.value.remedy
+        assert "spikepatch.convert take names" in refused.value.remedy
+
+
+def test_example_inputs_that_are_no_dict() -> None:
+    model, inputs = tiny_model("gpt2"), cast(Any, torch.ones(1, 4, dtype=torch.long))
+    calls: list[Callable[[], object]] = [
+        lambda: spikepatch.inspect(model, example_inputs=inputs),
+        lambda: spikepatch.plan(model, reinit="all", example_inputs=inputs),
+        lambda: spikepatch.check(model, example_inputs=[inputs]),  # type: ignore[arg-type]
+    ]
+    for call in calls:
+        with pytest.raises(spikepatch.Refused, match="example_inputs is no dict of arguments") as refused:
+            call()
+        assert "{'name of the argument': tensor}" in refused.value.remedy
+
+
+def test_messages_fit_the_command_and_python(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    with pytest.raises(spikepatch.Refused, match=r"^recipe: there is no recipe 'scaled'"):
+        spikepatch.plan(model, "scaled", reinit="all")
+    spikepatch.patch(model, "scaled-embed", reinit="all")
+    spikepatch.save(model, tmp_path / "out")
+    with pytest.raises(spikepatch.BadTarget, match=r"give --overwrite \(in Python, overwrite=True\)"):
+        spikepatch.save(model, tmp_path / "out")
 
 
 def test_help_is_readable() -> None:

@@ -273,6 +273,7 @@ CASES = {
     ),
     "plain": Case(config, ("--storage plain cannot hold", "--storage auto"), ("--storage", "plain")),
     "nothing to untie": Case(config_of("gpt_neox"), ("no tied head", "leave --untie out"), ("--untie",)),
+    "nothing to replace": Case(config, ("no factor to replace", "leave --replace"), ("--replace",)),
     "nothing to change": Case(
         weights, ("changes nothing", "scaled-embed"), ("--recipe", "vanilla", "--reinit", "none")
     ),

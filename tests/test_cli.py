@@ -229,6 +229,31 @@ def test_levels_of_the_other_commands(source: str) -> None:
     assert not any("c_proj" in name for name in reached)
 
 
+@pytest.mark.parametrize(("words", "missing"), [([], "--width and --layers"), (["--layers", "2"], "--width")])
+def test_what_megatron_lacks_is_named_and_nothing_else(words: list[str], missing: str) -> None:
+    done = CliRunner().invoke(main, ["recipes", "vanilla", "--for", "megatron", *words])
+    assert done.exit_code == 2
+    assert f"--for needs {missing}." in done.stderr
+
+
+def test_a_used_folder_is_refused_before_torch_is_loaded(source: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/x").touch()
+    script = f"""
+import sys
+from click.testing import CliRunner
+from spikepatch.cli import main
+for command in ("convert", "fold"):
+    done = CliRunner().invoke(main, [command, {source!r}, {str(tmp_path / "out")!r}])
+    assert done.exit_code == 2 and "is not empty" in done.stderr, done.output
+    done = CliRunner().invoke(main, [command, {source!r}, {source + "/out"!r}])
+    assert done.exit_code == 2 and "lies inside the source" in done.stderr, done.output
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
 def test_verbose_and_quiet_exclude_each_other() -> None:
     done = CliRunner().invoke(main, ["recipes", "-v", "-q"])
     assert done.exit_code == 2
@@ -449,6 +474,9 @@ def test_architectures() -> None:
     assert (row["type"], row["proven"], row["placement"]) == ("openai-gpt", True, "post-norm")
     table = CliRunner().invoke(main, ["architectures", "--filter", "openai-gpt"]).stdout
     assert "1 of 1 proven" in table
+    narrow = CliRunner(env={"COLUMNS": "60"}).invoke(main, ["architectures", "--filter", "openai-gpt"]).stdout
+    assert "…" not in narrow
+    assert "post-norm" not in narrow.splitlines()[3]  # it is folded at this width
 
 
 def test_no_warning_of_a_dependency_is_shown(source: str, tmp_path: Path) -> None:

@@ -330,6 +330,13 @@ def test_a_tokenizer_that_auto_tokenizer_takes_for_another(gpt2_tokenizer: Path,
     assert type(right).from_pretrained(result.out)(PROBE).input_ids == right(PROBE).input_ids
 
 
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    """From its config alone transformers makes a tokenizer that knows one token, which fits any vocabulary."""
+    tiny_model("gpt2").save_pretrained(tmp_path / "source")
+    note = spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", reinit="none").notes[-1]
+    assert note.endswith("source has no usable tokenizer: AutoTokenizer finds no vocabulary in the folder")
+
+
 def test_a_tokenizer_that_needs_code_of_its_own(tiny: Path, tmp_path: Path) -> None:
     source, marker = tmp_path / "source", tmp_path / "ran"
     shutil.copytree(tiny, source)

@@ -203,7 +203,7 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert "for use, not for training on" in lines[1]
     assert lines[2:4] == [
-        "transformer.wte.weight: rows times their factor, or behind their norm",
+        "transformer.wte.weight: its rows were multiplied by 8 = sqrt(d)",
         "the head has its own matrix now, and the config says so",
     ]
     assert lines[-1] == f'load it with AutoModelForCausalLM.from_pretrained("{tmp_path / "plain"}")'
@@ -211,6 +211,33 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
     assert hashes(tmp_path / "again") == hashes(tmp_path / "plain")
     assert refused.exit_code == 2
     assert "there is nothing to fold" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"factor": 3.0}, "its rows were multiplied by 3"),
+        ({"recipe": "embed-ln"}, "its rows went through the LayerNorm"),
+    ],
+)
+def test_it_says_what_became_of_the_table(options: dict[str, Any], said: str, source: Path, tmp_path: Path) -> None:
+    patched = spikepatch.convert(str(source), tmp_path / "patched", **options).out
+    notes = spikepatch.fold(str(patched), tmp_path / "plain").notes
+    assert [note for note in notes if "its rows" in note] == [f"transformer.wte.weight: {said}"]
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spelt as a path, or so that it may be a hub id: no fresh model is offered, which could not be folded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, message in (("./plainnone", "does not exist"), ("plainnone", "is no folder here, cannot be fetched")):
+        done = CliRunner().invoke(main, ["fold", name, "out"])
+        assert done.exit_code == 2
+        assert message in done.stderr
+        assert "arch:" not in done.stderr
+    offered = CliRunner().invoke(main, ["convert", "plainnone", "out"]).stderr
+    assert "is no folder here" in offered
+    assert "arch:TYPE" in offered
 
 
 # What is refused

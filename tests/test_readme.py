@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import spikepatch
 from spikepatch.cli import main
-from spikepatch.plans import Recipe
+from spikepatch.plans import Fill, Recipe
 from spikepatch.recipes import RECIPES
+from tests.architectures import tiny_model
 from tests.residual.test_golden import golden
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +118,17 @@ def test_recipes_are_listed(recipe: Recipe) -> None:
     row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{recipe.name}`"))
     marks = [cell.strip() for cell in row.split("|")][-3:-1]
     assert marks == ["yes" if met else "no" for met in (recipe.small_sublayers, recipe.large_shortcut)]
+
+
+def test_the_recipe_of_ones_own_is_one(tmp_path: Path) -> None:
+    """Its file is read, and planned: a std of 0.02, and 0.02 over the root of 2 sub-layers in each of 3 layers."""
+    file = tmp_path / "mine.toml"
+    file.write_text(block("recipe"), encoding="utf-8")
+    plan = spikepatch.plan(tiny_model("gpt2"), str(file), reinit="all")
+    assert plan.recipe == "mine"
+    assert plan.structural
+    assert {fill.std for fill in plan.select(Fill)} == {0.02, 0.02 / math.sqrt(6)}
+    assert "transformer.wte.weight" in plan.no_decay
 
 
 def test_the_file_tree_is_there() -> None:

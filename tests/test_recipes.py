@@ -22,6 +22,7 @@ from spikepatch.plans import Fill, Recipe, Transform
 from spikepatch.recipe_files import KINDS, read_recipe
 from spikepatch.recipes import RECIPES, find
 from spikepatch_transforms.embed_norm import EmbedNorm
+from spikepatch_transforms.embed_scale import EmbedScale
 from spikepatch_transforms.residual_init import ResidualInit
 from spikepatch_transforms.small_init import SmallInit
 from tests.architectures import tiny_config, tiny_model
@@ -155,9 +156,20 @@ def test_every_transform_has_its_kind(tmp_path: Path) -> None:
         ("[[transform]]\nkind = 'small_init'", "has no name"),
         ("name = 'x'\ntransform = 3", "no list of transforms"),
         ("name = 'x'\nequaton = 'y'", r"no field 'equaton'(.|\n)*did you mean equation"),
-        ("name = 'x'\ntransforms = []", r"no field 'transforms'"),
+        (
+            "name = 'x'\ntransforms = []",
+            r"no field 'transforms'(.|\n)*name, transform, (.|\n)*did you mean transform\?",
+        ),
+        ("name = 'x'\n[[transforms]]\nkind = 'untie'", r"no field 'transforms'(.|\n)*did you mean transform\?"),
+        ("name = 'x'\nsteps = []", r"no field 'steps'(.|\n)*name, transform, "),
+        ("name = 'x'", r"no list of transforms(.|\n)*\[\[transform\]\](.|\n)*spikepatch recipes --help"),
+        ("name = 'x'\ntransform = []", "no list of transforms"),
         ("name = 3", r"name = 3 does not fit(.|\n)*a text"),
-        ("name = 'x'\n[[transform]]\nstd = 1.0", r"transform 1: there is no transform None"),
+        (
+            "name = 'x'\n[[transform]]\nstd = 1.0",
+            r"transform 1: the transform has no kind(.|\n)*small_init, residual_init, (.|\n)*add kind = \"small_init\"",
+        ),
+        ("name = 'x'\n[[transform]]\nkind = 'xyz'", r"no transform 'xyz'(.|\n)*small_init, (.|\n)*recipes --help"),
         ("name = 'x'\n[[transform]]\nkind = 'small-init'", r"no transform 'small-init'(.|\n)*did you mean small_init"),
         ("name = 'x'\n[[transform]]\nkind = 'embed_scale'\nfaktor = 2.0", r"'faktor'(.|\n)*did you mean factor"),
         ("name = 'x'\n[[transform]]\nkind = 'embed_scale'\nfactor = '2'", r"factor = '2' does not fit(.|\n)*a number"),
@@ -174,14 +186,37 @@ def test_what_a_file_cannot_say(text: str, message: str, tmp_path: Path) -> None
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"cannot be read(.|\n)*No such file"):
+    with pytest.raises(Refused, match=r"cannot be read(.|\n)*No such file(.|\n)*spikepatch recipes --help"):
         read_recipe(tmp_path / "missing.toml")
 
 
-def test_a_recipe_without_transforms(tmp_path: Path) -> None:
-    path = write(tmp_path, "name = 'empty'")
+def test_a_recipe_without_transforms() -> None:
     with pytest.raises(Refused, match="the recipe empty changes nothing"):
-        spikepatch.plan(tiny_model("gpt2"), str(path), reinit="all")
+        spikepatch.plan(tiny_model("gpt2"), Recipe("empty", ()), reinit="all")
+
+
+def test_the_command_shows_what_a_file_may_hold(tmp_path: Path) -> None:
+    """The file in its help is one; the list ends with every kind and its options, as files of their own."""
+    shown = CliRunner().invoke(main, ["recipes", "--help"], terminal_width=100).output
+    lines = [line.strip() for line in shown[: shown.index("Options:")].splitlines()]
+    help_file = write(tmp_path, "\n".join(lines[lines.index('name = "mine"') :]))
+    assert read_recipe(help_file).transforms == (SmallInit(base="normal", std=0.02), EmbedScale())
+
+    blocks = CliRunner().invoke(main, ["recipes"]).output.split("\n\n    kind = ")[1:]
+    assert len(blocks) == len(KINDS)
+    for block, (kind, config) in zip(blocks, KINDS.items(), strict=True):
+        name, *options = (line.split("  ")[0] for line in map(str.strip, block.splitlines()))
+        assert name == json.dumps(kind)
+        assert [option.partition(" = ")[0] for option in options] == [f.name for f in dataclasses.fields(config)]
+        defaults = [option for option in options if " = " in option]
+        path = write(tmp_path, "\n".join(['name = "x"', "[[transform]]", f"kind = {name}", *defaults]))
+        assert read_recipe(path).transforms == (config(),)
+
+
+def test_verbose_shows_every_option(tmp_path: Path) -> None:
+    short, long = (CliRunner().invoke(main, ["recipes", "vanilla", *more]).output for more in ([], ["-v"]))
+    assert "\nsmall_init()\n" in short
+    assert "\nsmall_init(base='small', std=None, cut=0.0, uniform=False, token_embedding=True)\n" in long
 
 
 def test_a_file_by_the_command(tmp_path: Path) -> None:

@@ -514,7 +514,7 @@ def test_without_the_hub_the_cache_serves(tmp_path: Path, hub: LocalHub, save_ti
     assert partial["has_weights"]
     assert config_only["what"] == "its weights cannot be fetched, and are not in the local cache"
     for error in (absent, other):
-        assert error["what"] == "cannot be fetched, and is not in the local cache"
+        assert error["what"] == "is no folder here, cannot be fetched, and is not in the local cache"
     for error in (config_only, absent, other):
         assert f"HF_ENDPOINT is {hub.url}, HF_HUB_OFFLINE is 1" in error["why"]
         assert "arch:TYPE" in error["remedy"]
@@ -533,7 +533,7 @@ def test_a_hub_that_is_down(tmp_path: Path, hub: LocalHub) -> None:
     assert "503" in broken["why"]
     assert f"HF_ENDPOINT is {closed}, HF_HUB_OFFLINE is not set" in unreachable["why"]
     for error in (broken, unreachable):
-        assert error["what"] == "cannot be fetched, and is not in the local cache"
+        assert error["what"] == "is no folder here, cannot be fetched, and is not in the local cache"
         assert "arch:gpt2" in error["remedy"]
 
 

@@ -32,7 +32,7 @@ from spikepatch.residual.map import ResidualMap
 from spikepatch.source import Source, build_meta, open_source
 from spikepatch.storage.header import torch_dtype
 from spikepatch.storage.manifest import MANIFEST, command_line, manifest
-from spikepatch.storage.publish import check_space, check_target, publishing, unwritable
+from spikepatch.storage.publish import check_local_target, check_space, check_target, publishing, unwritable
 from spikepatch.storage.routes import Kind, Storage, check_storage, choose
 from spikepatch.storage.write import Written, check_shard_size, parse_dtype, write_text
 from spikepatch.tokenizer import tokenizer_problem
@@ -129,12 +129,17 @@ def convert(
     check_storage(storage)
     check_shard_size(max_shard_size)
     asked = None if dtype is None else parse_dtype(dtype)
-    folder, local = Path(out), Path(source).expanduser()
+    folder = Path(out)
     # Before anything is fetched, and again once it is known where in the cache a hub id lies.
-    check_target(folder, local if local.is_dir() else None, overwrite=overwrite)
+    check_local_target(folder, source, overwrite=overwrite)
     report("reading the source")
     found = open_source(
-        source, revision=revision, trust_remote_code=trust_remote_code, weights=reinit != "all", report=report
+        source,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        weights=reinit != "all",
+        learned=reinit != "all",
+        report=report,
     )
     check_target(folder, found.folder, overwrite=overwrite)
     check_weights(found, reinit)

@@ -18,6 +18,7 @@ from spikepatch.errors import on_one_line
 from spikepatch.plans import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 from spikepatch.quiet import quiet
 from spikepatch.residual.names import layers
+from spikepatch.storage.formats import size
 from spikepatch.tokenizer import SAMPLE, load_tokenizer
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _sample(source: Source) -> torch.Tensor | str:
         return f"{source.model_class.__name__} is no causal language model"
     needed = 4 * sum(math.prod(entry.shape) for entry in source.checkpoint.tensors.values())
     if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
-        return f"in float32 the model takes {needed / 1e9:.0f} GB, more than half of this machine's memory"
+        return f"in float32 the model takes {size(needed)}, more than half of this machine's memory"
     assert source.folder is not None
     tokenizer = load_tokenizer(source.folder)
     if isinstance(tokenizer, str):

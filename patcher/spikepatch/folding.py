@@ -18,14 +18,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from spikepatch import notes
-from spikepatch.apply.folded import Rows, fold_shards, plain_model
+from spikepatch.apply.folded import Held, Rows, fold_shards, plain_model
 from spikepatch.apply.kept import Match, match_source
 from spikepatch.apply.original import original_in
 from spikepatch.apply.patched import build_as_it_is
@@ -33,9 +36,10 @@ from spikepatch.apply.shards import Progress, Shards, write_folder
 from spikepatch.apply.source_code import check_generated, stored_as_code
 from spikepatch.errors import Refused
 from spikepatch.planning import check_weights
+from spikepatch.plans import NORM_NAMES
 from spikepatch.source import MODEL_CARD, Source, open_source
 from spikepatch.storage.manifest import MANIFEST, command_line, fold_card, fold_manifest, inherited_metadata
-from spikepatch.storage.publish import check_space, check_target, publishing, unwritable
+from spikepatch.storage.publish import check_local_target, check_space, check_target, publishing, unwritable
 from spikepatch.storage.write import write_text
 
 
@@ -97,10 +101,12 @@ def fold(
         SpikepatchError: it cannot be read or written.
     """
     report: Progress = progress or (lambda step, done=0, total=0: None)
-    folder, local = Path(out), Path(trained).expanduser()
-    check_target(folder, local if local.is_dir() else None, overwrite=overwrite)
+    folder = Path(out)
+    check_local_target(folder, trained, overwrite=overwrite)
     report("reading the source")
-    found = open_source(trained, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=report)
+    found = open_source(
+        trained, revision=revision, trust_remote_code=trust_remote_code, weights=True, learned=True, report=report
+    )
     check_target(folder, found.folder, overwrite=overwrite)
     record = _record(found)
     check_weights(found, "none")
@@ -119,7 +125,7 @@ def fold(
         untied=bool(found.config.tie_word_embeddings and not plain.config.tie_word_embeddings),
         parameters=shards.elements,
         bytes=shards.bytes,
-        notes=tuple(_notes(shards, match, record["embeddings"])),
+        notes=(*_notes(shards, match, record["embeddings"]), *_folded_tables(plain, held)),
     )
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
@@ -161,6 +167,21 @@ def _notes(shards: Shards, match: Match, edits: Mapping[str, Any]) -> Iterator[s
         yield "for use, not for training on: Adam's step relative to the size of an embedding row is another one now"
     if match.unused:
         yield f"{len(match.unused)} tensors of the source are not part of the architecture and left out"
+
+
+def _folded_tables(plain: nn.Module, held: Mapping[str, Held]) -> Iterator[str]:
+    """What has become of the rows of each table that is not as it was."""
+    for name, rows in held.items():
+        if not isinstance(rows, Rows):
+            continue
+        match json.loads(rows.edit):
+            case {"norm": kind}:
+                yield f"{name}: its rows went through the {NORM_NAMES[kind]}"
+            case {"factor": "sqrt(width)"}:
+                width = plain.get_parameter(name).shape[-1]
+                yield f"{name}: its rows were multiplied by {math.sqrt(width):.6g} = sqrt(d)"
+            case {"factor": factor}:
+                yield f"{name}: its rows were multiplied by {factor:.6g}"
 
 
 def _texts(source: Source, plain: Any, result: Folded) -> dict[str, str]:

@@ -33,8 +33,11 @@ class Snapshot:
     online: bool
 
 
-def locate(repository: str, revision: str | None) -> Snapshot:
+def locate(repository: str, revision: str | None, *, learned: bool = False) -> Snapshot:
     """Resolve a revision, list its files with one request, and fetch its config.json. Without the Hub, use the cache.
+
+    Args:
+        learned: only a trained model will do, so ``arch:TYPE`` is no remedy.
 
     Raises:
         BadSource: no such repository or revision, no access, no config.json, or neither Hub nor cache has it.
@@ -53,7 +56,8 @@ def locate(repository: str, revision: str | None) -> Snapshot:
                 "is neither a folder nor a model id",
                 where=repository,
                 why=first_line(error),
-                remedy="give a folder that exists, a hub id such as org/name, or arch:TYPE",
+                remedy="give a folder that exists, or a hub id such as org/name"
+                + ("" if learned else "; or arch:TYPE"),
             ) from error
         except HfHubHTTPError as error:
             if error.response.status_code < 500:
@@ -67,7 +71,8 @@ def locate(repository: str, revision: str | None) -> Snapshot:
             )
         except EntryNotFoundError as error:
             if unreachable is not None or listing is None or "config.json" in listing:
-                raise not_reachable(repository, unreachable or error) from error
+                what = "is no folder here, cannot be fetched, and is not"
+                raise not_reachable(repository, unreachable or error, what, learned=learned) from error
             raise no_config(listing, repository) from error
         except HfHubHTTPError as error:
             raise _refusal(error, repository, revision) from error
@@ -180,7 +185,9 @@ def no_config(names: Iterable[str], where: str) -> BadSource:
     )
 
 
-def not_reachable(repository: str, error: Exception | None, what: str = "cannot be fetched, and is not") -> BadSource:
+def not_reachable(
+    repository: str, error: Exception | None, what: str = "cannot be fetched, and is not", *, learned: bool = False
+) -> BadSource:
     """The error for what neither the Hub nor the local cache can give."""
     from huggingface_hub import constants
 
@@ -193,8 +200,8 @@ def not_reachable(repository: str, error: Exception | None, what: str = "cannot 
         f"{what} in the local cache",
         where=repository,
         why=f"{why} ({state})",
-        remedy="check the connection; or use arch:TYPE, a default configuration that needs no download (arch:gpt2), "
-        "or a local folder with the model's config.json",
+        remedy="check the connection, or the spelling of a local folder"
+        + ("" if learned else "; or use arch:TYPE, a default configuration that needs no download (arch:gpt2)"),
     )
 
 

@@ -72,6 +72,18 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def check_module(model: object) -> None:
+    """Refuse a name, or whatever else it is, where a loaded model is meant."""
+    if not isinstance(model, nn.Module):
+        raise Refused(
+            "this is no loaded model",
+            where=repr(model)[:80],
+            why=f"it is of type {type(model).__name__}, and no nn.Module",
+            remedy="load the model first (AutoModelForCausalLM.from_pretrained); spikepatch.plan, spikepatch.check and"
+            " spikepatch.convert take names",
+        )
+
+
 def check_default_device() -> None:
     """Refuse to work where new tensors have no values; a model is built there, and nothing else."""
     if torch.get_default_device().type == "meta":

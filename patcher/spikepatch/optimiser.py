@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from spikepatch.errors import Refused
+from spikepatch.meta import check_module
 from spikepatch.plans import Plan
 from spikepatch.runtime.embedding import pattern
 
@@ -33,6 +34,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.1, *, plan: Plan | No
     Raises:
         Refused: the plan names a parameter that the model does not have, as under a wrapper.
     """
+    check_module(model)
     bare = _without_decay(model, plan)
     parameters = dict(model.named_parameters())  # a tied one once
     decayed: list[nn.Parameter] = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from spikepatch import recipes
 from spikepatch.errors import BadSource, Refused, did_you_mean
-from spikepatch.meta import on_meta
+from spikepatch.meta import check_module, on_meta
 from spikepatch.planner import make_plan
 from spikepatch.plans import REINITS, Plan, Recipe, Reinit
 from spikepatch.residual.inspect import inspect
@@ -65,6 +65,7 @@ def plan(
         if reinit != "all":
             stds = embedding_stds(match_source(source, built), residual)
         return make_plan(residual, tensor_shapes(built), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
+    check_module(model)
     check_learned(model, reinit)
     residual = inspect(model, example_inputs=example_inputs)
     if reinit != "all":

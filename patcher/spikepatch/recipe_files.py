@@ -17,9 +17,10 @@ Nothing in such a file is code, so it may come from anywhere.
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -43,6 +44,8 @@ KINDS: dict[str, type[Any]] = {
     "untie": UntieHead,
 }
 
+_SHOWN = "`spikepatch recipes --help` shows such a file, and `spikepatch recipes` ends with what it may hold"
+
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file.
@@ -53,38 +56,40 @@ def read_recipe(path: Path) -> Recipe:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _refused(
-            "the recipe file cannot be read", str(path), str(error), "see `spikepatch convert --help`"
-        ) from None
+        raise _refused("the recipe file cannot be read", str(path), str(error), _SHOWN) from None
     transforms = data.pop("transform", [])
-    if not isinstance(transforms, list) or not all(isinstance(table, dict) for table in transforms):
-        raise _refused(
-            "the recipe has no list of transforms", str(path), "`transform` is something else", "write [[transform]]"
-        )
-    steps = tuple(_transform(table, f"{path}, transform {i}") for i, table in enumerate(transforms, 1))
-    if "name" not in data:
+    own = [field.name for field in dataclasses.fields(Recipe) if field.name != "transforms"]
+    fields = _checked(Recipe, data, str(path), [own[0], "transform", *own[1:]])
+    if "name" not in fields:
         raise _refused("the recipe has no name", str(path), "plans and manifests record it", 'add name = "my-recipe"')
-    return Recipe(**_checked(Recipe, data, str(path), without=("transforms",)), transforms=steps)
+    if not isinstance(transforms, list) or not transforms or not all(isinstance(table, dict) for table in transforms):
+        why = "they are its tables [[transform]], which say what it does"
+        raise _refused("the recipe has no list of transforms", str(path), why, _SHOWN)
+    steps = tuple(_transform(table, f"{path}, transform {i}") for i, table in enumerate(transforms, 1))
+    return Recipe(**fields, transforms=steps)
 
 
 def _transform(table: Mapping[str, Any], where: str) -> Transform:
     fields = dict(table)
-    kind = fields.pop("kind", None)
+    if "kind" not in fields:
+        why = f"each [[transform]] has a kind, one of {', '.join(KINDS)}"
+        raise _refused("the transform has no kind", where, why, 'add kind = "small_init", or another')
+    kind = fields.pop("kind")
     if kind not in KINDS:
         raise _refused(
             f"there is no transform {kind!r}",
             where,
             f"they are {', '.join(KINDS)}",
-            did_you_mean(kind, KINDS, "leave it out"),
+            did_you_mean(kind, KINDS, _SHOWN),
         )
-    transform: Transform = KINDS[kind](**_checked(KINDS[kind], fields, where))
+    config = KINDS[kind]
+    transform: Transform = config(**_checked(config, fields, where, [f.name for f in dataclasses.fields(config)]))
     return transform
 
 
-def _checked(config: type[Any], values: Mapping[str, Any], where: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """``values``, once each is found to be a field of the dataclass ``config``, and of its type."""
+def _checked(config: type[Any], values: Mapping[str, Any], where: str, fields: Sequence[str]) -> dict[str, Any]:
+    """``values``, once each is found to be among ``fields`` of the dataclass ``config``, and of its type."""
     hints = get_type_hints(config)
-    fields = [field.name for field in dataclasses.fields(config) if field.name not in without]
     for name, value in values.items():
         if name not in fields:
             remedy = did_you_mean(name, fields, "leave it out")
@@ -103,7 +108,21 @@ def check_choices(transform: Transform, where: str) -> None:
     if config in KINDS.values():
         hints = get_type_hints(config)
         choices = {name: value for name, value in vars(transform).items() if get_origin(hints[name]) is Literal}
-        _checked(config, choices, f"{where}, {config.__name__}")
+        _checked(config, choices, f"{where}, {config.__name__}", list(choices))
+
+
+def options(kind: str) -> Iterator[tuple[str, str]]:
+    """Each field of a kind of transform as a file sets it, ``cut = 0.0`` by its default, and what else it may be."""
+    hints = get_type_hints(KINDS[kind])
+    for field in dataclasses.fields(KINDS[kind]):
+        hint, default = hints[field.name], field.default
+        if get_origin(hint) is Literal:
+            others = [json.dumps(choice) for choice in get_args(hint) if choice != default]
+            yield f"{field.name} = {json.dumps(default)}", f"or {', '.join(others)}"
+        elif default is None:
+            yield field.name, f"{_words(hint)}; left out by default"
+        else:
+            yield f"{field.name} = {json.dumps(default)}", ""
 
 
 def _fits(value: object, hint: Any) -> bool:

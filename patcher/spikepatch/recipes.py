@@ -105,7 +105,7 @@ RECIPES: dict[str, Recipe] = {
 DEFAULT = "scaled-embed"
 
 
-def find(recipe: str | Recipe, where: str = "--recipe") -> Recipe:
+def find(recipe: str | Recipe, where: str = "recipe") -> Recipe:
     """The recipe that is meant: a built-in one by its name, or the user's own.
 
     Args:

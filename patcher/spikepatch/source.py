@@ -96,6 +96,7 @@ def open_source(
     revision: str | None = None,
     trust_remote_code: bool = False,
     weights: bool,
+    learned: bool = False,
     report: Report | None = None,
 ) -> Source:
     """Find a model, and check all that can be checked without loading it.
@@ -107,6 +108,7 @@ def open_source(
         weights: check the headers of the weights. Of a hub id, the headers are all that is fetched of them; a file
             comes when a tensor of it is read, or by ``Source.arriving``. Without it no weight file is requested or
             opened.
+        learned: only a trained model will do; the remedies offer no other.
         report: told (step, bytes done, bytes in all) while a file of weights is waited for.
 
     Raises:
@@ -127,8 +129,8 @@ def open_source(
         found = default_architecture(spec.removeprefix("arch:"), where=spec)
         return Source(spec, "arch", None, found.config, found.model_class, found.auto_class)
     if is_path:
-        return _local_folder(spec, path, trust_remote_code, weights)
-    return _hub_model(spec, revision, trust_remote_code, weights, report)
+        return _local_folder(spec, path, trust_remote_code, weights, learned)
+    return _hub_model(spec, revision, trust_remote_code, weights, learned, report)
 
 
 def build_meta(source: Source) -> PreTrainedModel:
@@ -142,13 +144,13 @@ def build_meta(source: Source) -> PreTrainedModel:
     return meta.build_meta(source.model_class, source.config, where=source.name)
 
 
-def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool) -> Source:
+def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool, learned: bool) -> Source:
     if not folder.is_dir():
         raise BadSource(
             "is a file, not a folder" if folder.exists() else "does not exist",
             where=spec,
             why="a local source is a folder as save_pretrained writes it",
-            remedy="give that folder, a hub id such as org/name, or arch:TYPE",
+            remedy="give that folder, or a hub id such as org/name" + ("" if learned else "; or arch:TYPE"),
         )
     names = {path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*.jinja"))}
     if "config.json" not in names:
@@ -170,8 +172,10 @@ def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool) -> Sour
     )
 
 
-def _hub_model(spec: str, revision: str | None, trusted: bool, weights: bool, report: Report | None) -> Source:
-    snapshot = hub.locate(spec, revision)
+def _hub_model(
+    spec: str, revision: str | None, trusted: bool, weights: bool, learned: bool, report: Report | None
+) -> Source:
+    snapshot = hub.locate(spec, revision, learned=learned)
     names = snapshot.files
     code = [name for name in names if name.endswith(".py")]
     if trusted:

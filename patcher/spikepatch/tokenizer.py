@@ -49,7 +49,11 @@ def load_tokenizer(folder: Path, tokenizer_class: Any = None) -> Any:
 
     with quiet():
         try:
-            return (tokenizer_class or transformers.AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
+            loader = tokenizer_class or transformers.AutoTokenizer
+            tokenizer = loader.from_pretrained(folder, trust_remote_code=False)
+            # From a config alone transformers may make one, of its special tokens and at most a space.
+            words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+            return tokenizer if len(words) > 1 else "AutoTokenizer finds no vocabulary in the folder"
         except Exception as error:  # whatever a tokenizer's own loading raises
             reason = " ".join(str(error).replace(str(folder), "the folder").split())[:200]
             return f"AutoTokenizer cannot load it ({type(error).__name__}: {reason})"

@@ -315,7 +315,7 @@ def test_a_real_model(smollm2: Path, tmp_path: Path) -> None:
         ("gpt2", {"recipe": "embed-ln", "untie": True}),
         ("llama", {"recipe": "embed-ln"}),
         ("llama", {"storage": "host"}),
-        ("granite", {"storage": "native", "replace": True}),
+        ("granite", {"storage": "native"}),
     ],
 )
 def test_a_patched_folder_is_measured_with_its_patch(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:

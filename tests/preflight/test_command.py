@@ -118,8 +118,82 @@ def test_the_report(source: str, tmp_path: Path) -> None:
     picture = (tmp_path / "curves.svg").read_text()
     assert "Bound of the MLP" in picture
     assert "Gradient at each layer" in picture
-    refused = run(source, "--tokens", "12", "--report", str(tmp_path / "no" / "folder.html"))
-    assert refused.exit_code == 2
+
+
+def test_it_says_that_the_report_is_written(source: str, tmp_path: Path) -> None:
+    page = str(tmp_path / "report.HTML")
+    for words, out, err in (([], True, False), (["--json"], False, True), (["-q"], False, False)):
+        done = run(source, "--tokens", "12", "--report", page, *words)
+        assert done.exit_code == 0
+        assert (f"wrote {page}\n" in done.stdout, f"wrote {page}\n" in done.stderr) == (out, err)
+    assert json.loads(run(source, "--tokens", "12", "--report", page, "--json").stdout)["verdict"] == "at-risk"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("x.pdf", "written as .html or .htm or .svg"), ("x", "such as --report"), ("no/x.html", "there is no folder")],
+)
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
+    source: str, name: str, message: str, tmp_path: Path
+) -> None:
+    done = run(source, "--tokens", "12", "--report", str(tmp_path / name))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "..." not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_report_that_fails_at_the_end_comes_after_the_result(source: str, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.symlink_to("/dev/full")
+    done = run(source, "--tokens", "12", "--report", str(page))
+    assert done.exit_code == 2
+    assert "as it is: at-risk" in done.stdout
+    assert "the report cannot be written" in done.stderr
+
+
+def test_progress_says_which_model_and_how_far(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(source, "--tokens", "12", "--recipe", "vanilla")
+    for step in ("as it is: forward", "as it is: backward", "vanilla: forward", "vanilla: backward"):
+        assert done.stderr.splitlines().count(f"{step} ...") == 1, step
+    alone = run(source, "--tokens", "12", "--deep", "--steps", "4")
+    assert {"forward ...", "backward ...", "optimiser steps ..."} <= set(alone.stderr.splitlines())
+    assert "%" not in alone.stderr
+    monkeypatch.setattr("spikepatch.commands.console._EVERY", -1.0)  # every one
+    lines = run(source, "--tokens", "12", "--deep", "--steps", "4").stderr.splitlines()
+    assert [line for line in lines if line.startswith("optimiser steps")] == [
+        "optimiser steps ...",
+        *(f"optimiser steps: {percent} % ..." for percent in (25, 50, 75, 100)),
+    ]
+    assert sum(line.startswith("forward: ") for line in lines) >= 3
+
+
+def test_a_recipe_of_ones_own_has_its_own_name(source: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.toml", tmp_path / "b.toml"
+    for file, std in ((first, 0.02), (second, 0.01)):
+        file.write_text(f'name = "mine"\n[[transform]]\nkind = "small_init"\nbase = "normal"\nstd = {std}\n')
+    done = run(source, "--tokens", "12", "--recipe", str(first), "--json")
+    assert [model["recipe"] for model in json.loads(done.stdout)["models"]] == ["mine"]
+    done = run(source, "--tokens", "12", "--recipe", str(first), "--recipe", str(second), "--json")
+    assert [model["recipe"] for model in json.loads(done.stdout)["models"]] == [str(first), str(second)]
+
+
+def test_more_tokens_than_positions(source: str) -> None:
+    positions = tiny_config("gpt2").max_position_embeddings
+    done = run(source, "--tokens", "5000", "--batch", "1")
+    assert f"1 x {positions} tokens" in done.stdout
+    assert f"note: sequences of {positions} tokens, not 5000: the model has no more positions" in done.stdout
+    assert "no more positions" not in run(source, "--tokens", str(positions), "--batch", "1").stdout
+
+
+def test_text_without_a_tokenizer(source: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("In the beginning was the residual stream. " * 20)
+    done = run(source, "--text", str(text), "--tokens", "16")
+    assert done.exit_code == 2
+    assert "AutoTokenizer finds no vocabulary in the folder" in done.stderr
+    assert "tokens," not in done.stderr
 
 
 def test_text_takes_the_tokenizer_of_the_source(gpt2_tokenizer: Path, tmp_path: Path) -> None:
@@ -133,5 +207,19 @@ def test_text_takes_the_tokenizer_of_the_source(gpt2_tokenizer: Path, tmp_path: 
     done = run(str(folder), "--text", str(text), "--tokens", "16", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["tokens"] == 16
+    positions = tiny_config("gpt2").max_position_embeddings
+    done = run(str(folder), "--text", str(text), "--tokens", str(positions + 1), "--batch", "1", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["tokens"] == positions
     text.write_text("too short")
     assert run(str(folder), "--text", str(text), "--tokens", "16").exit_code == 2
+
+
+def test_a_folder_of_pickles_is_told_what_helps_here(tmp_path: Path) -> None:
+    tiny_config("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    done = run(str(tmp_path))
+    assert done.exit_code == 2
+    assert "for check a folder with the config.json alone" in done.stderr
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert run(str(tmp_path), "--tokens", "12").exit_code == 0

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from spikepatch.errors import BadTarget
 from spikepatch.storage import publish
 from spikepatch.storage.arrivals import Arrivals
+from spikepatch.storage.formats import size
 from spikepatch.storage.publish import check_space, check_target, publishing
 from spikepatch.storage.read import read_checkpoint
 
@@ -406,7 +407,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     check_space(tmp_path / "a/out", free // 2)
     with pytest.raises(BadTarget, match="too full") as caught:
         check_space(tmp_path / "a/out", 2 * free)
-    assert f"take {2 * free / 1e9:.1f} GB" in caught.value.why
+    assert f"take {size(2 * free)}" in caught.value.why
     assert "--dtype" in caught.value.remedy
 
 
@@ -419,4 +420,4 @@ def test_a_disk_that_the_source_is_still_to_be_fetched_to(tmp_path: Path) -> Non
     with pytest.raises(BadTarget, match="too full") as caught:
         check_space(tmp_path / "out", free // 2, arriving)
 
-    assert f"still to be fetched into the Hub's cache {free / 1e9:.1f} GB" in caught.value.why
+    assert f"still to be fetched into the Hub's cache {size(free)}" in caught.value.why

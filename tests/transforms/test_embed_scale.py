@@ -113,9 +113,11 @@ def test_replace_of_the_same_factor() -> None:
     assert reasons["model.embed_tokens * 8"] == "the architecture multiplies by that already"
 
 
-def test_replace_without_a_factor_to_replace() -> None:
-    plans = [spikepatch.plan(tiny_model("gpt2"), reinit="all", replace=replace) for replace in (False, True)]
-    assert plans[0] == plans[1]
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_replace_without_a_factor_to_replace(model_type: str) -> None:
+    with pytest.raises(Refused, match="no factor to replace") as refused:
+        spikepatch.plan(tiny_model(model_type), "scaled-embed", reinit="all", replace=True)
+    assert "leave --replace (replace) out" in refused.value.remedy
 
 
 def test_a_table_narrower_than_the_stream() -> None:

@@ -5,8 +5,9 @@ weights that are kept, or a given number. The factor is applied to the output of
 logits' scale, and Adam's relative step on a row is the unscaled table's.
 
 Refuses: a model that normalises its embedding; one that multiplies it by k, unless told to ``replace`` that factor: the
-output is then multiplied by c / k; a table that is not as wide as the stream, unless c is given; a post-norm model;
-learned embeddings without a finite, positive std; and a given c that is no positive number.
+output is then multiplied by c / k; to replace a factor where there is none; a table that is not as wide as the stream,
+unless c is given; a post-norm model; learned embeddings without a finite, positive std; and a given c that is no
+positive number.
 Preserves: with kept weights the tables exactly; the function only approximately (the stream's start is another one).
 Source: "Scaled Embed" in Takase et al., arXiv 2312.16903.
 """
@@ -48,9 +49,16 @@ class EmbedScale:
             yield token
             return
         check_shortcut(residual, token, any_width=self.factor is not None)
-        for embedding in residual.embeddings:
-            if embedding is token or (self.positions and embedding.kind == "position"):
-                yield self._scaled(embedding, residual, context)
+        scaled = [e for e in residual.embeddings if e is token or (self.positions and e.kind == "position")]
+        if self.replace and not context.stream and not any(_multiplied_already(e, residual) for e in scaled):
+            raise Refused(
+                what="there is no factor to replace",
+                where=residual.source,
+                why=f"the architecture does not multiply what {token.parameter} looks up",
+                remedy="leave --replace (replace) out",
+            )
+        for embedding in scaled:
+            yield self._scaled(embedding, residual, context)
 
     def _scaled(self, embedding: Embedding, residual: ResidualMap, context: Context) -> Edit | Skip:
         factor, per_width = math.sqrt(residual.width), True
@@ -58,13 +66,17 @@ class EmbedScale:
             factor, per_width = self.factor, False
         elif context.embedding_std is not None:
             factor, per_width = _reciprocal(context.embedding_std, residual.source), False
-        if embedding.width != residual.width or embedding.scale == 1.0:
+        if not _multiplied_already(embedding, residual):
             return ScaleEmbedding(embedding.module, factor, per_width)
         if not self.replace:
             raise multiplied(residual, embedding, "; --replace divides that factor out")
         if abs(factor / embedding.scale - 1) < _ROUNDED:
             return Skip(f"{embedding.module} * {factor:g}", "the architecture multiplies by that already")
         return ScaleEmbedding(embedding.module, factor / embedding.scale)
+
+
+def _multiplied_already(embedding: Embedding, residual: ResidualMap) -> bool:
+    return embedding.width == residual.width and embedding.scale != 1.0
 
 
 def _reciprocal(std: float, source: str) -> float:

@@ -18,7 +18,7 @@ from spikepatch.apply.sharding import Held, Part, held, part
 from spikepatch.apply.tensors import Target, values
 from spikepatch.errors import Refused
 from spikepatch.fill import draw, pieces, slices
-from spikepatch.meta import check_default_device
+from spikepatch.meta import check_default_device, check_module
 from spikepatch.plans import Plan, ValueEdit
 
 #: The only child of a module that torch.compile or a checkpoint wrapper has put around another one.
@@ -71,6 +71,7 @@ def initialize(model: nn.Module, plan: Plan) -> nn.Module:
             packed, or is sharded in a way whose elements cannot be told. Nothing has been written then.
     """
     check_default_device()
+    check_module(model)
     blueprint = _blueprint(model, plan)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from spikepatch.apply.original import is_remote, original_of
 from spikepatch.errors import Refused
+from spikepatch.meta import check_module
 from spikepatch.plans import Plan
 from spikepatch.quiet import quiet
 from spikepatch.storage.manifest import MANIFEST, file_hash, manifest, model_card
@@ -48,6 +49,7 @@ def save(
         Refused: the model was not patched, or is no transformers model.
         BadTarget: ``out`` cannot be used.
     """
+    check_module(model)
     plan: Plan | None = getattr(model, "_spikepatch_plan", None)
     write = getattr(model, "save_pretrained", None)
     if plan is None or write is None:

@@ -47,7 +47,9 @@ def _print(rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("type", "task", "structure", "sub-layers per layer", "embedding as found", "proven")
+    table = Table()
+    for header in ("type", "task", "structure", "sub-layers per layer", "embedding as found", "proven"):
+        table.add_column(header, overflow="fold")
     for row in rows:
         table.add_row(
             row.type,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,10 @@ from spikepatch.errors import BadTarget, Refused
 
 if TYPE_CHECKING:
     from spikepatch.preflight.result import StabilityReport
+    from spikepatch.preflight.verdict import Thresholds
+
+#: Endings of what --report writes: a page, or a picture.
+_REPORTS = (".html", ".htm", ".svg")
 
 _THRESHOLDS = (
     "Change a limit of the verdict: stream_low, stream_high, excess, ratio_at_risk, ratio_unstable, loss or gaussian."
@@ -42,7 +47,7 @@ _THRESHOLDS = (
 @click.option("--threshold", "thresholds", multiple=True, metavar="NAME=X", help=_THRESHOLDS)
 @click.option(
     "--report",
-    type=click.Path(dir_okay=False),
+    type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Write a page with curves here (.html), or the curves that matter most (.svg).",
 )
@@ -58,7 +63,7 @@ def check_command(
     /,
     source: str,
     thresholds: tuple[str, ...],
-    report: str | None,
+    report: Path | None,
     as_json: bool,
     fail_on: Any,
     **options: Any,
@@ -82,28 +87,54 @@ def check_command(
     from spikepatch.preflight.verdict import Thresholds, at_or_above
 
     changes = _parse(thresholds)
+    if report is not None:
+        _check_report(report)
     with progress() as told:
         found = check(source, thresholds=changes, progress=told, **options)
-    if report is not None:
-        from spikepatch.preflight.present import figure, page
-        from spikepatch.report.html import write_page, write_picture
-
-        try:
-            if report.endswith(".svg"):
-                write_picture(figure(found), report)
-            else:
-                write_page(page(found, Thresholds.changed(changes)), report)
-        except OSError as error:
-            raise BadTarget(
-                "the report cannot be written", where=report, why=str(error), remedy="give another path"
-            ) from error
     if as_json:
         click.echo(found.to_json())
     else:
         _print(found)
+    if report is not None:
+        _write_report(found, report, Thresholds.changed(changes))
+        if not is_quiet():
+            click.echo(f"wrote {report}", err=as_json)
     judged = found.models or (found,)
     if fail_on is not None and any(at_or_above(model, fail_on) for model in judged):
         ctx.exit(1)
+
+
+def _check_report(path: Path) -> None:
+    """Refuse before anything is measured what could not be written after it."""
+    if path.suffix.lower() not in _REPORTS:
+        raise Refused(
+            what="the report cannot be of this kind",
+            where=f"--report {path}",
+            why=f"it is written as {' or '.join(_REPORTS)}, by the end of its name",
+            remedy="such as --report report.html",
+        )
+    if not path.absolute().parent.is_dir():
+        raise BadTarget(
+            "the report cannot be written",
+            where=str(path),
+            why=f"there is no folder {path.parent}",
+            remedy="make it first, or give another path",
+        )
+
+
+def _write_report(found: StabilityReport, path: Path, thresholds: Thresholds) -> None:
+    from spikepatch.preflight.present import figure, page
+    from spikepatch.report.html import write_page, write_picture
+
+    try:
+        if path.suffix.lower() == ".svg":
+            write_picture(figure(found), path)
+        else:
+            write_page(page(found, thresholds), path)
+    except OSError as error:
+        raise BadTarget(
+            "the report cannot be written", where=str(path), why=str(error.strerror), remedy="give another path"
+        ) from error
 
 
 def _print(report: StabilityReport) -> None:

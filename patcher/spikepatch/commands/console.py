@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Level = Literal["verbose", "quiet"]
 _LEVEL = "spikepatch.level"
+#: Seconds between two lines that say how far a step is.
+_EVERY = 30.0
 
 
 def _set_level(context: click.Context, option: click.Parameter, given: bool) -> None:
@@ -48,12 +50,14 @@ def is_verbose() -> bool:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """Told of long steps: a bar on a terminal, a line for each step elsewhere, nothing with -q."""
+    """Told of long steps: a bar on a terminal; elsewhere a line for each step, and how far it is if it takes long;
+    nothing with -q.
+    """
     if is_quiet():
         yield lambda step, done=0, total=0: None
         return
     started: list[tuple[str, float]] = []
-    with _bar() if sys.stderr.isatty() else contextlib.nullcontext(_line(set())) as show:
+    with _bar() if sys.stderr.isatty() else contextlib.nullcontext(_lines()) as show:
 
         def update(step: str, done: int = 0, total: int = 0) -> None:
             if not started or started[-1][0] != step:
@@ -70,11 +74,20 @@ def progress() -> Iterator[Progress]:
             click.echo(f"{step}: {seconds:.2f} s", err=True)
 
 
-def _line(seen: set[str]) -> Progress:
+def _lines() -> Progress:
+    seen: set[str] = set()
+    last = time.monotonic()
+
     def show(step: str, done: int = 0, total: int = 0) -> None:
+        nonlocal last
         if step not in seen:
             seen.add(step)
             click.echo(f"{step} ...", err=True)
+        elif total and time.monotonic() - last > _EVERY:
+            click.echo(f"{step}: {100 * done // total} % ...", err=True)
+        else:
+            return
+        last = time.monotonic()
 
     return show
 

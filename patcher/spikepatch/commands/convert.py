@@ -12,6 +12,8 @@ import click
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose, progress
 from spikepatch.map_table import columns
+from spikepatch.storage.formats import size
+from spikepatch.storage.publish import check_local_target
 
 if TYPE_CHECKING:
     from spikepatch.conversion import Conversion
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 )
 @options.as_json
 def convert_command(source: str, out: str, *, as_json: bool, dry_run: bool, **options: Any) -> None:
+    check_local_target(out, source, overwrite=options["overwrite"])  # before torch is loaded
     with progress() as report:
         from spikepatch.conversion import convert
 
@@ -69,15 +72,15 @@ def load_line(result: Conversion | Folded) -> str:
 def _lines(result: Conversion, *, dry_run: bool) -> Iterator[str]:
     if dry_run or not is_quiet():
         yield from _about(result)
-    size = f"{result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, {result.dtype}, storage {result.storage}"
+    written = f"{result.parameters:,} parameters, {size(result.bytes)}, {result.dtype}, storage {result.storage}"
     if dry_run:
-        yield f"dry run, nothing written: {size}"
+        yield f"dry run, nothing written: {written}"
     if is_verbose():
         yield from columns([("left alone:", ""), *((f"  {skip.target}", skip.reason) for skip in result.plan.skips)])
     elif dry_run:
         yield from _left_alone(result.plan)
     if not dry_run:
-        yield f"wrote {result.out}: {size}"
+        yield f"wrote {result.out}: {written}"
         yield load_line(result)
 
 

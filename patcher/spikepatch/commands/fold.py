@@ -10,6 +10,8 @@ import click
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, progress
 from spikepatch.commands.convert import load_line
+from spikepatch.storage.formats import size
+from spikepatch.storage.publish import check_local_target
 
 
 @click.command("fold")
@@ -27,6 +29,7 @@ def fold_command(trained: str, out: str, *, as_json: bool, **options: Any) -> No
     as `convert` or a patched model's save_pretrained wrote it, or a hub id. The logits stay the same; it is meant for
     after training, since training on is not the same. No code that spikepatch wrote is run.
     """
+    check_local_target(out, trained, overwrite=options["overwrite"])  # before torch is loaded
     with progress() as report:
         from spikepatch.folding import fold
 
@@ -37,9 +40,7 @@ def fold_command(trained: str, out: str, *, as_json: bool, **options: Any) -> No
     if not is_quiet():
         for note in result.notes:
             click.echo(note)
-        for table in result.tables:
-            click.echo(f"{table}: rows times their factor, or behind their norm")
         if result.untied:
             click.echo("the head has its own matrix now, and the config says so")
-    click.echo(f"wrote {result.out}: {result.parameters:,} parameters, {result.bytes / 1e9:.2f} GB, plain")
+    click.echo(f"wrote {result.out}: {result.parameters:,} parameters, {size(result.bytes)}, plain")
     click.echo(load_line(result))

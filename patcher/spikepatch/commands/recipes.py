@@ -49,12 +49,30 @@ def recipes_command(
     \b
         spikepatch recipes scaled-embed
         spikepatch recipes scaled-embed --for megatron --width 2048 --layers 24
+
+    A recipe of your own is a TOML file such as this one; without NAME, the list ends with all that it may hold:
+
+    \b
+        name = "mine"
+        no_decay_embeddings = true
+
+    \b
+        [[transform]]
+        kind = "small_init"
+        base = "normal"
+        std = 0.02
+
+    \b
+        [[transform]]
+        kind = "embed_scale"
     """
     from spikepatch.recipes import RECIPES, find, with_options
 
     if program is not None:
         if name is None or width is None or layers is None:
-            raise click.UsageError("--for needs NAME, --width and --layers.")
+            needed = {"NAME": name, "--width": width, "--layers": layers}
+            missing = [option for option, given in needed.items() if given is None]
+            raise click.UsageError(f"--for needs {' and '.join(missing)}.")
         from spikepatch.megatron import express
 
         recipe = with_options(find(name), factor=factor, positions=positions, untie=untie)
@@ -64,8 +82,9 @@ def recipes_command(
     elif width or layers or vocab or factor is not None or positions or untie:
         raise click.UsageError("--width, --layers, --vocab, --factor, --positions and --untie go with --for.")
     elif name is not None:
-        data = _plain(find(name))
-        lines = _detail(find(name))
+        recipe = find(name)
+        data = _plain(recipe)
+        lines = _detail(recipe)
     else:
         data = [_plain(recipe) for recipe in RECIPES.values()]
         lines = _list(list(RECIPES.values()))
@@ -83,11 +102,30 @@ def _list(recipes: list[Recipe]) -> Iterator[str]:
     for recipe in recipes:
         yield from _summary(recipe)
         if is_verbose():
-            yield from (f"    {_call(transform)}" for transform in recipe.transforms)
+            yield from (f"    {_call(transform, every=True)}" for transform in recipe.transforms)
         yield ""
     yield "W: sub-layer matrices. E: embeddings. d: width of the residual stream. N: number of layers."
     yield "S: number of sub-layers, counted from the map (2N in a classic decoder of N layers)."
-    yield "--recipe takes one of your own too: a TOML file of transforms (my.toml), or module:NAME in Python."
+    yield ""
+    yield from _own()
+
+
+def _own() -> Iterator[str]:
+    """What a recipe of one's own may hold."""
+    from spikepatch.plans import Recipe
+    from spikepatch.recipe_files import KINDS, options
+
+    texts = [field.name for field in dataclasses.fields(Recipe) if field.name not in {"name", "transforms"}]
+    yield "--recipe takes one of your own too: module:NAME in Python, or a TOML file (my.toml) of a name, of tables"
+    yield "[[transform]], planned in their order, and of these if you like:"
+    yield f"    {', '.join(texts)}"
+    yield "Each [[transform]] has a kind, which NAME -v explains for a recipe that has one of it. Options that are left"
+    yield "out have the defaults shown:"
+    for kind in KINDS:
+        yield ""
+        yield f'    kind = "{kind}"'
+        for option, about in options(kind):
+            yield f"        {option:<24}{about}".rstrip()
 
 
 def _detail(recipe: Recipe) -> Iterator[str]:
@@ -96,7 +134,7 @@ def _detail(recipe: Recipe) -> Iterator[str]:
         return
     for transform in recipe.transforms:
         yield ""
-        yield _call(transform)
+        yield _call(transform, every=is_verbose())
         text = inspect.cleandoc(sys.modules[type(transform).__module__].__doc__ or "")
         if not is_verbose():
             text = text.partition("\n\n")[0]
@@ -115,20 +153,20 @@ def _summary(recipe: Recipe) -> Iterator[str]:
         yield f"    {text}"
 
 
-def _call(transform: Transform) -> str:
-    """``small_init(base='normal', std=0.02)``: as a TOML file names it, without the fields that have their defaults."""
+def _call(transform: Transform, *, every: bool = False) -> str:
+    """``small_init(base='normal', std=0.02)``: as a TOML file names it, without the fields that have their defaults
+    unless ``every`` one is wanted.
+    """
     from spikepatch.recipe_files import KINDS
 
     kinds = {kind: name for name, kind in KINDS.items()}
     name = kinds.get(type(transform), getattr(transform, "__qualname__", type(transform).__qualname__))
-    return f"{name}({', '.join(f'{field}={value!r}' for field, value in _changed(transform).items())})"
-
-
-def _changed(transform: Transform) -> dict[str, Any]:
-    if not dataclasses.is_dataclass(transform):
-        return {}
-    values = {field.name: (getattr(transform, field.name), field.default) for field in dataclasses.fields(transform)}
-    return {name: value for name, (value, default) in values.items() if value != default}
+    fields: tuple[dataclasses.Field[Any], ...] = ()
+    if dataclasses.is_dataclass(transform):
+        fields = dataclasses.fields(transform)
+    values = {field.name: (getattr(transform, field.name), field.default) for field in fields}
+    shown = [f"{field}={value!r}" for field, (value, default) in values.items() if every or value != default]
+    return f"{name}({', '.join(shown)})"
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import progress
+from spikepatch.storage.formats import size
 
 
 @click.command("verify")
@@ -28,5 +29,5 @@ def verify_command(out: str, allow_nonfinite: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"folder": out, "files": found.files, "tensors": found.tensors, "bytes": found.bytes}))
     else:
-        size = f"{found.files} files, {found.tensors} tensors, {found.bytes / 1e9:.2f} GB"
-        click.echo(f"{out} is what was written: {size}")
+        held = f"{found.files} files, {found.tensors} tensors, {size(found.bytes)}"
+        click.echo(f"{out} is what was written: {held}")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from spikepatch.errors import Refused, first_line
+from spikepatch.meta import check_module
 from spikepatch.plans import Reinit
 from spikepatch.preflight.assemble import View, bound_product, growth
 from spikepatch.preflight.inputs import random_tokens, text_tokens
@@ -21,6 +22,7 @@ from spikepatch.preflight.result import Finding, StabilityReport
 from spikepatch.preflight.steps import run_steps
 from spikepatch.preflight.subject import Subject, of_model, of_source, vocabulary_of, with_recipe
 from spikepatch.preflight.verdict import Thresholds, judged, worst
+from spikepatch.recipes import find as find_recipe
 from spikepatch.residual.inspect import map_of
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import shape
@@ -93,9 +95,10 @@ def check(
         if recipes and source.patched is not None:  # a recipe takes the place of the patch
             plain = of_source(source, seed, patched=False)
     else:
+        check_module(model)
         base = of_model(model, seed)
     name = source.name if source is not None else type(base.structure).__name__
-    inputs = dict(example_inputs) if example_inputs is not None else None
+    inputs = example_inputs
     if text is not None:
         inputs = text_tokens(Path(text), source, tokens=tokens, batch=batch)
     options = {
@@ -106,14 +109,32 @@ def check(
         "trust_remote_code": trust_remote_code,
     }
     subjects = [base]
-    for recipe in recipes:  # whatever is refused is refused before anything is measured
-        tell(f"planning {recipe}", 0, 0)
-        subjects.append(with_recipe(plain or base, recipe, source=source, reinit=reinit, seed=seed, options=options))
+    for recipe, shown in zip(recipes, _names(recipes), strict=True):
+        tell(f"planning {shown}", 0, 0)  # whatever is refused is refused before anything is measured
+        subject = with_recipe(plain or base, recipe, source=source, reinit=reinit, seed=seed, options=options)
+        subjects.append(dataclasses.replace(subject, recipe=shown))
     setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
     found = []
     while subjects:  # one model's weights in memory at a time
-        found.append(_check(subjects.pop(0), setting, inputs, limits, tell))
+        subject = subjects.pop(0)
+        about = _about(subject.recipe or "as it is", tell) if recipes else tell
+        found.append(_check(subject, setting, inputs, limits, about))
+    if example_inputs is None and 0 < found[0].tokens < tokens:
+        what = f"sequences of {found[0].tokens} tokens, not {tokens}: the model has no more positions"
+        findings = (*found[0].findings, Finding("tokens", "note", what, found[0].tokens, tokens))
+        found[0] = dataclasses.replace(found[0], findings=findings)
     return dataclasses.replace(found[0], models=tuple(found[1:]))
+
+
+def _names(recipes: Sequence[str]) -> list[str]:
+    """What the compared recipes are called; as they were given, where several have the same name."""
+    names = [find_recipe(recipe).name for recipe in recipes]
+    return [given if names.count(name) > 1 else name for given, name in zip(recipes, names, strict=True)]
+
+
+def _about(model: str, progress: Progress) -> Progress:
+    """``progress``, told which of several models, or of its streams, a step belongs to."""
+    return lambda step, done, total: progress(f"{model}: {step}", done, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +211,8 @@ def _measured_all(
             draft, stream="encoder", placement=part.placement, width=part.width, sublayers=part.sublayers
         )
         once = dataclasses.replace(setting, steps=0)
-        found = _measured(blank, subject, stream, part, once, limits, progress, vocabulary)
+        about = _about(blank.stream, progress)
+        found = _measured(blank, subject, stream, part, once, limits, about, vocabulary)
         further.append(dataclasses.replace(found, initial_loss=None, log_vocab=None, gradients={}))  # the same
     return dataclasses.replace(main, streams=tuple(further), verdict=worst([main, *further]))
 

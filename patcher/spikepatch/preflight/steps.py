@@ -15,6 +15,7 @@ from spikepatch.preflight.measure import sigma
 from spikepatch.preflight.program import Program, Progress, Values, Weights, run_piece
 from spikepatch.preflight.result import Step
 from spikepatch.residual.ops import FUSED_ATTENTION, SOFTMAX, op, operands
+from spikepatch.storage.formats import size
 
 
 def run_steps(
@@ -32,7 +33,7 @@ def run_steps(
     if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
         raise Refused(
             what="--steps needs the whole model in memory",
-            where=f"{needed / 1e9:.0f} GB",
+            where=size(needed),
             why="weights, gradients and AdamW's two moments, in float32, are more than half of this machine's memory",
             remedy="leave --steps out, or check a config of the same depth and a smaller width",
         )

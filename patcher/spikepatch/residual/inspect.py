@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Node
 
 from spikepatch.errors import Refused, first_line
-from spikepatch.meta import build_meta, check_default_device
+from spikepatch.meta import build_meta, check_default_device, check_module
 from spikepatch.residual import ops
 from spikepatch.residual.facts import NormNode
 from spikepatch.residual.kinds import between, multiplier, steps
@@ -50,9 +50,10 @@ def inspect(
         The map. ``map.proven`` tells whether both sides of the proof hold; ``map.leaks`` why not.
 
     Raises:
-        Refused: the forward pass cannot be traced, or there is no residual sum in it.
+        Refused: it is no module, its forward pass cannot be traced, or there is no residual sum in it.
     """
     check_default_device()
+    check_module(model)
     source = source or type(model).__name__
     if any(buffer.is_meta for buffer in model.buffers()) and hasattr(model, "_from_config"):
         model = build_meta(type(model), model.config, where=source)  # some embeddings' factor is the value of a buffer

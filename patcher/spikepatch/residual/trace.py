@@ -68,6 +68,13 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
     Raises:
         Refused: neither ``torch.export`` nor a recorded run can follow the forward pass.
     """
+    if example_inputs is not None and not isinstance(example_inputs, Mapping):
+        raise Refused(
+            what="example_inputs is no dict of arguments",
+            where=type(model).__name__,
+            why=f"it is of type {type(example_inputs).__name__}, and does not say which argument it is for",
+            remedy="pass example_inputs={'name of the argument': tensor}",
+        )
     twin = skeleton(model)
     example = dict(example_inputs) if example_inputs is not None else example_of(twin)
     _prefer_traceable_kernels(twin, "grouped_mm")  # no loop over data

@@ -79,7 +79,8 @@ def check_names(names: Iterable[str], where: str) -> None:
             where=where,
             why=f"found {some(found) or 'no weights at all'}; only safetensors are read, since opening a pickle "
             "can run code",
-            remedy=f"{CONVERT}, or choose a --revision that has them; --reinit all needs no weights",
+            remedy=f"{CONVERT}, or choose a --revision that has them; a fresh model needs no "
+            "weights: --reinit all of convert, and for check a folder with the config.json alone",
         )
 
 
@@ -96,6 +97,16 @@ def parse_json(data: bytes) -> Any:
         return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def size(count: int) -> str:
+    """``count`` bytes as people read them, to three digits: 652 MB."""
+    if count < 1000:
+        return f"{count} bytes"
+    power = next((power for power in (1, 2, 3) if round(count / 1000**power) < 1000), 4)
+    number = count / 1000**power
+    digits = 2 if round(number, 2) < 10 else 1 if round(number, 1) < 100 else 0
+    return f"{number:.{digits}f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 def some(items: Iterable[str], limit: int = 3) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spikepatch.errors import BadTarget
+from spikepatch.storage.formats import size
 from spikepatch.storage.write import sync
 
 if TYPE_CHECKING:
@@ -79,6 +80,12 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
     _refuse(out, findings)
 
 
+def check_local_target(out: str | os.PathLike[str], source: str, *, overwrite: bool) -> None:
+    """``check_target`` as far as it can be asked before it is known what ``source`` is."""
+    local = Path(source).expanduser()
+    check_target(Path(out), local if local.is_dir() else None, overwrite=overwrite)
+
+
 def check_space(out: Path, needed: int, source: Checkpoint | None = None) -> None:
     """Refuse where fewer than ``needed`` bytes are free; a folder that is replaced stays until the new one is whole.
 
@@ -90,9 +97,9 @@ def check_space(out: Path, needed: int, source: Checkpoint | None = None) -> Non
     missing = source.arrivals.missing if source is not None and same else 0
     free = shutil.disk_usage(parent).free
     if free < needed + missing:
-        why = f"the weights take {needed / 1e9:.1f} GB, "
-        why += f"those still to be fetched into the Hub's cache {missing / 1e9:.1f} GB, " if missing else ""
-        why += f"and {free / 1e9:.1f} GB are free on the disk of {parent}"
+        why = f"the weights take {size(needed)}, "
+        why += f"those still to be fetched into the Hub's cache {size(missing)}, " if missing else ""
+        why += f"and {size(free)} are free on the disk of {parent}"
         _refuse(out, [("the disk is too full", why, "free some space, or choose another place or --dtype")])
 
 
@@ -164,7 +171,7 @@ def _objections(out: Path, overwrite: bool) -> list[tuple[str, str, str]]:
             (
                 "the output folder is not empty",
                 "stale shards among new ones would be loaded without a word",
-                "choose an empty or new folder, or give --overwrite to replace this one",
+                "choose an empty or new folder, or give --overwrite (in Python, overwrite=True) to replace this one",
             )
         )
     if not os.path.exists(out / "config.json"):
