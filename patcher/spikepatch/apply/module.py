@@ -14,7 +14,7 @@ from spikepatch.apply.blueprint import Blueprint, unfillable
 from spikepatch.apply.loading import stable_settings
 from spikepatch.apply.tensors import layout, values
 from spikepatch.errors import Refused
-from spikepatch.meta import build_meta, check_default_device, on_meta
+from spikepatch.meta import build_meta, check_default_device, check_module, on_meta
 from spikepatch.planning import check_learned, tensor_shapes
 from spikepatch.planning import plan as make_plan
 from spikepatch.plans import EmbeddingEdit, Plan, Recipe, Reinit, Untie
@@ -56,6 +56,7 @@ def patch(
         Refused: the plan does not fit, or the model cannot be written. The model is then as it was.
     """
     check_default_device()
+    check_module(model)
     _check_unpatched(model)
     if not isinstance(plan, Plan):
         if reinit is None:
