@@ -60,6 +60,7 @@ def test_a_name_where_a_model_is_meant(tmp_path: Path) -> None:
     name: Any = "gpt2"
     calls: list[Callable[[], object]] = [
         lambda: spikepatch.inspect(name),
+        lambda: spikepatch.patch(name, plan),
         lambda: spikepatch.initialize(name, plan),
         lambda: spikepatch.save(name, tmp_path / "out"),
         lambda: spikepatch.param_groups(name),

@@ -47,7 +47,14 @@ def score_table(verdict: Verdict) -> Table:
 def model_table(verdict: Verdict) -> Table:
     """A row for each model, over its runs."""
     rows = [
-        (m.name, m.source, m.recipe or ("in the folder" if m.patched else "-"), str(m.runs), number(m.stable_lr, 6), number(m.sensitivity))
+        (
+            m.name,
+            m.source,
+            m.recipe or ("in the folder" if m.patched else "-"),
+            str(m.runs),
+            number(m.stable_lr, 6),
+            number(m.sensitivity),
+        )
         for m in verdict.models
     ]
     headers = ("model", "source", "recipe", "runs", "largest stable lr", "sensitivity to lr")
