@@ -121,7 +121,7 @@ def check(
         found.append(_check(subject, setting, inputs, limits, about))
     if example_inputs is None and 0 < found[0].tokens < tokens:
         what = f"sequences of {found[0].tokens} tokens, not {tokens}: the model has no more positions"
-        findings = (*found[0].findings, Finding("tokens", "note", what, found[0].tokens, tokens))
+        findings = (*found[0].findings, Finding("tokens", "note", what))
         found[0] = dataclasses.replace(found[0], findings=findings)
     return dataclasses.replace(found[0], models=tuple(found[1:]))
 
