@@ -72,7 +72,7 @@ def recipes_command(
         if name is None or width is None or layers is None:
             needed = {"NAME": name, "--width": width, "--layers": layers}
             missing = [option for option, given in needed.items() if given is None]
-            raise click.UsageError(f"--for needs {' and '.join(missing)}.")
+            raise click.UsageError(f"--for needs {', '.join(missing[:-1])}{' and ' * bool(missing[:-1])}{missing[-1]}.")
         from spikepatch.megatron import express
 
         recipe = with_options(find(name), factor=factor, positions=positions, untie=untie)
