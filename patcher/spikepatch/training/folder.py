@@ -84,10 +84,12 @@ def locked(out: Path) -> Iterator[None]:
         begun = (out / RECORD).exists()
         if not begun and not had_tokens:
             shutil.rmtree(out / DATA, ignore_errors=True)
+        if not begun:  # while it is held: later it might be another command's
+            with contextlib.suppress(OSError):
+                (out / LOCK).unlink(missing_ok=True)
         lock.release()
         if not begun:
             with contextlib.suppress(OSError):  # a folder that is not empty stays
-                (out / LOCK).unlink(missing_ok=True)
                 for path in made:
                     path.rmdir()
 
