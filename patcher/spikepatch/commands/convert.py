@@ -100,7 +100,8 @@ def _left_alone(plan: Plan) -> Iterator[str]:
     alike: dict[str, list[Skip]] = {}
     for skip in plan.skips:
         alike.setdefault(re.sub(r"\d+", "*", skip.reason), []).append(skip)
-    yield "left alone:"
+    if alike:
+        yield "left alone:"
     for first, *others in alike.values():
         yield f"  {first.target}" + (f" and {len(others)} more" if others else "") + f": {first.reason}"
 

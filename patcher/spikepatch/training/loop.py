@@ -273,8 +273,10 @@ def evaluate(
     total = count = 0.0
     model.eval()
     sizes = [rows[:, 1:].size for rows in batches]
+    done, held_out = 0, sum(sizes)
     for first in range(0, len(batches), ranks):
-        report(sum(sizes[:first]), sum(sizes))
+        report(done, held_out)
+        done += sum(sizes[first : first + ranks])
         rows = torch.from_numpy(batches[min(first + rank, len(batches) - 1)]).to(accelerator.device)
         entropy, _ = loss_of(rows)
         if first + rank < len(batches):
