@@ -207,13 +207,19 @@ def _statistic_of(statistic: Node, value: Node) -> tuple[Node, Literal["layernor
         squared |= moment or op(node) in {"pow", "square"} or (op(node) == "mul" and len(operands(node)) == 1)
         numbers = [a for a in node.args[1:] if isinstance(a, float)]
         if op(node) in {"add", "clamp", "clamp_min", "maximum"} and numbers:
-            eps = numbers[0]
+            eps = _as_written(numbers[0])
         if not operands(node):
             return None
         todo.extend(operands(node))
     if not (reduced and squared):
         return None
     return roots[-1], "layernorm" if centred else "rmsnorm", eps
+
+
+def _as_written(number: float) -> float:
+    """1e-05 for 9.999999747378752e-06: torch writes out some norms with their eps rounded to float32."""
+    short = float(f"{number:.6g}")
+    return short if float(torch.tensor(short, dtype=torch.float32)) == number else number
 
 
 def _uncast(node: Node) -> Node:

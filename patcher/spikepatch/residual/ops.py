@@ -25,7 +25,7 @@ LINEAR_FIRST = VIEWS | POOLS | frozenset("neg sum mean cumsum tril triu".split()
 ADDS = frozenset("add sub rsub".split())
 # Linear in all tensor arguments taken together: zero when all are.
 JOINS = ADDS | frozenset(
-    "cat stack concat index_add index_put index_copy scatter scatter_add scatter_reduce select_scatter slice_scatter"
+    "cat stack index_add index_put index_copy scatter scatter_add scatter_reduce select_scatter slice_scatter"
     " copy lerp where overwritten".split()
 )
 PRODUCTS = frozenset(["mul", "div"])
@@ -42,7 +42,7 @@ CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution conv_transpose1d".spl
 LIKE_SECOND = frozenset("type_as view_as expand_as".split())
 # Rows of the first tensor are replaced by other values.
 REPLACED_ROWS = frozenset("index_put index_copy masked_scatter".split())
-NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm".split())
+NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm".split())
 FUSED_ATTENTION = frozenset(
     "scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention"
     " flex_attention".split()
@@ -65,7 +65,7 @@ STATISTIC = (
 )
 
 
-_ALIASES = {"multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub"}
+_ALIASES = {"concat": "cat", "concatenate": "cat", "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub"}
 
 
 def op(node: object) -> str:
@@ -107,6 +107,16 @@ def writes(node: Node) -> bool:
 def operands(node: Node) -> list[Node]:
     """The graph nodes among the arguments, in order, lists included."""
     return list(node.all_input_nodes)
+
+
+def argument(node: Node, name: str) -> object:
+    """The value of the op's argument that its schema calls ``name``; None if it has none, or it was not given."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
+    position = names.index(name) if name in names else len(node.args)
+    return node.args[position] if position < len(node.args) else None
 
 
 def table_of(node: Node) -> Node:

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts, floating
-from spikepatch.residual.ops import op, operands, place
+from spikepatch.residual.ops import argument, op, operands, place
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def _value(facts: Facts, node: Node, alive: Mapping[Node, int | None], bit: Mapp
     if name in ops.NORMS:
         if alive[arguments[0]] is not None:
             return union
-        biased = "layer_norm" in name and len(arguments) > 2
-        return alive[arguments[2]] if biased else None
+        bias = argument(node, "bias")
+        return alive[bias] if isinstance(bias, Node) else None
     if name in ops.FUSED_ATTENTION:
         return None if alive[arguments[2]] is None else union
     if name == "mul" and None in values:

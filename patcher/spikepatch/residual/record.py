@@ -1,15 +1,15 @@
-"""The second tracer, for forward passes that ``torch.export`` cannot follow: run once, and write down what was called.
+"""The tracer: run a forward pass once, and write down what was called.
 
 Parameters and all data lie on the meta device, at full width. Control tensors (ids, masks, positions, and what is
 computed from them alone) are real, so Python branches on them run. Where control is computed from data, such as the
 expert that a token is routed to, a stand-in takes its place: row numbers 0, 1, 2, ... for integers, True for
-conditions, so that as many branches as possible are entered.
+conditions, so that as many branches as possible are entered. ``Recorder.whole`` tells whether anything hung on that.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,16 +20,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+#: Of operations that return a number to Python, or a shape that depends on values.
+_DECIDE = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+
+_INDEX = torch.ops.aten.index.Tensor
+
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Appends every ATen call to ``graph``. Tensors that no recorded call made become placeholders: ``constants``."""
+    """Appends every ATen call to ``graph``. Tensors that no recorded call made become placeholders: ``constants``.
 
-    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
+    ``whole``: no branch and no shape was chosen by what the inputs hold, so that any input goes the same way.
+    """
+
+    def __init__(self, named: Mapping[str, torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph: Graph = Graph()
+        self.whole: bool = True
         self.path: list[str] = [""]
         self.constants: dict[Node, torch.Tensor] = {}
         self._known: dict[int, tuple[torch.Tensor, Node]] = {}  # holds the tensors, so that their ids stay theirs
+        self._fed: set[int] = {id(tensor) for tensor in inputs}  # real tensors that the inputs or data decide
         for name, tensor in named.items():
             self._introduce(tensor, name)
 
@@ -45,6 +55,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         as_data = any(t.is_meta for t in tensors)
+        fed = as_data or any(id(t) in self._fed for t in tensors)
+        if fed and not _DECIDE.isdisjoint(func.tags) and (func is not _INDEX or self._masks(args[1])):
+            self.whole = False
         if func is torch.ops.aten._local_scalar_dense.default and as_data:
             return True if args[0].dtype == torch.bool else 1  # a Python branch on data
         run_args, run_kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta") if as_data else t, (args, kwargs))
@@ -64,8 +77,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif as_data:
             choices = args[0].shape[-1] if args and isinstance(args[0], torch.Tensor) and args[0].ndim else 1
             result = tree_map_only(torch.Tensor, lambda t: _stand_in(t, choices), result)
+        if fed:
+            self._fed.update(id(t) for t in tree_leaves(result) if isinstance(t, torch.Tensor))
         self._append(func, args, kwargs, result)
         return result
+
+    def _masks(self, indices: Sequence[torch.Tensor | None]) -> bool:
+        """One of ``indices`` picks as many rows as the input or data say; row numbers pick as many as they are."""
+        masks = [i for i in indices if i is not None and i.dtype in {torch.bool, torch.uint8}]
+        return any(mask.is_meta or id(mask) in self._fed for mask in masks)
 
     def _introduce(self, tensor: torch.Tensor, name: str) -> Node:
         first = next(iter(self.graph.nodes), None)
@@ -117,7 +137,7 @@ class _RealNumbers(TorchFunctionMode):
 def record(model: nn.Module, example: Mapping[str, torch.Tensor]) -> tuple[Recorder, Any]:
     """Run ``model`` (parameters on meta, buffers real) once on a real ``example``: the recorder, and the output."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers()), **example}
-    recorder = Recorder(named)
+    recorder = Recorder(named, example.values())
     with torch.no_grad(), _paths(model, recorder.path), _RealNumbers(), recorder:
         result = model(**example)
     return recorder, result

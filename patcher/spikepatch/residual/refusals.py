@@ -63,7 +63,17 @@ def copies(carriers: Iterable[Node]) -> str | None:
         before, after = shape(operands(node)[0]), shape(node)
         along_width = len(after) > 2 and after[-1] > before[-1]
         new_axis = len(after) > 3 and after[-1] == before[-1] and after[-2] > before[-2] == 1
+        new_axis = new_axis and not _repeats_tokens(node)
         if along_width or new_axis:
             count = after[-1] // before[-1] if along_width else after[-2]
             return f"hyper-connections: the stream is a set of {count} mixed copies, not a sum"
     return None
+
+
+def _repeats_tokens(node: Node) -> bool:
+    """The new axis is merged with that of the tokens at once: each token is there several times, one after the other."""
+    *outer, tokens, count, width = shape(node)
+    readers = list(node.users)
+    while len(readers) == 1 and op(readers[0]) in {"clone", "contiguous"}:
+        readers = list(readers[0].users)
+    return bool(readers) and all(shape(reader) == (*outer, tokens * count, width) for reader in readers)

@@ -36,6 +36,7 @@ class Trace:
         buffers: placeholder -> the buffer's real value, on the CPU.
         inputs: placeholder of each tensor argument of ``forward`` -> the example, on the CPU.
         output: the first tensor of the model's output: the logits, or the last hidden state.
+        whole: no branch and no shape was chosen by what the input holds, and every buffer has a value.
     """
 
     graph: Graph
@@ -43,6 +44,7 @@ class Trace:
     buffers: Mapping[Node, torch.Tensor]
     inputs: Mapping[Node, torch.Tensor]
     output: Node
+    whole: bool
 
 
 def skeleton(model: nn.Module, *, keep_buffers: bool = False) -> nn.Module:
@@ -58,15 +60,20 @@ def skeleton(model: nn.Module, *, keep_buffers: bool = False) -> nn.Module:
     return twin.eval()
 
 
-def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = None) -> Trace:
+def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = None, *, fused: bool = False) -> Trace:
     """Trace one forward pass of ``model``, whose weights may be anywhere: they are not read, and not changed.
+
+    A recorded run takes a third of the time of ``torch.export``, which is asked where the input chose the way of that
+    run; and where neither trace is whole, the recorded one is taken.
 
     Args:
         model: any module; a transformers model needs no example.
         example_inputs: keyword arguments of ``forward``. Shapes and dtypes matter, values hardly.
+        fused: ask ``torch.export`` first: it keeps norms and attention as single operations, in a graph that is to be
+            run.
 
     Raises:
-        Refused: neither ``torch.export`` nor a recorded run can follow the forward pass.
+        Refused: neither can follow the forward pass.
     """
     if example_inputs is not None and not isinstance(example_inputs, Mapping):
         raise Refused(
@@ -75,32 +82,28 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
             why=f"it is of type {type(example_inputs).__name__}, and does not say which argument it is for",
             remedy="pass example_inputs={'name of the argument': tensor}",
         )
-    twin = skeleton(model)
-    example = dict(example_inputs) if example_inputs is not None else example_of(twin)
-    _prefer_traceable_kernels(twin, "grouped_mm")  # no loop over data
-    # On failure torch prints the graph so far, thousands of lines.
-    with quiet(), contextlib.redirect_stderr(io.StringIO()), quick():
+    example = dict(example_inputs) if example_inputs is not None else example_of(model)
+    found: dict[str, Trace] = {}
+    failed: dict[str, Exception] = {}
+    for tracer in (exported, recorded) if fused else (recorded, exported):
+        name = tracer.__name__
         try:
-            program = torch.export.export(twin, (), {k: v.to("meta") for k, v in example.items()}, strict=False)
-        except Exception as not_exported:
-            try:
-                return recorded(model, example)
-            except Exception as error:
-                raise _untraceable(type(model).__name__, example, not_exported, error) from error
-    flat = _flat(program, model, twin, example)
-    # A number that the forward pass makes a tensor of has no value in a graph that was exported on meta: only a
-    # recorded graph can be run.
-    if any(buffer.is_meta for buffer in flat.buffers.values()) and not any(b.is_meta for b in model.buffers()):
-        with contextlib.suppress(Exception):
-            return recorded(model, example)
-    return flat
+            found[name] = tracer(model, example)
+        except Exception as error:  # whatever a forward pass raises
+            failed[name] = error
+        else:
+            if found[name].whole:
+                return found[name]
+    if not found:
+        raise _untraceable(type(model).__name__, example, **failed) from failed["recorded"]
+    return found.get("recorded") or found["exported"]
 
 
 def _untraceable(
-    name: str, example: Mapping[str, torch.Tensor], not_exported: Exception, not_recorded: Exception
+    name: str, example: Mapping[str, torch.Tensor], exported: Exception, recorded: Exception
 ) -> Refused:
     what = "the forward pass cannot be traced, so its residual stream cannot be found"
-    exporting, recording = first_line(not_exported), first_line(not_recorded)
+    exporting, recording = first_line(exported), first_line(recorded)
     if exporting == recording:  # the model's own words
         return Refused(
             what=what,
@@ -170,8 +173,18 @@ def _prefer_traceable_kernels(model: nn.Module, experts: str) -> None:
                 break
 
 
+def exported(model: nn.Module, example: Mapping[str, torch.Tensor]) -> Trace:
+    """Trace ``model`` by ``torch.export``; it raises what that raises where it cannot follow the forward pass."""
+    twin = skeleton(model)
+    _prefer_traceable_kernels(twin, "grouped_mm")
+    # On failure torch prints the graph so far, thousands of lines.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()), quick():
+        program = torch.export.export(twin, (), {k: v.to("meta") for k, v in example.items()}, strict=False)
+    return _flat(program, model, twin, example)
+
+
 def _flat(
-    program: torch.export.ExportedProgram, model: nn.Module, twin: nn.Module, example: dict[str, torch.Tensor]
+    program: torch.export.ExportedProgram, model: nn.Module, twin: nn.Module, example: Mapping[str, torch.Tensor]
 ) -> Trace:
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -197,7 +210,9 @@ def _flat(
     position = next(i for i, s in enumerate(program.graph_signature.output_specs) if s.kind == OutputKind.USER_OUTPUT)
     output = result[position]
     graph.output(output)
-    return Trace(graph, parameters, buffers, inputs, output)
+    # A number that the forward pass makes a tensor of has no value in a graph that was exported on meta.
+    whole = not any(buffer.is_meta for buffer in buffers.values()) or any(b.is_meta for b in model.buffers())
+    return Trace(graph, parameters, buffers, inputs, output, whole)
 
 
 def _attribute(model: nn.Module, path: str, constant: torch.Tensor) -> torch.Tensor:
@@ -237,19 +252,25 @@ def _is_graph(module: nn.Module, node: Node) -> bool:
 
 
 def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None) -> Trace:
-    """Trace ``model`` by running it once on the meta device: see ``record.py``. For what export cannot follow."""
+    """Trace ``model`` by running it once on the meta device, see ``record.py``; it raises what its forward raises."""
     twin = skeleton(model)
     example = dict(example) if example is not None else example_of(twin)
-    _prefer_traceable_kernels(twin, "eager")  # a loop is no obstacle here
+    _prefer_traceable_kernels(twin, "batched_mm")  # no loop over the experts that data chose
     for name, buffer in model.named_buffers():
         owner, _, own = name.rpartition(".")
         if not buffer.is_meta:
             twin.get_submodule(owner)._buffers[own] = buffer.detach().cpu()
-    recorder, result = record(twin, example)
+    buffers = list(twin.buffers())  # the run may replace them
+    with quiet():
+        recorder, result = record(twin, example)
     output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
     recorder.graph.output(recorder.node(output))
     follow_data(recorder.graph)
-    parameters = {recorder.node(p): name for name, p in twin.named_parameters()}
-    buffers = {recorder.node(b): b for _, b in twin.named_buffers()} | recorder.constants
-    inputs = {recorder.node(t): t for t in example.values()}
-    return Trace(recorder.graph, parameters, buffers, inputs, recorder.node(output))
+    return Trace(
+        graph=recorder.graph,
+        parameters={recorder.node(p): name for name, p in twin.named_parameters()},
+        buffers={recorder.node(b): b for b in buffers} | recorder.constants,
+        inputs={recorder.node(t): t for t in example.values()},
+        output=recorder.node(output),
+        whole=recorder.whole,
+    )

@@ -134,8 +134,8 @@ class Gain(NamedTuple):
 def gain(facts: Facts, norm: NormNode) -> Gain:
     """The gain and bias of ``norm``: arguments of a fused op, or a product and a sum behind one that is written out."""
     if op(norm.output) in ops.NORMS:
-        convention, parameter = _convention(facts, _argument(norm.output, 2, "weight"))
-        bias = _argument(norm.output, 3, "bias")
+        convention, parameter = _convention(facts, ops.argument(norm.output, "weight"))
+        bias = ops.argument(norm.output, "bias")
         if parameter is not None:
             return Gain(convention, parameter, facts.weight.get(bias) if isinstance(bias, Node) else None)
     todo = [norm.output]
@@ -151,10 +151,6 @@ def gain(facts: Facts, norm: NormNode) -> Gain:
             if follows and user in facts.varies and last(user) % max(last(node), 1) == 0:
                 todo.append(user)
     return Gain("none", None, None)
-
-
-def _argument(node: Node, position: int, name: str) -> object:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
 def _convention(facts: Facts, factor: object) -> tuple[Literal["w", "1+w", "none"], str | None]:
