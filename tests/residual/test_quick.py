@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, symbolic_trace
 
 from spikepatch.residual.quick import quick
-from spikepatch.residual.trace import trace
+from spikepatch.residual.trace import example_of, exported
 from tests.architectures import ids, tiny_model
 
 
@@ -24,7 +24,7 @@ def test_no_code_is_written_for_a_graph_that_nobody_calls(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Graph, "python_code", counted)
     model = tiny_model("gpt2")
-    nodes = len(trace(model).graph.nodes)
+    nodes = len(exported(model, example_of(model)).graph.nodes)
     assert not written
     torch.export.export(model, (), {"input_ids": ids(model), "use_cache": False}, strict=False)
     assert written

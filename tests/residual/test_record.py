@@ -1,25 +1,58 @@
-"""The second tracer: the same map as from ``torch.export`` where both work, and a map where only it does."""
+"""The two tracers: the same map from a recorded run and from ``torch.export``, and when the second is asked."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 import spikepatch
+from spikepatch.errors import Refused
+from spikepatch.meta import build_meta
 from spikepatch.residual.inspect import map_of
+from spikepatch.residual.map import ResidualMap
+from spikepatch.residual.ops import op
 from spikepatch.residual.record import record
-from spikepatch.residual.trace import recorded
+from spikepatch.residual.trace import Trace, example_of, exported, recorded, trace
 from tests.architectures import TYPES, tiny_model
+from tests.residual import configs
 from tests.residual.test_stream import EXAMPLE, Block
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_same_map_as_exported(model_type: str) -> None:
+def test_both_tracers_give_the_same_map(model_type: str) -> None:
     model = tiny_model(model_type)
-    exported = spikepatch.inspect(model, source="model")
-    assert exported.proven
-    assert map_of(model, recorded(model), "model") == exported
+    first = map_of(model, recorded(model), "model")
+    second = map_of(model, exported(model, example_of(model)), "model")
+    assert first.proven
+    assert first == second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mapping", "model_type"), list(configs.entries()))
+def test_both_tracers_give_the_same_map_of_every_type(mapping: configs.Mapping, model_type: str) -> None:
+    try:
+        config = configs.tiny_config_for(model_type, mapping)
+        model = build_meta(configs.model_class(model_type, mapping), config, where=model_type)
+    except (ValueError, Refused) as error:
+        pytest.skip(f"cannot be built: {error}")
+    try:
+        run, export = recorded(model), exported(model, example_of(model))
+    except Exception as error:  # whatever a forward pass raises
+        pytest.skip(f"only one of them can follow it: {type(error).__name__}")
+    if not run.whole:
+        pytest.skip("the input chooses the way of its forward pass")
+    assert _map_or_reason(model, run) == _map_or_reason(model, export)
+
+
+def _map_or_reason(model: PreTrainedModel, graph: Trace) -> ResidualMap | str:
+    try:
+        return map_of(model, graph, "model")
+    except Refused as error:
+        return str(error)
 
 
 class Branching(nn.Module):
@@ -38,10 +71,53 @@ class Branching(nn.Module):
         return logits
 
 
-def test_a_branch_on_data() -> None:
-    residual = spikepatch.inspect(Branching(), example_inputs=EXAMPLE)
-    assert residual.proven
-    assert [p.parameter for p in residual.residual_projections] == ["block.down.weight"]
+class ByIds(Branching):
+    """The ids say how many rows there are."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.block(self.tokens(ids))
+        logits: torch.Tensor = self.head(x[ids > 3])
+        return logits
+
+
+class ByPosition(Branching):
+    """A mask and a branch that depend on the length of the text alone; rows by their numbers, which depend on ids."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(ids.shape[1])
+        x = self.tokens(ids)
+        if positions.max() > 3:
+            x = self.block(x)
+        logits: torch.Tensor = self.head(x[:, positions % 2 == 0][:, ids[0, :3] % 2])
+        return logits
+
+
+@pytest.mark.parametrize(("kind", "whole"), [(Branching, False), (ByIds, False), (ByPosition, True)])
+def test_whole_unless_the_input_chooses(kind: type[Branching], whole: bool) -> None:
+    assert recorded(kind(), EXAMPLE).whole is whole
+
+
+def test_export_is_asked_where_the_input_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(model: nn.Module, example: Any) -> Trace:
+        asked.append(type(model))
+        return exported(model, example)
+
+    counted.__name__ = "exported"
+    monkeypatch.setattr("spikepatch.residual.trace.exported", counted)
+    for kind in (ByPosition, ByIds, Branching):
+        residual = spikepatch.inspect(kind(), example_inputs=EXAMPLE)
+        assert residual.proven
+        assert [p.parameter for p in residual.residual_projections] == ["block.down.weight"]
+    assert asked == [ByIds, Branching]
+
+
+def test_a_graph_that_is_to_be_run_keeps_its_operations_whole() -> None:
+    model = tiny_model("llama")
+    fused, written_out = ({op(n) for n in trace(model, fused=fused).graph.nodes} for fused in (True, False))
+    assert "linear" in fused - written_out
+    assert "mm" in written_out - fused
 
 
 class Numbers(nn.Module):
@@ -60,6 +136,38 @@ def test_numbers_in_the_code_keep_their_values() -> None:
     assert [-1, 2] in values
     assert [0.25] in values
     assert [0] in values
+
+
+class Moving(Branching):
+    """It moves its buffer to where the data are, as it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.full((16,), 3.0))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids)
+        self.scale = self.scale.to(x.device)
+        logits: torch.Tensor = self.head(self.block(x * self.scale))
+        return logits
+
+
+def test_a_buffer_that_the_run_replaces_keeps_its_value() -> None:
+    graph = recorded(Moving(), EXAMPLE)
+    assert graph.whole
+    assert [buffer.tolist() for buffer in graph.buffers.values()] == [[3.0] * 16]
+    (embedding,) = spikepatch.inspect(Moving(), example_inputs=EXAMPLE).embeddings
+    assert embedding.scale == 3
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6, 1.1920928955078125e-07])
+def test_eps_of_a_norm_that_is_written_out(eps: float) -> None:
+    model = Branching()
+    model.block.norm = nn.RMSNorm(16, eps=eps, elementwise_affine=False)  # type: ignore[assignment]
+    model.forward = lambda ids: model.head(model.block(model.tokens(ids)))  # type: ignore[method-assign]
+    for tracer in (recorded, exported):
+        (norm,) = map_of(model, tracer(model, EXAMPLE), "model").norms
+        assert norm.eps == eps
 
 
 def test_a_forward_that_cannot_run() -> None:

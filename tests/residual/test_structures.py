@@ -8,7 +8,9 @@ from torch import nn
 
 import spikepatch
 from spikepatch.errors import Refused
+from spikepatch.residual.inspect import map_of
 from spikepatch.residual.map import Between
+from spikepatch.residual.trace import trace
 from tests.residual.test_stream import EXAMPLE, Block
 
 WIDTH = 16
@@ -117,6 +119,19 @@ class ByPointwiseConvolution(Model):
         return x + out
 
 
+class GroupNormed(Model):
+    """Each block's result is normed in groups of channels, with a bias that stays when the block is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2, WIDTH)
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + self.norm(branch(block, x).transpose(1, 2)).transpose(1, 2)
+        return x
+
+
 PROVEN = {
     Reversible: ["blocks.0.down.weight", "blocks.1.down.weight"],
     Pooled: ["blocks.0.down.weight", "blocks.1.down.weight"],
@@ -124,13 +139,15 @@ PROVEN = {
     Replaced: ["blocks.0.down.weight", "blocks.1.down.weight"],
     Interpolated: ["blocks.0.down.weight", "blocks.1.down.weight"],
     ByPointwiseConvolution: ["down.weight"],
+    GroupNormed: ["blocks.0.down.weight", "blocks.1.down.weight"],
 }
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", PROVEN)
-def test_proven(kind: type[Model]) -> None:
+def test_proven(kind: type[Model], fused: bool) -> None:
     model = kind()
-    residual = spikepatch.inspect(model, example_inputs=EXAMPLE)
+    residual = map_of(model, trace(model, EXAMPLE, fused=fused), "model")
     assert residual.proven, residual.leaks
     assert [p.parameter for p in residual.residual_projections] == PROVEN[kind]
     biases = [p.removesuffix("weight") + "bias" for p in PROVEN[kind]]
@@ -139,6 +156,13 @@ def test_proven(kind: type[Model]) -> None:
     assert residual.sublayers == len(PROVEN[kind])
     assert {p.kind for p in residual.residual_projections} == {"mlp"}
     assert set(residual.reaches) == reached(model, biases)
+
+
+def test_gain_and_bias_of_a_group_norm() -> None:
+    for fused in (False, True):
+        model = GroupNormed()
+        norms = {norm.module: norm for norm in map_of(model, trace(model, EXAMPLE, fused=fused), "model").norms}
+        assert (norms["norm"].gain, norms["norm"].parameter, norms["norm"].bias) == ("w", "norm.weight", "norm.bias")
 
 
 def reached(model: Model, biases: list[str]) -> set[str]:

@@ -6,6 +6,7 @@ That is the safe direction: the proof can only fail for it, never succeed wrongl
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import torch
@@ -65,7 +66,14 @@ STATISTIC = (
 )
 
 
-_ALIASES = {"concat": "cat", "concatenate": "cat", "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub"}
+_ALIASES = {
+    "concat": "cat",
+    "concatenate": "cat",
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "subtract": "sub",
+}
 
 
 def op(node: object) -> str:
@@ -74,7 +82,12 @@ def op(node: object) -> str:
         return ""
     if node.target is operator.getitem:
         return "getitem"
-    packet = getattr(node.target, "overloadpacket", node.target)
+    return _name(node.target)
+
+
+@functools.cache
+def _name(target: object) -> str:
+    packet = getattr(target, "overloadpacket", target)
     name = str(getattr(packet, "__name__", packet))
     name = name.rstrip("_") if not name.startswith("__") else name.strip("_")
     return _ALIASES.get(name, name)

@@ -1,4 +1,4 @@
-"""``torch.export`` without the work that only its debugging and its other users need."""
+"""Tracing without the work that only the debugging and the other users of ``torch.export`` need."""
 
 from __future__ import annotations
 
@@ -13,18 +13,27 @@ from torch.fx import GraphModule
 
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
-    """Export without stack traces of the nodes, without walks of the garbage collector over a graph that is growing,
-    and without Python code for graphs that nobody calls.
+    """Export without stack traces of the nodes, without walks of the garbage collector, and without Python code for
+    graphs that nobody calls.
     """
     config: Any = torch.fx.config
-    collects, traces = gc.isenabled(), getattr(config, "do_not_emit_stack_traces", False)
-    gc.disable()
+    traces = getattr(config, "do_not_emit_stack_traces", False)
     config.do_not_emit_stack_traces = True
     try:
-        with _code_on_demand():
+        with without_collector(), _code_on_demand():
             yield
     finally:
         config.do_not_emit_stack_traces = traces
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """The garbage collector walks over a graph that is growing again and again, and finds nothing."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
         if collects:
             gc.enable()
 

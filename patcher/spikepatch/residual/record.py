@@ -9,16 +9,16 @@ conditions, so that as many branches as possible are entered. ``Recorder.whole``
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 #: Of operations that return a number to Python, or a shape that depends on values.
 _DECIDE = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
@@ -53,14 +53,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        tensors = _tensors((args, kwargs))
         as_data = any(t.is_meta for t in tensors)
         fed = as_data or any(id(t) in self._fed for t in tensors)
         if fed and not _DECIDE.isdisjoint(func.tags) and (func is not _INDEX or self._masks(args[1])):
             self.whole = False
         if func is torch.ops.aten._local_scalar_dense.default and as_data:
             return True if args[0].dtype == torch.bool else 1  # a Python branch on data
-        run_args, run_kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta") if as_data else t, (args, kwargs))
+        run_args, run_kwargs = args, kwargs
+        if func is _INDEX and as_data:
+            run_args = (args[0], _rows(args[1]))
+        if as_data and not all(t.is_meta for t in tensors):
+            run_args, run_kwargs = _to_meta((run_args, kwargs))
         if not as_data and run_kwargs.get("device") == torch.device("meta"):
             wanted = run_kwargs.get("dtype") or (tensors[0].dtype if tensors else None)
             if wanted is None or not wanted.is_floating_point:  # control stays real, wherever it is asked for
@@ -71,21 +75,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if as_data:
                 raise
             as_data = True
-            result = func(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), run_args), **run_kwargs)
+            result = func(*_to_meta(run_args), **run_kwargs)
         if func._schema.is_mutable and tensors and args and isinstance(args[0], torch.Tensor):
             result = args[0]
         elif as_data:
             choices = args[0].shape[-1] if args and isinstance(args[0], torch.Tensor) and args[0].ndim else 1
-            result = tree_map_only(torch.Tensor, lambda t: _stand_in(t, choices), result)
+            result = _map(lambda t: _stand_in(t, choices), result)
         if fed:
-            self._fed.update(id(t) for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+            self._fed.update(map(id, _tensors(result)))
         self._append(func, args, kwargs, result)
         return result
 
     def _masks(self, indices: Sequence[torch.Tensor | None]) -> bool:
         """One of ``indices`` picks as many rows as the input or data say; row numbers pick as many as they are."""
-        masks = [i for i in indices if i is not None and i.dtype in {torch.bool, torch.uint8}]
-        return any(mask.is_meta or id(mask) in self._fed for mask in masks)
+        return any(i is not None and i.dtype == torch.bool and (i.is_meta or id(i) in self._fed) for i in indices)
 
     def _introduce(self, tensor: torch.Tensor, name: str) -> Node:
         first = next(iter(self.graph.nodes), None)
@@ -96,8 +99,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return node
 
     def _append(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        node_args, node_kwargs = tree_map_only(torch.Tensor, self.node, (args, kwargs))
-        node = self.graph.call_function(func, tuple(node_args), dict(node_kwargs))
+        node = self.graph.call_function(func, *_map(self.node, (args, kwargs)))
         node.meta["nn_module_stack"] = {self.path[-1]: (self.path[-1], nn.Module)}
         parts = enumerate(result) if isinstance(result, (tuple, list)) else ()
         for i, item in parts:
@@ -108,6 +110,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(result, torch.Tensor):
             node.meta["val"] = result
             self._known[id(result)] = (result, node)
+
+
+def _map(change: Callable[[torch.Tensor], Any], values: Any) -> Any:
+    """``values``, a tensor or nested containers, with every tensor changed. (fx's own map, which is in C.)"""
+    return map_aggregate(values, lambda value: change(value) if isinstance(value, torch.Tensor) else value)
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    _map(found.append, values)
+    return found
+
+
+def _rows(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """``indices`` with the row numbers that a mask picks in place of it: on meta, nobody knows how many."""
+    rows: list[torch.Tensor | None] = []
+    for index in indices:
+        mask = index is not None and index.dtype == torch.bool and not index.is_meta
+        rows.extend(index.nonzero(as_tuple=True) if index is not None and mask else [index])
+    return rows
+
+
+def _to_meta(values: Any) -> Any:
+    return _map(lambda tensor: tensor.to("meta"), values)
 
 
 def _stand_in(tensor: torch.Tensor, choices: int) -> torch.Tensor:

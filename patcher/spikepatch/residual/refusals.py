@@ -71,7 +71,7 @@ def copies(carriers: Iterable[Node]) -> str | None:
 
 
 def _repeats_tokens(node: Node) -> bool:
-    """The new axis is merged with that of the tokens at once: each token is there several times, one after the other."""
+    """The new axis is merged with that of the tokens at once: each token is there several times in a row."""
     *outer, tokens, count, width = shape(node)
     readers = list(node.users)
     while len(readers) == 1 and op(readers[0]) in {"clone", "contiguous"}:

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
 from spikepatch.residual.dataflow import follow_data
-from spikepatch.residual.quick import quick
+from spikepatch.residual.quick import quick, without_collector
 from spikepatch.residual.record import record
 
 #: Token positions in the traced example: more than one, and unlike the usual head counts and widths.
@@ -99,9 +98,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
     return found.get("recorded") or found["exported"]
 
 
-def _untraceable(
-    name: str, example: Mapping[str, torch.Tensor], exported: Exception, recorded: Exception
-) -> Refused:
+def _untraceable(name: str, example: Mapping[str, torch.Tensor], exported: Exception, recorded: Exception) -> Refused:
     what = "the forward pass cannot be traced, so its residual stream cannot be found"
     exporting, recording = first_line(exported), first_line(recorded)
     if exporting == recording:  # the model's own words
@@ -175,17 +172,21 @@ def _prefer_traceable_kernels(model: nn.Module, experts: str) -> None:
 
 def exported(model: nn.Module, example: Mapping[str, torch.Tensor]) -> Trace:
     """Trace ``model`` by ``torch.export``; it raises what that raises where it cannot follow the forward pass."""
+    from torch.export import export  # 0.15 s, for a tracer that is seldom asked
+
     twin = skeleton(model)
     _prefer_traceable_kernels(twin, "grouped_mm")
     # On failure torch prints the graph so far, thousands of lines.
     with quiet(), contextlib.redirect_stderr(io.StringIO()), quick():
-        program = torch.export.export(twin, (), {k: v.to("meta") for k, v in example.items()}, strict=False)
+        program = export(twin, (), {k: v.to("meta") for k, v in example.items()}, strict=False)
     return _flat(program, model, twin, example)
 
 
 def _flat(
     program: torch.export.ExportedProgram, model: nn.Module, twin: nn.Module, example: Mapping[str, torch.Tensor]
 ) -> Trace:
+    from torch.export.graph_signature import InputKind, OutputKind
+
     graph = Graph()
     copies: dict[Node, Node] = {}
     result = _inline(program.graph_module, graph, copies)
@@ -251,6 +252,7 @@ def _is_graph(module: nn.Module, node: Node) -> bool:
     return isinstance(getattr(module, str(node.target), None), torch.fx.GraphModule)
 
 
+@without_collector()
 def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None) -> Trace:
     """Trace ``model`` by running it once on the meta device, see ``record.py``; it raises what its forward raises."""
     twin = skeleton(model)
