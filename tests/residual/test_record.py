@@ -139,7 +139,9 @@ def test_numbers_in_the_code_keep_their_values() -> None:
 
 
 class Moving(Branching):
-    """It moves its buffer to where the data are, as it runs."""
+    """It moves its buffer to where the data are, and the data to where the ids are, as it runs."""
+
+    scale: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +150,7 @@ class Moving(Branching):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.tokens(ids)
         self.scale = self.scale.to(x.device)
-        logits: torch.Tensor = self.head(self.block(x * self.scale))
+        logits: torch.Tensor = self.head(self.block((x * self.scale).to(ids.device)))
         return logits
 
 

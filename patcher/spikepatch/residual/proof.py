@@ -142,8 +142,8 @@ def _value(facts: Facts, node: Node, alive: Mapping[Node, int | None], bit: Mapp
     if name in ops.NORMS:
         if alive[arguments[0]] is not None:
             return union
-        bias = argument(node, "bias")
-        return alive[bias] if isinstance(bias, Node) else None
+        constant = argument(node, "bias")
+        return alive[constant] if isinstance(constant, Node) else None
     if name in ops.FUSED_ATTENTION:
         return None if alive[arguments[2]] is None else union
     if name == "mul" and None in values:

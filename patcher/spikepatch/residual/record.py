@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _DECIDE = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
 
 _INDEX = torch.ops.aten.index.Tensor
+_META = torch.device("meta")
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -60,21 +61,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.whole = False
         if func is torch.ops.aten._local_scalar_dense.default and as_data:
             return True if args[0].dtype == torch.bool else 1  # a Python branch on data
-        run_args, run_kwargs = args, kwargs
-        if func is _INDEX and as_data:
-            run_args = (args[0], _rows(args[1]))
-        if as_data and not all(t.is_meta for t in tensors):
-            run_args, run_kwargs = _to_meta((run_args, kwargs))
-        if not as_data and run_kwargs.get("device") == torch.device("meta"):
-            wanted = run_kwargs.get("dtype") or (tensors[0].dtype if tensors else None)
-            if wanted is None or not wanted.is_floating_point:  # control stays real, wherever it is asked for
-                run_kwargs = {**run_kwargs, "device": torch.device("cpu")}
+        run_args, run_kwargs = _placed(func, args, kwargs, tensors, as_data)
         try:
             result = func(*run_args, **run_kwargs)
         except (RuntimeError, NotImplementedError):  # an op that the CPU lacks for this dtype
             if as_data:
                 raise
-            as_data = True
+            as_data = fed = True
             result = func(*_to_meta(run_args), **run_kwargs)
         if func._schema.is_mutable and tensors and args and isinstance(args[0], torch.Tensor):
             result = args[0]
@@ -112,6 +105,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._known[id(result)] = (result, node)
 
 
+def _placed(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[torch.Tensor], as_data: bool
+) -> Any:
+    """The arguments that ``func`` is run on: all on meta for data; control stays real, wherever it is asked for."""
+    if not as_data:
+        wanted = kwargs.get("dtype") or (tensors[0].dtype if tensors else None)
+        if kwargs.get("device") == _META and (wanted is None or not wanted.is_floating_point):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        return args, kwargs
+    if func is _INDEX:
+        args = (args[0], _rows(args[1]))
+    elif func is torch.ops.aten._to_copy.default and "device" in kwargs:  # to where the control is
+        kwargs = {**kwargs, "device": _META}
+    return (args, kwargs) if all(t.is_meta for t in tensors) else _to_meta((args, kwargs))
+
+
 def _map(change: Callable[[torch.Tensor], Any], values: Any) -> Any:
     """``values``, a tensor or nested containers, with every tensor changed. (fx's own map, which is in C.)"""
     return map_aggregate(values, lambda value: change(value) if isinstance(value, torch.Tensor) else value)
@@ -133,7 +142,7 @@ def _rows(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
 
 
 def _to_meta(values: Any) -> Any:
-    return _map(lambda tensor: tensor.to("meta"), values)
+    return _map(lambda tensor: tensor.to(_META), values)
 
 
 def _stand_in(tensor: torch.Tensor, choices: int) -> torch.Tensor:
