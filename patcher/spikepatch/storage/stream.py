@@ -154,7 +154,7 @@ def _value(job: Job) -> torch.Tensor:
 
 def _moments(values: torch.Tensor) -> tuple[float, float]:
     wide = values.float()
-    return float(wide.sum()), float(wide.dot(wide))
+    return float(wide.sum()), float(wide.square().sum())  # unlike a dot product, it sums pairwise
 
 
 @contextlib.contextmanager

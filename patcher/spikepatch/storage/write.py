@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import torch
 
     from spikepatch.storage.stream import Content
+
+#: Bytes after which the disk is told to go on, while the next ones are computed.
+_FLUSH = 128 << 20
 
 #: Within a file safetensors sorts by dtype, so that tensors are aligned, and then by name.
 _ORDER = ("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
@@ -190,12 +193,21 @@ def _write_shard(
                     position = places[tensor] + start * tensor.dtype.itemsize
                     yield Job(out, position, value, start, stop, tensor.name, tensor.dtype, source)
 
+        behind = 0
+        flushes: list[Future[None]] = []
+        handles.callback(wait, flushes)  # before the file is closed
         with contextlib.closing(in_order(pool, jobs())) as done:
             for job, tally, raw in done:
                 digest.update(raw)
+                behind += len(raw)
+                if behind >= _FLUSH:  # so that the disk has little left to do when the last byte has been computed
+                    flushes.append(pool.submit(os.fsync, out))
+                    behind = 0
                 if job.dtype is not None:
                     written.tallies[job.name] = written.tallies.get(job.name, Tally()).plus(tally)
                     advance(len(raw))
+        for flush in flushes:
+            flush.result()
     written.hashes[path.name] = digest.hexdigest()
     if (original := _original(head, places, originals)) is not None:
         written.copies[original] = digest.hexdigest()
