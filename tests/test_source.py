@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -330,6 +331,26 @@ def test_a_config_that_is_a_folder(tmp_path: Path) -> None:
 
     assert error.what == "config.json cannot be read"
     assert error.why == "Is a directory"
+
+
+@pytest.mark.parametrize("unreadable", [".", "tokenizer.json"])
+def test_what_this_user_may_not_read(tmp_path: Path, unreadable: str) -> None:
+    """In a process that has no privileges: root may read anything."""
+    drop = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
+    if drop and not shutil.which(drop[0]):
+        pytest.skip("root may read anything, and setpriv is not there")
+    folder = write_config(tmp_path / "model", {"model_type": "llama", **TINY})
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / unreadable).chmod(0)
+    words = [sys.executable, "-m", "spikepatch", "convert", str(folder), str(tmp_path / "out"), "-q"]
+    try:
+        done = subprocess.run([*drop, *words], capture_output=True, text=True, check=False)
+    finally:
+        (folder / unreadable).chmod(0o755)
+
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: {folder / unreadable}: cannot be read\n  why: Permission denied\n")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("weights", [True, False])

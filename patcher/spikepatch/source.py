@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,11 @@ def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool, learned
             why="a local source is a folder as save_pretrained writes it",
             remedy="give that folder, or a hub id such as org/name" + ("" if learned else "; or arch:TYPE"),
         )
-    names = {path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*.jinja"))}
+    try:
+        names = set(os.listdir(folder))
+    except OSError as error:
+        raise _unreadable(spec, error) from error
+    names |= {path.relative_to(folder).as_posix() for path in folder.glob("*/*.jinja")}
     if "config.json" not in names:
         raise hub.no_config(names, spec)
     found = read_architecture(folder, where=spec, trusted=trusted)
@@ -234,8 +239,11 @@ def _copied_files(folder: Path, names: Iterable[str], found: Architecture) -> tu
         except MalformedError as error:
             problems.append(f"{path.name} {error.problem}")
             continue
-        with open(path, "rb") as file:
-            head = file.read(len(LFS_POINTER))
+        try:
+            with open(path, "rb") as file:
+                head = file.read(len(LFS_POINTER))
+        except OSError as error:
+            raise _unreadable(str(path), error) from error
         if head == LFS_POINTER:
             pointers.append(path.name)
         elif not head.startswith(PICKLES):  # `*.model` is a sentencepiece vocabulary, and sometimes is not
@@ -272,3 +280,12 @@ def _code_files(folder: Path, config: Any) -> list[Path]:
             if file.is_file():
                 found |= {file, *map(Path, get_relative_import_files(file))}
     return sorted(found)
+
+
+def _unreadable(where: str, error: OSError) -> BadSource:
+    return BadSource(
+        "cannot be read",
+        where=where,
+        why=error.strerror or str(error),
+        remedy="check its permissions and the disk",
+    )

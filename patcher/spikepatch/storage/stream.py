@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     #: stop (row-major, flat) and is called by several threads. Values are cast to the planned dtype, once.
     Content = TensorEntry | torch.Tensor | Callable[[int, int], torch.Tensor]
 
+#: Elements of a piece that are counted at a time.
+_PART = 1 << 16
+
 _OUTPUT = Path("the file that was written")
 
 
@@ -153,8 +156,13 @@ def _value(job: Job) -> torch.Tensor:
 
 
 def _moments(values: torch.Tensor) -> tuple[float, float]:
-    wide = values.float()
-    return float(wide.sum()), float(wide.square().sum())  # unlike a dot product, it sums pairwise
+    """Sums of the values and of their squares: in float32 over parts that stay in the cache, then in float64."""
+    total = squares = 0.0
+    for part in values.split(_PART):
+        wide = part.float()
+        total += float(wide.sum())
+        squares += float(wide.square().sum())  # a dot product does not sum pairwise
+    return total, squares
 
 
 @contextlib.contextmanager
