@@ -158,8 +158,26 @@ def test_a_buffer_that_the_run_replaces_keeps_its_value() -> None:
     graph = recorded(Moving(), EXAMPLE)
     assert graph.whole
     assert [buffer.tolist() for buffer in graph.buffers.values()] == [[3.0] * 16]
+    shared = Moving()
+    shared.block.register_buffer("scale", shared.scale)
+    (buffer,) = recorded(shared, EXAMPLE).buffers.values()
+    assert not buffer.is_meta
     (embedding,) = spikepatch.inspect(Moving(), example_inputs=EXAMPLE).embeddings
     assert embedding.scale == 3
+
+
+def test_a_run_that_draws_leaves_the_random_numbers_as_they_were() -> None:
+    class Noisy(Branching):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            kept = torch.rand(ids.shape[1]) > 0.1
+            return super().forward(ids) * kept[:, None]
+
+    before = torch.get_rng_state()
+    assert spikepatch.inspect(Noisy(), example_inputs=EXAMPLE) is not None
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    Noisy()
+    assert torch.equal(after, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-6, 1.1920928955078125e-07])

@@ -256,14 +256,14 @@ def _is_graph(module: nn.Module, node: Node) -> bool:
 def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None) -> Trace:
     """Trace ``model`` by running it once on the meta device, see ``record.py``; it raises what its forward raises."""
     twin = skeleton(model)
-    example = dict(example) if example is not None else example_of(twin)
+    example = {name: _on_cpu(t) for name, t in (example_of(twin) if example is None else example).items()}
     _prefer_traceable_kernels(twin, "batched_mm")  # no loop over the experts that data chose
-    for name, buffer in model.named_buffers():
+    real: dict[int, torch.Tensor] = {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
         owner, _, own = name.rpartition(".")
-        if not buffer.is_meta:
-            twin.get_submodule(owner)._buffers[own] = buffer.detach().cpu()
+        twin.get_submodule(owner)._buffers[own] = real.setdefault(id(buffer), _on_cpu(buffer))
     buffers = list(twin.buffers())  # the run may replace them
-    with quiet():
+    with quiet(), torch.random.fork_rng(devices=[]):  # the run is real where it does not depend on weights
         recorder, result = record(twin, example)
     output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
     recorder.graph.output(recorder.node(output))
@@ -276,3 +276,7 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None
         output=recorder.node(output),
         whole=recorder.whole,
     )
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.is_meta else tensor.detach().cpu()

@@ -158,8 +158,8 @@ def _value(job: Job) -> torch.Tensor:
 def _moments(values: torch.Tensor) -> tuple[float, float]:
     """Sums of the values and of their squares: in float32 over parts that stay in the cache, then in float64."""
     total = squares = 0.0
-    for part in values.split(_PART):
-        wide = part.float()
+    for start in range(0, len(values), _PART):
+        wide = values[start : start + _PART].float()
         total += float(wide.sum())
         squares += float(wide.square().sum())  # a dot product does not sum pairwise
     return total, squares
