@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,6 +340,32 @@ def test_save_refuses_a_plain_module(tmp_path: Path) -> None:
     spikepatch.patch(model, "vanilla", reinit="residual", example_inputs=EXAMPLE)
     with pytest.raises(Refused, match="no save_pretrained"):
         spikepatch.save(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("limit", [1000, 100_000], ids=["config", "weights"])
+def test_save_on_a_full_disk(limit: int, tmp_path: Path) -> None:
+    """A limit of the size of files stands for it, in a process of its own."""
+    script = f"""
+import resource, signal, sys
+from pathlib import Path
+import spikepatch
+from tests.architectures import tiny_model
+model = tiny_model("gpt2")
+spikepatch.patch(model, "scaled-embed", reinit="all")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    spikepatch.save(model, sys.argv[1])
+except spikepatch.BadTarget as error:
+    print(error)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "out")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "the output cannot be written" in done.stdout
+    assert "free space" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_loading_keeps_what_was_drawn(tmp_path: Path) -> None:

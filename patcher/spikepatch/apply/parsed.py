@@ -78,7 +78,7 @@ def parse(file: str, text: str) -> Parsed:
         raise BadSource(
             "the file is not valid Python",
             where=f"{file}, line {line}",
-            why=str(getattr(error, "msg", None) or getattr(error, "message", None) or error).splitlines()[0],
+            why=str(getattr(error, "msg", None) or getattr(error, "message", None) or error).partition("\n")[0],
             remedy="give a file that this version of Python compiles",
         ) from error
     starts = (0, *(found.end() for found in _NEWLINE.finditer(text)))

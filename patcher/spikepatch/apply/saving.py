@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
@@ -21,7 +22,7 @@ from spikepatch.meta import check_module
 from spikepatch.plans import Plan
 from spikepatch.quiet import quiet
 from spikepatch.storage.manifest import MANIFEST, file_hash, manifest, model_card
-from spikepatch.storage.publish import check_target, publishing
+from spikepatch.storage.publish import check_target, publishing, unwritable
 from spikepatch.storage.write import write_text
 
 
@@ -47,7 +48,7 @@ def save(
 
     Raises:
         Refused: the model was not patched, or is no transformers model.
-        BadTarget: ``out`` cannot be used.
+        BadTarget: ``out`` cannot be used, or the disk is full.
     """
     check_module(model)
     plan: Plan | None = getattr(model, "_spikepatch_plan", None)
@@ -83,12 +84,15 @@ def pretrained(
     """
     state = _gathered(model) if sharded(model) else None
     if state is None or dist.get_rank() == 0:
-        with publishing(out, overwrite=overwrite) as scratch, quiet():
-            model.save_pretrained(scratch, state_dict=state)
-            for name, file in (files or {}).items():
-                (scratch / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, scratch / name)
-            yield scratch
+        try:
+            with publishing(out, overwrite=overwrite) as scratch, quiet():
+                model.save_pretrained(scratch, state_dict=state)
+                for name, file in (files or {}).items():
+                    (scratch / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, scratch / name)
+                yield scratch
+        except (OSError, SafetensorError) as error:  # of a full disk, safetensors has an error of its own
+            raise unwritable(out, error) from error
     else:
         yield None
     if state is not None:

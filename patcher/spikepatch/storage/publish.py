@@ -153,7 +153,7 @@ def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-def unwritable(out: Path, error: OSError) -> BadTarget:
+def unwritable(out: Path, error: Exception) -> BadTarget:
     """The error for a system call that failed while ``out`` was written."""
     return BadTarget(
         "the output cannot be written",
