@@ -92,7 +92,22 @@ class ByPosition(Branching):
         return logits
 
 
-@pytest.mark.parametrize(("kind", "whole"), [(Branching, False), (ByIds, False), (ByPosition, True)])
+class ThroughAView(Branching):
+    """A mask that the ids are written into, by way of a part of it."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(2, ids.shape[1], dtype=torch.bool)
+        mask[0].copy_(ids[0] > 3)
+        x = self.tokens(ids)
+        if mask.any():
+            x = self.block(x)
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole"), [(Branching, False), (ByIds, False), (ThroughAView, False), (ByPosition, True)]
+)
 def test_whole_unless_the_input_chooses(kind: type[Branching], whole: bool) -> None:
     assert recorded(kind(), EXAMPLE).whole is whole
 

@@ -40,7 +40,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.path: list[str] = [""]
         self.constants: dict[Node, torch.Tensor] = {}
         self._known: dict[int, tuple[torch.Tensor, Node]] = {}  # holds the tensors, so that their ids stay theirs
-        self._fed: set[int] = {id(tensor) for tensor in inputs}  # real tensors that the inputs or data decide
+        self._fed: set[int] = set(map(_memory, inputs))  # memory of control that the inputs or data decide
         for name, tensor in named.items():
             self._introduce(tensor, name)
 
@@ -56,7 +56,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         tensors = _tensors((args, kwargs))
         as_data = any(t.is_meta for t in tensors)
-        fed = as_data or any(id(t) in self._fed for t in tensors)
+        fed = as_data or any(_memory(t) in self._fed for t in tensors)
         if fed and not _DECIDE.isdisjoint(func.tags) and (func is not _INDEX or self._masks(args[1])):
             self.whole = False
         if func is torch.ops.aten._local_scalar_dense.default and as_data:
@@ -75,13 +75,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             choices = args[0].shape[-1] if args and isinstance(args[0], torch.Tensor) and args[0].ndim else 1
             result = _map(lambda t: _stand_in(t, choices), result)
         if fed:
-            self._fed.update(map(id, _tensors(result)))
+            self._fed.update(map(_memory, _tensors(result)))
         self._append(func, args, kwargs, result)
         return result
 
     def _masks(self, indices: Sequence[torch.Tensor | None]) -> bool:
         """One of ``indices`` picks as many rows as the input or data say; row numbers pick as many as they are."""
-        return any(i is not None and i.dtype == torch.bool and (i.is_meta or id(i) in self._fed) for i in indices)
+        return any(i is not None and i.dtype == torch.bool and (i.is_meta or _memory(i) in self._fed) for i in indices)
 
     def _introduce(self, tensor: torch.Tensor, name: str) -> Node:
         first = next(iter(self.graph.nodes), None)
@@ -130,6 +130,11 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     _map(found.append, values)
     return found
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """What a tensor shares with its views, through which it may be written."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _rows(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
