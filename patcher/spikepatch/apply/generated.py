@@ -13,8 +13,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from spikepatch.apply.original import Original, carried_files, original_of
-from spikepatch.apply.source_code import class_name, config_entries, module_name, original_entries, render
+from spikepatch.apply.original import Original, carried_files, class_name, original_of
+from spikepatch.apply.source_code import config_entries, module_name, original_entries, render
 from spikepatch.runtime.embedding import install
 
 

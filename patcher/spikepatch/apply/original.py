@@ -131,6 +131,11 @@ def _in_order(auto_classes: Iterable[str]) -> list[str]:
     return [*(name for name in _PREFERRED if name in names), *sorted(set(names) - set(_PREFERRED))]
 
 
+def class_name(original: type) -> str:
+    """The generated class that derives from ``original``."""
+    return f"Spikepatch{original.__name__}"
+
+
 def is_remote(cls: type) -> bool:
     """The class is of code that came with a model."""
     return cls.__module__.startswith(_REMOTE)

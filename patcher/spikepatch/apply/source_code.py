@@ -9,11 +9,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from spikepatch.apply.original import Original, is_remote, stem
+from spikepatch.apply.original import Original, class_name, is_remote, stem
 from spikepatch.errors import Refused
 
 #: Unlike `embedding.py`, no file of a model repository is called so.
-RUNTIME_FILE = "spikepatch_embedding"
+_RUNTIME_FILE = "spikepatch_embedding"
 
 
 def render(original: Original) -> dict[str, str]:
@@ -34,8 +34,8 @@ def render(original: Original) -> dict[str, str]:
     from spikepatch.apply.substitution import substituted  # libcst takes 0.3 s, and most models need no code
 
     return {
-        f"{module_name(original)}.py": substituted(_runtime_source("template"), original),
-        f"{RUNTIME_FILE}.py": _runtime_source("embedding"),
+        f"{module_name(original)}.py": substituted(_runtime_source("template"), original, _RUNTIME_FILE),
+        f"{_RUNTIME_FILE}.py": _runtime_source("embedding"),
     }
 
 
@@ -85,11 +85,6 @@ def _beside(reference: Any) -> Any:
 def module_name(original: Original) -> str:
     """The module of the generated classes: ``qwen2-vl`` -> ``modeling_spikepatch_qwen2_vl``."""
     return "modeling_spikepatch_" + re.sub(r"[^a-z0-9]", "_", original.model_type.lower())
-
-
-def class_name(original: type) -> str:
-    """The generated class that derives from ``original``."""
-    return f"Spikepatch{original.__name__}"
 
 
 def config_entries(original: Original) -> dict[str, Any]:
