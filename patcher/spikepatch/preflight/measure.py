@@ -189,9 +189,14 @@ def _record_weights(
         std = _std(value)
         norm = gaussianity = None
         if name in matrices and value.ndim == 2 and math.isfinite(largest) and std:
-            norm = matrix_norm(value, steps).value
+            norm = matrix_norm(_aligned(value), steps).value
             gaussianity = norm / gaussian_norm(std, *value.shape)
         found.weights[name] = WeightStats(std, largest, math.isfinite(largest), gaussianity, norm)
+
+
+def _aligned(matrix: torch.Tensor) -> torch.Tensor:
+    """Some BLAS round a product by where the matrix lies: what is mapped from a file begins anywhere."""
+    return matrix.clone() if matrix.data_ptr() % 64 else matrix
 
 
 def _std(value: torch.Tensor) -> float:
