@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import spikepatch
-from spikepatch.plans import Constant, Context, Edit, Recipe, Skip
+from spikepatch.plans.plan import Constant, Context, Edit, Recipe, Skip
 from spikepatch.residual.map import ResidualMap
 from spikepatch_transforms.embed_scale import EmbedScale
 from spikepatch_transforms.small_init import SmallInit

@@ -26,6 +26,8 @@ from filelock import FileLock
 from hypothesis import settings
 from packaging.requirements import Requirement
 
+from tests import ROOT
+
 # A slow or shared machine is no failure.
 # The same cases in every run: a change fails by what it did. `--hypothesis-profile=explore` looks for new ones.
 settings.register_profile("spikepatch", deadline=None, derandomize=True)
@@ -124,7 +126,7 @@ def gpt2_tokenizer() -> Path:
 @pytest.fixture(scope="session")
 def floors() -> dict[str, str]:
     """The oldest version of each dependency that pyproject.toml allows."""
-    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    project = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
     wanted = map(Requirement, project["dependencies"])
     return {each.name: at.version for each in wanted for at in each.specifier if at.operator == ">="}
 

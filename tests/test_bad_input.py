@@ -17,11 +17,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import spikepatch
+from spikepatch.apply.disk.publish import publishing
 from spikepatch.cli import main
-from spikepatch.storage.publish import publishing
 from tests.architectures import tiny_config, tiny_model
 from tests.folders import hashes
-from tests.storage.test_read import BAD_FILES, BAD_INDEXES
+from tests.source.test_checkpoint import BAD_FILES, BAD_INDEXES
 
 INDEX = "model.safetensors.index.json"
 

@@ -22,8 +22,9 @@ from packaging.version import Version
 import spikepatch
 from spikepatch.cli import main
 from spikepatch.commands import options
-from spikepatch.recipe_files import KINDS
-from spikepatch.recipes import RECIPES
+from spikepatch.recipes.built_in import RECIPES
+from spikepatch.recipes.files import KINDS
+from tests import ROOT
 from tests.architectures import tiny_config
 from tests.cli_surface import surface
 
@@ -411,7 +412,7 @@ def test_an_exception_of_our_own_is_reported_as_a_bug(
     def fail(*_: object, **__: object) -> None:
         raise KeyError("of our own")
 
-    monkeypatch.setattr("spikepatch.apply.shards.check_shards", fail)
+    monkeypatch.setattr("spikepatch.apply.folder.shards.check_shards", fail)
     done = CliRunner().invoke(main, ["convert", source, str(tmp_path / "out")])
 
     assert done.exit_code == 3
@@ -482,7 +483,7 @@ def test_architectures() -> None:
 def test_no_warning_of_a_dependency_is_shown(source: str, tmp_path: Path) -> None:
     """Every command, as a process in which Python shows every warning, says on stderr what it does and nothing else."""
     out, plain = str(tmp_path / "out"), str(tmp_path / "plain")
-    model = Path(__file__).parents[1] / "examples/own_modelling_file/model.py"
+    model = ROOT / "examples/own_modelling_file/model.py"
     calls = [
         ["convert", source, out],
         ["verify", out],

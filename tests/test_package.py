@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 ENGINE, TRANSFORMS = ROOT / "patcher/spikepatch", ROOT / "transforms/spikepatch_transforms"
 
 
 def module_name(path: Path) -> str:
-    """``patcher/spikepatch/plans.py`` -> ``spikepatch.plans``."""
+    """``patcher/spikepatch/plans.py`` -> ``spikepatch.plans.plan``."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts[1:]).removesuffix(".__init__")
 
 
@@ -82,42 +83,36 @@ def test_public_names_resolve() -> None:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Our modules that a module imports, wherever in it; not those for type checkers alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_types = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if node in for_types:
-            continue
+    """Our modules that a module imports, wherever in it; those for type checkers alone too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         found: list[str] = []
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
             inside = [f"{node.module}.{alias.name}" for alias in node.names]
             found = [name if name in MODULES else node.module for name in inside]
-        yield from (name for name in found if name in MODULES and name != "spikepatch")
+        yield from (name for name in found if name in MODULES)
 
 
 GRAPH = {name: set(imports(path)) for name, path in MODULES.items()}
 
+#: What stands beside the folders, and no more.
+LOOSE = {"__init__", "__main__", "_version", "cli", "errors", "progress", "quiet"}
+
 #: From left to right; a module imports its own rank and those to its left.
 RANKS = (
-    ("errors", "quiet", "tokenizer"),
-    (
-        *("meta", "architecture", "hub", "source"),
-        *("storage.arrivals", "storage.formats", "storage.header", "storage.pieces", "storage.read"),
-    ),
+    ("_version", "errors", "progress", "quiet"),
+    ("source",),
     ("residual",),
     ("runtime",),
-    ("plans", "planner", "fill", "optimiser", "storage"),
+    ("plans",),
     ("spikepatch_transforms",),
-    ("recipes", "recipe_files"),
-    ("apply", "planning"),
-    ("notes", "drift", "conversion", "folding", "architectures", "map_table", "megatron"),
+    ("recipes",),
+    ("apply.values",),
+    ("apply.generated",),
+    ("apply.disk",),
+    ("apply.live",),
+    ("apply.folder", "apply.own_file"),
     ("report",),
     ("preflight",),
     ("training",),
@@ -143,6 +138,16 @@ def test_imports_go_one_way() -> None:
             assert not {other for other in imported if rank(other) > rank(module)}, module
 
 
+def test_the_writer_of_source_code_stands_alone() -> None:
+    """``own_file`` imports no other applier, and only its one public name is imported from outside."""
+    for module, imported in GRAPH.items():
+        inside = {other for other in imported if other.startswith("spikepatch.apply.own_file")}
+        if module.startswith("spikepatch.apply.own_file"):
+            assert not {other for other in imported - inside if other.startswith("spikepatch.apply")}, module
+        else:
+            assert inside <= {"spikepatch.apply.own_file.codemod"}, module
+
+
 def test_no_cycles() -> None:
     """Not even through imports inside functions."""
     left = {module: set(imported) for module, imported in GRAPH.items() if module != "spikepatch"}
@@ -153,9 +158,33 @@ def test_no_cycles() -> None:
             del left[module]
 
 
+def test_few_modules_are_loose() -> None:
+    assert {path.stem for path in ENGINE.glob("*.py")} == LOOSE
+
+
+def test_names_are_used_once() -> None:
+    """A file's name, and a class's or a type's. A command's file is named as the function that it calls."""
+    files: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        if path.stem != "__init__" and module.split(".")[1] != "commands":
+            files.setdefault(path.stem, []).append(module)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name, []).append(module)
+            elif isinstance(node, ast.Assign):
+                types = [target.id for target in node.targets if isinstance(target, ast.Name)]
+                for name in (name for name in types if name[:1].isupper() and not name.isupper()):
+                    names.setdefault(name, []).append(module)
+    assert len(files) > 80
+    assert len(names) > 100
+    assert {name: where for name, where in files.items() if len(where) > 1} == {}
+    assert {name: where for name, where in names.items() if len(where) > 1} == {}
+
+
 def test_what_transforms_import() -> None:
     """What anyone's own transform needs, too."""
-    allowed = {"spikepatch.plans", "spikepatch.residual.map", "spikepatch.errors"}
+    allowed = {"spikepatch.plans.plan", "spikepatch.residual.map", "spikepatch.errors"}
     checked = 0
     for module, imported in GRAPH.items():
         if module.startswith("spikepatch_transforms"):
@@ -178,7 +207,7 @@ def test_no_architecture_is_named() -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         checked += len(strings)
-        if module == "spikepatch.storage.hosts":  # the table of them, and nothing else
+        if module == "spikepatch.apply.folder.hosts":  # the table of them, and nothing else
             assert not [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.If, ast.IfExp))]
             continue
         assert not types.intersection(strings), module

@@ -16,12 +16,12 @@ from click.testing import CliRunner
 
 import spikepatch
 from spikepatch.cli import main
-from spikepatch.plans import Fill, Recipe
-from spikepatch.recipes import RECIPES
+from spikepatch.plans.plan import Fill, Recipe
+from spikepatch.recipes.built_in import RECIPES
+from tests import ROOT
 from tests.architectures import tiny_model
 from tests.residual.test_golden import golden
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

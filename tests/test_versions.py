@@ -18,9 +18,8 @@ import torch
 from packaging.version import Version
 from safetensors.torch import load_file
 
+from tests import ROOT
 from tests.elsewhere import logits_elsewhere
-
-ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
 

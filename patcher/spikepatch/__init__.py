@@ -33,46 +33,46 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from spikepatch._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from spikepatch.apply.codemod import Codemod, codemod
-    from spikepatch.apply.initialize import initialize
-    from spikepatch.apply.module import patch
-    from spikepatch.apply.saving import save
-    from spikepatch.conversion import Conversion, convert
+    from spikepatch.apply.disk.verify import verify
+    from spikepatch.apply.folder.convert import Conversion, convert
+    from spikepatch.apply.folder.fold import Folded, fold
+    from spikepatch.apply.live.initialize import initialize
+    from spikepatch.apply.live.patch import patch
+    from spikepatch.apply.live.save import save
+    from spikepatch.apply.own_file.codemod import Codemod, codemod
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
-    from spikepatch.folding import Folded, fold
-    from spikepatch.optimiser import param_groups
-    from spikepatch.planning import plan
-    from spikepatch.plans import Plan, Recipe
+    from spikepatch.plans.optimiser import param_groups
+    from spikepatch.plans.plan import Plan, Recipe
     from spikepatch.preflight.check import check
     from spikepatch.preflight.result import StabilityReport
+    from spikepatch.recipes.plan_of import plan
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
-    from spikepatch.storage.verify import verify
     from spikepatch.training.callback import SpikeMonitor
     from spikepatch.training.spikes import SpikeDetector
 
 _HOME = {
     "inspect": "spikepatch.residual.inspect",
     "ResidualMap": "spikepatch.residual.map",
-    "plan": "spikepatch.planning",
-    "Plan": "spikepatch.plans",
-    "Recipe": "spikepatch.plans",
-    "patch": "spikepatch.apply.module",
-    "initialize": "spikepatch.apply.initialize",
-    "save": "spikepatch.apply.saving",
-    "codemod": "spikepatch.apply.codemod",
-    "Codemod": "spikepatch.apply.codemod",
-    "param_groups": "spikepatch.optimiser",
-    "convert": "spikepatch.conversion",
-    "Conversion": "spikepatch.conversion",
+    "plan": "spikepatch.recipes.plan_of",
+    "Plan": "spikepatch.plans.plan",
+    "Recipe": "spikepatch.plans.plan",
+    "patch": "spikepatch.apply.live.patch",
+    "initialize": "spikepatch.apply.live.initialize",
+    "save": "spikepatch.apply.live.save",
+    "codemod": "spikepatch.apply.own_file.codemod",
+    "Codemod": "spikepatch.apply.own_file.codemod",
+    "param_groups": "spikepatch.plans.optimiser",
+    "convert": "spikepatch.apply.folder.convert",
+    "Conversion": "spikepatch.apply.folder.convert",
     "check": "spikepatch.preflight.check",
     "StabilityReport": "spikepatch.preflight.result",
-    "fold": "spikepatch.folding",
-    "Folded": "spikepatch.folding",
-    "verify": "spikepatch.storage.verify",
+    "fold": "spikepatch.apply.folder.fold",
+    "Folded": "spikepatch.apply.folder.fold",
+    "verify": "spikepatch.apply.disk.verify",
     "SpikeDetector": "spikepatch.training.spikes",
     "SpikeMonitor": "spikepatch.training.callback",
     "SpikepatchError": "spikepatch.errors",

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from spikepatch import __version__
+from spikepatch._version import __version__
 from spikepatch.commands.architectures import architectures_command
 from spikepatch.commands.check import check_command
 from spikepatch.commands.codemod import codemod_command

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import spikepatch
-from spikepatch.plans import Fill, Recipe, ScaleEmbedding
-from spikepatch.recipes import RECIPES
+from spikepatch.plans.plan import Fill, Recipe, ScaleEmbedding
+from spikepatch.recipes.built_in import RECIPES
 from spikepatch_transforms.embed_norm import EmbedNorm
 from spikepatch_transforms.residual_init import ResidualInit
 from spikepatch_transforms.small_init import SmallInit

@@ -41,8 +41,8 @@ def llama(width: int, hidden: int, layers: int, vocabulary: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import spikepatch.preflight.subject as subject
-    from spikepatch.meta import build_meta
     from spikepatch.preflight.check import check
+    from spikepatch.source.meta import build_meta
 
     config = LlamaConfig(
         hidden_size=width,

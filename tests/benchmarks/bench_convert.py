@@ -49,10 +49,9 @@ def sparse_source(folder: Path, shards: int, **config: Any) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from spikepatch.apply.tensors import layout
-    from spikepatch.meta import build_meta
-    from spikepatch.residual.trace import skeleton
-    from spikepatch.storage.write import Planned, _header
+    from spikepatch.apply.disk.write import Planned, _header
+    from spikepatch.source.layout import layout
+    from spikepatch.source.meta import build_meta, skeleton
 
     settings = LlamaConfig(**config, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     settings.save_pretrained(folder)
@@ -204,7 +203,7 @@ def memory(name: str) -> None:
     base = _peak()
     from transformers import LlamaForCausalLM
 
-    import spikepatch.conversion
+    import spikepatch.apply.folder.convert
 
     del LlamaForCausalLM
     imported = _peak()

@@ -25,8 +25,8 @@ def deep(layers: int = 80) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     imported = time.perf_counter()
-    from spikepatch.meta import build_meta
     from spikepatch.residual.inspect import inspect
+    from spikepatch.source.meta import build_meta
 
     config = LlamaConfig(
         hidden_size=8192,
@@ -52,8 +52,8 @@ def linear() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import spikepatch.residual.inspect as module
-    from spikepatch.meta import build_meta
     from spikepatch.residual.trace import trace
+    from spikepatch.source.meta import build_meta
 
     torch.set_num_threads(1)
     for layers in (21, 42, 84, 126):
@@ -71,7 +71,7 @@ def all_types() -> None:
     """Every causal type's default config, with one layer of each kind, in one process."""
     import torch
 
-    from spikepatch.architectures import survey
+    from spikepatch.residual.survey import survey
 
     torch.set_num_threads(1)
     start = time.perf_counter()

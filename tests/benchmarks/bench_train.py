@@ -75,8 +75,8 @@ def harness(
     from accelerate import Accelerator
 
     from spikepatch.training.loop import train
+    from spikepatch.training.points import Points
     from spikepatch.training.settings import Settings
-    from spikepatch.training.watch import Points
 
     about: dict[str, Any] = {
         "name": "a", "source": "a", "recipe": None, "patched": False, "lr": 1e-3, "multiplier": 1.0, "seed": 0,
@@ -100,7 +100,7 @@ def harness(
 
 
 def watching(model: Any, tokens: Any, folder: Path, setting: Setting, done: Done) -> None:
-    from spikepatch.training.watch import points_of
+    from spikepatch.training.points import points_of
 
     harness(model, tokens, folder, setting, done, watch_every=1, points=points_of(model))
 
@@ -110,7 +110,7 @@ def bare(model: Any, tokens: Any, folder: Path, setting: Setting, done: Done) ->
     import torch
     from transformers import get_scheduler
 
-    from spikepatch.optimiser import param_groups
+    from spikepatch.plans.optimiser import param_groups
 
     optimizer = torch.optim.AdamW(param_groups(model), lr=1e-3, betas=(0.9, 0.95), fused=True)
     schedule = get_scheduler("cosine", optimizer, 1, setting.steps)
@@ -150,7 +150,7 @@ def trainer(model: Any, tokens: Any, folder: Path, setting: Setting, done: Done)
 def batches(tokens: Any, setting: Setting) -> list[Any]:
     import torch
 
-    from spikepatch.training.data import batch
+    from spikepatch.training.batches import batch
 
     size = {"sequences": setting.sequences, "length": setting.length}
     return [torch.from_numpy(batch(tokens, seed=0, index=i, **size)) for i in range(setting.steps)]
@@ -161,7 +161,7 @@ def contend(name: str, setting: Setting, folder: Path, pipe: Connection) -> None
     import torch
     import transformers
 
-    from spikepatch.training.data import Tokens
+    from spikepatch.training.batches import Tokens
     from spikepatch.training.entries import Entry, build
     from spikepatch.training.loop import train  # noqa: F401 - all imports before memory is measured
 

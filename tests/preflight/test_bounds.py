@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 import spikepatch
-from spikepatch.plans import small_std
+from spikepatch.plans.plan import small_std
 from spikepatch.preflight import bounds
 from spikepatch.preflight.bounds import Bound
 from tests.architectures import tiny_model

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, PegasusConfig, PegasusForConditio
 
 import spikepatch
 from spikepatch import Refused, StabilityReport
-from spikepatch.meta import build_meta
 from spikepatch.preflight.inputs import random_tokens
-from spikepatch.tokenizer import SAMPLE
+from spikepatch.source.meta import build_meta
+from spikepatch.source.tokenizer import SAMPLE
 from tests.architectures import tiny_config, tiny_model
 from tests.preflight.initialisations import gpt2, reports
 from tests.residual import configs

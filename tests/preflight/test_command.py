@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from spikepatch.cli import main
-from spikepatch.preflight.verdict import Thresholds
+from spikepatch.preflight.judge import Thresholds
 from tests.architectures import tiny_config
 from tests.preflight.test_check import KEYS
 

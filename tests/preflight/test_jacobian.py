@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from spikepatch.preflight.forward import QUICK_STEPS
 from spikepatch.preflight.jacobian import STEPS, jacobian_products, matrix_norm, spectral_norm
-from spikepatch.preflight.measure import QUICK_STEPS
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -13,9 +13,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from spikepatch.errors import Refused
-from spikepatch.preflight.measure import Measurement, measure
+from spikepatch.preflight.forward import Measurement, measure
 from spikepatch.preflight.program import Program, Values, Weights, compile_program, run_piece
-from spikepatch.preflight.weights import live
+from spikepatch.preflight.values import live
 from spikepatch.residual.inspect import map_of
 from spikepatch.residual.stream import find
 from spikepatch.residual.trace import trace

@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 import spikepatch
+from spikepatch.preflight.judge import Thresholds
 from spikepatch.preflight.present import page
-from spikepatch.preflight.verdict import Thresholds
 from spikepatch.report.document import Badge, Chart, Page, Section, Series, Table
 from spikepatch.report.html import picture, render, write_page, write_picture
 from tests.preflight.initialisations import gpt2

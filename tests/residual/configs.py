@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from spikepatch.architectures import config_of, config_parts, keep_one_layer_of_each_kind
+from spikepatch.residual.survey import config_of, config_parts, keep_one_layer_of_each_kind
 
 Mapping = Literal["causal", "seq2seq", "masked", "tower"]
 

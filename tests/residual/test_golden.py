@@ -19,8 +19,8 @@ import transformers
 
 import spikepatch
 from spikepatch.errors import SpikepatchError
-from spikepatch.meta import build_meta
 from spikepatch.residual.map import ResidualMap
+from spikepatch.source.meta import build_meta
 from tests.residual import configs
 from tests.residual.configs import config_for, entries, model_class
 

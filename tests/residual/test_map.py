@@ -14,8 +14,8 @@ from transformers import Dinov2Config, Dinov2Model, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import spikepatch
-from spikepatch.meta import build_meta
 from spikepatch.residual.map import Matrix, Norm, ResidualMap
+from spikepatch.source.meta import build_meta
 from tests.architectures import tiny_model as small
 from tests.residual import configs
 from tests.residual.configs import config_for, model_class

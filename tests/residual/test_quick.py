@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.fx import Graph, symbolic_trace
 
-from spikepatch.residual.quick import quick
-from spikepatch.residual.trace import example_of, exported
+from spikepatch.residual.trace import example_of, exported, quick
 from tests.architectures import ids, tiny_model
 
 

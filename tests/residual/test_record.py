@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 import spikepatch
 from spikepatch.errors import Refused
-from spikepatch.meta import build_meta
 from spikepatch.residual.inspect import map_of
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import op
 from spikepatch.residual.record import record
 from spikepatch.residual.trace import Trace, example_of, exported, recorded, trace
+from spikepatch.source.meta import build_meta
 from tests.architectures import TYPES, tiny_model
 from tests.residual import configs
 from tests.residual.test_stream import EXAMPLE, Block

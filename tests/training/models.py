@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spikepatch.training.data import Tokens, prepare
+from spikepatch.training.batches import Tokens, prepare
 from spikepatch.training.entries import parse_entries, tokenizer_of
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -26,8 +26,8 @@ import torch.nn.functional as functional
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from spikepatch.apply.disk import publish
 from spikepatch.cli import main as spikepatch
-from spikepatch.storage import publish
 from spikepatch.training import checkpoints
 
 Case = Callable[[Path], None]

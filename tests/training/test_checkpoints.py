@@ -16,10 +16,9 @@ from torch import nn
 
 from spikepatch.errors import BadSource, Refused
 from spikepatch.training import checkpoints
+from tests import ROOT
 from tests.training.models import small_model
 from tests.training.processes import CASES
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_processes(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import spikepatch
+from spikepatch.apply.values.initialiser import own_initialiser
 from spikepatch.errors import BadSource, Refused, SpikepatchError
-from spikepatch.fill import own_initialiser
 from spikepatch.quiet import quiet
-from spikepatch.residual.trace import skeleton
+from spikepatch.source.meta import skeleton
 from spikepatch.training.entries import Entry, build, check_causal, parse_entries, tokenizer_of
 from tests.architectures import ids, tiny_config
 from tests.residual.configs import model_class, tiny_config_for

@@ -18,11 +18,11 @@ from transformers import get_scheduler
 
 import spikepatch
 from spikepatch.training import checkpoints, loop
-from spikepatch.training.data import Tokens, batch, held_out_batches
+from spikepatch.training.batches import Tokens, batch, held_out_batches
 from spikepatch.training.log import RunLog, read
 from spikepatch.training.loop import train
+from spikepatch.training.points import Points, points_of
 from spikepatch.training.settings import Settings
-from spikepatch.training.watch import Points, points_of
 from tests.training.models import on_cpu, small_model, small_tokens
 
 EPS = torch.finfo(torch.float32).eps

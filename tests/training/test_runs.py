@@ -22,10 +22,9 @@ from spikepatch.cli import main
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.training.folder import check_out, run_folder, write_record
 from spikepatch.training.log import read
+from tests import ROOT
 from tests.folders import hashes
 from tests.training.models import config_folder, text
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

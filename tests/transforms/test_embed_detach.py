@@ -11,7 +11,7 @@ import torch
 
 import spikepatch
 from spikepatch.errors import Refused
-from spikepatch.plans import Context, DetachEmbedding, Skip
+from spikepatch.plans.plan import Context, DetachEmbedding, Skip
 from spikepatch_transforms.embed_detach import EmbedDetach
 from tests.architectures import ids, tiny_model
 

@@ -10,7 +10,7 @@ import torch
 
 import spikepatch
 from spikepatch.errors import Refused
-from spikepatch.plans import Context, Fill, Recipe
+from spikepatch.plans.plan import Context, Fill, Recipe
 from spikepatch_transforms.embed_init import EmbedInit
 from spikepatch_transforms.small_init import SmallInit
 from tests.architectures import ids, tiny_model

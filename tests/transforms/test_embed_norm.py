@@ -10,7 +10,7 @@ from torch.nn.functional import embedding, layer_norm
 
 import spikepatch
 from spikepatch.errors import Refused
-from spikepatch.plans import Context, NormEmbedding, Recipe
+from spikepatch.plans.plan import Context, NormEmbedding, Recipe
 from spikepatch_transforms.embed_norm import EmbedNorm
 from spikepatch_transforms.small_init import SmallInit
 from tests.architectures import ids, tiny_model

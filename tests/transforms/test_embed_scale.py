@@ -11,7 +11,7 @@ import torch
 
 import spikepatch
 from spikepatch.errors import Refused
-from spikepatch.plans import Context, Plan, ScaleEmbedding
+from spikepatch.plans.plan import Context, Plan, ScaleEmbedding
 from spikepatch_transforms.embed_scale import EmbedScale
 from tests.architectures import ids, tiny_model
 

@@ -11,9 +11,9 @@ import torch
 
 import spikepatch
 from spikepatch.errors import Refused
-from spikepatch.planning import tensor_shapes
-from spikepatch.plans import Constant, Context, Fill, Recipe, Skip
+from spikepatch.plans.plan import Constant, Context, Fill, Recipe, Skip
 from spikepatch.residual.map import Between
+from spikepatch.source.layout import tensor_shapes
 from spikepatch_transforms.residual_init import ResidualInit
 from spikepatch_transforms.small_init import SmallInit
 from tests.architectures import ids, tiny_model

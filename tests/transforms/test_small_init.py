@@ -10,8 +10,8 @@ import torch
 
 import spikepatch
 from spikepatch.errors import Refused
-from spikepatch.planning import tensor_shapes
-from spikepatch.plans import Context, Fill, Recipe, Skip
+from spikepatch.plans.plan import Context, Fill, Recipe, Skip
+from spikepatch.source.layout import tensor_shapes
 from spikepatch_transforms.small_init import SmallInit
 from tests.architectures import tiny_model
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import spikepatch
 from spikepatch.errors import Refused
-from spikepatch.plans import Context, Fill, Recipe, Untie
+from spikepatch.plans.plan import Context, Fill, Recipe, Untie
 from spikepatch_transforms.untie import UntieHead
 from tests.architectures import encoder_decoder, ids, tiny_model
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spikepatch.errors import Refused
-from spikepatch.plans import Distribution, Fill, small_std
+from spikepatch.plans.plan import Distribution, Fill, small_std
 from spikepatch.residual.map import Matrix
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused
-from spikepatch.plans import Context, DetachEmbedding, Edit, Skip
+from spikepatch.plans.plan import Context, DetachEmbedding, Edit, Skip
 from spikepatch.residual.map import Embedding, ResidualMap
 from spikepatch_transforms.embed_scale import token_embedding
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused
-from spikepatch.plans import Context, Edit, Fill, Skip
+from spikepatch.plans.plan import Context, Edit, Fill, Skip
 from spikepatch.residual.map import ResidualMap
 
 #: std of the initial logits of a tied head that is refused.

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused
-from spikepatch.plans import Context, Edit, ScaleEmbedding, Skip
+from spikepatch.plans.plan import Context, Edit, ScaleEmbedding, Skip
 from spikepatch.residual.map import Embedding, ResidualMap
 
 #: Factors in the map are rounded to six digits.

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spikepatch.errors import Refused
-from spikepatch.plans import Constant, Context, Edit, Fill, Skip
+from spikepatch.plans.plan import Constant, Context, Edit, Fill, Skip
 from spikepatch.residual.map import Matrix, ResidualMap, ResidualProjection
 from spikepatch_transforms.distributions import Drawn
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from spikepatch.plans import Context, Edit, Skip
+from spikepatch.plans.plan import Context, Edit, Skip
 from spikepatch.residual.map import ResidualMap
 from spikepatch_transforms.distributions import Drawn
 

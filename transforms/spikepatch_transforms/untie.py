@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused
-from spikepatch.plans import Context, Edit, Fill, Skip, Untie, small_std
+from spikepatch.plans.plan import Context, Edit, Fill, Skip, Untie, small_std
 from spikepatch.residual.map import ResidualMap
 
 

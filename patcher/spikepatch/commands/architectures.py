@@ -13,7 +13,7 @@ from spikepatch.commands import options
 from spikepatch.commands.console import progress
 
 if TYPE_CHECKING:
-    from spikepatch.architectures import Row
+    from spikepatch.residual.survey import Row
 
 
 @click.command("architectures")
@@ -26,7 +26,7 @@ def architectures_command(text: str, as_json: bool) -> None:
     type whose default config cannot be built may well work: give the real model to `spikepatch inspect`.
     """
     with progress() as report:
-        from spikepatch.architectures import survey, types
+        from spikepatch.residual.survey import survey, types
 
         total = len(types(text))
         if not total:

@@ -12,8 +12,8 @@ from spikepatch.commands.console import is_quiet, is_verbose, progress
 from spikepatch.errors import BadTarget, Refused
 
 if TYPE_CHECKING:
+    from spikepatch.preflight.judge import Thresholds
     from spikepatch.preflight.result import StabilityReport
-    from spikepatch.preflight.verdict import Thresholds
 
 #: Endings of what --report writes: a page, or a picture.
 _REPORTS = (".html", ".htm", ".svg")
@@ -84,7 +84,7 @@ def check_command(
     count. 2: refused, or bad input. 3: a bug.
     """
     from spikepatch.preflight.check import check
-    from spikepatch.preflight.verdict import Thresholds, at_or_above
+    from spikepatch.preflight.judge import Thresholds, at_or_above
 
     changes = _parse(thresholds)
     if report is not None:
@@ -140,8 +140,8 @@ def _write_report(found: StabilityReport, path: Path, thresholds: Thresholds) ->
 def _print(report: StabilityReport) -> None:
     from rich.console import Console
 
+    from spikepatch.preflight.judge import PROMISE
     from spikepatch.preflight.present import embedding_table, findings, layer_table, summary_table
-    from spikepatch.preflight.verdict import PROMISE
     from spikepatch.report.terminal import print_table
 
     if is_quiet():

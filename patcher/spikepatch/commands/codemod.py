@@ -42,7 +42,7 @@ def codemod_command(file: str, factory: str, **options: Any) -> None:
     """
     with progress() as report:
         report("building the model before and after the edit")
-        from spikepatch.apply.codemod import codemod
+        from spikepatch.apply.own_file.codemod import codemod
 
         result = codemod(file, factory, **options)
     if not is_quiet():

@@ -6,12 +6,11 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import click
 
-if TYPE_CHECKING:
-    from spikepatch.apply.shards import Progress
+from spikepatch.progress import Progress, silent
 
 Level = Literal["verbose", "quiet"]
 _LEVEL = "spikepatch.level"
@@ -54,7 +53,7 @@ def progress() -> Iterator[Progress]:
     nothing with -q.
     """
     if is_quiet():
-        yield lambda step, done=0, total=0: None
+        yield silent
         return
     started: list[tuple[str, float]] = []
     with _bar() if sys.stderr.isatty() else contextlib.nullcontext(_lines()) as show:

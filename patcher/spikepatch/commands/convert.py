@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from spikepatch.apply.disk.publish import check_local_target
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose, progress
-from spikepatch.map_table import columns
-from spikepatch.storage.formats import size
-from spikepatch.storage.publish import check_local_target
+from spikepatch.residual.table import columns
+from spikepatch.source.formats import size
 
 if TYPE_CHECKING:
-    from spikepatch.conversion import Conversion
-    from spikepatch.folding import Folded
-    from spikepatch.plans import Plan, Skip
+    from spikepatch.apply.folder.convert import Conversion
+    from spikepatch.apply.folder.fold import Folded
+    from spikepatch.plans.plan import Plan, Skip
 
 
 @click.command("convert", help=f"Write a patched copy of SOURCE to OUT.\n{options.SOURCE_HELP}")
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 def convert_command(source: str, out: str, *, as_json: bool, dry_run: bool, **options: Any) -> None:
     check_local_target(out, source, overwrite=options["overwrite"])  # before torch is loaded
     with progress() as report:
-        from spikepatch.conversion import convert
+        from spikepatch.apply.folder.convert import convert
 
         result = convert(source, out, dry_run=dry_run, progress=report, **options)
     if as_json:
@@ -118,7 +118,7 @@ def _drift_rows(result: Conversion) -> Iterator[tuple[str, ...]]:
 
 
 def _changes(plan: Plan) -> Iterator[str]:
-    from spikepatch.plans import NORM_NAMES, Constant, DetachEmbedding, Fill, NormEmbedding, ScaleEmbedding, Untie
+    from spikepatch.plans.plan import NORM_NAMES, Constant, DetachEmbedding, Fill, NormEmbedding, ScaleEmbedding, Untie
 
     for edit in plan.edits:
         match edit:

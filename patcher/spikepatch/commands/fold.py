@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
+from spikepatch.apply.disk.publish import check_local_target
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, progress
 from spikepatch.commands.convert import load_line
-from spikepatch.storage.formats import size
-from spikepatch.storage.publish import check_local_target
+from spikepatch.source.formats import size
 
 
 @click.command("fold")
@@ -31,7 +31,7 @@ def fold_command(trained: str, out: str, *, as_json: bool, **options: Any) -> No
     """
     check_local_target(out, trained, overwrite=options["overwrite"])  # before torch is loaded
     with progress() as report:
-        from spikepatch.folding import fold
+        from spikepatch.apply.folder.fold import fold
 
         result = fold(trained, out, progress=report, **options)
     if as_json:

@@ -6,7 +6,7 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_verbose, progress
-from spikepatch.map_table import lines
+from spikepatch.residual.table import lines
 
 
 @click.command("inspect", help=f"Show the residual map of SOURCE, and whether it is proven.\n{options.SOURCE_HELP}")
@@ -16,9 +16,9 @@ from spikepatch.map_table import lines
 @options.as_json
 def inspect_command(source: str, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
     with progress() as report:
-        from spikepatch.apply.patched import build_as_it_is
+        from spikepatch.apply.generated.patched_source import build_as_it_is
         from spikepatch.residual.inspect import inspect
-        from spikepatch.source import open_source
+        from spikepatch.source.open import open_source
 
         report("reading the source")
         found = open_source(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)

@@ -19,7 +19,7 @@ SOURCE_HELP = """
 
 def complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of recipes, each with its equation; where none begins so, files."""
-    from spikepatch.recipes import RECIPES
+    from spikepatch.recipes.built_in import RECIPES
 
     found = [CompletionItem(r.name, help=r.equation) for r in RECIPES.values() if r.name.startswith(incomplete)]
     return found or [CompletionItem(incomplete, type="file")]
@@ -30,7 +30,7 @@ def _complete_folder(context: click.Context, parameter: click.Parameter, incompl
 
 
 def _complete_dtype(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    from spikepatch.storage.formats import STORED
+    from spikepatch.source.formats import STORED
 
     return [name for name in STORED if name.startswith(incomplete)]
 

@@ -15,8 +15,8 @@ from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose
 
 if TYPE_CHECKING:
-    from spikepatch.megatron import Expressed
-    from spikepatch.plans import Recipe, Transform
+    from spikepatch.plans.plan import Recipe, Transform
+    from spikepatch.recipes.megatron import Expressed
 
 
 @click.command("recipes")
@@ -66,14 +66,14 @@ def recipes_command(
         [[transform]]
         kind = "embed_scale"
     """
-    from spikepatch.recipes import RECIPES, find, with_options
+    from spikepatch.recipes.built_in import RECIPES, find, with_options
 
     if program is not None:
         if name is None or width is None or layers is None:
             needed = {"NAME": name, "--width": width, "--layers": layers}
             missing = [option for option, given in needed.items() if given is None]
             raise click.UsageError(f"--for needs {', '.join(missing[:-1])}{' and ' * bool(missing[:-1])}{missing[-1]}.")
-        from spikepatch.megatron import express
+        from spikepatch.recipes.megatron import express
 
         recipe = with_options(find(name), factor=factor, positions=positions, untie=untie)
         expressed = express(recipe, width=width, layers=layers, vocab=vocab)
@@ -112,8 +112,8 @@ def _list(recipes: list[Recipe]) -> Iterator[str]:
 
 def _own() -> Iterator[str]:
     """What a recipe of one's own may hold."""
-    from spikepatch.plans import Recipe
-    from spikepatch.recipe_files import KINDS, options
+    from spikepatch.plans.plan import Recipe
+    from spikepatch.recipes.files import KINDS, options
 
     texts = [field.name for field in dataclasses.fields(Recipe) if field.name not in {"name", "transforms"}]
     yield "--recipe takes one of your own too: module:NAME in Python, or a TOML file (my.toml) of a name, of tables"
@@ -142,7 +142,7 @@ def _detail(recipe: Recipe) -> Iterator[str]:
 
 
 def _summary(recipe: Recipe) -> Iterator[str]:
-    from spikepatch.recipes import DEFAULT
+    from spikepatch.recipes.built_in import DEFAULT
 
     yield f"{recipe.name}{' (default)' if recipe.name == DEFAULT else ''}"
     words = {True: "yes", False: "no", None: "not known"}
@@ -157,7 +157,7 @@ def _call(transform: Transform, *, every: bool = False) -> str:
     """``small_init(base='normal', std=0.02)``: as a TOML file names it, without the fields that have their defaults
     unless ``every`` one is wanted.
     """
-    from spikepatch.recipe_files import KINDS
+    from spikepatch.recipes.files import KINDS
 
     kinds = {kind: name for name, kind in KINDS.items()}
     name = kinds.get(type(transform), getattr(transform, "__qualname__", type(transform).__qualname__))

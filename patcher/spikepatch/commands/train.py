@@ -9,15 +9,13 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet
-
-if TYPE_CHECKING:
-    from spikepatch.apply.shards import Progress as Steps
+from spikepatch.progress import Progress, silent
 
 
 def _numbers(kind: type[int] | type[float], least: float) -> Any:
@@ -180,8 +178,8 @@ def train_command(
     import json
 
     from spikepatch.report.html import write_page
+    from spikepatch.training.live_line import reporting
     from spikepatch.training.page import page
-    from spikepatch.training.progress import reporting
     from spikepatch.training.runs import run_all
     from spikepatch.training.settings import Settings
     from spikepatch.training.tables import print_verdict
@@ -207,18 +205,18 @@ def train_command(
 
 
 @contextlib.contextmanager
-def _steps() -> Iterator[Steps]:
+def _steps() -> Iterator[Progress]:
     """What is being prepared, on stderr: each step once, and on a terminal a bar for one of known length."""
+    import rich.progress as rich_bars
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     if is_quiet():
-        yield lambda step, done=0, total=0: None
+        yield silent
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    columns = (rich_bars.TextColumn("{task.description}"), rich_bars.BarColumn(), rich_bars.TaskProgressColumn())
     seen: set[str] = set()
     with contextlib.ExitStack() as shown:
-        bars: list[Progress] = []
+        bars: list[rich_bars.Progress] = []
 
         def update(step: str, done: int = 0, total: int = 0) -> None:
             if step not in seen:
@@ -228,7 +226,9 @@ def _steps() -> Iterator[Steps]:
                 click.echo(f"{step} ...", err=True)
             if total and sys.stderr.isatty():
                 if not bars:
-                    bars.append(shown.enter_context(Progress(*columns, console=Console(stderr=True), transient=True)))
+                    bars.append(
+                        shown.enter_context(rich_bars.Progress(*columns, console=Console(stderr=True), transient=True))
+                    )
                     bars[0].add_task(step, total=total)
                 bars[0].update(bars[0].task_ids[0], completed=done)
                 if done >= total:  # the display of a run is to have the terminal for itself

@@ -8,7 +8,7 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import progress
-from spikepatch.storage.formats import size
+from spikepatch.source.formats import size
 
 
 @click.command("verify")
@@ -23,7 +23,7 @@ def verify_command(out: str, allow_nonfinite: bool, as_json: bool) -> None:
     Exit code 0: it is what was written. 2: it is not; everything that differs is named.
     """
     with progress() as report:
-        from spikepatch.storage.verify import verify
+        from spikepatch.apply.disk.verify import verify
 
         found = verify(out, allow_nonfinite=allow_nonfinite, progress=report)
     if as_json:

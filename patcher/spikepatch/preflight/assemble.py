@@ -6,14 +6,14 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from spikepatch.plans import small_std
+from spikepatch.plans.plan import small_std
 from spikepatch.preflight import bounds
 from spikepatch.preflight.bounds import Bound
 from spikepatch.preflight.deep import normed_input
-from spikepatch.preflight.measure import Measurement, SublayerStats
+from spikepatch.preflight.forward import Measurement, SublayerStats
+from spikepatch.preflight.judge import Thresholds
 from spikepatch.preflight.program import Program, Sublayer
 from spikepatch.preflight.result import EmbeddingReport, LayerReport, SublayerReport, WeightReport
-from spikepatch.preflight.verdict import Thresholds
 from spikepatch.residual.map import Matrix, Norm, ResidualMap, ResidualProjection
 from spikepatch.residual.ops import NORMS, op, place
 

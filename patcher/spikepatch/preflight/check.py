@@ -12,25 +12,26 @@ import torch
 from torch import nn
 
 from spikepatch.errors import Refused, first_line
-from spikepatch.meta import check_module
-from spikepatch.plans import Reinit
+from spikepatch.plans.plan import Reinit
 from spikepatch.preflight.assemble import View, bound_product, growth
+from spikepatch.preflight.forward import measure
 from spikepatch.preflight.inputs import random_tokens, text_tokens
-from spikepatch.preflight.measure import measure
-from spikepatch.preflight.program import Progress, compile_program
+from spikepatch.preflight.judge import Thresholds, judged, worst
+from spikepatch.preflight.program import compile_program
 from spikepatch.preflight.result import Finding, StabilityReport
 from spikepatch.preflight.steps import run_steps
 from spikepatch.preflight.subject import Subject, of_model, of_source, vocabulary_of, with_recipe
-from spikepatch.preflight.verdict import Thresholds, judged, worst
-from spikepatch.recipes import find as find_recipe
+from spikepatch.progress import Progress, silent
+from spikepatch.recipes.built_in import find as find_recipe
 from spikepatch.residual.inspect import map_of
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import shape
 from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.trace import Trace, trace
+from spikepatch.source.meta import check_module
 
 if TYPE_CHECKING:
-    from spikepatch.source import Source
+    from spikepatch.source.open import Source
 
 
 def check(
@@ -83,11 +84,11 @@ def check(
     limits = Thresholds.changed(dict(thresholds or {}))
     _check_numbers(tokens=tokens, batch=batch, seed=seed, steps=steps, lr=lr)
     torch_device = _device(device)
-    tell = progress or (lambda step, done, total: None)
+    tell = progress or silent
     source: Source | None = None
     plain: Subject | None = None
     if isinstance(model, str):
-        from spikepatch.source import open_source
+        from spikepatch.source.open import open_source
 
         tell("reading the source", 0, 0)
         source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell)
@@ -134,7 +135,7 @@ def _names(recipes: Sequence[str]) -> list[str]:
 
 def _about(model: str, progress: Progress) -> Progress:
     """``progress``, told which of several models, or of its streams, a step belongs to."""
-    return lambda step, done, total: progress(f"{model}: {step}", done, total)
+    return lambda step, done=0, total=0: progress(f"{model}: {step}", done, total)
 
 
 @dataclasses.dataclass(frozen=True)

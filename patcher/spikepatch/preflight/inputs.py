@@ -11,10 +11,10 @@ from torch import nn
 from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
 from spikepatch.residual.trace import example_of
-from spikepatch.tokenizer import load_tokenizer
+from spikepatch.source.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from spikepatch.source import Source
+    from spikepatch.source.open import Source
 
 
 def random_tokens(model: nn.Module, *, tokens: int, batch: int, seed: int) -> dict[str, torch.Tensor]:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from spikepatch.preflight.judge import PROMISE, Thresholds
 from spikepatch.preflight.result import LayerReport, StabilityReport, Verdict
-from spikepatch.preflight.verdict import PROMISE, Thresholds
 from spikepatch.report.document import Badge, Chart, Page, Section, Series, Table, Tone, number
 
 _TONES: dict[Verdict, Tone] = {"stable": "good", "at-risk": "warning", "unstable": "bad", "unknown": "neutral"}

@@ -22,17 +22,16 @@ from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spikepatch.errors import Refused
+from spikepatch.residual.embedding_path import in_single
+from spikepatch.residual.kinds import sublayers_of
 from spikepatch.residual.map import SublayerKind
-from spikepatch.residual.measure import in_single
 from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, behind_views, op, operands, writes
 from spikepatch.residual.stream import Stream
-from spikepatch.residual.sublayers import sublayers_of
 
 #: Name of a parameter, as ``named_parameters()`` gives it -> its values, of any float dtype, anywhere.
 Weights = Callable[[str], torch.Tensor]
 Values = dict[Node, Any]
 #: Told (step, done, total).
-Progress = Callable[[str, int, int], None]
 
 _GROUPED = frozenset("_grouped_mm grouped_mm grouped_mm_fallback".split())
 

@@ -10,12 +10,13 @@ import torch
 from torch.fx import Node
 
 from spikepatch.errors import Refused
-from spikepatch.preflight.gradients import objective
-from spikepatch.preflight.measure import sigma
-from spikepatch.preflight.program import Program, Progress, Values, Weights, run_piece
+from spikepatch.preflight.backward import objective
+from spikepatch.preflight.forward import sigma
+from spikepatch.preflight.program import Program, Values, Weights, run_piece
 from spikepatch.preflight.result import Step
+from spikepatch.progress import Progress
 from spikepatch.residual.ops import FUSED_ATTENTION, SOFTMAX, op, operands
-from spikepatch.storage.formats import size
+from spikepatch.source.formats import size
 
 
 def run_steps(

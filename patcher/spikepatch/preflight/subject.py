@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from spikepatch.apply.kept import match_source
-from spikepatch.apply.module import restructure
-from spikepatch.apply.patched import build_as_it_is, check_known, check_replaced
+from spikepatch.apply.generated.patched_source import build_as_it_is, check_known, check_replaced
+from spikepatch.apply.generated.structure import restructure
 from spikepatch.errors import Refused
-from spikepatch.meta import build_meta
-from spikepatch.planning import check_weights, plan
-from spikepatch.plans import Reinit
+from spikepatch.plans.plan import Reinit
 from spikepatch.preflight.program import Weights
-from spikepatch.preflight.weights import cached, fresh, live, load_buffers, planned, stored
-from spikepatch.residual.trace import skeleton
+from spikepatch.preflight.values import cached, fresh, live, load_buffers, planned, stored
+from spikepatch.recipes.plan_of import check_weights, plan
+from spikepatch.source.match import match_source
+from spikepatch.source.meta import build_meta, skeleton
 
 if TYPE_CHECKING:
-    from spikepatch.source import Source
+    from spikepatch.source.open import Source
 
 #: Elements; smaller models are drawn or read once and kept, larger ones twice.
 _KEPT = 500_000_000

@@ -10,10 +10,10 @@ from torch import nn
 from torch.fx import Node
 
 from spikepatch.errors import Refused, first_line
-from spikepatch.meta import build_meta, check_default_device, check_module
 from spikepatch.residual import ops
+from spikepatch.residual.embedding_path import measure
 from spikepatch.residual.facts import NormNode
-from spikepatch.residual.kinds import between, multiplier, steps
+from spikepatch.residual.kinds import addition, between, multiplier, steps, sublayers_of
 from spikepatch.residual.map import (
     Embedding,
     Head,
@@ -24,13 +24,12 @@ from spikepatch.residual.map import (
     ResidualMap,
     ResidualProjection,
 )
-from spikepatch.residual.measure import measure
 from spikepatch.residual.names import layers, own_name, tied
 from spikepatch.residual.ops import behind_views, op, operands, place, table_of
 from spikepatch.residual.stream import Stream, find
-from spikepatch.residual.sublayers import addition, sublayers_of
 from spikepatch.residual.trace import Trace, trace
 from spikepatch.residual.weights import fan, gain, matrix_weight
+from spikepatch.source.meta import build_meta, check_default_device, check_module
 
 #: Views of a part, which is no copy.
 _PARTS = frozenset(("split", "chunk", "split_with_sizes"))

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import gc
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
 from spikepatch.residual.dataflow import follow_data
-from spikepatch.residual.quick import quick, without_collector
 from spikepatch.residual.record import record
+from spikepatch.source.meta import skeleton
 
 #: Token positions in the traced example: more than one, and unlike the usual head counts and widths.
 TOKENS = 11
@@ -46,17 +46,54 @@ class Trace:
     whole: bool
 
 
-def skeleton(model: nn.Module, *, keep_buffers: bool = False) -> nn.Module:
-    """A copy of ``model`` in eval mode, with its parameters on the meta device, and its buffers too unless they are to
-    keep their values. ``model`` itself is not touched.
+@contextlib.contextmanager
+def quick() -> Iterator[None]:
+    """Export without stack traces of the nodes, without walks of the garbage collector, and without Python code for
+    graphs that nobody calls.
     """
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    for buffer in () if keep_buffers else model.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
-    twin: nn.Module = copy.deepcopy(model, memo)
-    return twin.eval()
+    config: Any = torch.fx.config
+    traces = getattr(config, "do_not_emit_stack_traces", False)
+    config.do_not_emit_stack_traces = True
+    try:
+        with without_collector(), _code_on_demand():
+            yield
+    finally:
+        config.do_not_emit_stack_traces = traces
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """The garbage collector walks over a graph that is growing again and again, and finds nothing."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _code_on_demand() -> Iterator[None]:
+    """A ``GraphModule`` that is made or changed meanwhile writes its graph as code and compiles that once it is called.
+
+    By itself it does so after every change, six times for each export: a tenth of the time. For a function of thousands
+    of lines, the compiler takes more memory than all of the graph, and torch keeps the text of each for ever.
+    """
+    compile_now = GraphModule.recompile
+
+    def postpone(module: GraphModule) -> None:
+        def forward(self: GraphModule, *args: Any, **kwargs: Any) -> Any:
+            compile_now(self)
+            return self(*args, **kwargs)
+
+        type(module).forward = forward  # every GraphModule has a class of its own
+
+    GraphModule.recompile = postpone  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        GraphModule.recompile = compile_now  # type: ignore[method-assign]
 
 
 def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = None, *, fused: bool = False) -> Trace:

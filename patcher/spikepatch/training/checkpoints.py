@@ -35,9 +35,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from spikepatch.apply.disk.write import sync
 from spikepatch.errors import BadSource, BadTarget, Refused
 from spikepatch.quiet import quiet
-from spikepatch.storage.write import sync
 
 #: Debug messages name the steps of the protocol, each just before it is done.
 _log = logging.getLogger(__name__)

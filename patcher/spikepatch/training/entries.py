@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spikepatch import recipes
-from spikepatch.apply.kept import match_source
-from spikepatch.apply.module import patch
-from spikepatch.apply.patched import check_known, check_replaced, load_as_it_is, load_unpatched
+from spikepatch.apply.generated.patched_source import check_known, check_replaced, load_as_it_is, load_unpatched
+from spikepatch.apply.live.patch import patch
 from spikepatch.errors import Refused
-from spikepatch.planning import plan
-from spikepatch.plans import Recipe
-from spikepatch.preflight.weights import fresh
+from spikepatch.plans.plan import Recipe
+from spikepatch.preflight.values import fresh
 from spikepatch.quiet import quiet
-from spikepatch.residual.trace import skeleton
-from spikepatch.source import Source, open_source
+from spikepatch.recipes import built_in
+from spikepatch.recipes.plan_of import plan
+from spikepatch.source.match import match_source
+from spikepatch.source.meta import skeleton
+from spikepatch.source.open import Source, open_source
 from spikepatch.training.folder import DATA, RECORD
 from spikepatch.training.tokenizing import Tokenizing, of_source, shared
 
@@ -166,7 +166,7 @@ def _beginnings(model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torc
 
 
 def _learned(source: Source, entry: Entry, seed: int) -> Any:
-    from spikepatch.source import build_meta
+    from spikepatch.source.open import build_meta
 
     match_source(source, build_meta(source))  # names every tensor that is missing or misshapen
     source.fetch_weights()
@@ -214,7 +214,7 @@ def _split(argument: str) -> tuple[str, str, str | None]:
         source, at, after = spec.rpartition("@")
         spec, recipe = (source, after) if at else (spec, None)
     if recipe is not None:
-        recipes.find(recipe, argument)
+        built_in.find(recipe, argument)
     if not named:
         last = Path(spec.removeprefix("arch:")).expanduser()
         parts = [last.name or last.resolve().name, *([Path(recipe).name.removesuffix(".toml")] if recipe else [])]
@@ -242,10 +242,10 @@ def _check_causal(source: Source) -> None:
 
 def _is_patched(source: Source, recipe: str | None) -> bool:
     if recipe is not None:
-        known: Recipe | None = recipes.find(recipe)
+        known: Recipe | None = built_in.find(recipe)
     else:
         recorded: Any = source.patched or getattr(source.config, "spikepatch", None)
         if not isinstance(recorded, dict):
             return False
-        known = recipes.RECIPES.get(recorded["recipe"])
+        known = built_in.RECIPES.get(recorded["recipe"])
     return known is None or (known.small_sublayers is not False and known.large_shortcut is not False)

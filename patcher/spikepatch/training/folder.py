@@ -14,9 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from spikepatch import __version__
+from spikepatch._version import __version__
+from spikepatch.apply.disk.write import sync
 from spikepatch.errors import BadTarget, Refused
-from spikepatch.storage.write import sync
 
 #: What is run. Written before the first step; its keys but ``versions`` and ``command`` stay as they are.
 RECORD = "run.json"

@@ -29,16 +29,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel, get_scheduler
 
-from spikepatch.optimiser import param_groups
+from spikepatch.plans.optimiser import param_groups
 from spikepatch.quiet import quiet
 from spikepatch.training import checkpoints
-from spikepatch.training.data import Tokens, batch, held_out_batches
+from spikepatch.training.batches import Tokens, batch, held_out_batches
 from spikepatch.training.log import open_log, read
+from spikepatch.training.points import Points, gradient_norms, watching, whole
 from spikepatch.training.settings import Settings
 from spikepatch.training.spikes import SpikeDetector, news
-from spikepatch.training.watch import Points, gradient_norms, watching, whole
 
-Progress = Callable[[Mapping[str, Any]], None]
+#: Told every record of a run, as it is written to the log.
+Reporter = Callable[[Mapping[str, Any]], None]
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 #: After so many returns to a checkpoint a run ends: what it meets is no bad batch.
@@ -85,7 +86,7 @@ def train(
     about: Mapping[str, Any],
     points: Points,
     shard: bool = False,
-    progress: Progress = lambda record: None,
+    progress: Reporter = lambda record: None,
 ) -> str | None:
     """Train ``model`` in place; ``folder`` gets ``log.jsonl`` and ``checkpoints/``. Called on every rank alike.
 

@@ -15,28 +15,26 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from spikepatch.apply.saving import pretrained, save, sharded
+from spikepatch.apply.live.save import pretrained, save, sharded
 from spikepatch.errors import BadTarget, Refused
-from spikepatch.source import Source, open_source
+from spikepatch.progress import Progress, silent
+from spikepatch.source.open import Source, open_source
 from spikepatch.training import checkpoints
-from spikepatch.training.data import Tokens, check_enough, prepare
+from spikepatch.training.batches import Tokens, check_enough, prepare
 from spikepatch.training.entries import Entry, build, check_causal, parse_entries, tokenizer_of
 from spikepatch.training.folder import DATA, RECORD, check_out, locked, run_folder, write_json, write_record
 from spikepatch.training.launch import Launch, launched
 from spikepatch.training.log import read
-from spikepatch.training.loop import Progress, train
+from spikepatch.training.loop import Reporter, train
+from spikepatch.training.points import Points, points_of
 from spikepatch.training.settings import Settings
 from spikepatch.training.tokenizing import BYTES, Tokenizing
 from spikepatch.training.trackers import check_installed, tracking
 from spikepatch.training.verdict import LEAST_STEPS, Verdict, judge, summarise
-from spikepatch.training.watch import Points, points_of
-
-if TYPE_CHECKING:
-    from spikepatch.apply.shards import Progress as Steps
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,8 @@ def run_all(
     revision: str | None = None,
     trust_remote_code: bool = False,
     command: str = "",
-    steps: Steps = lambda step, done=0, total=0: None,
-    progress: Progress = lambda record: None,
+    steps: Progress = silent,
+    progress: Reporter = lambda record: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Verdict:
     """Train every model at every learning rate and seed, one after the other. Called on every process alike.
@@ -100,7 +98,7 @@ def run_all(
             stack.enter_context(locked(out))
             for note in launch.notes:
                 say(note)
-        quiet_steps: Steps = steps if main else lambda step, done=0, total=0: None
+        quiet_steps: Progress = steps if main else silent
         quiet_steps("reading the models")
         entries = parse_entries(models, **access)
         sources = {entry.name: open_source(entry.source, **access, weights=False) for entry in entries}
@@ -169,7 +167,7 @@ def _run(
     points: Points,
     log_with: Sequence[str],
     command: str,
-    progress: Progress,
+    progress: Reporter,
 ) -> None:
     """Train, and write the trained model to ``folder/model``: one that was stopped before its last step has none."""
     main = launch.accelerator.is_main_process

@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from spikepatch.errors import BadSource, Refused
 from spikepatch.quiet import quiet
-from spikepatch.tokenizer import PROBE, SAMPLE, load_tokenizer
+from spikepatch.source.tokenizer import PROBE, SAMPLE, load_tokenizer
 
 if TYPE_CHECKING:
-    from spikepatch.source import Source
+    from spikepatch.source.open import Source
 
 #: A folder with one of these has a tokenizer.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")

@@ -1,0 +1,217 @@
+"""What an output folder says of itself: ``spikepatch.json`` for machines, the model card for people."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from spikepatch._version import __version__
+from spikepatch.plans.plan import (
+    NORM_NAMES,
+    Constant,
+    DetachEmbedding,
+    Fill,
+    NormEmbedding,
+    Plan,
+    ScaleEmbedding,
+    Untie,
+)
+
+if TYPE_CHECKING:
+    from spikepatch.source.open import Source
+
+MANIFEST = "spikepatch.json"
+
+
+def manifest(plan: Plan, storage: str, source: Mapping[str, Any], command: str, hashes: Mapping[str, str]) -> str:
+    """The manifest's JSON text; without times or the output's path, so that a command writes the same bytes twice.
+
+    Args:
+        source: see ``fingerprint``.
+        hashes: file name -> SHA-256 of every other file of the folder.
+    """
+    from spikepatch.apply.values.draw import gaussian
+
+    probe = hashlib.sha256(gaussian(plan.seed, "probe", 0, 4096, 1.0).numpy().tobytes()).hexdigest()
+    return _manifest(source, command, hashes, {"storage": storage, "probe": probe, "plan": plan.to_dict()})
+
+
+def fold_manifest(record: Mapping[str, Any], source: Mapping[str, Any], command: str, hashes: Mapping[str, str]) -> str:
+    """The same for a folded model; ``record``: what config.json had recorded of the patch."""
+    return _manifest(source, command, hashes, {"storage": "plain", "folded": dict(record)})
+
+
+def _manifest(source: Mapping[str, Any], command: str, hashes: Mapping[str, str], entries: Mapping[str, Any]) -> str:
+    data = {
+        "spikepatch": __version__,
+        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy")},
+        "command": command,
+        "source": dict(source),
+        **entries,
+        "files": dict(sorted(hashes.items())),
+    }
+    return json.dumps(data, indent=2) + "\n"
+
+
+def command_line(command: str, source: str, **options: object) -> str:
+    """The command that would write the folder again, with OUT for its path; without options that are None or False."""
+    words = ["spikepatch", command, source, "OUT"]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
+
+
+def fingerprint(source: Source, known: Mapping[Path, str] = MappingProxyType({})) -> dict[str, Any]:
+    """What was read: the config, and the weights where any were.
+
+    Args:
+        known: SHA-256 of files that need not be read again.
+    """
+    data: dict[str, Any] = {
+        "name": source.short_name,
+        "kind": source.kind,
+        "commit": source.commit,
+        "config": hashlib.sha256(source.config.to_json_string().encode()).hexdigest(),
+    }
+    if source.checkpoint is not None:
+        paths = [source.checkpoint.folder / shard for shard in source.checkpoint.shards]
+        data["weights"] = {path.name: known.get(path) or file_hash(path) for path in paths}
+    return data
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inherited_metadata(card: Path | None, hub_id: str | None) -> dict[str, Any]:
+    """What the front matter of an output takes over: the licence of the source's card, and the base model.
+
+    Args:
+        card: README.md of the source, if it has one; a malformed one counts for nothing.
+        hub_id: of the source, which is then the base model itself.
+    """
+    from huggingface_hub.repocard import metadata_load
+
+    data: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # written by hand: anything may be in there, or nothing
+        data = metadata_load(card) or {} if card is not None else {}
+    licence = {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
+    bases = [hub_id] if hub_id is not None else data.get("base_model")
+    bases = [base for base in (bases if isinstance(bases, list) else [bases]) if _is_repository(base)]
+    return licence | ({"base_model": bases[0] if len(bases) == 1 else bases} if bases else {})
+
+
+def _is_repository(name: object) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)  # type: ignore[arg-type]  # it checks the type too
+    except HFValidationError:
+        return False
+    return True
+
+
+def model_card(
+    plan: Plan,
+    *,
+    trust: bool,
+    auto_class: str,
+    title: str | None = None,
+    inherited: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """README.md of the output: front matter by the hub's rules, and how to load it.
+
+    Args:
+        trust: it loads with ``trust_remote_code=True`` only.
+        title: name of the source; by default as in the plan.
+        inherited: see ``inherited_metadata``.
+    """
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(library_name="transformers", tags=["spikepatch", plan.recipe], **inherited)
+    option = ", trust_remote_code=True" if trust else ""
+    weights = {
+        "all": "**Fresh weights**: a model to pre-train. Learned weights of the source are not in it.",
+        "residual": "Learned weights, with the residual projections drawn afresh: to be trained on before use.",
+        "none": "Learned weights behind a larger shortcut: to be trained on, the function has changed.",
+    }[plan.reinit]
+    changes = "\n".join(f"- {line}" for line in _changes(plan))
+    return f"""---
+{data.to_yaml()}
+---
+
+# {title or plan.source}, patched with spikepatch ({plan.recipe})
+
+{weights}
+
+{changes}
+
+```python
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("PATH"{option})
+```
+
+The recipe follows Takase et al., *Spike No More: Stabilizing the Pre-training of Large Language Models*
+(arXiv 2312.16903). `{MANIFEST}` holds the whole plan, with seed, versions and checksums.
+"""
+
+
+def fold_card(tables: Sequence[str], *, trust: bool, auto_class: str, title: str, inherited: Mapping[str, Any]) -> str:
+    """README.md of a folded model; arguments as in ``model_card``."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(library_name="transformers", tags=["spikepatch"], **inherited)
+    option = ", trust_remote_code=True" if trust else ""
+    changes = "\n".join(f"- `{table}`: holds its rows times their factor, or behind their norm" for table in tables)
+    return f"""---
+{data.to_yaml()}
+---
+
+# {title}, folded with spikepatch
+
+The plain architecture, with the logits of the patched model that it was made from. For use: training on from here is
+not the same as training the patched model on.
+
+{changes}
+
+```python
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("PATH"{option})
+```
+
+`{MANIFEST}` holds what had been patched, with versions and checksums.
+"""
+
+
+def _changes(plan: Plan) -> list[str]:
+    fills = plan.select(Fill)
+    lines = []
+    if fills:
+        stds = sorted({fill.std for fill in fills})
+        lines.append(f"{len(fills)} parameters drawn afresh, std {', '.join(f'{s:.6g}' for s in stds)}")
+        streams = "; ".join(f"S = {len(s.sublayers)} sub-layers, stream width d = {s.width}" for s in plan.streams)
+        lines.append(f"{streams}, seed {plan.seed}")
+    constants = plan.select(Constant)
+    for value in sorted({c.value + c.offset for c in constants}):
+        names = [c.parameter for c in constants if c.value + c.offset == value]
+        lines.append(f"{len(names)} parameters set to {value:.6g}, such as `{names[0]}`")
+    lines += [f"`{e.module}`: output multiplied by {e.factor:.6g}" for e in plan.select(ScaleEmbedding)]
+    lines += [
+        f"`{e.module}`: output through a {NORM_NAMES[e.kind]} (eps {e.eps:g})" for e in plan.select(NormEmbedding)
+    ]
+    lines += [f"`{e.module}`: {e.gradient:g} of its gradient" for e in plan.select(DetachEmbedding)]
+    lines += [f"`{e.head}`: own matrix, no longer tied to `{e.embedding}`" for e in plan.select(Untie)]
+    return lines

@@ -1,0 +1,274 @@
+"""``convert(source, out)``: a model in, a patched checkpoint folder out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spikepatch.apply.disk.manifest import MANIFEST, command_line, manifest
+from spikepatch.apply.disk.publish import check_local_target, check_space, check_target, publishing, unwritable
+from spikepatch.apply.disk.write import Written, check_shard_size, parse_dtype, write_text
+from spikepatch.apply.folder import notes
+from spikepatch.apply.folder.drift import Behaviour, drift_planned, drift_written, expected_initial_loss
+from spikepatch.apply.folder.routes import Kind, Storage, check_storage, choose
+from spikepatch.apply.folder.shards import plan_shards, write_folder
+from spikepatch.apply.folder.texts import texts
+from spikepatch.apply.generated.adopt import generated_classes
+from spikepatch.apply.generated.patched_source import check_known, check_replaced
+from spikepatch.apply.generated.structure import restructure
+from spikepatch.apply.values.loading import stable_settings
+from spikepatch.plans.plan import Plan, Recipe, Reinit
+from spikepatch.plans.work_out import make_plan
+from spikepatch.progress import Progress, silent
+from spikepatch.recipes import built_in
+from spikepatch.recipes.plan_of import check_weights, checked_recipe, embedding_stds
+from spikepatch.residual.inspect import inspect
+from spikepatch.residual.map import ResidualMap
+from spikepatch.source.classes import original_in
+from spikepatch.source.header import torch_dtype
+from spikepatch.source.layout import tensor_shapes
+from spikepatch.source.match import match_source
+from spikepatch.source.meta import settings_read
+from spikepatch.source.open import Source, build_meta, open_source
+from spikepatch.source.tokenizer import tokenizer_problem
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted.
+
+    Attributes:
+        out: the folder; nothing is there after a dry run.
+        plan, residual: every edit and skip, and the proven map that they were planned on.
+        storage: how it is stored; see ``storage/routes.py``.
+        trust: it loads with ``trust_remote_code=True`` only.
+        auto_class: the class of transformers that loads it.
+        dtype: of the float weights.
+        parameters: number of elements written.
+        bytes: of the weights.
+        expected_loss: estimated initial loss where it is far from log V; see ``expected_initial_loss``.
+        log_vocab: log V, the loss of a uniform guess.
+        notes: what the user should know, one sentence each; the first says whose the weights are.
+        casts: tensor name -> how many learned values overflowed and underflowed in the dtype asked for, where any did.
+        drift: for learned weights, what the source does on a sample text and what the written model does; after a dry
+            run, what the source would do with other factors. Empty where not measured.
+    """
+
+    out: Path
+    plan: Plan
+    residual: ResidualMap
+    storage: Kind
+    trust: bool
+    auto_class: str
+    dtype: str
+    parameters: int
+    bytes: int
+    expected_loss: float | None
+    log_vocab: float | None
+    notes: tuple[str, ...]
+    casts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    drift: tuple[Behaviour, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as ``--json`` prints it."""
+        return dataclasses.asdict(self) | {"out": str(self.out), "plan": self.plan.to_dict()}
+
+
+def convert(
+    source: str,
+    out: str | os.PathLike[str],
+    *,
+    recipe: str | Recipe = built_in.DEFAULT,
+    reinit: Reinit = "all",
+    factor: float | None = None,
+    positions: bool = False,
+    replace: bool = False,
+    untie: bool = False,
+    storage: Storage = "auto",
+    seed: int = 0,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Read SOURCE, plan, and write a patched checkpoint to ``out``, which appears whole or not at all.
+
+    Args:
+        source: a hub id, a folder, or ``arch:TYPE``; never written to. A folder that is patched already is taken for
+            the model that it was made from: the new plan takes the old one's place, nothing is applied twice.
+        out: absent or empty, unless ``overwrite``.
+        recipe, reinit, factor, positions, replace, untie, seed: as in ``spikepatch.plan``.
+        storage: ``plain`` keeps the architecture (re-initialisation only), ``native`` uses a setting of its config,
+            ``host`` another architecture with the same tensors, ``code`` writes a subclass beside the weights;
+            ``auto`` takes the first possible one of plain, native and code.
+        dtype: of the float weights, as torch names it; by default the source's, else float32.
+        max_shard_size: such as "5GB"; by default the source's own shards for kept weights, 5 GB for fresh ones.
+        revision, trust_remote_code: of a hub id, of a source with its own code.
+        allow_nonfinite: keep learned weights that are NaN or infinite, instead of refusing them.
+        overwrite: replace a folder at ``out``.
+        dry_run: plan and check everything, write nothing; with learned weights, compare embedding factors.
+        progress: told of long steps.
+
+    Raises:
+        SpikepatchError: nothing is at ``out``, or what was there before.
+    """
+    report: Progress = progress or silent
+    asked_for = recipe if isinstance(recipe, str) else recipe.name
+    recipe = checked_recipe(
+        recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie
+    )
+    check_storage(storage)
+    check_shard_size(max_shard_size)
+    asked = None if dtype is None else parse_dtype(dtype)
+    folder = Path(out)
+    # Before anything is fetched, and again once it is known where in the cache a hub id lies.
+    check_local_target(folder, source, overwrite=overwrite)
+    report("reading the source")
+    found = open_source(
+        source,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        weights=reinit != "all",
+        learned=reinit != "all",
+        report=report,
+    )
+    check_target(folder, found.folder, overwrite=overwrite)
+    check_weights(found, reinit)
+    check_known(found)
+    found = dataclasses.replace(found, config=_with_dtype(found, asked))
+
+    report("mapping the residual stream")
+    with settings_read() as read:
+        model = build_meta(found)
+        residual = inspect(model, source=source)
+    match = None if reinit == "all" else match_source(found, model)
+    stds = {} if match is None else embedding_stds(match, residual)
+    plan = make_plan(residual, tensor_shapes(model), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
+    check_replaced(found, plan)
+    report("choosing how it is stored")
+    patched = build_meta(found)
+    restructure(patched, plan)
+    route = choose(found, plan, patched, storage, read=read)
+    trust = route.kind == "code" or found.needs_code
+    settings = stable_settings(model, plan) if route.kind != "code" else {}
+    shards = plan_shards(
+        plan, model, checkpoint=found.checkpoint, match=match, dtype=asked, max_shard_size=max_shard_size
+    )
+    files = texts(found, plan, route, settings, trust=trust)
+    vocabulary = getattr(found.config.get_text_config(), "vocab_size", None)
+    log_vocab = math.log(vocabulary) if vocabulary else None
+    expected_loss = expected_initial_loss(plan, residual) if reinit == "all" else None
+    result = Conversion(
+        out=folder,
+        plan=plan,
+        residual=residual,
+        storage=route.kind,
+        trust=trust,
+        auto_class=found.auto_class,
+        dtype=str(found.config.dtype).removeprefix("torch."),
+        parameters=shards.elements,
+        bytes=shards.bytes,
+        expected_loss=expected_loss,
+        log_vocab=log_vocab,
+        notes=(
+            *notes.whose_weights(found, plan),
+            notes.how_it_loads(plan, route, trust=trust),
+            *notes.others(settings, match, expected_loss, log_vocab),
+        ),
+    )
+    if dry_run:
+        for name in shards.fresh:
+            shards.produce(name)
+        if reinit == "all":
+            return result
+        report("measuring the loss over factors")
+        return _with_drift(result, drift_planned(found, residual, plan, stds))
+
+    command = command_line(
+        "convert",
+        source,
+        recipe=asked_for,
+        reinit=reinit,
+        factor=factor,
+        positions=positions,
+        replace=replace,
+        untie=untie,
+        storage=storage,
+        seed=seed,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_nonfinite=allow_nonfinite,
+    )
+    try:
+        with publishing(folder, overwrite=overwrite) as scratch:
+            check_space(folder, shards.bytes, found.checkpoint)
+            written, origin = write_folder(scratch, shards, files, found, report, allow_nonfinite=allow_nonfinite)
+            write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes))
+            result = _check_tokenizer(_with_casts(result, written), found, scratch, report)
+            if reinit == "all":
+                return result
+            report("measuring the loss before and after")
+            model_class = generated_classes(original_in(found)).model if route.kind == "code" else route.model_class
+            return _with_drift(result, drift_written(found, residual, scratch, model_class))
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def _with_dtype(source: Source, asked: torch.dtype | None) -> Any:
+    """The config with the dtype asked for, its own, the most frequent one of the weights, or float32."""
+    config: Any = copy.deepcopy(source.config)
+    if asked is not None:
+        config.dtype = asked
+    elif config.dtype is None:
+        stored = [entry.dtype for entry in source.checkpoint.tensors.values()] if source.checkpoint else []
+        floats = [kind for kind in stored if kind in {"F64", "F32", "F16", "BF16"}]
+        config.dtype = torch_dtype(max(floats, key=floats.count, default="F32"))
+    return config
+
+
+def _check_tokenizer(result: Conversion, source: Source, folder: Path, report: Progress) -> Conversion:
+    """``source.folder`` is None for ``arch:TYPE``."""
+    if source.folder is None or not any("tokenizer" in path.name for path in source.copied_files):
+        return result
+    report("comparing the tokenizers")
+    problem = tokenizer_problem(source.folder, folder)
+    return _noted(result, *([f"tokenizer: {problem}"] if problem else []))
+
+
+def _with_drift(result: Conversion, drift: tuple[Behaviour, ...] | str) -> Conversion:
+    if isinstance(drift, str):
+        return _noted(result, f"what the patch does to the loss is not measured: {drift}")
+    head, uniform, last = result.residual.head, result.log_vocab, drift[-1]
+    above = uniform is not None and last.model == "written" and last.loss > 1.1 * uniform
+    if above and head is not None and head.tied:
+        result = _noted(
+            result,
+            f"the loss is above log V = {uniform:.1f} now: the head is tied, so a stream that is mostly the token's own"
+            " embedding makes it predict the current token",
+        )
+    return dataclasses.replace(result, drift=drift)
+
+
+def _with_casts(result: Conversion, written: Written) -> Conversion:
+    casts = {n: {"overflow": t.overflow, "underflow": t.underflow} for n, t in written.tallies.items()}
+    casts = {name: counts for name, counts in casts.items() if any(counts.values())}
+    result = _noted(result, *notes.unsound_values(written.tallies, result.dtype))
+    return dataclasses.replace(result, casts=casts)
+
+
+def _noted(result: Conversion, *notes: str) -> Conversion:
+    return dataclasses.replace(result, notes=(*result.notes, *notes))

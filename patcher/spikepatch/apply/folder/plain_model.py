@@ -1,0 +1,204 @@
+"""What each tensor of a folded model holds of the patched one, the proof that nothing else changes, and the values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from spikepatch.apply.disk.write import Planned
+from spikepatch.apply.folder.shards import Shards, as_in
+from spikepatch.apply.values.loading import stable_settings
+from spikepatch.errors import BadSource, Refused
+from spikepatch.residual.identity import Values, forward_of
+from spikepatch.residual.ops import LOOKUPS, op
+from spikepatch.residual.trace import Trace
+from spikepatch.runtime.embedding import change_output
+from spikepatch.source.checkpoint import read_tensor
+from spikepatch.source.header import TensorEntry, torch_dtype
+from spikepatch.source.layout import layout
+from spikepatch.source.match import Match
+from spikepatch.source.meta import as_read, build_meta, skeleton
+from spikepatch.source.open import Source
+
+if TYPE_CHECKING:
+    from spikepatch.apply.disk.pipeline import Content
+
+#: Rows of a table that are folded at a time.
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The table ``table`` of the patched model, with ``edit`` (JSON) applied to its rows.
+
+    ``module`` is the embedding that was patched, where the edit has parameters of its own; equal edits without any
+    give equal rows.
+    """
+
+    table: str
+    edit: str
+    module: str
+
+
+#: What a tensor of the plain model holds: a tensor of the patched model, by its name, or its folded rows.
+Held = str | Rows
+
+
+def plain_model(source: Source, patched: Any, edits: Mapping[str, Any]) -> tuple[Any, dict[str, Held]]:
+    """The plain model, and what each of its tensors holds; untied only where one tensor would have to hold two values.
+
+    Raises:
+        Refused: it is not the patched model then, or a table cannot be told from the head's.
+    """
+    for tied in dict.fromkeys((source.config.tie_word_embeddings, False)):
+        config = as_read(source.config, {"tie_word_embeddings": tied})
+        plain: Any = build_meta(source.model_class, config, where=source.name)
+        if settings := stable_settings(plain, None):
+            plain = build_meta(source.model_class, as_read(config, settings), where=source.name)
+        held = _held(plain, patched, edits)
+        if isinstance(held, dict):
+            break
+    else:
+        raise Refused(
+            what="the embedding cannot be told from what shares its matrix",
+            where=source.name,
+            why=f"{held} would have to hold two values, also with tie_word_embeddings set to false",
+            remedy="keep the patched model, which computes the same",
+        )
+    if not _proven(plain, patched, held, edits):
+        raise Refused(
+            what="folding is not proven exact for this model",
+            where=source.name,
+            why="with the tables folded, the plain model's operations are not those of the patched one: what was"
+            " patched acts on more than single rows of its table, such as on a sum",
+            remedy="keep the patched model",
+        )
+    return plain, held
+
+
+def _held(plain: nn.Module, patched: nn.Module, edits: Mapping[str, Any]) -> dict[str, Held] | str:
+    """Tensor of the plain model -> what it holds; or the name of one that would have to hold two things."""
+    known = _first_names(patched)
+    found: dict[str, Held] = {}
+    for name, first in _first_names(plain).items():
+        module, _, _ = name.rpartition(".")
+        value: Held = known[name]
+        if module in edits and edits[module].keys() != {"gradient"}:
+            owns = any(other.startswith(f"{module}.norm.") for other in known)
+            value = Rows(known[name], json.dumps(edits[module], sort_keys=True), module if owns else "")
+        if found.setdefault(first, value) != value:
+            return first
+    return found
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter -> the first one; a buffer's -> itself."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {name: name for name in model.state_dict()}
+    return names | {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _proven(plain: nn.Module, patched: nn.Module, held: Mapping[str, Hashable], edits: Mapping[str, Any]) -> bool:
+    """The patched model computes what the plain one does, f(E[ids]) being E'[ids]."""
+    values = Values()
+    graph = forward_of(patched)
+    names, holder = _first_names(patched), _first_names(plain)
+    places: dict[str, list[str]] = {}
+    for module in edits:
+        places.setdefault(names[f"{module}.weight"], []).append(module)
+    steps = {module: _step(patched.get_submodule(module), edit) for module, edit in edits.items()}
+
+    def seen(node: Node, numbers: Mapping[Node, int]) -> None:
+        table = node.args[0] if op(node) in LOOKUPS else None
+        if not isinstance(table, Node):
+            return
+        for module in places.get(graph.parameters.get(table, ""), ()):
+            step, lookup = steps[module]
+            own = {name: f"{module}.{name}" for name in step.parameters.values()}
+            after = values.output(step, own, start={lookup: numbers[node]})
+            rows = values.tensor(held[holder[f"{module}.weight"]])
+            values.equate(after, values.call(node, {**numbers, table: rows}))
+
+    wanted = values.output(graph, seen=seen)
+    return values.output(forward_of(plain), tensors=held) == wanted
+
+
+def _step(module: nn.Module, edit: Any) -> tuple[Trace, Node]:
+    """What ``edit`` does behind a lookup, recorded on a plain embedding of the same size; and the lookup itself."""
+    table: Any = module.weight
+    rows, width = table.shape
+    alone = nn.Embedding(rows, width, device="meta", dtype=table.dtype)
+    change_output(alone, edit)
+    graph = forward_of(alone, {"input": torch.zeros(1, 1, dtype=torch.long)})
+    return graph, next(node for node in graph.graph.nodes if op(node) in LOOKUPS)
+
+
+def fold_shards(source: Source, plain: nn.Module, held: Mapping[str, Held], match: Match) -> Shards:
+    """What is to be written: every tensor in the file and the dtype that it has in the source; a new head, in
+    those of the table that it shared.
+
+    Args:
+        plain, held: see ``plain_model``.
+        match: of the patched model's tensors in the source.
+
+    Raises:
+        BadSource: by ``produce``: a table to fold holds NaN or infinite values.
+    """
+    assert source.checkpoint is not None
+    targets = {target.name: target for target in layout(skeleton(plain))}
+    entries: dict[str, TensorEntry] = {}
+    folded: dict[str, Rows] = {}
+    for target in targets.values():
+        value = held[target.owner]
+        if isinstance(value, Rows):
+            folded[target.name] = value
+        name = value.table if isinstance(value, Rows) else value
+        whole = match.owners.get(name)
+        entries[target.name] = match.targets[target.name] if whole is None else whole
+    tensors = tuple(Planned(name, torch_dtype(entries[name].dtype), target.shape) for name, target in targets.items())
+
+    def produce(name: str) -> Content:
+        if name not in folded:
+            return entries[name]
+        table, rows = read_tensor(entries[name]), folded[name]
+        if not torch.isfinite(table).all():
+            raise BadSource(
+                f"{entries[name].name} holds NaN or infinite values",
+                where=str(entries[name].file),
+                why="the source's weights are not finite",
+                remedy="use a sound checkpoint",
+            )
+        return _folded(table, json.loads(rows.edit), lambda own: read_tensor(match.owners[f"{rows.module}.{own}"]))
+
+    return Shards(
+        tensors,
+        as_in(source.checkpoint, tensors, entries),
+        fills={},
+        kept={name: entry for name, entry in entries.items() if name not in folded},
+        produce=produce,
+    )
+
+
+@torch.no_grad()
+def _folded(table: torch.Tensor, edit: Any, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """What the patched embedding returns for each row, (rows, width), in the table's dtype.
+
+    Args:
+        read: name of a parameter of the added norm -> its value.
+    """
+    rows, width = table.shape
+    module = nn.Embedding(rows, width, _weight=table, _freeze=True)
+    change_output(module, edit)
+    for name, parameter in module.named_parameters():
+        if name != "weight":
+            parameter.copy_(read(name))
+    result = torch.empty_like(table)
+    for ids in torch.split(torch.arange(rows), _ROWS):
+        result[ids] = module(ids)
+    return result

@@ -1,0 +1,159 @@
+"""Which of the installed transformers' types have a proven map, found out now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spikepatch.errors import Refused, SpikepatchError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from spikepatch.residual.map import ResidualMap
+
+#: Tasks whose models are language models, with the tables of transformers that list them.
+_TABLES = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+}
+
+#: Config fields that hold the number of layers, and lists as long as it that hold anything but kinds of layers.
+_COUNTS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
+    "num_encoder_layers", "num_decoder_layers", "num_layers_per_stack", "num_blocks", "depth",
+)  # fmt: skip
+_NOT_KINDS = ("moe_layers", "full_attn_idxs", "architectures", "layer_rope_theta")
+#: Lists of kinds that stand for the number of layers where there is none.
+_KINDS = ("layers_block_type",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found for one type. ``reason``: why there is no proven map; empty where there is one.
+
+    Attributes:
+        task: ``causal``, ``seq2seq`` or ``masked``.
+        placement: where the norms stand; None without a map.
+        layers: N of the shortened model; an encoder's not included.
+        sublayers: S of the same.
+        kinds: what its sub-layers compute.
+        embeddings: the factor with which each table enters the stream, ``normed``, or both kinds in order.
+    """
+
+    type: str
+    task: str
+    architecture: str
+    proven: bool
+    reason: str
+    placement: str | None = None
+    layers: int | None = None
+    sublayers: int | None = None
+    kinds: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+
+
+def types(text: str = "") -> list[tuple[str, str, str]]:
+    """(task, type, class) of all language models of the installed transformers whose type contains ``text``."""
+    from transformers.models.auto import modeling_auto
+
+    found = [
+        (task, model_type, architecture)
+        for task, table in _TABLES.items()
+        for model_type, architecture in getattr(modeling_auto, table).items()
+    ]
+    return [entry for entry in found if text in entry[1]]
+
+
+def survey(text: str = "") -> Iterator[Row]:
+    """Map the default config of every type, cut to one layer of each kind, on the meta device."""
+    for task, model_type, architecture in types(text):
+        try:
+            residual = _mapped(model_type, architecture)
+        except SpikepatchError as error:
+            yield Row(model_type, task, architecture, False, _reason(error))
+            continue
+        yield Row(
+            model_type,
+            task,
+            architecture,
+            residual.proven,
+            "" if residual.proven else f"not proven: {residual.leaks[0]}",
+            residual.placement,
+            residual.layers,
+            residual.sublayers,
+            tuple(dict.fromkeys(p.kind for p in residual.residual_projections)),
+            tuple(f"{e.kind} {'normed' if e.normed else f'x {e.scale:g}'}" for e in residual.embeddings),
+        )
+
+
+def _mapped(model_type: str, architecture: str) -> ResidualMap:
+    import transformers
+
+    from spikepatch.quiet import quiet
+    from spikepatch.residual.inspect import inspect
+    from spikepatch.source.meta import build_meta, not_buildable
+
+    where = f"arch:{model_type}"
+    model_class: Any = getattr(transformers, architecture)
+    with quiet():
+        try:
+            config = transformers.AutoConfig.for_model(model_type)
+            short = transformers.AutoConfig.for_model(model_type)
+        except Exception as error:
+            raise not_buildable(where, error) from error
+    for part in config_parts(short):
+        keep_one_layer_of_each_kind(part)
+    try:
+        model = build_meta(model_class, config_of(model_class, short), where=where)
+    except Refused:  # the cut may be what it cannot be built from
+        model = build_meta(model_class, config_of(model_class, config), where=where)
+    return inspect(model, source=where)
+
+
+def config_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """``config`` and the configs inside it, outermost first."""
+    from transformers import PreTrainedConfig
+
+    yield config
+    for value in list(vars(config).values()):
+        if isinstance(value, PreTrainedConfig):
+            yield from config_parts(value)
+
+
+def config_of(model_class: Any, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of ``config`` that ``model_class`` is built from: of its own class where there is one, else all."""
+    return next((part for part in config_parts(config) if isinstance(part, model_class.config_class)), config)
+
+
+def keep_one_layer_of_each_kind(config: PreTrainedConfig) -> None:
+    """Cut the layers to the first of each kind that the config tells apart, at least two, in place.
+
+    Sizes other than the number of layers stay, so that what depends on the width is found as it is.
+    """
+    fields = vars(config)  # past the validators: the fields agree again only once all are cut
+    counts = [name for name in _COUNTS if isinstance(fields.get(name), int)]
+    layers = next((fields[n] if n in counts else len(fields[n]) for n in (*counts, *_KINDS) if fields.get(n)), 0)
+    if not layers:
+        return
+    per_layer = [
+        name
+        for name, value in fields.items()
+        if isinstance(value, (list, tuple)) and len(value) == layers > 2 and name not in _NOT_KINDS
+    ]
+    kinds: dict[str, int] = {}  # spelled -> first layer of the kind
+    for i in range(layers):
+        kinds.setdefault(repr([fields[name][i] for name in per_layer]), i)
+    kept = list(kinds.values()) if len(kinds) > 1 else [0, min(1, layers - 1)]
+    for name in per_layer:
+        fields[name] = [fields[name][i] for i in kept]
+    for name in counts:
+        fields[name] = min(fields[name], len(kept))
+
+
+def _reason(error: SpikepatchError) -> str:
+    if error.what == "the default config cannot be built":
+        return f"{error.what}: pass a real one"
+    return f"{error.what}: {error.why}"

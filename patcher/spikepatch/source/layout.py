@@ -1,0 +1,110 @@
+"""Which tensors a model is stored as.
+
+The canonical form of a model is what ``save_pretrained`` writes: names, order and shapes on disk differ from those in
+memory where transformers fuses weights (one 3-D parameter for all experts in memory, a matrix each on disk). Every
+random fill is keyed by the canonical name, so all appliers draw the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from spikepatch.errors import Refused
+
+
+@dataclass(frozen=True)
+class Target:
+    """One stored tensor: ``shape``, ``stride`` and ``offset`` place it inside the in-memory tensor ``owner``.
+
+    Of tied parameters ``owner`` is the first name.
+    """
+
+    name: str
+    owner: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @property
+    def elements(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    def view(self, owner: torch.Tensor) -> torch.Tensor:
+        """The part of ``owner``'s memory that is stored under this name."""
+        return owner.as_strided(self.shape, self.stride, owner.storage_offset() + self.offset)
+
+
+def layout(skeleton: nn.Module) -> tuple[Target, ...]:
+    """The tensors that ``save_pretrained`` would write for the model, in its order; on the meta device, no data moves.
+
+    Raises:
+        Refused: a stored tensor is not a part of one in-memory tensor (a permutation that needs a copy).
+    """
+    state = {name: tensor.detach() for name, tensor in skeleton.state_dict(keep_vars=True).items()}
+    owners = {_storage(tensor): name for name, tensor in reversed(list(state.items()))}
+    owners |= {_storage(p): name for name, p in skeleton.named_parameters()}
+    if hasattr(skeleton, "save_pretrained"):
+        stored = _as_saved(skeleton, state)
+    else:
+        stored = {name: tensor for name, tensor in state.items() if owners[_storage(tensor)] == name}
+    targets = []
+    for name, tensor in stored.items():
+        owner = owners.get(_storage(tensor))
+        if owner is None:
+            raise Refused(
+                what="this model's checkpoint layout is not supported yet",
+                where=name,
+                why="transformers stores this tensor as a permuted copy of what it keeps in memory",
+                remedy="use --reinit none on a folder that transformers wrote, or report the architecture",
+            )
+        whole = state[owner]
+        offset = tensor.storage_offset() - whole.storage_offset()
+        targets.append(Target(name, owner, tuple(tensor.shape), tuple(tensor.stride()), offset, tensor.dtype))
+    return tuple(targets)
+
+
+class _NoCopies(TorchFunctionMode):
+    """``contiguous`` returns the view itself, so that what conversions return still lies in the parameter's storage."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
+
+
+def _as_saved(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The steps of transformers' ``save_pretrained`` between the state dict and the file."""
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    kept = {name: tensor for name, tensor in state.items() if name not in ignored}
+    buffers = {name for name, _ in model.named_buffers()}  # on meta, older versions look for parameters only
+    untied = remove_tied_weights_from_state_dict({n: t for n, t in kept.items() if n not in buffers}, model)
+    kept = {name: tensor for name, tensor in kept.items() if name in untied or name in buffers}
+    with _NoCopies():
+        converted: dict[str, torch.Tensor] = revert_weight_conversion(model, kept)
+    return converted
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every parameter and persistent buffer, tied ones once, by its first name."""
+    everything = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tensors = dict(model.named_parameters())
+    tensors |= {name: tensor for name, tensor in model.state_dict().items() if name not in everything}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def persistent(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of ``buffers`` that the model's state dict has."""
+    state = model.state_dict()
+    return {name: buffer for name, buffer in buffers.items() if name in state}

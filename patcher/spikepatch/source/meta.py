@@ -1,0 +1,189 @@
+"""A model on the meta device with real buffers, at any size: only the Python objects take time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from spikepatch.errors import Refused, on_one_line
+from spikepatch.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+#: Elements. Buffers (rotary frequencies, statistics, masks of usual length) stay below, fused experts are above.
+_LARGE = 1 << 24
+
+_FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn))
+
+
+class _TensorsWithoutMemory(TorchFunctionMode):
+    """New tensors that are large, or that have no values yet, are made on meta: they are to become parameters. What is
+    drawn into them later is not drawn.
+
+    Moved to meta only once they are registered, they would be allocated and filled first: 140 s for a default llama4,
+    and out of memory for a layer of 256 experts.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES and kwargs.get("device") is None and kwargs.get("generator") is None:
+            on_meta = func(*args, **{**kwargs, "device": "meta"})
+            if func is torch.empty or on_meta.numel() >= _LARGE:
+                return on_meta
+        drawn = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "") == "normal_" and isinstance(drawn, torch.Tensor) and drawn.is_meta:
+            # Of torch.Tensor, of torch.nn.init, or around one of them. On meta it is Python and takes 0.3 ms; a tensor
+            # without elements is for its checks.
+            empty = drawn.new_empty(0, device="cpu")
+            func(empty, *args[1:], **{name: value for name, value in kwargs.items() if name != "tensor"})
+            return drawn
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters move to meta as they are registered, buffers stay real, and shared parameters stay shared.
+
+    (``accelerate.init_empty_weights`` makes a new parameter of one that is on meta already, which takes ties apart.)
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            moved = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            moved.__dict__.update(parameter.__dict__)
+            parameter = moved
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def check_module(model: object) -> None:
+    """Refuse a name, or whatever else it is, where a loaded model is meant."""
+    if not isinstance(model, nn.Module):
+        raise Refused(
+            "this is no loaded model",
+            where=repr(model)[:80],
+            why=f"it is of type {type(model).__name__}, and no nn.Module",
+            remedy="load the model first (AutoModelForCausalLM.from_pretrained); spikepatch.plan, spikepatch.check and"
+            " spikepatch.convert take names",
+        )
+
+
+def check_default_device() -> None:
+    """Refuse to work where new tensors have no values; a model is built there, and nothing else."""
+    if torch.get_default_device().type == "meta":
+        raise Refused(
+            "called with meta as the default device",
+            where='torch.device("meta")',
+            why="what is measured and drawn would have no values",
+            remedy='build the model inside `with torch.device("meta"):`, and leave the block before the call',
+        )
+
+
+def on_meta(model: nn.Module) -> bool:
+    """The model is structure only: it has parameters, and none has memory."""
+    parameters = list(model.parameters())
+    return bool(parameters) and all(parameter.is_meta for parameter in parameters)
+
+
+def build_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig, *, where: str) -> PreTrainedModel:
+    """A ``model_class`` in eval mode: parameters on meta in the config's dtype, buffers real, tied weights tied.
+
+    Args:
+        config: is not changed.
+        where: the source, for the error.
+
+    Raises:
+        Refused: the model cannot be built from its config.
+    """
+    with quiet():
+        try:
+            model = _build(model_class, config, _TensorsWithoutMemory())
+            if any(buffer.is_meta for buffer in model.buffers()):  # a buffer was large: build as transformers does
+                model = _build(model_class, config, contextlib.nullcontext())
+        except Exception as error:
+            raise not_buildable(where, error) from error
+    return model.eval()
+
+
+def _build(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, mode: contextlib.AbstractContextManager[Any]
+) -> PreTrainedModel:
+    # A constructor that draws a buffer draws the same one every time.
+    with _parameters_on_meta(), mode, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model_class._from_config(copy.deepcopy(config))
+
+
+def as_read(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config that its JSON text is read as, once ``changes`` are in it: constructors adjust what they are given.
+
+    Raises:
+        Exception: whatever the config's own checks raise for a value of the wrong kind.
+    """
+    read: PreTrainedConfig = type(config).from_dict(json.loads(config.to_json_string()) | dict(changes))
+    read.dtype = config.dtype
+    return read
+
+
+@contextlib.contextmanager
+def settings_read() -> Iterator[set[str]]:
+    """The settings that are read of any config meanwhile, by the names that they are stored under.
+
+    What a model that is built and run meanwhile computes cannot depend on any other setting; but for what it takes out
+    of ``config.to_dict()``, which is not seen.
+    """
+    from transformers import PreTrainedConfig
+
+    read: set[str] = set()
+    get = PreTrainedConfig.__getattribute__
+
+    def watched(config: PreTrainedConfig, name: str) -> Any:
+        read.add(get(config, "attribute_map").get(name, name))
+        return get(config, name)
+
+    PreTrainedConfig.__getattribute__ = watched
+    try:
+        yield read
+    finally:
+        PreTrainedConfig.__getattribute__ = get
+
+
+def not_buildable(where: str, error: Exception) -> Refused:
+    """The error for a config, default or given, that transformers does not build a model from."""
+    return Refused(
+        "the default config cannot be built" if where.startswith("arch:") else "the model cannot be built",
+        where=where,
+        why=on_one_line(error),
+        remedy="give a real model: a hub id, or a folder with its config.json"
+        if where.startswith("arch:")
+        else "check the values in config.json, and that this version of transformers has the model",
+    )
+
+
+def skeleton(model: nn.Module, *, keep_buffers: bool = False) -> nn.Module:
+    """A copy of ``model`` in eval mode, with its parameters on the meta device, and its buffers too unless they are to
+    keep their values. ``model`` itself is not touched.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    for buffer in () if keep_buffers else model.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    twin: nn.Module = copy.deepcopy(model, memo)
+    return twin.eval()

@@ -1,0 +1,291 @@
+"""Where a model comes from: a hub id, a local folder, or ``arch:TYPE``."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from spikepatch.errors import BadSource
+from spikepatch.progress import Progress
+from spikepatch.source import hub
+from spikepatch.source.checkpoint import Checkpoint, inside, read_checkpoint
+from spikepatch.source.config import Architecture, default_architecture, read_architecture
+from spikepatch.source.formats import (
+    INDEX_FILE,
+    LFS_POINTER,
+    PICKLES,
+    SINGLE_FILE,
+    check_names,
+    foreign_weights,
+    parse_json,
+)
+from spikepatch.source.header import MalformedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+#: Not copied: the output has a card of its own, which inherits from the source's.
+MODEL_CARD = "README.md"
+
+#: What goes into an output byte for byte. An allow-list: code and pickles have no way in.
+_COPIED = (
+    "tokenizer*.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as it was found; nothing of it is loaded but the config.
+
+    Attributes:
+        name: as the user gave it.
+        kind: which of the three it is; ``arch`` for ``arch:TYPE``.
+        folder: the local folder, or the Hub snapshot; None for ``arch:TYPE``.
+        config, model_class: the class takes the config.
+        auto_class: name of the class in transformers whose ``from_pretrained`` gives a ``model_class``.
+        revision: as the user gave it, for a hub id.
+        commit: the Hub's commit hash that it stands for.
+        checkpoint: the checked headers of the weights; None when they were not asked for or there are none.
+        has_weights: there are learned weights, fetched or not; taken for granted for a Hub model out of the cache.
+        copied_files: tokenizer, generation config, chat templates and licence, all below ``folder``; and the Python
+            files, where the model is built from its own.
+        needs_code: the model is built from Python files that came with it.
+        patched: of a folder that spikepatch has written, the record in its config. ``config`` and ``model_class`` are
+            then those of the model that was patched, and the folder's own classes are not looked at.
+    """
+
+    name: str
+    kind: Literal["hub", "folder", "arch"]
+    folder: Path | None
+    config: PreTrainedConfig
+    model_class: type[PreTrainedModel]
+    auto_class: str
+    revision: str | None = None
+    commit: str | None = None
+    checkpoint: Checkpoint | None = None
+    has_weights: bool = False
+    copied_files: tuple[Path, ...] = ()
+    needs_code: bool = False
+    patched: Mapping[str, Any] | None = None
+
+    @property
+    def short_name(self) -> str:
+        """The name without the folders that lead to it, which are nobody else's business."""
+        return self.folder.resolve().name if self.kind == "folder" and self.folder else self.name
+
+    def arriving(self) -> contextlib.AbstractContextManager[None]:
+        """Files of weights that are not there yet are fetched while the block runs; at its end all are there."""
+        return contextlib.nullcontext() if self.checkpoint is None else self.checkpoint.arrivals.meanwhile()
+
+    def fetch_weights(self) -> None:
+        """Return once all files of weights are there; for what reads the whole folder."""
+        with self.arriving():
+            pass
+
+
+def open_source(
+    spec: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool,
+    learned: bool = False,
+    report: Progress | None = None,
+) -> Source:
+    """Find a model, and check all that can be checked without loading it.
+
+    Args:
+        spec: ``arch:TYPE``, a folder, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: the Python files that come with the model may be run.
+        weights: check the headers of the weights. Of a hub id, the headers are all that is fetched of them; a file
+            comes when a tensor of it is read, or by ``Source.arriving``. Without it no weight file is requested or
+            opened.
+        learned: only a trained model will do; the remedies offer no other.
+        report: told (step, bytes done, bytes in all) while a file of weights is waited for.
+
+    Raises:
+        BadSource: the source is missing, malformed, out of reach, or of a kind that is never opened.
+        Refused: it needs code that is not trusted, is quantised, or is no architecture that can be built.
+    """
+    is_arch = spec.startswith("arch:")
+    path = Path(spec).expanduser()
+    is_path = not is_arch and (spec.startswith(("/", ".", "~")) or spec.endswith("/") or not spec or path.exists())
+    if revision is not None and (is_arch or is_path):
+        raise BadSource(
+            f"has no revision {revision!r}",
+            where=spec,
+            why="only models on the Hub have revisions",
+            remedy="leave out --revision, or give a hub id",
+        )
+    if is_arch:
+        found = default_architecture(spec.removeprefix("arch:"), where=spec)
+        return Source(spec, "arch", None, found.config, found.model_class, found.auto_class)
+    if is_path:
+        return _local_folder(spec, path, trust_remote_code, weights, learned)
+    return _hub_model(spec, revision, trust_remote_code, weights, learned, report)
+
+
+def build_meta(source: Source) -> PreTrainedModel:
+    """The source's model in eval mode: parameters on meta in the config's dtype, buffers real, tied weights tied.
+
+    Raises:
+        Refused: the model cannot be built from its config.
+    """
+    from spikepatch.source import meta
+
+    return meta.build_meta(source.model_class, source.config, where=source.name)
+
+
+def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool, learned: bool) -> Source:
+    if not folder.is_dir():
+        raise BadSource(
+            "is a file, not a folder" if folder.exists() else "does not exist",
+            where=spec,
+            why="a local source is a folder as save_pretrained writes it",
+            remedy="give that folder, or a hub id such as org/name" + ("" if learned else "; or arch:TYPE"),
+        )
+    try:
+        names = set(os.listdir(folder))
+    except OSError as error:
+        raise _unreadable(spec, error) from error
+    names |= {path.relative_to(folder).as_posix() for path in folder.glob("*/*.jinja")}
+    if "config.json" not in names:
+        raise hub.no_config(names, spec)
+    found = read_architecture(folder, where=spec, trusted=trusted)
+    has_weights = _has_weights(names)
+    return Source(
+        spec,
+        "folder",
+        folder,
+        found.config,
+        found.model_class,
+        found.auto_class,
+        checkpoint=read_checkpoint(folder) if weights and has_weights else None,
+        has_weights=has_weights,
+        copied_files=_copied_files(folder, names, found),
+        needs_code=found.needs_code,
+        patched=found.patched,
+    )
+
+
+def _hub_model(
+    spec: str, revision: str | None, trusted: bool, weights: bool, learned: bool, report: Progress | None
+) -> Source:
+    snapshot = hub.locate(spec, revision, learned=learned)
+    names = snapshot.files
+    code = [name for name in names if name.endswith(".py")]
+    if trusted:
+        hub.fetch(snapshot, code)
+    found = read_architecture(snapshot.folder, where=spec, trusted=trusted)
+    if found.patched is not None:
+        hub.fetch(snapshot, code)  # to be compared, not to be run
+    has_weights = _has_weights(names) or not snapshot.online
+    if weights and has_weights:
+        if not snapshot.online and not _has_weights(names):
+            raise hub.not_reachable(spec, None, "its weights cannot be fetched, and are not")
+        check_names(names, spec)
+    hub.fetch(snapshot, [*_to_copy(names), *({MODEL_CARD} & names)])
+    checkpoint = None
+    if weights and has_weights:
+        if SINGLE_FILE not in names:
+            hub.fetch(snapshot, [INDEX_FILE])
+        checkpoint = read_checkpoint(snapshot.folder, snapshot if snapshot.online else None, report)
+    return Source(
+        spec,
+        "hub",
+        snapshot.folder,
+        found.config,
+        found.model_class,
+        found.auto_class,
+        revision,
+        snapshot.commit,
+        checkpoint=checkpoint,
+        has_weights=has_weights,
+        copied_files=_copied_files(snapshot.folder, names, found),
+        needs_code=found.needs_code,
+        patched=found.patched,
+    )
+
+
+def _has_weights(names: Iterable[str]) -> bool:
+    top_level = {name for name in names if "/" not in name}
+    return bool({SINGLE_FILE, INDEX_FILE} & top_level) or bool(foreign_weights(top_level))
+
+
+def _to_copy(names: Iterable[str]) -> list[str]:
+    def wanted(name: str) -> bool:
+        return any(name.count("/") == p.count("/") and fnmatch.fnmatchcase(name, p) for p in _COPIED)
+
+    return sorted(filter(wanted, names))
+
+
+def _copied_files(folder: Path, names: Iterable[str], found: Architecture) -> tuple[Path, ...]:
+    files = _code_files(folder, found.config) if found.needs_code else []
+    pointers = []
+    problems = []
+    for path in (*files, *(folder / name for name in _to_copy(names))):
+        try:
+            if not path.is_file() or inside(folder, path.relative_to(folder).as_posix()) in files:
+                continue
+        except MalformedError as error:
+            problems.append(f"{path.name} {error.problem}")
+            continue
+        try:
+            with open(path, "rb") as file:
+                head = file.read(len(LFS_POINTER))
+        except OSError as error:
+            raise _unreadable(str(path), error) from error
+        if head == LFS_POINTER:
+            pointers.append(path.name)
+        elif not head.startswith(PICKLES):  # `*.model` is a sentencepiece vocabulary, and sometimes is not
+            files.append(path)
+    if problems:
+        raise BadSource(
+            "has files that lie elsewhere",
+            where=str(folder),
+            why="; ".join(problems),
+            remedy="replace the links by the files, if those are what the output is to hold",
+        )
+    if pointers:
+        raise BadSource(
+            f"holds git-lfs pointers in place of files: {', '.join(pointers)}",
+            where=str(folder),
+            why="the repository was cloned without git-lfs",
+            remedy="run `git lfs pull` in the folder",
+        )
+    return tuple(files)
+
+
+def _code_files(folder: Path, config: Any) -> list[Path]:
+    """The Python files that ``auto_map`` names, in config.json or tokenizer_config.json, and those that they import."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    references = list(getattr(config, "auto_map", {}).values())
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a tokenizer without a usable config of its own
+        tokenizer = parse_json((folder / "tokenizer_config.json").read_bytes())
+        references += tokenizer.get("auto_map", {}).values()
+    found = set()
+    for reference in references:
+        for name in reference if isinstance(reference, list) else [reference]:
+            file = folder / f"{str(name).rpartition('--')[2].partition('.')[0]}.py"
+            if file.is_file():
+                found |= {file, *map(Path, get_relative_import_files(file))}
+    return sorted(found)
+
+
+def _unreadable(where: str, error: OSError) -> BadSource:
+    return BadSource(
+        "cannot be read",
+        where=where,
+        why=error.strerror or str(error),
+        remedy="check its permissions and the disk",
+    )
