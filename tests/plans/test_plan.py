@@ -28,7 +28,7 @@ from spikepatch.plans.plan import (
     Recipe,
     ScaleEmbedding,
     Skip,
-    Stream,
+    StreamShape,
     Transform,
     Untie,
     cut_std,
@@ -270,7 +270,7 @@ plans = st.builds(
     architecture=names,
     model_type=names,
     streams=st.lists(
-        st.builds(Stream, st.integers(1, 2**20), st.lists(names, min_size=1).map(tuple), st.integers(0, 2)),
+        st.builds(StreamShape, st.integers(1, 2**20), st.lists(names, min_size=1).map(tuple), st.integers(0, 2)),
         min_size=1,
         max_size=3,
     ).map(tuple),

@@ -23,7 +23,7 @@ from spikepatch.plans.plan import (
     Recipe,
     ScaleEmbedding,
     Skip,
-    Stream,
+    StreamShape,
 )
 from spikepatch.plans.work_out import make_plan
 from spikepatch.recipes.built_in import RECIPES
@@ -181,7 +181,7 @@ def test_the_streams_of_a_plan() -> None:
     ):
         sublayers = tuple(place.format(layer) for layer in range(3) for place in places)
         plan = spikepatch.plan(tiny_model(model_type), "vanilla", reinit="all")
-        assert plan.streams == (Stream(64, sublayers, axis),)
+        assert plan.streams == (StreamShape(64, sublayers, axis),)
         assert (plan.width, plan.sublayers) == (64, sublayers)
 
 

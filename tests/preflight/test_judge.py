@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 import spikepatch
 from spikepatch import StabilityReport
 from spikepatch.preflight.judge import PROMISE, Thresholds, at_or_above, judged
-from spikepatch.preflight.result import Step
+from spikepatch.preflight.result import TrialStep
 from tests.architectures import tiny_model
 from tests.preflight.initialisations import gpt2
 
@@ -134,7 +134,7 @@ def test_the_excess_is_judged_by_depth(report: StabilityReport, layers: int, lim
     ("losses", "verdict"), [((5.0, 4.0), "stable"), ((5.0, 5.1), "unstable"), ((5.0, math.nan), "unstable")]
 )
 def test_the_loss_after_steps(report: StabilityReport, losses: tuple[float, float], verdict: str) -> None:
-    steps = tuple(Step(i, loss, 1.0, 1.0, 1.0, None) for i, loss in enumerate(losses))
+    steps = tuple(TrialStep(i, loss, 1.0, 1.0, 1.0, None) for i, loss in enumerate(losses))
     residual = spikepatch.inspect(small_gpt2(2))
     changed = dataclasses.replace(report, steps=steps)
     assert judged(changed, residual, Thresholds(), finite=True).verdict == verdict

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from spikepatch.errors import Refused
 from spikepatch.preflight.forward import Measurement, measure
-from spikepatch.preflight.program import Program, Values, Weights, compile_program, run_piece
+from spikepatch.preflight.program import NodeValues, Program, Weights, compile_program, run_piece
 from spikepatch.preflight.values import live
 from spikepatch.residual.inspect import map_of
 from spikepatch.residual.stream import find
@@ -44,7 +44,7 @@ def random_ids(model: PreTrainedModel, batch: int = 2, tokens: int = 13) -> torc
 
 def value_at(program: Program, point: Any, weights: Weights) -> torch.Tensor:
     """Run piece by piece up to ``point``, with nothing held but what later pieces need."""
-    values: Values = {}
+    values: NodeValues = {}
     with torch.no_grad():
         for i, piece in enumerate(program.pieces):
             parameters = {p: program.parameter(p, weights) for p in piece.parameters}

@@ -13,7 +13,7 @@ import pytest
 import spikepatch
 from spikepatch.preflight.judge import Thresholds
 from spikepatch.preflight.present import page
-from spikepatch.report.document import Badge, Chart, Page, Section, Series, Table
+from spikepatch.report.document import Badge, Chart, Line, Page, Section, Table
 from spikepatch.report.html import picture, render, write_page, write_picture
 from tests.preflight.initialisations import gpt2
 
@@ -23,7 +23,7 @@ BROWSER = next(
 
 
 def example(text: str = "plain") -> Page:
-    chart = Chart(text, "layer", "std", (Series(text, ((1, 0.1), (2, 10.0))), Series("b", ((1, 1.0),))), log=True)
+    chart = Chart(text, "layer", "std", (Line(text, ((1, 0.1), (2, 10.0))), Line("b", ((1, 1.0),))), log=True)
     table = Table(text, (text, "b"), ((text, "1"), ("c", "2")))
     return Page(text, text, (Badge(text, text, "good"),), (Section(text, (text,), (table,), (chart,)),), text)
 
@@ -54,7 +54,7 @@ def test_the_same_page_again(tmp_path: Path) -> None:
 def test_a_picture_is_a_document_of_its_own(tmp_path: Path) -> None:
     """Well-formed, nothing from the network, every line in every chart, and each name in the legend inside of it."""
     names = ("as it is", "<&>", *(f"a recipe with a long name, {i}" for i in range(6)))
-    chart = Chart("<&>", "layer", "std", tuple(Series(name, ((1, 0.1), (2, 10.0))) for name in names), log=True)
+    chart = Chart("<&>", "layer", "std", tuple(Line(name, ((1, 0.1), (2, 10.0))) for name in names), log=True)
     write_picture((chart, chart), tmp_path / "picture.svg")
     root = ElementTree.parse(tmp_path / "picture.svg").getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from spikepatch.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
-from spikepatch.report.document import Chart, Event, Series
+from spikepatch.report.document import Chart, Line, Mark
 from spikepatch.report.svg import kinds, svg
 
 
@@ -23,7 +23,7 @@ def circles(root: ElementTree.Element) -> list[tuple[float, float]]:
 
 
 def test_linear_axes() -> None:
-    root = drawn(Chart("t", "x", "y", (Series("a", ((0, 0.0), (5, 5.0), (10, 10.0))),)))
+    root = drawn(Chart("t", "x", "y", (Line("a", ((0, 0.0), (5, 5.0), (10, 10.0))),)))
     (x0, y0), (x1, y1), (x2, y2) = circles(root)
     assert (x0, x2) == (LEFT, WIDTH - RIGHT)
     assert (y0, y2) == (HEIGHT - BOTTOM, TOP)
@@ -32,7 +32,7 @@ def test_linear_axes() -> None:
 
 
 def test_a_logarithmic_axis() -> None:
-    root = drawn(Chart("t", "x", "y", (Series("a", ((1, 0.01), (2, 1.0), (3, 100.0))),), log=True))
+    root = drawn(Chart("t", "x", "y", (Line("a", ((1, 0.01), (2, 1.0), (3, 100.0))),), log=True))
     heights = [y for _, y in circles(root)]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
     labels = {text.text for text in root.iter("text")}
@@ -42,7 +42,7 @@ def test_a_logarithmic_axis() -> None:
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf, 0.0, -1.0])
 def test_what_cannot_be_drawn_leaves_a_gap(missing: float | None) -> None:
     points = ((1, 1.0), (2, 2.0), (3, missing), (4, 3.0), (5, 4.0))
-    root = drawn(Chart("t", "x", "y", (Series("a", points),), log=True))
+    root = drawn(Chart("t", "x", "y", (Line("a", points),), log=True))
     assert len(circles(root)) == 4
     assert [len(line.attrib["points"].split()) for line in root.iter("polyline")] == [2, 2]
 
@@ -52,7 +52,7 @@ def test_what_cannot_be_drawn_leaves_a_gap(missing: float | None) -> None:
     "points", [((1, 5.0),), ((1, 5.0), (2, 5.0)), ((1, 1e-30), (2, 1e30)), ((1, 0.999), (2, 1.001))]
 )
 def test_every_range_can_be_drawn(points: tuple[tuple[float, float], ...], log: bool) -> None:
-    root = drawn(Chart("t", "x", "y", (Series("a", points),), log=log))
+    root = drawn(Chart("t", "x", "y", (Line("a", points),), log=log))
     assert len(circles(root)) == len(points)
     for x, y in circles(root):
         assert LEFT <= x <= WIDTH - RIGHT
@@ -60,12 +60,12 @@ def test_every_range_can_be_drawn(points: tuple[tuple[float, float], ...], log: 
 
 
 def test_nothing_to_draw() -> None:
-    assert "no values" in svg(Chart("t", "x", "y", (Series("a", ((1, None),)),)))
+    assert "no values" in svg(Chart("t", "x", "y", (Line("a", ((1, None),)),)))
 
 
 def test_text_is_escaped() -> None:
     hostile = '"><script>alert(1)</script>'
-    series = Series(hostile, ((1, 1.0), (2, 2.0)), (Event(1, 1.0, "ring", hostile, hostile, hostile),))
+    series = Line(hostile, ((1, 1.0), (2, 2.0)), (Mark(1, 1.0, "ring", hostile, hostile, hostile),))
     chart = Chart(hostile, hostile, hostile, (series,), marks=((hostile, 1.5),))
     assert "<script" not in svg(chart)
     assert drawn(chart).attrib["aria-label"] == hostile
@@ -84,7 +84,7 @@ def test_a_long_line_keeps_every_spike(count: int, sign: int) -> None:
     spikes = {noise.randrange(count): sign * (100.0 + i) for i in range(20)}
     for x, y in spikes.items():
         ys[x] = y
-    root = drawn(Chart("t", "x", "y", (Series("a", tuple(enumerate(ys))),)))
+    root = drawn(Chart("t", "x", "y", (Line("a", tuple(enumerate(ys))),)))
     assert not circles(root)
     line, *medians = root.iter("polyline")
     assert len(medians) == (count > 4 * WIDTH)
@@ -111,7 +111,7 @@ def test_a_long_line_keeps_every_spike(count: int, sign: int) -> None:
 def test_a_dense_line_has_its_medians() -> None:
     noise = random.Random(0)
     points = tuple((float(x), 100.0 * (x >= 25_000) + noise.random()) for x in range(50_000))
-    area, medians = drawn(Chart("t", "x", "y", (Series("a", points),))).iter("polyline")
+    area, medians = drawn(Chart("t", "x", "y", (Line("a", points),))).iter("polyline")
     assert (area.attrib["class"], medians.attrib["class"]) == ("area", "line")
     heights = {round(y) for _, y in dots(medians)}
     tops = [y for _, y in dots(area)]
@@ -120,19 +120,19 @@ def test_a_dense_line_has_its_medians() -> None:
 
 
 def test_a_short_line_keeps_every_point() -> None:
-    root = drawn(Chart("t", "x", "y", (Series("a", tuple((x, float(x % 7)) for x in range(400))),)))
+    root = drawn(Chart("t", "x", "y", (Line("a", tuple((x, float(x % 7)) for x in range(400))),)))
     assert sum(len(dots(line)) for line in root.iter("polyline")) == 400
 
 
 def test_a_lone_point_of_a_long_line_is_seen() -> None:
     points = tuple((x, None if x in (499, 501) else 1.0) for x in range(1000))
-    root = drawn(Chart("t", "x", "y", (Series("a", points),)))
+    root = drawn(Chart("t", "x", "y", (Line("a", points),)))
     assert len(circles(root)) == 1
 
 
 def test_a_line_may_go_back_behind_a_gap() -> None:
     points = ((1, 1.0), (2, 5.0), (3, None), (2, 1.0), (3, 1.0))
-    runs = [dots(line) for line in drawn(Chart("t", "x", "y", (Series("a", points),))).iter("polyline")]
+    runs = [dots(line) for line in drawn(Chart("t", "x", "y", (Line("a", points),))).iter("polyline")]
     assert [len(run) for run in runs] == [2, 2]
     assert runs[0][1][0] == runs[1][0][0]
 
@@ -150,10 +150,10 @@ def event_shapes(root: ElementTree.Element) -> list[tuple[str, tuple[float, floa
 def test_events_lie_on_their_points(log: bool) -> None:
     points = tuple((x, 10.0 if x == 30 else 1.0) for x in range(50))
     events = (
-        Event(30, 10.0, "triangle", "loss spike", "1", "seen at step 30"),
-        Event(40, None, "cross", "not finite", "2"),
+        Mark(30, 10.0, "triangle", "loss spike", "1", "seen at step 30"),
+        Mark(40, None, "cross", "not finite", "2"),
     )
-    chart = Chart("t", "x", "y", (Series("a", points, events),), log=log)
+    chart = Chart("t", "x", "y", (Line("a", points, events),), log=log)
     root = drawn(chart)
     assert kinds(chart) == {"loss spike": "triangle", "not finite": "cross"}
     (first, at, text), (second, above, kind) = event_shapes(root)
@@ -164,8 +164,8 @@ def test_events_lie_on_their_points(log: bool) -> None:
 
 
 def test_crowded_labels_are_left_out_and_no_shape_is() -> None:
-    events = tuple(Event(x, 1.0, "diamond", "k", str(x)) for x in range(1000))
-    root = drawn(Chart("t", "x", "y", (Series("a", tuple((x, 1.0) for x in range(1000)), events),)))
+    events = tuple(Mark(x, 1.0, "diamond", "k", str(x)) for x in range(1000))
+    root = drawn(Chart("t", "x", "y", (Line("a", tuple((x, 1.0) for x in range(1000)), events),)))
     assert len(event_shapes(root)) == 1000
     labels = [float(t.attrib["x"]) for t in root.iter("text") if t.attrib.get("class") == "label"]
     assert len(labels) > 10
@@ -174,9 +174,9 @@ def test_crowded_labels_are_left_out_and_no_shape_is() -> None:
 
 def test_learning_rates_on_a_logarithmic_axis() -> None:
     points = ((1e-4, 3.0), (1e-3, 2.0), (1e-2, 4.0))
-    root = drawn(Chart("t", "lr", "loss", (Series("a", points),), log_x=True))
+    root = drawn(Chart("t", "lr", "loss", (Line("a", points),), log_x=True))
     (x0, _), (x1, _), (x2, _) = circles(root)
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
     assert LEFT < x0 < x2 < WIDTH - RIGHT
     assert {"0.0001", "0.001", "0.01"} <= {text.text for text in root.iter("text")}
-    assert len(circles(drawn(Chart("t", "lr", "loss", (Series("a", points[:1]),), log_x=True)))) == 1
+    assert len(circles(drawn(Chart("t", "lr", "loss", (Line("a", points[:1]),), log_x=True)))) == 1

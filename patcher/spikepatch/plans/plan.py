@@ -183,7 +183,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Stream:
+class StreamShape:
     """What a plan knows of one residual stream: its width d, and one residual projection of each sub-layer, so that S
     is their number. ``axis`` is the axis of the first one that is as long as the stream is wide.
     """
@@ -213,7 +213,7 @@ class Plan:
     source: str
     architecture: str
     model_type: str
-    streams: tuple[Stream, ...]
+    streams: tuple[StreamShape, ...]
     reinit: Reinit
     seed: int
     edits: tuple[Edit, ...]
@@ -265,7 +265,7 @@ class Plan:
         return cls(
             **{
                 **data,
-                "streams": tuple(Stream(**{k: _hashable(v) for k, v in s.items()}) for s in data["streams"]),
+                "streams": tuple(StreamShape(**{k: _hashable(v) for k, v in s.items()}) for s in data["streams"]),
                 "edits": tuple(edit(entry) for entry in data["edits"]),
                 "skips": tuple(Skip(**skip) for skip in data["skips"]),
                 "no_decay": tuple(data["no_decay"]),

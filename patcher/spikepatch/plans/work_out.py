@@ -20,7 +20,7 @@ from spikepatch.plans.plan import (
     Reinit,
     ScaleEmbedding,
     Skip,
-    Stream,
+    StreamShape,
     Untie,
     ValueEdit,
 )
@@ -173,8 +173,8 @@ def _no_matrices(residual: ResidualMap, shapes: Mapping[str, tuple[int, ...]]) -
             yield name
 
 
-def _stream(residual: ResidualMap) -> Stream:
+def _stream(residual: ResidualMap) -> StreamShape:
     first = {p.sublayer: p.parameter for p in reversed(residual.residual_projections)}
     sublayers = tuple(first.values())[::-1]
     axis = next(matrix.out_axis for matrix in residual.matrices if matrix.parameter == sublayers[0])
-    return Stream(residual.width, sublayers, axis)
+    return StreamShape(residual.width, sublayers, axis)

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 from torch.nn import functional
 
-from spikepatch.preflight.program import Piece, Program, Values, Weights, is_float, run_piece
+from spikepatch.preflight.program import NodeValues, Piece, Program, Weights, is_float, run_piece
 from spikepatch.progress import Progress
 from spikepatch.residual.map import ResidualMap
 
@@ -34,7 +34,7 @@ def backward(
     program: Program,
     residual: ResidualMap,
     weights: Weights,
-    saved: list[Values],
+    saved: list[NodeValues],
     *,
     vocabulary: int | None,
     progress: Progress,
@@ -70,7 +70,7 @@ def _through(
     program: Program,
     piece: Piece,
     weights: Weights,
-    saved: Values,
+    saved: NodeValues,
     gradients: dict[Node, torch.Tensor],
     vocabulary: int | None,
 ) -> tuple[dict[Node, float], float | None]:

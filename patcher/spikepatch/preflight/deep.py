@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from spikepatch.preflight.jacobian import SpectralNorm, jacobian_products, spectral_norm
-from spikepatch.preflight.program import Piece, Program, Sublayer, Values, part_of, run_piece
+from spikepatch.preflight.program import NodeValues, Piece, Program, Sublayer, part_of, run_piece
 from spikepatch.residual.ops import op, operands
 
 
@@ -18,7 +18,7 @@ def jacobian(
     start: Node,
     stop: Node,
     at: torch.Tensor,
-    inputs: Values,
+    inputs: NodeValues,
     parameters: Mapping[Node, torch.Tensor],
 ) -> SpectralNorm:
     """The spectral norm of d ``stop`` / d ``start`` within a piece, with all its other inputs held.
@@ -38,7 +38,7 @@ def jacobian(
 
 
 def heads_jacobian(
-    program: Program, piece: Piece, sublayer: Sublayer, inputs: Values, parameters: Mapping[Node, torch.Tensor]
+    program: Program, piece: Piece, sublayer: Sublayer, inputs: NodeValues, parameters: Mapping[Node, torch.Tensor]
 ) -> SpectralNorm | None:
     """||J_Z|| of Eq. 20: from the normed input of an attention to its concatenated heads; None where there is no such.
 

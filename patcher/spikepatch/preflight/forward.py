@@ -18,7 +18,7 @@ from spikepatch.preflight.backward import backward
 from spikepatch.preflight.bounds import gaussian_norm
 from spikepatch.preflight.deep import heads_jacobian, jacobian, same_values, steepest
 from spikepatch.preflight.jacobian import STEPS, SpectralNorm, matrix_norm
-from spikepatch.preflight.program import Piece, Program, Sublayer, Values, Weights, is_float, run_piece
+from spikepatch.preflight.program import NodeValues, Piece, Program, Sublayer, Weights, is_float, run_piece
 from spikepatch.progress import Progress
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import LOOKUPS, op, operands, table_of
@@ -103,10 +103,10 @@ def measure(
 
 def _forward(
     program: Program, residual: ResidualMap, weights: Weights, found: Measurement, *, deep: bool, progress: Progress
-) -> list[Values]:
+) -> list[NodeValues]:
     """Fills ``found``; returns the inputs of every piece."""
-    saved: list[Values] = []
-    values: Values = {}
+    saved: list[NodeValues] = []
+    values: NodeValues = {}
     for i, piece in enumerate(program.pieces):
         progress("forward", i, len(program.pieces))
         parameters = {p: program.parameter(p, weights) for p in piece.parameters}
@@ -134,7 +134,7 @@ def sigma(stream: torch.Tensor, *, rms: bool) -> Sigma:
     return Sigma(float(each.mean()), float(each.min()))
 
 
-def _sizes(program: Program, sublayer: Sublayer, values: Values) -> SublayerStats:
+def _sizes(program: Program, sublayer: Sublayer, values: NodeValues) -> SublayerStats:
     rms = _reads_rms(program, sublayer.point)
     first, *others = (values[n] for n in sublayer.outputs)
     branch = sum((o for o in others if o.shape == first.shape), first)
@@ -146,7 +146,7 @@ def _with_jacobians(
     piece: Piece,
     sublayers: list[Sublayer],
     sizes: list[SublayerStats],
-    inputs: Values,
+    inputs: NodeValues,
     parameters: Mapping[Node, torch.Tensor],
     found: Measurement,
 ) -> list[SublayerStats]:

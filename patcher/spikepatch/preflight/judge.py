@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused, did_you_mean
-from spikepatch.preflight.result import Finding, Severity, StabilityReport, Verdict
+from spikepatch.preflight.result import Finding, Severity, Stability, StabilityReport
 from spikepatch.residual.map import ResidualMap
 
 PROMISE = (
@@ -18,7 +18,7 @@ PROMISE = (
 )
 
 
-_ORDER: tuple[Verdict, ...] = ("stable", "at-risk", "unstable", "unknown")
+_ORDER: tuple[Stability, ...] = ("stable", "at-risk", "unstable", "unknown")
 
 #: Sub-layers of the models that the thresholds are calibrated on.
 _CALIBRATED = 48
@@ -77,7 +77,7 @@ class Thresholds:
 def judged(report: StabilityReport, residual: ResidualMap, thresholds: Thresholds, *, finite: bool) -> StabilityReport:
     """The report with its findings and verdict."""
     found = tuple(_findings(report, residual, thresholds, finite=finite))
-    verdict: Verdict = "stable"
+    verdict: Stability = "stable"
     if any(f.severity == "at-risk" for f in found):
         verdict = "at-risk"
     if any(f.severity == "unstable" for f in found):
@@ -246,6 +246,6 @@ def at_or_above(report: StabilityReport, severity: Severity) -> bool:
     return _ORDER.index(report.verdict) >= _ORDER.index(severity)
 
 
-def worst(reports: Iterable[StabilityReport]) -> Verdict:
+def worst(reports: Iterable[StabilityReport]) -> Stability:
     """The verdict on all of them together."""
     return max((report.verdict for report in reports), key=_ORDER.index)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from spikepatch.preflight.judge import PROMISE, Thresholds
-from spikepatch.preflight.result import LayerReport, StabilityReport, Verdict
-from spikepatch.report.document import Badge, Chart, Page, Section, Series, Table, Tone, number
+from spikepatch.preflight.result import LayerReport, Stability, StabilityReport
+from spikepatch.report.document import Badge, Chart, Line, Page, Section, Table, Tone, number
 
-_TONES: dict[Verdict, Tone] = {"stable": "good", "at-risk": "warning", "unstable": "bad", "unknown": "neutral"}
+_TONES: dict[Stability, Tone] = {"stable": "good", "at-risk": "warning", "unstable": "bad", "unknown": "neutral"}
 
 
 def summary_table(report: StabilityReport) -> Table:
@@ -131,7 +131,7 @@ def _layer_charts(models: tuple[StabilityReport, ...], limits: Thresholds) -> It
         ("Measured Jacobian of a layer", "spectral norm", lambda x: x.jacobian, ()),
     ]
     for title, label, value, marks in curves:
-        series = [Series(m.name, tuple((x.layer + 1, value(x)) for x in m.layers)) for m in models]
+        series = [Line(m.name, tuple((x.layer + 1, value(x)) for x in m.layers)) for m in models]
         drawn = tuple(s for s in series if any(y is not None for _, y in s.points))
         if drawn:
             yield Chart(title, "layer", label, drawn, log=True, marks=marks)
@@ -144,5 +144,5 @@ def _step_charts(models: tuple[StabilityReport, ...]) -> Iterable[Chart]:
         ("Stream after the last layer", "std", "sigma_last", True),
         ("Largest attention logit", "logit", "attention_logit", False),
     ):
-        series = tuple(Series(m.name, tuple((s.step, getattr(s, name)) for s in m.steps)) for m in models if m.steps)
+        series = tuple(Line(m.name, tuple((s.step, getattr(s, name)) for s in m.steps)) for m in models if m.steps)
         yield Chart(title, "step", label, series, log=log)

@@ -30,7 +30,7 @@ from spikepatch.residual.stream import Stream
 
 #: Name of a parameter, as ``named_parameters()`` gives it -> its values, of any float dtype, anywhere.
 Weights = Callable[[str], torch.Tensor]
-Values = dict[Node, Any]
+NodeValues = dict[Node, Any]
 #: Told (step, done, total).
 
 _GROUPED = frozenset("_grouped_mm grouped_mm grouped_mm_fallback".split())
@@ -161,7 +161,7 @@ def run_piece(
     inputs: Mapping[Node, Any],
     parameters: Mapping[Node, torch.Tensor],
     keep: Iterable[Node],
-) -> Values:
+) -> NodeValues:
     """Execute one piece.
 
     Args:
@@ -169,7 +169,7 @@ def run_piece(
         parameters: at least those of ``piece.parameters``.
         keep: nodes of the piece whose values are wanted; all others are dropped after their last use.
     """
-    values: Values = {node: inputs[node] for node in piece.needs}
+    values: NodeValues = {node: inputs[node] for node in piece.needs}
     if piece.writes:
         values = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
     written = {behind_views(operands(node)[0]) for node in piece.nodes if writes(node)}
@@ -239,13 +239,13 @@ def _scratch(stream: Stream, weighted: set[Node]) -> set[Node]:
     return found
 
 
-def _constants(program: Program) -> Values:
+def _constants(program: Program) -> NodeValues:
     trace = program.stream.facts.trace
     constants = {**trace.buffers, **trace.inputs}  # copies: the graph may write into them
     return {node: _at_least_float32(value.clone()).to(program.device) for node, value in constants.items()}
 
 
-def _execute(program: Program, nodes: Sequence[Node], values: Values, keep: set[Node] | None = None) -> None:
+def _execute(program: Program, nodes: Sequence[Node], values: NodeValues, keep: set[Node] | None = None) -> None:
     """Run ``nodes`` into ``values``; with ``keep`` given, drop all others after their last use among ``nodes``."""
 
     def value(node: Node) -> Any:

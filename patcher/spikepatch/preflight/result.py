@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Verdict = Literal["stable", "at-risk", "unstable", "unknown"]
+Stability = Literal["stable", "at-risk", "unstable", "unknown"]
 Severity = Literal["note", "at-risk", "unstable"]
 
 
@@ -96,7 +96,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class Step:
+class TrialStep:
     """One optimiser step: values before it."""
 
     step: int
@@ -151,7 +151,7 @@ class StabilityReport:
     tokens: int
     batch: int
     seed: int
-    verdict: Verdict = "unknown"
+    verdict: Stability = "unknown"
     findings: tuple[Finding, ...] = ()
     embeddings: tuple[EmbeddingReport, ...] = ()
     layers: tuple[LayerReport, ...] = ()
@@ -167,7 +167,7 @@ class StabilityReport:
     bound_product: float | None = None
     jacobian_product: float | None = None
     gradients: dict[str, float] = field(default_factory=dict)
-    steps: tuple[Step, ...] = ()
+    steps: tuple[TrialStep, ...] = ()
     not_measured: tuple[str, ...] = ()
     stream: Literal["output", "encoder"] = "output"
     streams: tuple[StabilityReport, ...] = ()

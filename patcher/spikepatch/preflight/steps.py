@@ -12,8 +12,8 @@ from torch.fx import Node
 from spikepatch.errors import Refused
 from spikepatch.preflight.backward import objective
 from spikepatch.preflight.forward import sigma
-from spikepatch.preflight.program import Program, Values, Weights, run_piece
-from spikepatch.preflight.result import Step
+from spikepatch.preflight.program import NodeValues, Program, Weights, run_piece
+from spikepatch.preflight.result import TrialStep
 from spikepatch.progress import Progress
 from spikepatch.residual.ops import FUSED_ATTENTION, SOFTMAX, op, operands
 from spikepatch.source.formats import size
@@ -21,7 +21,7 @@ from spikepatch.source.formats import size
 
 def run_steps(
     program: Program, weights: Weights, *, steps: int, lr: float, vocabulary: int | None, progress: Progress
-) -> Iterator[Step]:
+) -> Iterator[TrialStep]:
     """The values before each of ``steps`` AdamW steps (betas 0.9 and 0.999, weight decay 0.01), and after the last.
 
     The batch stays the same, so that a loss that rises is the optimiser's doing.
@@ -46,7 +46,7 @@ def run_steps(
         loss, first, last, logit = _forward(program, leaves, vocabulary)
         loss.backward()  # type: ignore[no-untyped-call]
         squares = sum(float(leaf.grad.pow(2).sum()) for leaf in leaves.values() if leaf.grad is not None)
-        yield Step(i, float(loss.detach()), math.sqrt(squares), first, last, logit)
+        yield TrialStep(i, float(loss.detach()), math.sqrt(squares), first, last, logit)
         if i < steps:
             optimiser.step()
 
@@ -58,7 +58,7 @@ def _forward(
     names = program.stream.facts.trace.parameters
     attention = {n for s in program.sublayers if s.kind == "attention" for n in s.interior}
     softmaxes = {n for n in attention if op(n) in FUSED_ATTENTION | SOFTMAX}
-    values: Values = {}
+    values: NodeValues = {}
     logits: list[float] = []
     first, last = program.points[0], program.points[-1]
     sizes: dict[Node, float] = {}
@@ -76,7 +76,7 @@ def _forward(
     return loss, sizes[first], sizes[last], max(logits, default=None)
 
 
-def _largest_logit(program: Program, node: Node, values: Values) -> float:
+def _largest_logit(program: Program, node: Node, values: NodeValues) -> float:
     """Before the softmax and without the mask, which only takes away."""
 
     def value(argument: Node) -> torch.Tensor:

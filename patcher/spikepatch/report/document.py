@@ -26,7 +26,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Event:
+class Mark:
     """A point of a line that stands out; a y of None, such as a loss that is not finite, lies at the upper edge.
 
     ``shape`` and ``kind``, what the shape stands for, go to the legend; ``label`` is a few characters beside the point,
@@ -42,7 +42,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Series:
+class Line:
     """One line of a chart: (x, y) in the order in which they are joined; a y of None leaves a gap.
 
     The line may go back to a smaller x behind a gap only.
@@ -50,7 +50,7 @@ class Series:
 
     name: str
     points: tuple[tuple[float, float | None], ...]
-    events: tuple[Event, ...] = ()
+    events: tuple[Mark, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Chart:
     title: str
     x: str
     y: str
-    series: tuple[Series, ...]
+    series: tuple[Line, ...]
     log: bool = False
     log_x: bool = False
     marks: tuple[tuple[str, float], ...] = ()

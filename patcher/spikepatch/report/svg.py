@@ -23,7 +23,7 @@ from spikepatch.report.axes import (
     opening,
     vertical,
 )
-from spikepatch.report.document import Chart, Event, Shape
+from spikepatch.report.document import Chart, Mark, Shape
 
 #: The page's style sheet has a colour and a dash pattern for so many lines.
 STYLES = 8
@@ -121,7 +121,7 @@ def _polyline(run: Iterable[_Point], x_axis: Axis, y_axis: Axis, kind: str) -> s
     return f'<polyline class="{kind}" points="{points}"/>'
 
 
-def _events(events: Sequence[Sequence[Event]], x_axis: Axis, y_axis: Axis) -> Iterable[str]:
+def _events(events: Sequence[Sequence[Mark]], x_axis: Axis, y_axis: Axis) -> Iterable[str]:
     """Shapes on top of all lines; a label that would lie on another is left out."""
     labelled: list[_Point] = []
     for i, own in enumerate(events):

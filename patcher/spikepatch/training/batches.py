@@ -28,7 +28,7 @@ from filelock import FileLock
 
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.progress import Progress, silent
-from spikepatch.training.documents import PIECE, Input, Piece, inputs
+from spikepatch.training.documents import PIECE, Input, TextPiece, inputs
 from spikepatch.training.folder import LOCK, TOKENS
 from spikepatch.training.tokenizing import Tokenizing, too_narrow
 
@@ -262,10 +262,10 @@ def _no_text(option: str) -> Refused:
     return Refused(what="the data hold no text", where=option, why="all documents are empty", remedy="give other files")
 
 
-def _gathered(files: Iterable[Input]) -> Iterator[tuple[list[Piece], int]]:
+def _gathered(files: Iterable[Input]) -> Iterator[tuple[list[TextPiece], int]]:
     """Pieces of about ``PIECE`` characters in all, to be tokenised at once, and the bytes read so far."""
     done, characters = 0, 0
-    pieces: list[Piece] = []
+    pieces: list[TextPiece] = []
     for file in files:
         for piece in file.read():
             pieces.append(piece)
@@ -278,7 +278,7 @@ def _gathered(files: Iterable[Input]) -> Iterator[tuple[list[Piece], int]]:
         yield pieces, done
 
 
-def _encoded(pieces: Sequence[Piece], tokenizing: Tokenizing, dtype: np.dtype[Any]) -> bytes:
+def _encoded(pieces: Sequence[TextPiece], tokenizing: Tokenizing, dtype: np.dtype[Any]) -> bytes:
     """Their tokens, with EOS where a document ends."""
     eos = np.array([tokenizing.eos])
     found: list[npt.NDArray[Any]] = []

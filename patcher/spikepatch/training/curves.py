@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
-from spikepatch.report.document import Chart, Event, HeatMap, Series, Shape, number
+from spikepatch.report.document import Chart, HeatMap, Line, Mark, Shape, number
 from spikepatch.training import spikes
 from spikepatch.training.log import Layers, RunLog, Step
 from spikepatch.training.tables import KINDS, numbered_events
@@ -39,13 +39,13 @@ def curves(pair: Pair, names: Sequence[str], verdict: Verdict) -> tuple[Chart, C
     for name in names:
         log, run = next(((log, run) for log, run in pair if run.name == name), (None, None))
         if log is None or run is None:
-            losses.append(Series(name, ()))
-            norms.append(Series(name, ()))
+            losses.append(Line(name, ()))
+            norms.append(Line(name, ()))
             continue
         marked = [(numbers[run.name, run.lr, run.seed, event], event) for event in run.events]
-        losses.append(Series(name, tuple(_points(log.steps, "loss")), tuple(_marks(log, marked, "loss"))))
+        losses.append(Line(name, tuple(_points(log.steps, "loss")), tuple(_marks(log, marked, "loss"))))
         norms.append(
-            Series(name, tuple(_points(log.steps, "gradient_norm")), tuple(_marks(log, marked, "gradient_norm")))
+            Line(name, tuple(_points(log.steps, "gradient_norm")), tuple(_marks(log, marked, "gradient_norm")))
         )
     about = which(pair)
     return (
@@ -64,7 +64,7 @@ def _points(steps: Iterable[Step], field: str) -> Iterator[tuple[float, float | 
         before = step.step
 
 
-def _marks(log: RunLog, events: Iterable[tuple[int, spikes.Event]], field: str) -> Iterator[Event]:
+def _marks(log: RunLog, events: Iterable[tuple[int, spikes.Event]], field: str) -> Iterator[Mark]:
     for i, event in events:
         if event.kind in (field, "nonfinite"):
             diverged = event.outcome == "diverged"
@@ -73,13 +73,13 @@ def _marks(log: RunLog, events: Iterable[tuple[int, spikes.Event]], field: str) 
             if event.value is not None:
                 text += f"; {number(event.value, 4)} at step {event.peak}, baseline {number(event.baseline, 4)}"
             label = f"{i} diverged" if diverged else str(i)
-            yield Event(event.peak, event.value, _SHAPES[event.kind], kind, label, text)
+            yield Mark(event.peak, event.value, _SHAPES[event.kind], kind, label, text)
     for rewind in log.rewinds:
         text = f"{log.run.name}: at step {rewind.step} back to step {rewind.to}"
-        yield Event(rewind.step, None, "square", "rewind", "", text)
+        yield Mark(rewind.step, None, "square", "rewind", "", text)
 
 
-def _wide(series: Iterable[Series]) -> bool:
+def _wide(series: Iterable[Line]) -> bool:
     """Whether one linear axis cannot show both the calm and the spikes."""
     values = [y for s in series for _, y in s.points if y is not None]
     return bool(values) and min(values) > 0 and max(values) > 10 * min(values)
@@ -92,12 +92,12 @@ def rates(verdict: Verdict) -> Chart | None:
         runs = [run for run in verdict.runs if run.name == model.name]
         losses = losses_by_rate(runs)
         means = tuple((lr, statistics.fmean(own)) for lr, own in sorted(losses.items()))
-        seeds = [Event(lr, x, "ring", "one seed") for lr, own in losses.items() if len(own) > 1 for x in own]
+        seeds = [Mark(lr, x, "ring", "one seed") for lr, own in losses.items() if len(own) > 1 for x in own]
         gone = {run.lr: run for run in runs if run.verdict == "diverged" and run.lr in losses}
         crosses = [
-            Event(lr, max(losses[lr]), "cross", "diverged", text=f"{run.name}: {run.text}") for lr, run in gone.items()
+            Mark(lr, max(losses[lr]), "cross", "diverged", text=f"{run.name}: {run.text}") for lr, run in gone.items()
         ]
-        series.append(Series(model.name, means, (*seeds, *crosses)))
+        series.append(Line(model.name, means, (*seeds, *crosses)))
     if len({run.lr for run in verdict.runs}) < 2:
         return None
     return Chart(

@@ -28,7 +28,7 @@ _INSTALL = 'pip install "spikepatch[data]"'
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """A part of a document. ``last``: the document ends here. ``read``: bytes of its input that are behind it."""
 
     text: str
@@ -38,11 +38,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Input:
-    """A file, or a data set. ``size`` is in bytes, as ``Piece.read`` is; ``digest`` gives SHA-256 of what is in it."""
+    """A file, or a data set. ``size`` is in bytes, as ``TextPiece.read`` is; ``digest`` gives SHA-256 of what is in it."""
 
     name: str
     size: int
-    read: Callable[[], Iterator[Piece]]
+    read: Callable[[], Iterator[TextPiece]]
     digest: Callable[[], str]
 
 
@@ -101,7 +101,7 @@ def _file(path: Path) -> Input:
     readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _jsonl, ".parquet": _parquet}
     reader = readers.get(path.suffix.lower(), _text)
 
-    def read() -> Iterator[Piece]:
+    def read() -> Iterator[TextPiece]:
         try:
             yield from reader(path)
         except OSError as error:
@@ -125,7 +125,7 @@ def _digest(path: Path) -> str:
         raise _unreadable(path, error.strerror or str(error)) from error
 
 
-def _text(path: Path) -> Iterator[Piece]:
+def _text(path: Path) -> Iterator[TextPiece]:
     """``newline=""``: line ends stay as they are."""
     with open(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
         try:
@@ -133,13 +133,13 @@ def _text(path: Path) -> Iterator[Piece]:
             while text:
                 following = file.read(PIECE)
                 following += file.readline(PIECE) if following else ""
-                yield Piece(text, not following, raw.tell())
+                yield TextPiece(text, not following, raw.tell())
                 text = following
         except UnicodeDecodeError as error:
             raise _unreadable(path, f"it is not UTF-8 text ({error.reason})") from error
 
 
-def _jsonl(path: Path) -> Iterator[Piece]:
+def _jsonl(path: Path) -> Iterator[TextPiece]:
     with open(path, "rb") as file:
         read = 0
         for number, line in enumerate(file, 1):
@@ -165,7 +165,7 @@ def _text_of(line: bytes, path: Path, number: int) -> str:
     return text
 
 
-def _parquet(path: Path) -> Iterator[Piece]:
+def _parquet(path: Path) -> Iterator[TextPiece]:
     module = _package("pyarrow.parquet", str(path))
     try:
         file = module.ParquetFile(path)
@@ -207,7 +207,7 @@ def _dataset(argument: str) -> Input:
                 number += 1
                 yield _string(text, argument, number)
 
-    def read() -> Iterator[Piece]:
+    def read() -> Iterator[TextPiece]:
         for number, text in enumerate(texts(), 1):
             yield from _pieces(text, number)
 
@@ -245,7 +245,7 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _pieces(text: str, read: int) -> Iterator[Piece]:
+def _pieces(text: str, read: int) -> Iterator[TextPiece]:
     """``text``, cut behind the first line end after every ``PIECE`` characters."""
     start = 0
     while len(text) - start > PIECE:
@@ -253,10 +253,10 @@ def _pieces(text: str, read: int) -> Iterator[Piece]:
         end = line + 1 if line >= 0 else min(start + 2 * PIECE, len(text))
         if end == len(text):
             break
-        yield Piece(text[start:end], False, read)
+        yield TextPiece(text[start:end], False, read)
         start = end
     if text:
-        yield Piece(text[start:], True, read)
+        yield TextPiece(text[start:], True, read)
 
 
 def _string(text: object, where: str, row: int) -> str:

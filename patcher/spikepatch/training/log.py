@@ -20,7 +20,7 @@ from spikepatch.training.spikes import Event
 
 
 @dataclass(frozen=True)
-class Run:
+class RunHeader:
     """The first record. ``Layers.stream`` is measured at the ``points``, ``Layers.gradients`` of the ``layers``."""
 
     name: str
@@ -103,9 +103,9 @@ class Opened:
     event: Event
 
 
-Record = Run | Step | Layers | Rewind | Eval | Stop | Opened
-_KINDS: dict[str, Callable[..., Record]] = {
-    "run": Run, "step": Step, "layers": Layers, "rewind": Rewind, "eval": Eval, "stop": Stop,
+LogRecord = RunHeader | Step | Layers | Rewind | Eval | Stop | Opened
+_KINDS: dict[str, Callable[..., LogRecord]] = {
+    "run": RunHeader, "step": Step, "layers": Layers, "rewind": Rewind, "eval": Eval, "stop": Stop,
 }  # fmt: skip
 
 
@@ -114,7 +114,7 @@ class RunLog:
     """A log as it was written; after a rewind, steps come again."""
 
     path: Path
-    run: Run
+    run: RunHeader
     steps: tuple[Step, ...]
     kept: tuple[Step, ...]  # those that no rewind took back: each number once
     layers: tuple[Layers, ...]
@@ -224,10 +224,10 @@ def read(path: str | os.PathLike[str]) -> RunLog:
             remedy="give the folder of a run of `spikepatch train`",
         ) from error
     records = tuple(_records(path, lines))
-    if not records or not isinstance(records[0], Run):
+    if not records or not isinstance(records[0], RunHeader):
         raise _broken(path, 1, "it is not the record of a run")
     for i, record in enumerate(records[1:], start=2):
-        if isinstance(record, Run):
+        if isinstance(record, RunHeader):
             raise _broken(path, i, "a second run begins here")
     stops = [r for r in records if isinstance(r, Stop)]
     return RunLog(
@@ -243,7 +243,7 @@ def read(path: str | os.PathLike[str]) -> RunLog:
     )
 
 
-def _records(path: Path, lines: Iterable[bytes]) -> Iterator[Record]:
+def _records(path: Path, lines: Iterable[bytes]) -> Iterator[LogRecord]:
     for i, line in enumerate(lines, start=1):
         try:
             yield _parse(json.loads(line, parse_constant=_no_constant))
@@ -264,7 +264,7 @@ def _broken(path: Path, line: int, why: str) -> BadSource:
     )
 
 
-def _parse(data: Any) -> Record:
+def _parse(data: Any) -> LogRecord:
     """The record that a JSON object is; TypeError where it is none, a field is missing or unknown."""
     if not isinstance(data, Mapping):
         raise TypeError("not a JSON object")
@@ -289,7 +289,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _kept(records: Iterable[Record]) -> Iterable[Step]:
+def _kept(records: Iterable[LogRecord]) -> Iterable[Step]:
     """The steps that made the weights what they are."""
     kept: list[Step] = []
     for record in records:
@@ -300,7 +300,7 @@ def _kept(records: Iterable[Record]) -> Iterable[Step]:
     return kept
 
 
-def _events(records: Iterable[Record]) -> Iterable[Event]:
+def _events(records: Iterable[LogRecord]) -> Iterable[Event]:
     """Every event as it last stood."""
     events: list[Event] = []
     places: dict[tuple[str, int], int] = {}  # of those that a later record may be about

@@ -56,8 +56,8 @@ from typing import Any, Literal
 
 from spikepatch.errors import Refused
 
-Kind = Literal["loss", "gradient_norm", "nonfinite"]
-Outcome = Literal["ongoing", "recovered", "diverged"]
+EventKind = Literal["loss", "gradient_norm", "nonfinite"]
+EventOutcome = Literal["ongoing", "recovered", "diverged"]
 
 #: Steps in a row without a flag that end an event.
 QUIET = 10
@@ -80,14 +80,14 @@ class Event:
         outcome: see the module.
     """
 
-    kind: Kind
+    kind: EventKind
     onset: int
     peak: int
     value: float | None = None
     baseline: float | None = None
     score: float | None = None
     duration: int = 1
-    outcome: Outcome = "ongoing"
+    outcome: EventOutcome = "ongoing"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class SpikeDetector:
     window: int = 128
     warmup: int = 32
     threshold: float = 10.0
-    flags: tuple[Kind, ...] = ()
+    flags: tuple[EventKind, ...] = ()
     closed: tuple[Event, ...] = ()
     loss: Series = Series()
     gradient_norm: Series = Series()
@@ -151,10 +151,10 @@ class SpikeDetector:
             loss: of the step, in any unit.
             gradient_norm: before clipping.
         """
-        values: dict[Kind, float | None] = {"loss": loss, "gradient_norm": gradient_norm}
+        values: dict[EventKind, float | None] = {"loss": loss, "gradient_norm": gradient_norm}
         broken = any(value is not None and not abs(value) <= LARGEST for value in values.values())
         changed: dict[str, Series] = {}
-        flags: list[Kind] = []
+        flags: list[EventKind] = []
         closed = list(self.closed)
         for kind, value in values.items():
             series: Series = getattr(self, kind)
@@ -209,7 +209,7 @@ class SpikeDetector:
         closed = tuple(Event(**event) for event in data["closed"])
         return cls(data["window"], data["warmup"], data["threshold"], tuple(data["flags"]), closed, **series)
 
-    def _spike(self, kind: Kind, series: Series, step: int, value: float) -> Event | None:
+    def _spike(self, kind: EventKind, series: Series, step: int, value: float) -> Event | None:
         """The event that ``value`` opens, or None if it is no spike."""
         if len(series.baseline) < self.warmup:
             return None
@@ -266,7 +266,7 @@ def _line(values: Sequence[float]) -> tuple[float, float]:
     return (newer - older) / (n - half), newer
 
 
-def _scaled(kind: Kind, value: float) -> float:
+def _scaled(kind: EventKind, value: float) -> float:
     return math.log(value) if kind == "gradient_norm" else float(value)
 
 
@@ -291,6 +291,6 @@ def _continued(series: Series, found: Event | None, patience: int, closed: list[
             event, peak=found.peak, value=found.value, baseline=found.baseline, score=found.score
         )
     diverged = age > patience
-    outcome: Outcome = "diverged" if diverged else "ongoing"
+    outcome: EventOutcome = "diverged" if diverged else "ongoing"
     baseline = () if diverged and event.outcome == "ongoing" else series.baseline
     return Series(baseline, dataclasses.replace(event, duration=age, outcome=outcome), age, 0)

@@ -263,7 +263,7 @@ def _risen(steps: Sequence[Step]) -> float | None:
     return risen if risen > detector.threshold * noise(losses[-detector.window :]) else None
 
 
-Values = npt.NDArray[np.float64]
+Array = npt.NDArray[np.float64]
 
 
 #: Windows that are looked at together: bounds the memory, 33 MB at a window of 1,000.
@@ -281,7 +281,7 @@ def scores(losses: Sequence[float | None], gradient_norms: Sequence[float | None
     }
 
 
-def spike_score(values: Values, *, window: int = 1000, deviations: float = 7.0) -> float | None:
+def spike_score(values: Array, *, window: int = 1000, deviations: float = 7.0) -> float | None:
     """OLMo 2's spike score: the percentage of values that are at least seven standard deviations away from the rolling
     average of the last 1,000 values (arXiv 2501.00656). Used there on training loss and gradient norm.
 
@@ -301,7 +301,7 @@ def spike_score(values: Values, *, window: int = 1000, deviations: float = 7.0) 
     return 100.0 * found / (len(values) - window)
 
 
-def above_median(losses: Values, *, window: int = 201, margin: float = 0.1) -> float | None:
+def above_median(losses: Array, *, window: int = 201, margin: float = 0.1) -> float | None:
     """Steps whose loss is more than 0.1 above the rolling median of 201 steps, per 10,000 steps (Qwen team).
 
     The window ends with the step itself, whose own loss moves a median of 201 by one rank at most. Per step that has a
@@ -315,7 +315,7 @@ def above_median(losses: Values, *, window: int = 201, margin: float = 0.1) -> f
     return 10_000.0 * found / (len(losses) - window + 1)
 
 
-def loss_doubled(losses: Values, *, window: int = 100, factor: float = 2.0, patience: int = 4) -> float | None:
+def loss_doubled(losses: Array, *, window: int = 100, factor: float = 2.0, patience: int = 4) -> float | None:
     """Stretches of more than 4 steps in a row whose loss is at least twice the mean of the 100 before it: how often
     ``KillLossSpike`` of llm-foundry would have ended the run.
 
@@ -332,12 +332,12 @@ def loss_doubled(losses: Values, *, window: int = 100, factor: float = 2.0, pati
     return float(np.sum(lengths > patience))
 
 
-def _finite(values: Sequence[float | None]) -> Values:
+def _finite(values: Sequence[float | None]) -> Array:
     array = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
     return array[np.isfinite(array)]
 
 
-def _windows(values: Values, judged: Values, window: int) -> Iterator[tuple[Values, Values]]:
+def _windows(values: Array, judged: Array, window: int) -> Iterator[tuple[Array, Array]]:
     """Windows of ``values`` as rows, beside the value that each one judges, a chunk at a time."""
     windows = np.lib.stride_tricks.sliding_window_view(values, window)
     assert len(windows) == len(judged)

@@ -23,7 +23,7 @@ from spikepatch.plans.plan import (
     NormEmbedding,
     Plan,
     ScaleEmbedding,
-    Stream,
+    StreamShape,
     ValueEdit,
     cut_std,
     small_std,
@@ -61,7 +61,7 @@ def plan_of(model: nn.Module, depth: int, *more: Edit, multiplier: float = 1.0) 
     sublayers = [name for i in range(depth) for name in (f"blocks.{i}.out.weight", f"blocks.{i}.w2.0.weight")]
     replaced = {edit.parameter for edit in more if isinstance(edit, ValueEdit)}
     kept = [edit for edit in edits if edit.parameter not in replaced]
-    stream = Stream(WIDTH, tuple(sublayers), 0)
+    stream = StreamShape(WIDTH, tuple(sublayers), 0)
     return Plan("vanilla", "model", "Model", "", (stream,), "all", 0, (*kept, *more), ())
 
 
@@ -116,7 +116,7 @@ def test_numbers_inside_a_layer_stay() -> None:
     small, sublayers = small_std(WIDTH), ("0.1.weight", "1.1.weight")
     edits = [Fill(f"{i}.0.weight", small, fan=WIDTH) for i in range(2)]
     edits += [Fill(name, small / math.sqrt(2), fan=WIDTH, depth=-0.5) for name in sublayers]
-    plan = Plan("own", "m", "M", "", (Stream(WIDTH, sublayers, 0),), "all", 0, tuple(edits), ())
+    plan = Plan("own", "m", "M", "", (StreamShape(WIDTH, sublayers, 0),), "all", 0, tuple(edits), ())
     deeper = nn.ModuleList([*model, *model[:1]])
     deeper[2] = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2)))
     found = drawn(plan, model, deeper)
@@ -159,7 +159,7 @@ def test_sublayers_that_names_cannot_count() -> None:
     plan = plan_of(model, 2)
     names = ("blocks.0.w2.0.weight", "blocks.1.w3.0.weight", "blocks.0.out.weight", "blocks.1.out.weight")
     with pytest.raises(Refused, match="cannot be counted"):
-        drawn(dataclasses.replace(plan, streams=(Stream(WIDTH, names, 0),)), model, model)
+        drawn(dataclasses.replace(plan, streams=(StreamShape(WIDTH, names, 0),)), model, model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

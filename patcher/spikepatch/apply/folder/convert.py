@@ -18,7 +18,7 @@ from spikepatch.apply.disk.publish import check_local_target, check_space, check
 from spikepatch.apply.disk.write import Written, check_shard_size, parse_dtype, write_text
 from spikepatch.apply.folder import notes
 from spikepatch.apply.folder.drift import Behaviour, drift_planned, drift_written, expected_initial_loss
-from spikepatch.apply.folder.routes import Kind, Storage, check_storage, choose
+from spikepatch.apply.folder.routes import RouteKind, Storage, check_storage, choose
 from spikepatch.apply.folder.shards import plan_shards, write_folder
 from spikepatch.apply.folder.texts import texts
 from spikepatch.apply.generated.adopt import generated_classes
@@ -65,7 +65,7 @@ class Conversion:
     out: Path
     plan: Plan
     residual: ResidualMap
-    storage: Kind
+    storage: RouteKind
     trust: bool
     auto_class: str
     dtype: str

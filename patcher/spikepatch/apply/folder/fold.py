@@ -31,7 +31,7 @@ from spikepatch.apply.disk.manifest import MANIFEST, command_line, fold_card, fo
 from spikepatch.apply.disk.publish import check_local_target, check_space, check_target, publishing, unwritable
 from spikepatch.apply.disk.write import write_text
 from spikepatch.apply.folder import notes
-from spikepatch.apply.folder.plain_model import Held, Rows, fold_shards, plain_model
+from spikepatch.apply.folder.plain_model import Holds, Rows, fold_shards, plain_model
 from spikepatch.apply.folder.shards import Shards, write_folder
 from spikepatch.apply.generated.patched_source import build_as_it_is
 from spikepatch.apply.generated.render import check_generated, stored_as_code
@@ -170,7 +170,7 @@ def _notes(shards: Shards, match: Match, edits: Mapping[str, Any]) -> Iterator[s
         yield f"{len(match.unused)} tensors of the source are not part of the architecture and left out"
 
 
-def _folded_tables(plain: nn.Module, held: Mapping[str, Held]) -> Iterator[str]:
+def _folded_tables(plain: nn.Module, held: Mapping[str, Holds]) -> Iterator[str]:
     """What has become of the rows of each table that is not as it was."""
     for name, rows in held.items():
         if not isinstance(rows, Rows):

@@ -47,10 +47,10 @@ class Rows:
 
 
 #: What a tensor of the plain model holds: a tensor of the patched model, by its name, or its folded rows.
-Held = str | Rows
+Holds = str | Rows
 
 
-def plain_model(source: Source, patched: Any, edits: Mapping[str, Any]) -> tuple[Any, dict[str, Held]]:
+def plain_model(source: Source, patched: Any, edits: Mapping[str, Any]) -> tuple[Any, dict[str, Holds]]:
     """The plain model, and what each of its tensors holds; untied only where one tensor would have to hold two values.
 
     Raises:
@@ -82,13 +82,13 @@ def plain_model(source: Source, patched: Any, edits: Mapping[str, Any]) -> tuple
     return plain, held
 
 
-def _held(plain: nn.Module, patched: nn.Module, edits: Mapping[str, Any]) -> dict[str, Held] | str:
+def _held(plain: nn.Module, patched: nn.Module, edits: Mapping[str, Any]) -> dict[str, Holds] | str:
     """Tensor of the plain model -> what it holds; or the name of one that would have to hold two things."""
     known = _first_names(patched)
-    found: dict[str, Held] = {}
+    found: dict[str, Holds] = {}
     for name, first in _first_names(plain).items():
         module, _, _ = name.rpartition(".")
-        value: Held = known[name]
+        value: Holds = known[name]
         if module in edits and edits[module].keys() != {"gradient"}:
             owns = any(other.startswith(f"{module}.norm.") for other in known)
             value = Rows(known[name], json.dumps(edits[module], sort_keys=True), module if owns else "")
@@ -139,7 +139,7 @@ def _step(module: nn.Module, edit: Any) -> tuple[Trace, Node]:
     return graph, next(node for node in graph.graph.nodes if op(node) in LOOKUPS)
 
 
-def fold_shards(source: Source, plain: nn.Module, held: Mapping[str, Held], match: Match) -> Shards:
+def fold_shards(source: Source, plain: nn.Module, held: Mapping[str, Holds], match: Match) -> Shards:
     """What is to be written: every tensor in the file and the dtype that it has in the source; a new head, in
     those of the table that it shared.
 

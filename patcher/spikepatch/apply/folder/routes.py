@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from spikepatch.source.open import Source
 
-Kind = Literal["plain", "native", "host", "code"]
+RouteKind = Literal["plain", "native", "host", "code"]
 Storage = Literal["auto", "plain", "native", "host", "code"]
 
 
@@ -44,7 +44,7 @@ class Route:
         original: entries of the source's config.json that the output's replaces; None: the source has no such entry.
     """
 
-    kind: Kind
+    kind: RouteKind
     why: str
     model_class: type[PreTrainedModel]
     config: Any
