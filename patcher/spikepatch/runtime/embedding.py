@@ -20,10 +20,10 @@ from transformers.conversion_mapping import (
 )
 
 AnyModel = TypeVar("AnyModel")
-Entry = TypeVar("Entry")
+AnyEntry = TypeVar("AnyEntry")
 
 
-class EmbeddingEdit(TypedDict, total=False):
+class EmbeddingRecord(TypedDict, total=False):
     """``{"factor": 7.35}``, ``{"factor": "sqrt(width)"}``, ``{"norm": "rmsnorm", "eps": 1e-05, "affine": true}`` or
     ``{"gradient": 0.1}``.
     """
@@ -39,7 +39,7 @@ _KEYS = ({"factor"}, {"norm", "eps", "affine"}, {"gradient"})
 _NORMS: dict[str, Any] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
-class Fill(TypedDict):
+class FillRecord(TypedDict):
     """How to draw the parameter of this name, or every parameter with this ``pattern``; the name wins.
 
     ``distribution`` is ``normal``, with ``size`` for its std; ``truncated``, the same cut off at ``cut`` sizes; or
@@ -58,8 +58,8 @@ class Fill(TypedDict):
     stream: int
 
 
-class Constant(TypedDict):
-    """Every element is value + offset, with value ~ S^depth. ``parameter`` as in ``Fill``."""
+class ConstantRecord(TypedDict):
+    """Every element is value + offset, with value ~ S^depth. ``parameter`` as in ``FillRecord``."""
 
     parameter: str
     value: float
@@ -68,7 +68,7 @@ class Constant(TypedDict):
     stream: int
 
 
-class Stream(TypedDict):
+class StreamRecord(TypedDict):
     """A residual stream at the time of planning. ``sublayers`` match one parameter of each of its ``count``
     sub-layers; those that match the first are ``width`` long along ``axis``.
     """
@@ -79,15 +79,15 @@ class Stream(TypedDict):
     sublayers: list[str]
 
 
-class Init(TypedDict):
+class InitRecord(TypedDict):
     """The values of fresh parameters, and the streams by whose width and depth they go."""
 
-    streams: list[Stream]
-    fills: list[Fill]
-    constants: list[Constant]
+    streams: list[StreamRecord]
+    fills: list[FillRecord]
+    constants: list[ConstantRecord]
 
 
-class Record(TypedDict):
+class PatchRecord(TypedDict):
     """``config.spikepatch``. Modules and parameters are named as in the full model, with its head.
 
     ``original``: the entries of config.json that were replaced, as they were (None: absent). No model reads it.
@@ -98,8 +98,8 @@ class Record(TypedDict):
     reinit: str
     seed: int
     no_decay: list[str]
-    embeddings: dict[str, EmbeddingEdit]
-    init: Init | None
+    embeddings: dict[str, EmbeddingRecord]
+    init: InitRecord | None
     original: dict[str, Any]
 
 
@@ -232,7 +232,7 @@ def install(model: nn.Module, record: Mapping[str, object] | None) -> None:
     edits = _checked(model, record)["embeddings"]
     prefix = _missing_prefix(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    targets: dict[nn.Embedding, EmbeddingEdit] = {}
+    targets: dict[nn.Embedding, EmbeddingRecord] = {}
     for full_name, edit in edits.items():
         name = full_name.removeprefix(prefix)
         if name not in modules:
@@ -245,7 +245,7 @@ def install(model: nn.Module, record: Mapping[str, object] | None) -> None:
         change_output(module, edit)
 
 
-def change_output(module: nn.Embedding, edit: EmbeddingEdit) -> None:
+def change_output(module: nn.Embedding, edit: EmbeddingRecord) -> None:
     """Apply one edit to one embedding; in place, as ``scale_output``."""
     if "factor" in edit:
         factor = edit["factor"]
@@ -329,7 +329,7 @@ def initialise(model: nn.Module, record: Mapping[str, object] | None) -> None:
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def _stream_now(stream: Stream, parameters: Mapping[str, nn.Parameter], prefix: str) -> tuple[int, float]:
+def _stream_now(stream: StreamRecord, parameters: Mapping[str, nn.Parameter], prefix: str) -> tuple[int, float]:
     """The width of a stream in this model, and S over the recorded S; as recorded where it is not part of the model."""
     sublayers = [name.removeprefix(prefix) for name in stream["sublayers"]]
     found = [name for name in parameters if pattern(name) in sublayers]
@@ -339,11 +339,11 @@ def _stream_now(stream: Stream, parameters: Mapping[str, nn.Parameter], prefix: 
     return parameters[first].shape[stream["axis"]], len(found) / stream["count"]
 
 
-def _entry(name: str, entries: Mapping[str, Entry]) -> Entry | None:
+def _entry(name: str, entries: Mapping[str, AnyEntry]) -> AnyEntry | None:
     return entries.get(name, entries.get(pattern(name)))
 
 
-def _draw(parameter: nn.Parameter, fill: Fill, width: int, deeper: float) -> None:
+def _draw(parameter: nn.Parameter, fill: FillRecord, width: int, deeper: float) -> None:
     size = fill["size"] * deeper ** fill["depth"]
     if fill["fan"]:
         fan = sum(parameter.shape[axis] for axis in fill["axes"]) or width
@@ -400,10 +400,10 @@ def _keep_identity(model_class: Any) -> None:
     model_class.__init_subclass__ = classmethod(derived)
 
 
-def _checked(model: nn.Module, record: Mapping[str, object] | None) -> Record:
+def _checked(model: nn.Module, record: Mapping[str, object] | None) -> PatchRecord:
     if not isinstance(record, Mapping):
         raise ValueError(f"{type(model).__name__} needs config.spikepatch, the record of what was patched")
-    return cast(Record, record)
+    return cast(PatchRecord, record)
 
 
 def _missing_prefix(model: nn.Module) -> str:

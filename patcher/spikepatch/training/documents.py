@@ -38,7 +38,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class Input:
-    """A file, or a data set. ``size`` is in bytes, as ``TextPiece.read`` is; ``digest`` gives SHA-256 of what is in it."""
+    """A file, or a data set. ``size`` is in bytes, as ``TextPiece.read`` is; ``digest`` gives its SHA-256."""
 
     name: str
     size: int

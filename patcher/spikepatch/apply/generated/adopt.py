@@ -69,7 +69,7 @@ def adopt(model: Any, record: Mapping[str, Any]) -> None:
 
     Args:
         model: a model of transformers, with weights that nothing needs to initialise again.
-        record: plain JSON, as ``spikepatch.runtime.embedding.Record`` describes it.
+        record: plain JSON, as ``spikepatch.runtime.embedding.PatchRecord`` describes it.
 
     Raises:
         Refused: see ``original_of``.
