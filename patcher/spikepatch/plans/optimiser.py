@@ -11,6 +11,7 @@ from spikepatch.errors import Refused
 from spikepatch.plans.plan import Plan
 from spikepatch.runtime.embedding import pattern
 from spikepatch.source.meta import check_module
+from spikepatch.source.private import decays
 
 
 def param_groups(model: nn.Module, weight_decay: float = 0.1, *, plan: Plan | None = None) -> list[dict[str, Any]]:
@@ -40,7 +41,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.1, *, plan: Plan | No
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in parameters.values():
-        small = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
+        small = parameter.ndim < 2 or not decays(parameter)
         (others if small or id(parameter) in bare else decayed).append(parameter)
     assert sorted(map(id, decayed + others)) == sorted(map(id, model.parameters()))
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

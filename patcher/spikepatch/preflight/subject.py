@@ -17,6 +17,7 @@ from spikepatch.preflight.values import cached, fresh, live, load_buffers, plann
 from spikepatch.recipes.plan_of import check_weights, plan
 from spikepatch.source.match import match_source
 from spikepatch.source.meta import build_meta, skeleton
+from spikepatch.source.private import is_transformers_model
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -94,7 +95,7 @@ def with_recipe(
     structure: Any = base.structure
     if source is not None:
         check_weights(source, reinit)
-    if reinit == "all" and hasattr(structure, "_from_config"):  # nothing learned survives, persistent buffers included
+    if reinit == "all" and is_transformers_model(structure):  # nothing learned survives, persistent buffers included
         structure = build_meta(type(structure), structure.config, where=type(structure).__name__)
     if source is not None and reinit != "all":  # the plan reads the learned embedding
         found = plan(source.name, recipe, reinit=reinit, seed=seed, revision=source.revision, **options)

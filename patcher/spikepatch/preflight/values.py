@@ -20,6 +20,7 @@ from spikepatch.preflight.program import Weights
 from spikepatch.source.checkpoint import read_tensor
 from spikepatch.source.layout import Target, layout
 from spikepatch.source.meta import skeleton
+from spikepatch.source.private import own_buffers
 
 if TYPE_CHECKING:
     from spikepatch.source.match import Match
@@ -72,8 +73,8 @@ def load_buffers(structure: nn.Module, match: Match) -> None:
     for target in layout(skeleton(structure)):
         owner, _, name = target.owner.rpartition(".")
         module = structure.get_submodule(owner)
-        if name in module._buffers and target.name in match.targets:
-            module._buffers[name] = read_tensor(match.targets[target.name])
+        if name in own_buffers(module) and target.name in match.targets:
+            own_buffers(module)[name] = read_tensor(match.targets[target.name])
 
 
 def _assembled(twin: nn.Module, model: nn.Module, value: Callable[[Target], torch.Tensor]) -> Weights:

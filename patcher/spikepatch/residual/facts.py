@@ -14,6 +14,7 @@ from torch.fx import Node
 from spikepatch.residual import ops
 from spikepatch.residual.ops import last, op, operands, shape
 from spikepatch.residual.trace import Trace
+from spikepatch.source.private import schema
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,8 @@ def narrows(node: Node) -> bool:
 def _eps(node: Node) -> float:
     """Of a fused norm. torch.export leaves out arguments that have their default."""
     numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
-    schema = getattr(node.target, "_schema", None)
-    defaults = [a.default_value for a in schema.arguments if a.name == "eps"] if schema is not None else []
+    of_op = schema(node.target)
+    defaults = [a.default_value for a in of_op.arguments if a.name == "eps"] if of_op is not None else []
     return float([0.0, *(d for d in defaults if d is not None), *numbers][-1])
 
 

@@ -30,6 +30,7 @@ from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.trace import Trace, trace
 from spikepatch.residual.weights import fan, gain, matrix_weight
 from spikepatch.source.meta import build_meta, check_default_device, check_module
+from spikepatch.source.private import is_transformers_model
 
 #: Views of a part, which is no copy.
 _PARTS = frozenset(("split", "chunk", "split_with_sizes"))
@@ -54,7 +55,7 @@ def inspect(
     check_default_device()
     check_module(model)
     source = source or type(model).__name__
-    if any(buffer.is_meta for buffer in model.buffers()) and hasattr(model, "_from_config"):
+    if any(buffer.is_meta for buffer in model.buffers()) and is_transformers_model(model):
         model = build_meta(type(model), model.config, where=source)  # some embeddings' factor is the value of a buffer
     return map_of(model, trace(model, example_inputs), source)
 

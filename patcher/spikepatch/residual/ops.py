@@ -12,6 +12,8 @@ import operator
 import torch
 from torch.fx import Node
 
+from spikepatch.source.private import schema
+
 # Same values, rearranged or re-typed (or a subset of them): the first argument seen through.
 VIEWS = frozenset(
     "view reshape _unsafe_view view_as transpose permute t movedim contiguous clone to _to_copy type_as alias detach"
@@ -113,8 +115,8 @@ def place(node: Node) -> str:
 
 def writes(node: Node) -> bool:
     """It changes its first argument in place."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    of_op = schema(node.target)
+    return of_op is not None and bool(of_op.is_mutable)
 
 
 def operands(node: Node) -> list[Node]:
@@ -126,8 +128,8 @@ def argument(node: Node, name: str) -> object:
     """The value of the op's argument that its schema calls ``name``; None if it has none, or it was not given."""
     if name in node.kwargs:
         return node.kwargs[name]
-    schema = getattr(node.target, "_schema", None)
-    names = [a.name for a in schema.arguments] if schema is not None else []
+    of_op = schema(node.target)
+    names = [a.name for a in of_op.arguments] if of_op is not None else []
     position = names.index(name) if name in names else len(node.args)
     return node.args[position] if position < len(node.args) else None
 

@@ -18,7 +18,8 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from spikepatch.source.private import TAKE_NUMBER, TO_COPY, TorchDispatchMode, memory, schema
 
 #: Of operations that return a number to Python, or a shape that depends on values.
 _DECIDE = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
@@ -40,7 +41,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.path: list[str] = [""]
         self.constants: dict[Node, torch.Tensor] = {}
         self._known: dict[int, tuple[torch.Tensor, Node]] = {}  # holds the tensors, so that their ids stay theirs
-        self._fed: set[int] = set(map(_memory, inputs))  # memory of control that the inputs or data decide
+        self._fed: set[int] = set(map(memory, inputs))  # memory of control that the inputs or data decide
         for name, tensor in named.items():
             self._introduce(tensor, name)
 
@@ -56,10 +57,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         tensors = _tensors((args, kwargs))
         as_data = any(t.is_meta for t in tensors)
-        fed = as_data or any(_memory(t) in self._fed for t in tensors)
+        fed = as_data or any(memory(t) in self._fed for t in tensors)
         if fed and not _DECIDE.isdisjoint(func.tags) and (func is not _INDEX or self._masks(args[1])):
             self.whole = False
-        if func is torch.ops.aten._local_scalar_dense.default and as_data:
+        if func is TAKE_NUMBER and as_data:
             return True if args[0].dtype == torch.bool else 1  # a Python branch on data
         run_args, run_kwargs = _placed(func, args, kwargs, tensors, as_data)
         try:
@@ -69,19 +70,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise
             as_data = fed = True
             result = func(*_to_meta(run_args), **run_kwargs)
-        if func._schema.is_mutable and tensors and args and isinstance(args[0], torch.Tensor):
+        if schema(func).is_mutable and tensors and args and isinstance(args[0], torch.Tensor):
             result = args[0]
         elif as_data:
             choices = args[0].shape[-1] if args and isinstance(args[0], torch.Tensor) and args[0].ndim else 1
             result = _map(lambda t: _stand_in(t, choices), result)
         if fed:
-            self._fed.update(map(_memory, _tensors(result)))
+            self._fed.update(map(memory, _tensors(result)))
         self._append(func, args, kwargs, result)
         return result
 
     def _masks(self, indices: Sequence[torch.Tensor | None]) -> bool:
         """One of ``indices`` picks as many rows as the input or data say; row numbers pick as many as they are."""
-        return any(i is not None and i.dtype == torch.bool and (i.is_meta or _memory(i) in self._fed) for i in indices)
+        return any(i is not None and i.dtype == torch.bool and (i.is_meta or memory(i) in self._fed) for i in indices)
 
     def _introduce(self, tensor: torch.Tensor, name: str) -> Node:
         first = next(iter(self.graph.nodes), None)
@@ -116,7 +117,7 @@ def _placed(
         return args, kwargs
     if func is _INDEX:
         args = (args[0], _rows(args[1]))
-    elif func is torch.ops.aten._to_copy.default and "device" in kwargs:  # to where the control is
+    elif func is TO_COPY and "device" in kwargs:  # to where the control is
         kwargs = {**kwargs, "device": _META}
     return (args, kwargs) if all(t.is_meta for t in tensors) else _to_meta((args, kwargs))
 
@@ -130,11 +131,6 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     _map(found.append, values)
     return found
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    """What a tensor shares with its views, through which it may be written."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _rows(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:

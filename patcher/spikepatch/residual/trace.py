@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
 from spikepatch.residual.dataflow import follow_data
 from spikepatch.residual.record import record
 from spikepatch.source.meta import skeleton
+from spikepatch.source.private import own_buffers, replaced_here, tree_leaves
 
 #: Token positions in the traced example: more than one, and unlike the usual head counts and widths.
 TOKENS = 11
@@ -80,20 +80,16 @@ def _code_on_demand() -> Iterator[None]:
     By itself it does so after every change, six times for each export: a tenth of the time. For a function of thousands
     of lines, the compiler takes more memory than all of the graph, and torch keeps the text of each for ever.
     """
-    compile_now = GraphModule.recompile
 
-    def postpone(module: GraphModule) -> None:
+    def postpone(compile_now: Any, module: GraphModule) -> None:
         def forward(self: GraphModule, *args: Any, **kwargs: Any) -> Any:
             compile_now(self)
             return self(*args, **kwargs)
 
         type(module).forward = forward  # every GraphModule has a class of its own
 
-    GraphModule.recompile = postpone  # type: ignore[method-assign, assignment]
-    try:
+    with replaced_here(GraphModule, "recompile", postpone):
         yield
-    finally:
-        GraphModule.recompile = compile_now  # type: ignore[method-assign]
 
 
 def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = None, *, fused: bool = False) -> Trace:
@@ -298,7 +294,7 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None
     real: dict[int, torch.Tensor] = {}
     for name, buffer in model.named_buffers(remove_duplicate=False):
         owner, _, own = name.rpartition(".")
-        twin.get_submodule(owner)._buffers[own] = real.setdefault(id(buffer), _on_cpu(buffer))
+        own_buffers(twin.get_submodule(owner))[own] = real.setdefault(id(buffer), _on_cpu(buffer))
     buffers = list(twin.buffers())  # the run may replace them
     with quiet(), torch.random.fork_rng(devices=[]):  # the run is real where it does not depend on weights
         recorder, result = record(twin, example)

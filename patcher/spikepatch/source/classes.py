@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from spikepatch.errors import Refused
@@ -104,13 +103,10 @@ def _own_heads(config_class: type) -> dict[str, tuple[type, ...]]:
     """Auto class -> the classes that it has for a config of transformers; the preferred ones first."""
     from transformers.models.auto import modeling_auto
 
-    return {name: _classes(modeling_auto, name, config_class) for name in _in_order(vars(modeling_auto))}
+    from spikepatch.source.private import classes_for
 
-
-def _classes(modeling_auto: ModuleType, auto_class: str, config_class: type) -> tuple[type, ...]:
-    mapping = getattr(getattr(modeling_auto, auto_class), "_model_mapping", None)
-    found = mapping.get(config_class, None) if mapping is not None else None
-    return found if isinstance(found, tuple) else (found,) if found is not None else ()
+    names = _in_order(vars(modeling_auto))
+    return {name: classes_for(getattr(modeling_auto, name), config_class) for name in names}
 
 
 def _remote_heads(model_class: type, auto_map: Mapping[str, Any]) -> dict[str, tuple[type, ...]]:

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 #: In order of preference for a config that names no architecture.
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
 
-#: Config keys that may name a repository of compiled kernels to download and import.
-_KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -105,7 +102,9 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
                 why=on_one_line(error),
                 remedy=f"correct the value that is named; or {DOWNLOAD_AGAIN}",
             ) from error
-        config._name_or_path = where
+        from spikepatch.source.private import name_config
+
+        name_config(config, where)
         if code and (remote := _remote_class(config, folder, where)) is not None:
             found = remote
         # transformers reads some configs as another type than they say; `architectures` is then about the old type.
@@ -162,11 +161,13 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
 
 def _code_references(config: dict[str, Any]) -> Iterator[str]:
     """Code that building the model would fetch or import: the model's own classes, and kernels, at any depth."""
+    from spikepatch.source.private import KERNEL_KEYS
+
     for key, value in config.items():
         if key == "auto_map":
             entries = value.items() if isinstance(value, dict) else [("AutoModel", value)]
             yield from (f"{auto}: {ref}" for auto, ref in entries if auto.startswith(("AutoConfig", "AutoModel")))
-        elif key in _KERNEL_KEYS and "/" in str(value):
+        elif key in KERNEL_KEYS and "/" in str(value):
             yield f"{key}: {value}"
         elif isinstance(value, dict):
             yield from _code_references(value)
@@ -229,9 +230,10 @@ def _preferred_class(config: PreTrainedConfig, where: str) -> Architecture:
     """The first class of the type, in the order of ``_AUTO_CLASSES``."""
     import transformers
 
+    from spikepatch.source.private import classes_for
+
     for auto_class in _AUTO_CLASSES:
-        classes = getattr(transformers, auto_class)._model_mapping.get(type(config), ())
-        for model_class in classes if isinstance(classes, (tuple, list)) else (classes,):
+        for model_class in classes_for(getattr(transformers, auto_class), type(config)):
             return Architecture(_config_for(model_class, config), model_class, auto_class)
     raise Refused(
         f"transformers has no model for the type {config.model_type!r} by itself",
@@ -251,10 +253,10 @@ def _auto_class(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
     """The Auto class that has ``model_class`` for this config's type; the class's own name where none has."""
     import transformers
 
+    from spikepatch.source.private import classes_for
+
     for auto_class in _auto_classes():
-        mapping = getattr(getattr(transformers, auto_class), "_model_mapping", None)
-        classes = mapping.get(type(config), ()) if mapping is not None else ()
-        if model_class in (classes if isinstance(classes, (tuple, list)) else (classes,)):
+        if model_class in classes_for(getattr(transformers, auto_class), type(config)):
             return auto_class
     return str(model_class.__name__)
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused
+from spikepatch.source.private import memory, names_not_saved
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,15 @@ def layout(skeleton: nn.Module) -> tuple[Target, ...]:
         Refused: a stored tensor is not a part of one in-memory tensor (a permutation that needs a copy).
     """
     state = {name: tensor.detach() for name, tensor in skeleton.state_dict(keep_vars=True).items()}
-    owners = {_storage(tensor): name for name, tensor in reversed(list(state.items()))}
-    owners |= {_storage(p): name for name, p in skeleton.named_parameters()}
+    owners = {memory(tensor): name for name, tensor in reversed(list(state.items()))}
+    owners |= {memory(p): name for name, p in skeleton.named_parameters()}
     if hasattr(skeleton, "save_pretrained"):
         stored = _as_saved(skeleton, state)
     else:
-        stored = {name: tensor for name, tensor in state.items() if owners[_storage(tensor)] == name}
+        stored = {name: tensor for name, tensor in state.items() if owners[memory(tensor)] == name}
     targets = []
     for name, tensor in stored.items():
-        owner = owners.get(_storage(tensor))
+        owner = owners.get(memory(tensor))
         if owner is None:
             raise Refused(
                 what="this model's checkpoint layout is not supported yet",
@@ -82,7 +83,7 @@ def _as_saved(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, tor
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    ignored = names_not_saved(model)
     kept = {name: tensor for name, tensor in state.items() if name not in ignored}
     buffers = {name for name, _ in model.named_buffers()}  # on meta, older versions look for parameters only
     untied = remove_tied_weights_from_state_dict({n: t for n, t in kept.items() if n not in buffers}, model)
@@ -90,10 +91,6 @@ def _as_saved(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, tor
     with _NoCopies():
         converted: dict[str, torch.Tensor] = revert_weight_conversion(model, kept)
     return converted
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

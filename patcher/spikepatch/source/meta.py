@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused, on_one_line
 from spikepatch.quiet import quiet
+from spikepatch.source.private import from_config, replaced_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,20 +57,19 @@ def _parameters_on_meta() -> Iterator[None]:
 
     (``accelerate.init_empty_weights`` makes a new parameter of one that is on meta already, which takes ties apart.)
     """
-    register = nn.Module.register_parameter
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register_on_meta(
+        register: Callable[..., None], module: nn.Module, name: str, param: nn.Parameter | None
+    ) -> None:
+        parameter = param
         if parameter is not None and not parameter.is_meta:
             moved = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
             moved.__dict__.update(parameter.__dict__)
             parameter = moved
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
+    with replaced_here(nn.Module, "register_parameter", register_on_meta):
         yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def check_module(model: object) -> None:
@@ -127,7 +127,7 @@ def _build(
     # A constructor that draws a buffer draws the same one every time.
     with _parameters_on_meta(), mode, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return model_class._from_config(copy.deepcopy(config))
+        return from_config(model_class, copy.deepcopy(config))
 
 
 def as_read(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
@@ -151,17 +151,13 @@ def settings_read() -> Iterator[set[str]]:
     from transformers import PreTrainedConfig
 
     read: set[str] = set()
-    get = PreTrainedConfig.__getattribute__
 
-    def watched(config: PreTrainedConfig, name: str) -> Any:
+    def watched(get: Callable[..., Any], config: PreTrainedConfig, name: str) -> Any:
         read.add(get(config, "attribute_map").get(name, name))
         return get(config, name)
 
-    PreTrainedConfig.__getattribute__ = watched
-    try:
+    with replaced_here(PreTrainedConfig, "__getattribute__", watched):
         yield read
-    finally:
-        PreTrainedConfig.__getattribute__ = get
 
 
 def not_buildable(where: str, error: Exception) -> Refused:

@@ -22,6 +22,7 @@ from spikepatch.recipes.plan_of import plan
 from spikepatch.source.match import match_source
 from spikepatch.source.meta import skeleton
 from spikepatch.source.open import Source, open_source
+from spikepatch.source.private import from_config
 from spikepatch.training.folder import DATA, RECORD
 from spikepatch.training.tokenizing import Tokenizing, of_source, shared
 
@@ -193,7 +194,7 @@ def _fresh(source: Source, entry: Entry, seed: int) -> Any:
     # A constructor that draws a buffer draws the same one every time; all parameters are written after it.
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = source.model_class._from_config(config)
+        model: Any = from_config(source.model_class, config)
     model.float()
     if entry.recipe is not None:
         return patch(model, entry.recipe, reinit="all", seed=seed)

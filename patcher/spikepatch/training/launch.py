@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, is_bf16_available
 
 from spikepatch.errors import Refused
+from spikepatch.source.private import forget_accelerators
 from spikepatch.training.settings import Settings
 
 
@@ -53,9 +53,7 @@ def launched(settings: Settings) -> Iterator[Launch]:
     finally:
         if fsdp:
             os.environ["ACCELERATE_USE_FSDP"] = fsdp
-        # accelerate keeps the first accelerator's settings for the whole process.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerators()
         if ours and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

@@ -106,20 +106,11 @@ def inherited_metadata(card: Path | None, hub_id: str | None) -> dict[str, Any]:
     with contextlib.suppress(Exception):  # written by hand: anything may be in there, or nothing
         data = metadata_load(card) or {} if card is not None else {}
     licence = {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
+    from spikepatch.source.private import is_repository
+
     bases = [hub_id] if hub_id is not None else data.get("base_model")
-    bases = [base for base in (bases if isinstance(bases, list) else [bases]) if _is_repository(base)]
+    bases = [base for base in (bases if isinstance(bases, list) else [bases]) if is_repository(base)]
     return licence | ({"base_model": bases[0] if len(bases) == 1 else bases} if bases else {})
-
-
-def _is_repository(name: object) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    try:
-        validate_repo_id(name)  # type: ignore[arg-type]  # it checks the type too
-    except HFValidationError:
-        return False
-    return True
 
 
 def model_card(

@@ -23,6 +23,7 @@ from spikepatch.errors import Refused, did_you_mean
 from spikepatch.plans.plan import EmbeddingEdit, Plan, ScaleEmbedding
 from spikepatch.residual.identity import Values, forward_of
 from spikepatch.source.meta import as_read, build_meta
+from spikepatch.source.private import classes_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -188,8 +189,7 @@ def _hosted(source: Source, plan: Plan, patched: PreTrainedModel, factor: float)
     except Exception as error:  # whatever a config's own checks raise
         return f"{host.model_type} does not take the source's settings: {' '.join(str(error).split())[:200]}"
     config.dtype = source.config.dtype
-    classes = getattr(transformers, source.auto_class)._model_mapping
-    model_class = classes.get(config_class, None)
+    model_class: Any = next(iter(classes_for(getattr(transformers, source.auto_class), config_class)), None)
     plain = None if model_class is None else _with_tensors_of(patched, model_class, config)
     values = Values()
     wanted = None if plain is None else _output(values, patched)

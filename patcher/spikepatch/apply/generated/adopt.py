@@ -16,6 +16,7 @@ from filelock import FileLock
 from spikepatch.apply.generated.render import config_entries, module_name, original_entries, render
 from spikepatch.runtime.embedding import install
 from spikepatch.source.classes import Original, carried_files, class_name, original_of
+from spikepatch.source.private import mark_initialised
 
 
 @dataclass(frozen=True)
@@ -95,4 +96,4 @@ def adopt(model: Any, record: Mapping[str, Any]) -> None:
         if getattr(config, "tokenizer_class", None) is None:
             config.tokenizer_class = entries["tokenizer_class"]
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True
+        mark_initialised(parameter)

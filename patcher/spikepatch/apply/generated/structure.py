@@ -11,6 +11,7 @@ from spikepatch.errors import Refused
 from spikepatch.plans.plan import Plan, Untie
 from spikepatch.runtime.embedding import install
 from spikepatch.source.meta import build_meta
+from spikepatch.source.private import is_transformers_model
 
 
 def restructure(twin: nn.Module, plan: Plan) -> None:
@@ -40,7 +41,7 @@ def untie_head(model: Any, edit: Untie) -> None:
 
 def _check_untied(twin: Any, edit: Untie) -> None:
     """What is loaded later is built from a config that says that the head is not tied: is it ``twin``, then?"""
-    if not hasattr(twin, "_from_config"):
+    if not is_transformers_model(twin):
         return
     config = type(twin.config).from_dict(twin.config.to_dict())
     built = build_meta(type(twin), config, where=type(twin).__name__)

@@ -20,27 +20,25 @@ from spikepatch.errors import Refused
 from spikepatch.plans.plan import Plan, ValueEdit
 from spikepatch.source.layout import Target, persistent
 from spikepatch.source.meta import check_default_device, check_module
-
-#: The only child of a module that torch.compile or a checkpoint wrapper has put around another one.
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+from spikepatch.source.private import WRAPPED, fsdp_handles, own_buffers, own_children, own_parameters
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lives: ``module._parameters[name]`` or ``module._buffers[name]``."""
+    """Where a tensor lives: among the parameters or the buffers of ``module``, as ``name``."""
 
     module: nn.Module
     name: str
 
     @property
     def tensor(self) -> torch.Tensor:
-        own = self.module._parameters.get(self.name, self.module._buffers.get(self.name))
+        own = own_parameters(self.module).get(self.name, own_buffers(self.module).get(self.name))
         assert own is not None
         return own
 
     def tie(self, tensor: torch.Tensor) -> None:
-        own = self.module._parameters if self.name in self.module._parameters else self.module._buffers
-        own[self.name] = tensor  # type: ignore[assignment]
+        own: Any = own_parameters(self.module)
+        (own if self.name in own else own_buffers(self.module))[self.name] = tensor
 
 
 def initialize(model: nn.Module, plan: Plan) -> nn.Module:
@@ -130,14 +128,14 @@ def _blueprint(model: nn.Module, plan: Plan) -> Blueprint:
 
 def _places(module: nn.Module, path: str = "") -> Iterator[tuple[str, _Place]]:
     """Every parameter and buffer under the name that it has without wrappers; tied ones under each of their names."""
-    while (children := tuple(module._modules)) and len(children) == 1 and children[0] in _WRAPPED:
-        inner = module._modules[children[0]]
+    while (children := tuple(own_children(module))) and len(children) == 1 and children[0] in WRAPPED:
+        inner = own_children(module)[children[0]]
         assert inner is not None
         module = inner
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+    for name, tensor in (*own_parameters(module).items(), *own_buffers(module).items()):
         if tensor is not None:
             yield path + name, _Place(module, name)
-    for name, child in module._modules.items():
+    for name, child in own_children(module).items():
         if child is not None:
             yield from _places(child, f"{path}{name}.")
 
@@ -190,20 +188,11 @@ def _untieable(model: nn.Module, places: Mapping[str, _Place], ties: Mapping[str
 
 
 def _managed_by_fsdp(model: nn.Module) -> dict[tuple[int, str], object]:
-    """(id of a module, name of its parameter) -> FSDP's own handle of that parameter; tied ones share it.
-
-    After ``to_empty`` nothing public tells whether FSDP gathers two names as one.
-    """
+    """(id of a module, name of its parameter) -> FSDP's own handle of that parameter; tied ones share it."""
     managed: dict[tuple[int, str], object] = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            state: Any = module._get_fsdp_state()
-            groups = vars(state).get("_fsdp_param_groups", [vars(state).get("_fsdp_param_group")])
-            for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
-                info = parameter._module_info
-                managed[id(info.module), info.param_name] = parameter
-                for shared, name in zip(info.shared_modules, info.shared_param_names, strict=True):
-                    managed[id(shared), name] = parameter
+            managed |= {(id(owner), name): handle for owner, name, handle in fsdp_handles(module)}
     return managed
 
 

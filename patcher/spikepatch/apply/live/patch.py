@@ -21,6 +21,7 @@ from spikepatch.recipes.plan_of import plan as make_plan
 from spikepatch.runtime.embedding import check_patchable, install, patched_embeddings
 from spikepatch.source.layout import layout, persistent, tensor_shapes
 from spikepatch.source.meta import build_meta, check_default_device, check_module, on_meta, skeleton
+from spikepatch.source.private import is_transformers_model
 
 
 def patch(
@@ -225,6 +226,6 @@ def _constructed_buffers(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
 
     Of a plain module they are those that it has; none that are on the meta device.
     """
-    if plan.reinit == "all" and hasattr(model, "_from_config") and any(True for _ in model.buffers()):
+    if plan.reinit == "all" and is_transformers_model(model) and any(True for _ in model.buffers()):
         model = build_meta(type(model), model.config, where=type(model).__name__)
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}

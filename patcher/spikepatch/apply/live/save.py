@@ -24,6 +24,7 @@ from spikepatch.plans.plan import Plan
 from spikepatch.quiet import quiet
 from spikepatch.source.classes import is_remote, original_of
 from spikepatch.source.meta import check_module
+from spikepatch.source.private import registered_auto_class
 
 
 def save(
@@ -118,8 +119,8 @@ def sharded(model: nn.Module) -> bool:
 def _auto_class(model: Any) -> str:
     """Name of the class of transformers that loads what ``model`` saves."""
     kind: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))  # fully_shard derives one
-    if kind._auto_class is not None:
-        return str(kind._auto_class)
+    if (registered := registered_auto_class(kind)) is not None:
+        return registered
     try:
         return original_of(kind, type(model.config)).auto_class
     except Refused:

@@ -7,7 +7,6 @@ the functions return it; so is every assignment of one parameter in the place of
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
 import os
@@ -16,6 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+
+#: Frames from a replacement, by way of ``replaced_here``, to what called the function that is replaced.
+_CALLER = 2
 
 
 @dataclass(frozen=True)
@@ -80,29 +82,25 @@ def watching() -> Iterator[Watch]:
     """Watch what the block builds, in this thread; torch's classes are as before at its end."""
     from torch import nn
 
-    watch = Watch()
-    construct, assign = nn.Embedding.__init__, nn.Module.__setattr__
+    from spikepatch.source.private import own_parameters, replaced_here
 
-    @functools.wraps(construct)
-    def constructing(self: Any, *args: Any, **kwargs: Any) -> None:
-        watch.constructed(self, sys._getframe(1))
+    watch = Watch()
+
+    def constructing(construct: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        watch.constructed(self, sys._getframe(_CALLER))
         construct(self, *args, **kwargs)
 
-    @functools.wraps(assign)
-    def assigning(self: Any, name: str, value: Any) -> None:
-        before = self.__dict__.get("_parameters", {}).get(name)
+    def assigning(assign: Any, self: Any, name: str, value: Any) -> None:
+        before = own_parameters(self).get(name)
         assign(self, name, value)
         if before is not None and isinstance(value, nn.Parameter) and value is not before:
-            watch.replaced(self, name, value, sys._getframe(1))
+            watch.replaced(self, name, value, sys._getframe(_CALLER))
 
-    nn.Embedding.__init__ = constructing  # type: ignore[method-assign]
-    nn.Module.__setattr__ = assigning  # type: ignore[method-assign]
-    try:
-        yield watch
-    finally:
-        sys.setprofile(None)
-        nn.Embedding.__init__ = construct  # type: ignore[method-assign]
-        nn.Module.__setattr__ = assign  # type: ignore[method-assign]
+    with replaced_here(nn.Embedding, "__init__", constructing), replaced_here(nn.Module, "__setattr__", assigning):
+        try:
+            yield watch
+        finally:
+            sys.setprofile(None)
 
 
 def _is_method_of(frame: FrameType, module: object) -> bool:

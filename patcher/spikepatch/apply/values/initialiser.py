@@ -11,6 +11,7 @@ from torch import nn
 
 from spikepatch.apply.values.draw import entropy
 from spikepatch.errors import Refused, first_line
+from spikepatch.source.private import initialiser_of, own_buffers, own_parameters
 
 
 def own_initialiser(
@@ -71,8 +72,8 @@ def _initialisers(skeleton: nn.Module, module: str) -> Iterator[tuple[str, Calla
     parts = module.split(".") if module else []
     paths = [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
     for i, path in enumerate(paths):
-        owners = (getattr(skeleton.get_submodule(p), "_init_weights", None) for p in paths[i:])
-        owner = next((o for o in owners if callable(o)), None)
+        owners = (initialiser_of(skeleton.get_submodule(p)) for p in paths[i:])
+        owner = next((o for o in owners if o is not None), None)
         if owner is not None:
             yield path, owner
 
@@ -82,21 +83,21 @@ def _real(
     target: nn.Module, prefix: str, buffers: Mapping[str, torch.Tensor], drawn: Collection[str]
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Swap real tensors into ``target`` for the duration."""
-    parameters, others = dict(target._parameters), dict(target._buffers)
+    parameters, others = dict(own_parameters(target)), dict(own_buffers(target))
     tensors: dict[str, torch.Tensor] = {}
     try:
         for name, parameter in parameters.items():
             if parameter is not None and prefix + name not in drawn:
                 real = torch.full(parameter.shape, float("nan"), dtype=torch.float32)
-                target._parameters[name] = nn.Parameter(real, requires_grad=False)
+                own_parameters(target)[name] = nn.Parameter(real, requires_grad=False)
                 tensors[prefix + name] = real
         for name, buffer in others.items():
             if buffer is not None and prefix + name in buffers:
-                target._buffers[name] = tensors[prefix + name] = buffers[prefix + name].detach().cpu().clone()
+                own_buffers(target)[name] = tensors[prefix + name] = buffers[prefix + name].detach().cpu().clone()
         yield tensors
     finally:
-        target._parameters.update(parameters)
-        target._buffers.update(others)
+        own_parameters(target).update(parameters)
+        own_buffers(target).update(others)
 
 
 @contextlib.contextmanager

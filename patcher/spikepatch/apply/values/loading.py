@@ -10,6 +10,7 @@ from torch import nn
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import Plan
 from spikepatch.source.meta import skeleton
+from spikepatch.source.private import mark_initialised, unmark_initialised, version
 
 
 def stable_settings(model: nn.Module, plan: Plan | None) -> Mapping[str, bool]:
@@ -49,13 +50,13 @@ def _written_on_load(model: nn.Module, settings: Mapping[str, bool]) -> list[str
     if not hasattr(twin, "initialize_weights"):
         return []
     for module in twin.modules():
-        module.__dict__.pop("_is_hf_initialized", None)
+        unmark_initialised(module)
         for name, value in settings.items():
             if hasattr(getattr(module, "config", None), name):
                 setattr(module.config, name, value)
     state = twin.state_dict(keep_vars=True)
     for tensor in (*twin.parameters(), *twin.buffers()):
-        tensor._is_hf_initialized = True
-    before = {name: tensor._version for name, tensor in state.items()}
+        mark_initialised(tensor)
+    before = {name: version(tensor) for name, tensor in state.items()}
     twin.initialize_weights()
-    return [name for name, tensor in state.items() if tensor._version != before[name]]
+    return [name for name, tensor in state.items() if version(tensor) != before[name]]

@@ -1,0 +1,212 @@
+"""What is used of torch, transformers, accelerate and the hub that they do not promise to keep: all of it, and no more.
+
+Whoever moves the floors or the newest version reads this file. Generated code, ``runtime/embedding.py``, stands alone
+and has one such name of its own: ``_is_hf_initialized``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+#: The only child of a module that torch.compile or a checkpoint wrapper has put around another one.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+
+#: A number, or a truth value, is taken out of a tensor.
+TAKE_NUMBER = torch.ops.aten._local_scalar_dense.default
+
+#: The operation behind ``Tensor.to`` that makes a copy.
+TO_COPY = torch.ops.aten._to_copy.default
+
+#: Keys of config.json that may name a repository of compiled kernels to download and import.
+KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+
+
+# torch: modules and tensors
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own, not its children's; may be written to. Empty before ``nn.Module.__init__`` has run."""
+    found: dict[str, nn.Parameter | None] = module.__dict__.get("_parameters", {})
+    return found
+
+
+def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """As ``own_parameters``."""
+    return module._buffers
+
+
+def own_children(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """One that stands at two names is here twice, unlike in ``named_children``."""
+    return module._modules
+
+
+def memory(tensor: torch.Tensor) -> int:
+    """What a tensor shares with its views, through which it may be written; on the meta device too."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Counted up by every write in place."""
+    return int(tensor._version)
+
+
+def schema(operation: object) -> Any:
+    """Names, defaults and mutability of an ATen operation's arguments; None of what is none."""
+    return getattr(operation, "_schema", None)
+
+
+def fsdp_handles(module: Any) -> Iterator[tuple[nn.Module, str, object]]:
+    """(module, name of a parameter, FSDP's own handle of it) below one ``fully_shard``; tied ones have one handle.
+
+    After ``to_empty`` nothing public tells whether FSDP gathers two names as one.
+    """
+    state = vars(module._get_fsdp_state())
+    groups = state.get("_fsdp_param_groups", [state.get("_fsdp_param_group")])
+    for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
+        info = parameter._module_info
+        yield info.module, info.param_name, parameter
+        for shared, name in zip(info.shared_modules, info.shared_param_names, strict=True):
+            yield shared, name, parameter
+
+
+# transformers: models and configs
+
+
+def is_transformers_model(model: object) -> bool:
+    """It can be built again from its config."""
+    return hasattr(model, "_from_config")
+
+
+def from_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """As ``AutoModel.from_config``, of a class that is known. ``config`` becomes the model's own."""
+    model: PreTrainedModel = model_class._from_config(config)
+    return model
+
+
+def classes_for(auto_class: object, config_class: type) -> tuple[type, ...]:
+    """What ``auto_class``, such as ``transformers.AutoModel``, has for a config; the preferred class first."""
+    mapping = getattr(auto_class, "_model_mapping", None)
+    found = () if mapping is None else mapping.get(config_class, ())
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+def registered_auto_class(model_class: Any) -> str | None:
+    """The auto class that code from a repository was registered for."""
+    return None if model_class._auto_class is None else str(model_class._auto_class)
+
+
+def initialiser_of(module: nn.Module) -> Callable[[nn.Module], object] | None:
+    """transformers' hook by which a model initialises each of its modules."""
+    found = getattr(module, "_init_weights", None)
+    return found if callable(found) else None
+
+
+def names_not_saved(model: nn.Module) -> set[str]:
+    """What ``save_pretrained`` leaves out."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def mark_initialised(holder: Any) -> None:
+    """transformers will not initialise this tensor, or this module, again."""
+    holder._is_hf_initialized = True
+
+
+def unmark_initialised(module: nn.Module) -> None:
+    """Undo ``mark_initialised``."""
+    module.__dict__.pop("_is_hf_initialized", None)
+
+
+def name_config(config: PreTrainedConfig, name: str) -> None:
+    """Set what the model is called in transformers' messages."""
+    config._name_or_path = name
+
+
+def decays(parameter: nn.Parameter) -> bool:
+    """False where the model's own code asks for no weight decay, by the attribute that state-space models set."""
+    return not getattr(parameter, "_no_weight_decay", False)
+
+
+# accelerate and the hub
+
+
+def forget_accelerators() -> None:
+    """accelerate keeps the first accelerator's settings for the whole process, until this is called."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def is_repository(name: object) -> bool:
+    """``name`` is of the form of a hub id."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)  # type: ignore[arg-type]  # it checks the type too
+    except HFValidationError:
+        return False
+    return True
+
+
+# replacing a function of a library
+
+
+class _Switch:
+    """One function of a library that is replaced while ``users`` is above 0, and by whom in this thread."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+        self.users = 0
+        self.here = threading.local()
+
+
+_switches: dict[tuple[type, str], _Switch] = {}
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def replaced_here(owner: type, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """``owner.name`` is ``replacement(original, *args)`` while the block runs, in this thread only.
+
+    Other threads go on to call the original, through one more function. Blocks may be nested, and run in several
+    threads at once; behind the last one the original is back.
+    """
+    key = owner, name
+    with _lock:
+        switch = _switches.setdefault(key, _Switch(getattr(owner, name)))
+        switch.users += 1
+        if switch.users == 1:
+            setattr(owner, name, _dispatcher(switch))
+    stack: list[Callable[..., Any]] = switch.here.__dict__.setdefault("stack", [])
+    stack.append(functools.partial(replacement, stack[-1] if stack else switch.original))
+    try:
+        yield
+    finally:
+        stack.pop()
+        with _lock:
+            switch.users -= 1
+            if not switch.users:
+                setattr(owner, name, switch.original)
+                del _switches[key]
+
+
+def _dispatcher(switch: _Switch) -> Callable[..., Any]:
+    @functools.wraps(switch.original)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        stack = getattr(switch.here, "stack", None)
+        return stack[-1](*args, **kwargs) if stack else switch.original(*args, **kwargs)
+
+    return dispatch
