@@ -520,3 +520,17 @@ def test_a_reader_that_stops_reading_is_no_bug() -> None:
     done = subprocess.run([*COMMAND, "recipes"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_other_systems_are_refused() -> None:
+    """Before anything of the system is asked for that it does not have: every command, and the Python names."""
+    code = (
+        "import sys; sys.modules['fcntl'] = None; import spikepatch; from spikepatch.cli import main\n"
+        "try: spikepatch.convert\nexcept spikepatch.Refused as error: print(error)\n"
+        "sys.argv = ['spikepatch', 'recipes']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    for text in (done.stdout, done.stderr):
+        assert "runs on Linux and macOS only" in text
+    assert "Traceback" not in done.stderr

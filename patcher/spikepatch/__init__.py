@@ -34,6 +34,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from spikepatch._version import __version__ as __version__
+from spikepatch.errors import check_platform
 
 if TYPE_CHECKING:
     from spikepatch.apply.disk.verify import verify
@@ -114,6 +115,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'spikepatch' has no attribute {name!r}")
     import importlib
 
+    if _HOME[name] != "spikepatch.errors":
+        check_platform()
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

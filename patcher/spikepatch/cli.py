@@ -22,7 +22,17 @@ from spikepatch.commands.recipes import recipes_command
 from spikepatch.commands.report import report_command
 from spikepatch.commands.train import train_command
 from spikepatch.commands.verify import verify_command
-from spikepatch.errors import SpikepatchError
+from spikepatch.errors import SpikepatchError, check_platform, first_line
+
+_SMALLER = "give less at a time (--batch, --micro-batch, --tokens, --seq-len), or a machine with more memory"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from spikepatch.source.private import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 class _Group(click.Group):
@@ -35,13 +45,17 @@ class _Group(click.Group):
         """Errors that are the user's to mend: one message, exit code 2. Our own: exit code 3."""
         before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
+            check_platform()
             return super().invoke(ctx)
         except SpikepatchError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):  # click ends on these
             raise
-        except Exception:
+        except Exception as error:
+            if _out_of_memory(error):
+                click.echo(f"error: out of memory: {first_line(error)}\n  remedy: {_SMALLER}", err=True)
+                ctx.exit(2)
             click.echo(traceback.format_exc(), err=True)
             click.echo(
                 "error: this is a bug in spikepatch, not in what you gave it. Please report it with the lines above.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -34,6 +35,23 @@ class Refused(SpikepatchError):
 
 class BadTarget(SpikepatchError):
     """The output folder cannot be used."""
+
+
+def check_platform() -> None:
+    """Refuse to work where folders cannot be locked and put in place whole.
+
+    Raises:
+        Refused: this is not Linux or macOS.
+    """
+    try:
+        import fcntl as fcntl
+    except ImportError as error:
+        raise Refused(
+            "spikepatch runs on Linux and macOS only",
+            where=f"this system ({sys.platform})",
+            why="output that appears whole or not at all needs file locks and renames that it does not have",
+            remedy="run it on one of these; on Windows, in the Windows Subsystem for Linux",
+        ) from error
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:

@@ -153,6 +153,42 @@ def test_a_report_that_fails_at_the_end_comes_after_the_result(source: str, tmp_
     assert "the report cannot be written" in done.stderr
 
 
+@pytest.mark.parametrize("seed", [5_000_000_000, 2**64, 10**50])
+def test_seeds_of_any_size(source: str, seed: int) -> None:
+    done = run(source, "--tokens", "12", "--seed", str(seed), "--json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["seed"] == seed
+    assert (
+        json.loads(done.stdout)["initial_loss"]
+        != json.loads(run(source, "--tokens", "12", "--json").stdout)["initial_loss"]
+    )
+
+
+def test_out_of_memory_is_a_refusal(source: str) -> None:
+    """2^40 sequences fit into no machine's memory; torch's allocator says so, and no verdict is made of it."""
+    done = run(source, "--tokens", "12", "--batch", str(2**40))
+    assert done.exit_code == 2, done.output
+    assert "does not fit into memory" in done.stderr
+    assert "--batch 1" in done.stderr
+    assert "unknown" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "raised", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+@pytest.mark.parametrize("deep", [True, False])
+def test_memory_that_runs_out_half_way(
+    source: str, raised: Exception, deep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: object, **more: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(f"spikepatch.preflight.forward.{'jacobian' if deep else 'run_piece'}", fails)
+    done = run(source, "--tokens", "12", *(["--deep"] if deep else []))
+    assert done.exit_code == 2, done.output
+    assert "does not fit into memory" in done.stderr
+
+
 def test_progress_says_which_model_and_how_far(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run(source, "--tokens", "12", "--recipe", "vanilla")
     for step in ("as it is: forward", "as it is: backward", "vanilla: forward", "vanilla: backward"):

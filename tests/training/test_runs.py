@@ -246,10 +246,64 @@ def test_bad_input_leaves_nothing(inputs: Path, tmp_path: Path, there: str | Non
 
 @pytest.mark.parametrize(
     ("lr", "name"),
-    [(5e-4, "lr5e-4"), (3e-3 * 2, "lr6e-3"), (0.1 + 0.2, "lr3e-1"), (1.0, "lr1e0"), (1.25e-5, "lr1.25e-5")],
+    [
+        (5e-4, "lr5e-4"),
+        (3e-3 * 2, "lr6e-3"),
+        (0.1 + 0.2, "lr3e-1"),
+        (1.0, "lr1e0"),
+        (1.25e-5, "lr1.25e-5"),
+        (1.0000001e-3, "lr1.0000001e-3"),
+        (1.0000002e-3, "lr1.0000002e-3"),
+    ],
 )
 def test_names_of_runs(lr: float, name: str) -> None:
     assert run_folder("a", lr, 7) == f"a/{name}-seed7"
+
+
+def test_a_long_seed_is_a_name_of_its_own() -> None:
+    names = {run_folder("a", 0.1, seed) for seed in (10**300, 10**300 + 1, 10**39)}
+    assert len(names) == 3
+    assert max(map(len, names)) < 100
+
+
+def test_seeds_of_any_size(inputs: Path, tmp_path: Path) -> None:
+    """Longer than what numpy's and torch's generators take; each draws weights and batches of its own."""
+    out, seeds = tmp_path / "x", (0, 5_000_000_000, 2**64)
+    run(inputs, out, "--seeds", ",".join(map(str, seeds)), models=("gpt2=:gpt2@scaled-embed",), steps=1, code=1)
+    losses = {read(out / f"gpt2/lr3e-3-seed{seed}/log.jsonl").steps[0].loss for seed in seeds}
+    assert len(losses) == 3
+
+
+def test_learning_rates_that_differ_in_the_seventh_digit(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    run(inputs, out, "--lr-multipliers", "1,1.0000001", steps=1, code=1)
+    assert len(list(out.rglob("log.jsonl"))) == 2
+    refused(inputs, tmp_path / "y", "--lr-multipliers", f"1,{1 + 2**-52}", steps=1, match="would be trained twice")
+    assert not list((tmp_path / "y").rglob("*")) if (tmp_path / "y").exists() else True
+
+
+@pytest.mark.parametrize("place", ["folder", "full"])
+def test_the_verdict_comes_before_the_page(place: str, inputs: Path, tmp_path: Path) -> None:
+    """The page cannot be written: a folder has its name, or the disk is full. What was measured is printed."""
+    out = tmp_path / "x"
+    run(inputs, out, steps=1, code=1)
+    page = out / "report.html"
+    page.unlink()
+    if place == "folder":
+        page.mkdir()
+    elif Path("/dev/full").exists():
+        page.symlink_to("/dev/full")
+    done = run(inputs, out, "--resume", steps=1, code=2)
+    assert "too short to tell" in done.stdout
+    assert "its verdict stands" in done.stderr
+    remedy = re.search(r"remedy: spikepatch (report .*) --out PAGE.html", done.stderr)
+    assert remedy is not None
+    again = CliRunner().invoke(main, [*remedy[1].split(), "--out", str(tmp_path / "page.html")])
+    assert again.exit_code == 0
+    assert (tmp_path / "page.html").exists()
+    shown = CliRunner().invoke(main, ["report", str(out)])
+    assert shown.exit_code == 2
+    assert "too short to tell" in shown.stdout
 
 
 def test_the_record(tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ def report_command(folder: Path, out: Path | None, as_json: bool) -> None:
 
     found = outcome(folder)
     path = out or folder / "report.html"
+    if as_json:
+        click.echo(json.dumps(found.verdict.to_dict(), indent=2, allow_nan=False))
+    else:
+        print_verdict(found.verdict)
     try:
         write_page(page_of(found), path)
     except OSError as error:
@@ -46,11 +50,7 @@ def report_command(folder: Path, out: Path | None, as_json: bool) -> None:
             why=str(error.strerror),
             remedy="give another path with --out",
         ) from error
-    if as_json:
-        click.echo(json.dumps(found.verdict.to_dict(), indent=2, allow_nan=False))
-        return
-    print_verdict(found.verdict)
-    if is_quiet():
+    if as_json or is_quiet():
         return
     if found.under_way or found.waiting:
         click.echo(f"not finished: {len(found.under_way)} under way, {len(found.waiting)} not begun")

@@ -15,6 +15,7 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet
+from spikepatch.errors import BadTarget
 from spikepatch.progress import Progress, silent
 
 
@@ -177,9 +178,7 @@ def train_command(
     """
     import json
 
-    from spikepatch.report.html import write_page
     from spikepatch.training.live_line import reporting
-    from spikepatch.training.page import page
     from spikepatch.training.runs import run_all
     from spikepatch.training.settings import Settings
     from spikepatch.training.tables import print_verdict
@@ -194,14 +193,30 @@ def train_command(
             say=(lambda text: None) if is_quiet() else (lambda text: click.echo(text, err=True)),
         )  # fmt: skip
     if main:
-        write_page(page(out), out / "report.html")
         if as_json:
             click.echo(json.dumps(verdict.to_dict(), indent=2, allow_nan=False))
         else:
             print_verdict(verdict)
-            if not is_quiet():
-                click.echo(f"page: {out / 'report.html'}")
+        _write_page(out)
+        if not as_json and not is_quiet():
+            click.echo(f"page: {out / 'report.html'}")
     ctx.exit(verdict.exit_code)
+
+
+def _write_page(out: Path) -> None:
+    from spikepatch.report.html import write_page
+    from spikepatch.training.page import page
+
+    path = out / "report.html"
+    try:
+        write_page(page(out), path)
+    except OSError as error:
+        raise BadTarget(
+            "the page cannot be written; the training is done, and its verdict stands",
+            where=str(path),
+            why=str(error.strerror),
+            remedy=f"spikepatch report {shlex.quote(str(out))} --out PAGE.html",
+        ) from error
 
 
 @contextlib.contextmanager

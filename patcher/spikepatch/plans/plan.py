@@ -7,6 +7,7 @@ with the same bits. ``planner.py`` makes one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -235,7 +236,7 @@ class Plan:
         """The forward or backward pass changes, not only values: the plain architecture would leave that out."""
         return bool(self.select(EmbeddingEdit))
 
-    @property
+    @functools.cached_property
     def written(self) -> frozenset[str]:
         """The parameters that get their values from an edit."""
         return frozenset(edit.parameter for edit in self.edits if isinstance(edit, ValueEdit))

@@ -29,6 +29,7 @@ from spikepatch.residual.ops import shape
 from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.trace import Trace, trace
 from spikepatch.source.meta import check_module
+from spikepatch.source.private import is_out_of_memory
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -119,7 +120,12 @@ def check(
     while subjects:  # one model's weights in memory at a time
         subject = subjects.pop(0)
         about = _about(subject.recipe or "as it is", tell) if recipes else tell
-        found.append(_check(subject, setting, inputs, limits, about))
+        try:
+            found.append(_check(subject, setting, inputs, limits, about))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _too_large(subject, setting, error) from error
     if example_inputs is None and 0 < found[0].tokens < tokens:
         what = f"sequences of {found[0].tokens} tokens, not {tokens}: the model has no more positions"
         findings = (*found[0].findings, Finding("tokens", "note", what))
@@ -188,9 +194,21 @@ def _check(
     try:
         return _measured_all(draft, subject, streams, residual, setting, limits, progress)
     except (RuntimeError, NotImplementedError, IndexError) as error:  # an operation of the model
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         finding = Finding("not-measured", "note", f"the traced graph cannot be run on numbers: {reason}")
         return dataclasses.replace(draft, findings=(finding,), not_measured=(reason,))
+
+
+def _too_large(subject: Subject, setting: _Setting, error: BaseException) -> Refused:
+    elsewhere = "" if setting.device.type == "cpu" else ", or --device cpu"
+    return Refused(
+        what="it does not fit into memory",
+        where=setting.source + (f" with {subject.recipe}" if subject.recipe else ""),
+        why=f"{setting.batch} x {setting.tokens} tokens on {setting.device}: {first_line(error)}",
+        remedy=f"give fewer sequences or shorter ones: --batch 1, --tokens {max(2, setting.tokens // 4)}{elsewhere}",
+    )
 
 
 def _measured_all(
@@ -290,7 +308,7 @@ def _check_numbers(**numbers: float) -> None:
     for name, value in numbers.items():
         if (name == "lr" and not 0 < value < math.inf) or value < least.get(name, 0):
             raise Refused(
-                what=f"{name} cannot be {value:g}",
+                what=f"{name} cannot be {value if isinstance(value, int) else format(value, 'g')}",
                 where=f"--{name}",
                 why="there is nothing to measure",
                 remedy=f"give {least.get(name, 'more than 0')} or more",

@@ -22,6 +22,7 @@ from spikepatch.preflight.program import NodeValues, Piece, Program, Sublayer, W
 from spikepatch.progress import Progress
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import LOOKUPS, op, operands, table_of
+from spikepatch.source.private import is_out_of_memory
 
 #: Lanczos steps for a matrix's norm without ``deep``: within 5 % for a Gaussian, enough to tell it from a learned one.
 QUICK_STEPS = 6
@@ -166,6 +167,8 @@ def _with_jacobians(
             for sublayer, stats in zip(sublayers, sizes, strict=True)
         ]
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         found.problems.append(f"Jacobian of sub-layer {sublayers[0].index}: {first_line(error)}")
         return sizes
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from spikepatch.apply.values.draw import narrow
 from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
 from spikepatch.residual.trace import example_of
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def random_tokens(model: nn.Module, *, tokens: int, batch: int, seed: int) -> dict[str, torch.Tensor]:
     """Random token ids in place of those that the model is traced with, without the padding token."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(narrow(seed, 64))
     result = {}
     for name, traced in example_of(model).items():
         if traced.is_floating_point():

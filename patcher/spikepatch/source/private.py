@@ -62,6 +62,13 @@ def version(tensor: torch.Tensor) -> int:
     return int(tensor._version)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the machine or the accelerator. torch's CPU allocator raises a RuntimeError, known by its words alone."""
+    words = ("allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED")
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or (isinstance(error, RuntimeError) and any(said in str(error) for said in words))
+
+
 def schema(operation: object) -> Any:
     """Names, defaults and mutability of an ATen operation's arguments; None of what is none."""
     return getattr(operation, "_schema", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -133,9 +134,10 @@ def _short(value: Any) -> str:
 
 
 def run_folder(name: str, lr: float, seed: int) -> str:
-    """``NAME/lr5e-4-seed0``."""
-    digits, exponent = f"{lr:e}".split("e")
-    return f"{name}/lr{digits.rstrip('0').rstrip('.')}e{int(exponent)}-seed{seed}"
+    """``NAME/lr5e-4-seed0``: all digits of the rate that tell it from others, 15 of them, beyond which floats round."""
+    digits, exponent = f"{lr:.14e}".split("e")
+    short = seed if seed < 10**40 else hashlib.sha256(str(seed).encode()).hexdigest()[:40]  # names have 255 characters
+    return f"{name}/lr{digits.rstrip('0').rstrip('.')}e{int(exponent)}-seed{short}"
 
 
 def write_json(path: Path, value: Any) -> None:

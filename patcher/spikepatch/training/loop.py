@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel, get_scheduler
 
+from spikepatch.apply.values.draw import narrow
 from spikepatch.plans.optimiser import param_groups
 from spikepatch.quiet import quiet
 from spikepatch.training import checkpoints
@@ -112,8 +113,8 @@ def train(
     micro = settings.micro_batch or share
 
     # The model where it is trained, and what trains it. Sharding makes new parameters, so the optimiser comes after it.
-    for seed_generator in (torch.manual_seed, np.random.seed, random.seed):  # of dropout; batches have their own
-        seed_generator(seed + rank)
+    for seed_generator, bits in ((torch.manual_seed, 64), (np.random.seed, 32), (random.seed, 64)):
+        seed_generator(narrow(seed + rank, bits))  # of dropout; batches have their own
     model.train()
     if settings.activation_checkpointing:
         with quiet():  # of its newer name, which older versions of transformers do not have

@@ -101,6 +101,7 @@ def run_all(
         quiet_steps: Progress = steps if main else silent
         quiet_steps("reading the models")
         entries = parse_entries(models, **access)
+        _check_apart([run_folder(e.name, lr * m, seed) for m in multipliers for seed in seeds for e in entries])
         sources = {entry.name: open_source(entry.source, **access, weights=False) for entry in entries}
         _check_models(sources, settings)
         tokenizing = tokenizer_of(entries, **access)
@@ -143,6 +144,18 @@ def run_all(
         if main:
             write_json(out / "verdict.json", verdict.to_dict())
         return verdict
+
+
+def _check_apart(folders: Sequence[str]) -> None:
+    """Every run has a folder of its own."""
+    twice = sorted({folder for folder in folders if folders.count(folder) > 1})
+    if twice:
+        raise Refused(
+            what="two runs would be the same",
+            where="learning rates and seeds",
+            why=f"{', '.join(twice[:3])} would be trained twice",
+            remedy="give every learning rate and every seed once",
+        )
 
 
 def _notes(tokens: Tokens, tokenizing: Tokenizing, settings: Settings) -> Iterator[str]:

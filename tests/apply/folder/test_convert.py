@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,9 +25,12 @@ import spikepatch
 from spikepatch.apply.folder.convert import Conversion
 from spikepatch.apply.folder.drift import _blocks, drift_written
 from spikepatch.plans.plan import Fill, Plan, ScaleEmbedding
+from spikepatch.recipes.built_in import RECIPES
 from spikepatch.residual.inspect import inspect
 from spikepatch.source.open import build_meta, open_source
 from spikepatch.source.tokenizer import PROBE, SAMPLE
+from spikepatch_transforms.embed_scale import EmbedScale
+from spikepatch_transforms.small_init import SmallInit
 from tests.architectures import tiny_config, tiny_model
 from tests.folders import hashes
 from tests.residual.plain_gpt import GPT
@@ -282,6 +286,26 @@ def test_the_command_in_the_manifest_writes_the_folder_again(tiny: Path, tmp_pat
     subprocess.run([sys.executable, "-m", "spikepatch", *again], check=True, capture_output=True)
 
     assert hashes(tmp_path / "again") == hashes(result.out)
+
+
+def test_a_recipe_that_was_passed_as_an_object(tiny: Path, tmp_path: Path) -> None:
+    """What is recorded runs in a shell and writes the folder again; of what cannot be written down it says so."""
+    mine = spikepatch.Recipe("mine", (SmallInit(base="normal", std=0.01), EmbedScale()))
+    result = spikepatch.convert(str(tiny), tmp_path / "out", recipe=mine, seed=3)
+    command = shlex.split(json.loads((result.out / "spikepatch.json").read_text())["command"])
+    assert command[:2] == ["python", "-c"]
+    code = command[2].replace("'OUT'", repr(str(tmp_path / "again")))
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert hashes(tmp_path / "again") == hashes(result.out)
+
+    known = spikepatch.convert(str(tiny), tmp_path / "known", recipe=RECIPES["vanilla"])
+    assert "--recipe vanilla" in json.loads((known.out / "spikepatch.json").read_text())["command"]
+
+    own = spikepatch.Recipe("own", (lambda residual, context: SmallInit()(residual, context),))
+    result = spikepatch.convert(str(tiny), tmp_path / "closure", recipe=own)
+    command = json.loads((result.out / "spikepatch.json").read_text())["command"]
+    assert command.startswith("spikepatch.convert(")
+    assert "recipe=RECIPE" in command
 
 
 def test_the_model_card(tiny: Path, tmp_path: Path) -> None:

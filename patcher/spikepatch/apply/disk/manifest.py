@@ -20,6 +20,7 @@ from spikepatch.plans.plan import (
     Fill,
     NormEmbedding,
     Plan,
+    Recipe,
     ScaleEmbedding,
     Untie,
 )
@@ -67,6 +68,27 @@ def command_line(command: str, source: str, **options: object) -> str:
         if value is not None and value is not False:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join(words)
+
+
+def python_line(source: str, recipe: Recipe, options: Mapping[str, object]) -> str:
+    """The same for a recipe that has no name and no file: ``python -c`` with all that builds it.
+
+    Of one that is no data, such as one with a function of the caller's own, it is the call, with RECIPE in its place.
+    """
+    kinds = dict.fromkeys((Recipe, *map(type, recipe.transforms)))
+    namespace = {kind.__name__: kind for kind in kinds}
+    try:
+        known = eval(repr(recipe), dict(namespace)) == recipe
+    except Exception:  # whatever a repr that is no expression raises
+        known = False
+    whole = known and len(namespace) == len(kinds) and not any(kind.__module__ == "__main__" for kind in kinds)
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    arguments = [repr(source), repr("OUT"), *(f"{name}={value!r}" for name, value in given.items())]
+    call = f"spikepatch.convert({', '.join(arguments)}, recipe={repr(recipe) if whole else 'RECIPE'})"
+    if not whole:
+        return f"{call}  # RECIPE: {recipe.name!r}, which was passed as an object"
+    imports = [f"from {kind.__module__} import {kind.__name__}" for kind in kinds]
+    return shlex.join(["python", "-c", "; ".join(["import spikepatch", *imports, call])])
 
 
 def fingerprint(source: Source, known: Mapping[Path, str] = MappingProxyType({})) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from spikepatch.apply.disk.manifest import MANIFEST, command_line, manifest
+from spikepatch.apply.disk.manifest import MANIFEST, command_line, manifest, python_line
 from spikepatch.apply.disk.publish import check_local_target, check_space, check_target, publishing, unwritable
 from spikepatch.apply.disk.write import Written, check_shard_size, parse_dtype, write_text
 from spikepatch.apply.folder import notes
@@ -125,7 +125,7 @@ def convert(
         SpikepatchError: nothing is at ``out``, or what was there before.
     """
     report: Progress = progress or silent
-    asked_for = recipe if isinstance(recipe, str) else recipe.name
+    given = recipe
     recipe = checked_recipe(
         recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie
     )
@@ -196,23 +196,25 @@ def convert(
         report("measuring the loss over factors")
         return _with_drift(result, drift_planned(found, residual, plan, stds))
 
-    command = command_line(
-        "convert",
-        source,
-        recipe=asked_for,
-        reinit=reinit,
-        factor=factor,
-        positions=positions,
-        replace=replace,
-        untie=untie,
-        storage=storage,
-        seed=seed,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_nonfinite=allow_nonfinite,
-    )
+    options = {
+        "reinit": reinit,
+        "factor": factor,
+        "positions": positions,
+        "replace": replace,
+        "untie": untie,
+        "storage": storage,
+        "seed": seed,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "allow_nonfinite": allow_nonfinite,
+    }
+    if isinstance(given, str) or given == built_in.RECIPES.get(given.name):
+        named = given if isinstance(given, str) else given.name
+        command = command_line("convert", source, recipe=named, **options)
+    else:
+        command = python_line(source, given, options)
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
             check_space(folder, shards.bytes, found.checkpoint)

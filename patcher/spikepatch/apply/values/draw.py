@@ -91,7 +91,13 @@ def _truncated(cut: float, generator: np.random.Generator, skip: int, out: Float
 
 
 def entropy(seed: int, name: str, block: int) -> int:
+    """256 bits for one block of one tensor."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}\0{block}".encode()).digest(), "little")
+
+
+def narrow(seed: int, bits: int) -> int:
+    """``seed`` for a generator that takes ``bits`` of it: itself, or the first bits of its SHA-256 if it is longer."""
+    return seed if seed < 1 << bits else entropy(seed, "", -1) >> (256 - bits)
 
 
 def pieces(
