@@ -301,7 +301,7 @@ def test_a_recipe_that_was_passed_as_an_object(tiny: Path, tmp_path: Path) -> No
     known = spikepatch.convert(str(tiny), tmp_path / "known", recipe=RECIPES["vanilla"])
     assert "--recipe vanilla" in json.loads((known.out / "spikepatch.json").read_text())["command"]
 
-    own = spikepatch.Recipe("own", (lambda residual, context: SmallInit()(residual, context),))
+    own = spikepatch.Recipe("own", (lambda residual, context: iter([*SmallInit()(residual, context)]),))
     result = spikepatch.convert(str(tiny), tmp_path / "closure", recipe=own)
     command = json.loads((result.out / "spikepatch.json").read_text())["command"]
     assert command.startswith("spikepatch.convert(")

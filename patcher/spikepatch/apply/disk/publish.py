@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -228,6 +227,8 @@ def _locked(lock: Path, out: Path, new: Path, old: Path) -> Iterator[None]:
 
 def _acquire(lock: Path, out: Path) -> tuple[int, bool]:
     """The locked file, and whether it was there before: left by a run that was killed."""
+    import fcntl  # not on every system: see errors.check_platform
+
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
         try:
