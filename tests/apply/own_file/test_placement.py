@@ -6,7 +6,7 @@ import pytest
 
 from spikepatch.apply.own_file.build import Built
 from spikepatch.apply.own_file.placement import at_end_of_init
-from spikepatch.apply.own_file.syntax import bound_at, import_splice, parse, spelled, splice
+from spikepatch.apply.own_file.syntax import bound_at, parse, spelled, splice, with_imports
 from spikepatch.errors import Refused
 
 HEAD = "class M(Base):\n"
@@ -100,17 +100,15 @@ def test_how_the_file_writes_a_module(imports: str, name: str | None) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ('"""Doc."""\n\nimport math\n\nimport torch\n', '"""Doc."""\n\nimport math\nimport re\n\nimport torch\n'),
-        (f"{FUTURE}import torch\n", f"{FUTURE}import re\nimport torch\n"),
-        ("from torch import nn\n", "import re\nfrom torch import nn\n"),
-        ("import os\r\nimport sys\r\n", "import os\r\nimport re\r\nimport sys\r\n"),
+        ('"""Doc."""\n\nimport os\n\nimport torch\n', '"""Doc."""\n\nimport os\n\nimport torch\nimport re\n'),
+        (f"{FUTURE}import torch\n", f"{FUTURE}import torch\nimport re\n"),
+        ("import os\r\nimport sys\r\n\r\n\r\nx = 1", "import os\r\nimport sys\r\nimport re\r\n\r\n\r\nx = 1"),
+        ("import re\n", "import re\n"),
+        ("# own\nx = 1  # kept\n", "# own\nimport re\n\nx = 1  # kept\n"),
     ],
 )  # fmt: skip
-def test_an_import_is_sorted_into_the_first_group(before: str, after: str) -> None:
-    edit = import_splice(parse("m.py", before), "re")
-    assert edit is not None
-    assert splice(before, [edit]) == after
-    assert import_splice(parse("m.py", "x = 1\n"), "re") is None
+def test_an_import_goes_behind_the_others(before: str, after: str) -> None:
+    assert with_imports(before, ["re"]) == after
 
 
 def test_names_at_the_top_level() -> None:

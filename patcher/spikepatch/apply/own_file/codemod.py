@@ -20,7 +20,7 @@ import libcst as cst
 from spikepatch.apply.own_file import definitions, placement
 from spikepatch.apply.own_file.build import Built, build
 from spikepatch.apply.own_file.recheck import differences
-from spikepatch.apply.own_file.syntax import Parsed, Splice, bound_at, import_splice, parse, spelled, splice
+from spikepatch.apply.own_file.syntax import Parsed, Splice, bound_at, parse, spelled, splice, with_imports
 from spikepatch.errors import BadSource, BadTarget, Refused
 from spikepatch.plans.plan import EmbeddingEdit, NormEmbedding, Plan, Recipe, ScaleEmbedding, Untie
 from spikepatch.plans.work_out import make_plan
@@ -133,7 +133,8 @@ def rewrite(parsed: Parsed, built: Built, recipe: Recipe) -> tuple[Plan, str]:
             remedy="give the file that defines the model's class, or a factory that returns the model itself",
         )
     plan = make_plan(built.residual, built.shapes, recipe, reinit="all", seed=0)
-    return plan, splice(parsed.text, _edits(parsed, built, plan, recipe))
+    edits, modules = _edits(parsed, built, plan, recipe)
+    return plan, with_imports(splice(parsed.text, edits), modules)
 
 
 def _check_factory(factory: str) -> None:
@@ -180,8 +181,8 @@ def _guard_patched(parsed: Parsed) -> None:
         )
 
 
-def _edits(parsed: Parsed, built: Built, plan: Plan, recipe: Recipe) -> Iterator[Splice]:
-    """Every change to the file, each found before any is made."""
+def _edits(parsed: Parsed, built: Built, plan: Plan, recipe: Recipe) -> tuple[list[Splice], list[str]]:
+    """Every change to the file, each found before any is made; and the modules that it must import for them."""
     structural = plan.select(EmbeddingEdit)
     if len({dataclasses.replace(edit, module="") for edit in structural}) > 1:
         raise Refused(
@@ -194,6 +195,7 @@ def _edits(parsed: Parsed, built: Built, plan: Plan, recipe: Recipe) -> Iterator
     found = {module: spelled(parsed, module) for module in _MODULES}
     names = definitions.Names(*(name or module for module, name in found.items()))
 
+    edits: list[Splice] = []
     nodes: list[cst.CSTNode] = [root]
     wraps = False
     for edit in structural:
@@ -201,27 +203,21 @@ def _edits(parsed: Parsed, built: Built, plan: Plan, recipe: Recipe) -> Iterator
         splices, wrapped = placement.wrap(parsed, call, definitions.class_name(edit))
         nodes.append(call)
         wraps |= wrapped
-        yield from splices
+        edits += splices
     for untied in plan.select(Untie):
-        yield placement.untie(parsed, built, untied.head, untied.embedding)
-    yield placement.at_end_of_init(parsed, built, definitions.INITIALISER)
+        edits.append(placement.untie(parsed, built, untied.head, untied.embedding))
+    edits.append(placement.at_end_of_init(parsed, built, definitions.INITIALISER))
 
     added = definitions.initialiser(plan, built.shapes, names)
     if structural:
         _guard_name(parsed, definitions.class_name(structural[0]))
         added = [*definitions.embedding_class(structural[0], names, wraps=wraps), "", "", *added]
-    lines = [*definitions.header(recipe), "", "", *added]
     code = "\n".join(added)
-    missing = [
-        module for (module, name), used in zip(found.items(), names, strict=True) if name is None and f"{used}." in code
-    ]
+    missing = [module for module, name in found.items() if name is None and f"{module}." in code]
     for module in missing:
         _guard_name(parsed, module.partition(".")[0])
-    imports = [import_splice(parsed, module) for module in missing]
-    if None in imports:  # the file imports nothing
-        lines = [*(f"import {module}" for module in missing), "", "", *lines]
-    yield from (edit for edit in imports if edit is not None)
-    yield placement.before_statement(parsed, nodes, lines)
+    lines = [*definitions.header(recipe), "", "", *added]
+    return [*edits, placement.before_statement(parsed, nodes, lines)], missing
 
 
 def _guard_name(parsed: Parsed, name: str) -> None:

@@ -186,34 +186,18 @@ def at_end_of_init(parsed: Parsed, built: Built, call: str) -> Splice:
             why="its __init__ is not a plain function with a block of statements",
             remedy="write the __init__ out in the class",
         )
-    returns = _Returns()
-    function.body.visit(returns)
-    if returns.found:
+    own = parsed.scopes[function.body.body[0]]
+    returns = [found for found in m.findall(function.body, m.Return()) if parsed.scopes[found] is own]
+    if returns:
         raise Refused(
             what=f"{built.class_name}.__init__ can return early",
-            where=parsed.where(parsed.start_line(returns.found[0])),
+            where=parsed.where(parsed.start_line(returns[0])),
             why="an initialiser at its end would not always run",
             remedy="let it run to its end, with if and else in place of return",
         )
     parameters = [*function.params.posonly_params, *function.params.params]
     name = parameters[0].name.value if parameters else "self"
     return _after(parsed, function.body, [f"{_indent(parsed, function.body)}{call}({name})"])
-
-
-class _Returns(cst.CSTVisitor):
-    """The return statements of a function itself, not of those inside it."""
-
-    def __init__(self) -> None:
-        self.found: list[cst.Return] = []
-
-    def visit_Return(self, node: cst.Return) -> None:  # noqa: N802
-        self.found.append(node)
-
-    def visit_FunctionDef(self, node: cst.FunctionDef) -> bool:  # noqa: N802
-        return False
-
-    def visit_ClassDef(self, node: cst.ClassDef) -> bool:  # noqa: N802
-        return False
 
 
 def class_definition(parsed: Parsed, built: Built) -> cst.ClassDef:

@@ -12,6 +12,8 @@ from typing import Any
 
 import libcst as cst
 from libcst import metadata
+from libcst.codemod import CodemodContext
+from libcst.codemod.visitors import AddImportsVisitor
 
 from spikepatch.errors import BadSource
 
@@ -128,21 +130,12 @@ def spelled(parsed: Parsed, target: str) -> str | None:
     return min(found, key=len, default=None)
 
 
-def import_splice(parsed: Parsed, module: str) -> Splice | None:
-    """``import module`` in the first group of imports at the top level, sorted; None where there is no import."""
-    line = f"import {module}{parsed.newline}"
-    end: int | None = None
-    for small in _imports(parsed):
-        if isinstance(small, cst.ImportFrom) and _dotted(small.module) == "__future__":
-            continue
-        statement = parsed.parents[small]
-        start = parsed.starts[parsed.start_line(statement) - 1]
-        if end is not None and start != end:
-            break  # another group
-        if isinstance(small, cst.ImportFrom) or small.names[0].evaluated_name > module:
-            return Splice(start, start, line)
-        end = (*parsed.starts, len(parsed.text))[parsed.positions[statement].end.line]
-    return None if end is None else Splice(end, end, line)
+def with_imports(text: str, modules: Iterable[str]) -> str:
+    """``text`` with ``import module`` behind its own imports, for each; libcst places them."""
+    context = CodemodContext()
+    for module in modules:
+        AddImportsVisitor.add_needed_import(context, module)
+    return AddImportsVisitor(context).transform_module(cst.parse_module(text)).code
 
 
 def _imports(parsed: Parsed) -> list[cst.Import | cst.ImportFrom]:
