@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
-
-#: Decoder-only language models of every structure that the first version supports.
-TYPES = (
-    "gpt2", "gpt_neox", "gptj", "falcon", "llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "opt", "bloom",
-    "phi", "stablelm", "mamba", "mixtral", "granite",
-)  # fmt: skip
-
-#: Types whose embedding already meets the large-shortcut condition, so that scaled-embed refuses them.
-SCALED_ALREADY = ("gemma2", "bloom")
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 _SMALL = {
     "hidden_size": 64, "n_embd": 64, "intermediate_size": 96, "ffn_dim": 128, "num_hidden_layers": 3, "n_layer": 3,
@@ -54,6 +52,19 @@ def encoder_decoder(model_type: str, **changes: Any) -> PreTrainedModel:
         torch.manual_seed(0)
         config = AutoConfig.for_model(model_type, **small | changes)
         return AutoModelForSeq2SeqLM.from_config(config).eval()
+
+
+def tiny_whisper() -> PreTrainedModel:
+    """An encoder of sound, which has no token embeddings, and a decoder of text; two layers each, a width of 64."""
+    config = AutoConfig.for_model(
+        "whisper", d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, max_source_positions=30,
+        max_target_positions=64, vocab_size=500, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForSpeechSeq2Seq.from_config(config).eval()
 
 
 def ids(model: PreTrainedModel, tokens: int = 12) -> torch.Tensor:

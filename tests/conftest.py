@@ -34,6 +34,35 @@ settings.register_profile("spikepatch", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("spikepatch")
 
+#: What never imports torch: `pytest --light` runs these files alone, in seconds, and fails if one did.
+LIGHT = (
+    "test_package.py", "plans/test_plan.py", "plans/test_work_out.py", "recipes/test_built_in.py",
+    "recipes/test_megatron.py", "transforms", "report", "residual/test_words.py", "apply/own_file/test_placement.py",
+    "source/test_arrivals.py", "source/test_formats.py", "training/test_batches.py", "training/test_documents.py",
+    "training/test_live_line.py", "training/test_log.py", "training/test_page.py", "training/test_permutation.py",
+    "training/test_scores.py", "training/test_spikes.py", "training/test_trackers.py", "training/test_verdict.py",
+)  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--light", action="store_true", help="only what never imports torch")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --light, nothing else is even imported."""
+    if not config.getoption("--light"):
+        return None
+    place = collection_path.relative_to(Path(__file__).parent).as_posix()
+    wanted = any(f"{place}/".startswith(f"{name}/") or f"{name}/".startswith(f"{place}/") for name in LIGHT)
+    return None if place == "." or wanted else True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--light") and "torch" in sys.modules:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        sys.stderr.write("\na light test has imported torch\n")
+
+
 CACHE = Path(os.environ.get("SPIKEPATCH_TEST_CACHE") or Path.home() / ".cache" / "spikepatch-tests")
 
 #: In a process of its own: it takes 1 GB of memory, and warnings of the libraries are not ours.

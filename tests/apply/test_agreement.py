@@ -17,7 +17,8 @@ from spikepatch.recipes.built_in import RECIPES
 from spikepatch_transforms.embed_norm import EmbedNorm
 from spikepatch_transforms.residual_init import ResidualInit
 from spikepatch_transforms.small_init import SmallInit
-from tests.architectures import SCALED_ALREADY, TYPES, encoder_decoder, ids, tiny_config, tiny_model
+from tests.architectures import encoder_decoder, ids, tiny_config, tiny_model
+from tests.residual.maps import SCALED_ALREADY, TYPES
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

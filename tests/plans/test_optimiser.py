@@ -12,7 +12,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import spikepatch
 from spikepatch.errors import Refused
-from tests.architectures import TYPES, ids, tiny_model
+from tests.architectures import ids, tiny_model
+from tests.residual.maps import TYPES
 
 
 def names(model: nn.Module, group: dict[str, Any]) -> set[str]:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
-import spikepatch
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import (
     Constant,
@@ -35,33 +31,8 @@ from spikepatch.plans.plan import (
 )
 from spikepatch.plans.work_out import make_plan
 from spikepatch.recipes.built_in import RECIPES, find, with_options
-from spikepatch.residual.map import ResidualMap
-from spikepatch.runtime.embedding import pattern
-from spikepatch.source.layout import tensor_shapes
-from spikepatch.source.meta import build_meta
-from tests.architectures import SCALED_ALREADY, TYPES, tiny_model
-
-
-@functools.cache
-def mapped(model_type: str, **changes: Any) -> tuple[ResidualMap, dict[str, tuple[int, ...]]]:
-    """The tiny model's map, and the shapes of its tensors."""
-    model = tiny_model(model_type, **changes)
-    return spikepatch.inspect(model), tensor_shapes(model)
-
-
-def plan_of(
-    model_type: str, recipe: str = "scaled-embed", *, reinit: str = "all", std: float | None = None, **options: Any
-) -> Plan:
-    residual, tensors = mapped(model_type)
-    token = residual.token_embedding
-    return make_plan(
-        residual,
-        tensors,
-        with_options(find(recipe), **options),
-        reinit=reinit,  # type: ignore[arg-type]
-        seed=0,
-        embedding_stds={token.parameter: std} if token is not None and std is not None else None,
-    )
+from spikepatch.residual.map import ResidualMap, pattern
+from tests.residual.maps import SCALED_ALREADY, TYPES, mapped, plan_of
 
 
 def fresh(residual: ResidualMap, shapes: Mapping[str, tuple[int, ...]], recipe: str = "vanilla") -> Plan:
@@ -153,25 +124,6 @@ def test_blocks_by_formula(model_type: str) -> None:
     assert found == pytest.approx(expected, rel=1e-15)
 
 
-@pytest.mark.parametrize(
-    ("layers", "width", "small", "residual"),
-    [(24, 1024, 0.01976, 0.002853), (24, 2304, 0.01318, 0.001902), (40, 5120, 0.00884, 0.000988)],
-)
-def test_the_papers_stds(layers: int, width: int, small: float, residual: float) -> None:
-    """The models of the paper at full size, on the meta device; its table gives four digits."""
-    config = AutoConfig.for_model("gpt2", n_layer=layers, n_embd=width, n_head=16)
-    config.architectures = ["GPT2LMHeadModel"]
-    model = build_meta(AutoModelForCausalLM._model_mapping[type(config)], config, where="the paper")
-    plan = spikepatch.plan(model, reinit="all")
-    found = stds(plan)
-    assert len(plan.sublayers) == 2 * layers
-    assert found["transformer.wte.weight"] == pytest.approx(small, rel=6e-4)
-    projections = {round(std, 12) for name, std in found.items() if "c_proj" in name}
-    assert projections == {round(math.sqrt(2 / (5 * width)) / math.sqrt(2 * layers), 12)}
-    assert projections.pop() == pytest.approx(residual, rel=6e-4)
-    assert plan.select(ScaleEmbedding) == [ScaleEmbedding("transformer.wte", math.sqrt(width), per_width=True)]
-
-
 @pytest.mark.parametrize("multiplier", [0.25, 1.5])
 def test_a_multiplier_on_the_branch_is_divided_out(multiplier: float) -> None:
     residual, tensors = mapped("granite", residual_multiplier=multiplier)
@@ -218,13 +170,6 @@ def test_factors() -> None:
     assert factors(reinit="none", std=0.125, factor=2.0) == [ScaleEmbedding("transformer.wte", 2.0)]
     positions = factors(positions=True)
     assert [edit.module for edit in positions] == ["transformer.wte", "transformer.wpe"]
-
-
-def test_source_string_and_model_give_the_same_plan(tmp_path: Path) -> None:
-    tiny_model("gpt2").config.save_pretrained(tmp_path)
-    from_string = spikepatch.plan(str(tmp_path), "embed-ln", reinit="all", seed=5)
-    from_model = spikepatch.plan(tiny_model("gpt2"), "embed-ln", reinit="all", seed=5)
-    assert dataclasses.replace(from_string, source=from_model.source) == from_model
 
 
 # Plans as data.
@@ -388,7 +333,7 @@ def test_duplicates(edit: Edit, name: str) -> None:
 @pytest.mark.parametrize("options", [{"factor": 2.0}, {"positions": True}, {"replace": True}])
 def test_options_of_scaled_embed_only(recipe: str, options: dict[str, Any]) -> None:
     with pytest.raises(Refused, match="--factor, --positions and --replace are for recipes that scale"):
-        spikepatch.plan("arch:gpt2", recipe, reinit="all", **options)
+        plan_of("gpt2", recipe, **options)
 
 
 @pytest.mark.parametrize(
@@ -404,4 +349,4 @@ def test_options_of_scaled_embed_only(recipe: str, options: dict[str, Any]) -> N
 )
 def test_options_without_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(Refused, match=message):
-        spikepatch.plan("arch:gpt2", **{"reinit": "all"} | options)
+        plan_of("gpt2", **options)

@@ -19,7 +19,8 @@ from spikepatch.preflight.values import live
 from spikepatch.residual.inspect import map_of
 from spikepatch.residual.stream import find
 from spikepatch.residual.trace import trace
-from tests.architectures import TYPES, tiny_model
+from tests.architectures import tiny_model
+from tests.residual.maps import TYPES
 
 CPU = torch.device("cpu")
 

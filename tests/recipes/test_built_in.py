@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
-from transformers import AutoConfig, AutoModelForCausalLM
 
-import spikepatch
 from spikepatch.cli import main
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import Fill, Recipe, Transform
@@ -25,9 +21,7 @@ from spikepatch_transforms.embed_norm import EmbedNorm
 from spikepatch_transforms.embed_scale import EmbedScale
 from spikepatch_transforms.residual_init import ResidualInit
 from spikepatch_transforms.small_init import SmallInit
-from tests.architectures import tiny_config, tiny_model
-
-EPS = torch.finfo(torch.float32).eps
+from tests.residual.maps import plan_of
 
 
 def write(folder: Path, text: str) -> Path:
@@ -72,27 +66,6 @@ def test_a_misspelt_name() -> None:
         find("scaled_embed")
     with pytest.raises(Refused, match="spikepatch recipes"):
         find("xyzzy")
-
-
-@pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_generated_class_draws_what_the_recipe_would(name: str, model_type: str, tmp_path: Path) -> None:
-    """For a config of twice the width and depth: compared with a plan that is made for such a model."""
-    tiny_config(model_type).save_pretrained(tmp_path / "source")
-    spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", recipe=name, storage="code")
-    larger = {"hidden_size": 128, "num_hidden_layers": 6, "intermediate_size": 192, "head_dim": 32}
-    changes = {key: value for key, value in larger.items() if hasattr(tiny_config(model_type), key)}
-    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True, **changes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    plan = spikepatch.plan(tiny_model(model_type, **changes), name, reinit="all")
-    fills = plan.select(Fill)
-    assert len(fills) >= 6 * 4
-    for fill in fills:
-        weight = fresh.get_parameter(fill.parameter).detach().double()
-        assert abs(float(weight.std()) / fill.std - 1) < 6 / math.sqrt(2 * weight.numel()), fill.parameter
-        assert fill.distribution == "normal" or float(weight.abs().max()) <= fill.cut * fill.size * (1 + EPS)
 
 
 # TOML files.
@@ -192,7 +165,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_recipe_without_transforms() -> None:
     with pytest.raises(Refused, match="the recipe empty changes nothing"):
-        spikepatch.plan(tiny_model("gpt2"), Recipe("empty", ()), reinit="all")
+        plan_of("gpt2", Recipe("empty", ()))
 
 
 def test_the_command_shows_what_a_file_may_hold(tmp_path: Path) -> None:
@@ -217,24 +190,6 @@ def test_verbose_shows_every_option(tmp_path: Path) -> None:
     short, long = (CliRunner().invoke(main, ["recipes", "vanilla", *more]).output for more in ([], ["-v"]))
     assert "\nsmall_init()\n" in short
     assert "\nsmall_init(base='small', std=None, cut=0.0, uniform=False, token_embedding=True)\n" in long
-
-
-def test_a_file_by_the_command(tmp_path: Path) -> None:
-    """From the file to the manifest: the name travels, and the same plan comes from the object."""
-    tiny_config("gpt2").save_pretrained(tmp_path / "source")
-    recipe = write(tmp_path, TEXT)
-    out = tmp_path / "out"
-    arguments = ["convert", str(tmp_path / "source"), str(out), "--recipe", str(recipe), "--seed", "3"]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
-    manifest = json.loads((out / "spikepatch.json").read_text())
-    assert manifest["plan"]["recipe"] == "scaled-002"
-    assert f"--recipe {recipe}" in manifest["command"]
-    record = json.loads((out / "config.json").read_text())["spikepatch"]
-    assert record["recipe"] == "scaled-002"
-    assert record["no_decay"] == ["transformer.wte.weight", "transformer.wpe.weight"]
-    plan = spikepatch.plan(str(tmp_path / "source"), read_recipe(recipe), reinit="all", seed=3)
-    assert json.loads(plan.to_json()) == manifest["plan"]
 
 
 # A user's own objects.
@@ -274,22 +229,10 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_an_own_transform_from_the_current_directory(own_module: str) -> None:
     path = list(sys.path)
-    plan = spikepatch.plan(tiny_model("gpt2"), f"{own_module}:RECIPE", reinit="all")
+    plan = plan_of("gpt2", f"{own_module}:RECIPE")
     assert sys.path == path
     assert plan.recipe == "ramp"
     assert [fill.std for fill in plan.select(Fill)] == pytest.approx([0.01 * (1 + i) for i in range(6)])
-    model = tiny_model("gpt2")
-    spikepatch.patch(model, plan)
-    for fill in plan.select(Fill):
-        weight = model.get_parameter(fill.parameter).detach().double()
-        assert abs(float(weight.std()) / fill.std - 1) < 6 / math.sqrt(2 * weight.numel())
-
-
-def test_an_own_recipe_by_the_command(own_module: str) -> None:
-    result = CliRunner().invoke(main, ["convert", "arch:gpt2", "out", "--recipe", f"{own_module}:RECIPE", "--dry-run"])
-    assert result.exit_code == 0, result.output
-    assert "std 0.24: 1 parameters, such as transformer.h.11.mlp.c_proj.weight" in result.output
-    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
@@ -318,7 +261,7 @@ def test_what_is_no_recipe(name: str, message: str, own_module: str) -> None:
 def test_a_choice_that_there_is_not(transform: Transform, message: str) -> None:
     """What a type checker would have said."""
     with pytest.raises(Refused, match=message):
-        spikepatch.plan(tiny_model("gpt2"), Recipe("mine", (transform,)), reinit="all")
+        plan_of("gpt2", Recipe("mine", (transform,)))
 
 
 def test_an_error_in_the_users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

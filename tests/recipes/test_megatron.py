@@ -14,11 +14,8 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
-from transformers import AutoConfig, AutoModelForCausalLM
 
-import spikepatch
 from spikepatch.cli import main
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import Fill, Plan, Recipe, ScaleEmbedding, Untie
@@ -28,6 +25,7 @@ from spikepatch_transforms.embed_init import EmbedInit
 from spikepatch_transforms.embed_scale import EmbedScale
 from spikepatch_transforms.residual_init import ResidualInit
 from spikepatch_transforms.small_init import SmallInit
+from tests.residual.maps import plan_of
 
 WIDTH, LAYERS, VOCAB = 96, 3, 640
 TYPES = {"int": int, "float": float, "str": str}
@@ -68,10 +66,8 @@ def megatron_stds(options: argparse.Namespace) -> dict[str, float]:
 
 
 def planned(recipe: Recipe) -> Plan:
-    config = AutoConfig.for_model("gpt2", n_embd=WIDTH, n_layer=LAYERS, n_head=4, vocab_size=VOCAB, n_positions=32)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return spikepatch.plan(model, recipe, reinit="all")
+    changes = {"hidden_size": WIDTH, "n_embd": WIDTH, "vocab_size": VOCAB}
+    return plan_of("gpt2", recipe, changes=changes)
 
 
 ROLES = {

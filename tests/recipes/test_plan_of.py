@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -9,12 +10,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import spikepatch
+from spikepatch.plans.plan import (
+    Fill,
+    Plan,
+    ScaleEmbedding,
+)
 from spikepatch.recipes.plan_of import element_std
 from spikepatch.source.checkpoint import read_checkpoint
 from spikepatch.source.header import TensorEntry
 from spikepatch.source.match import _equal
+from spikepatch.source.meta import build_meta
 from spikepatch.source.pieces import loaded_pieces, pieces
+from tests.architectures import tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +73,33 @@ def test_equal(tmp_path: Path) -> None:
     y[2999] += 1
     entries = stored(tmp_path, a=x, b=x.clone(), c=y, d=x.clone().reshape(30, 100))
     assert [_equal(entries[0], other) for other in entries] == [True, True, False, False]
+
+
+def stds(plan: Plan) -> dict[str, float]:
+    return {fill.parameter: fill.std for fill in plan.select(Fill)}
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "small", "residual"),
+    [(24, 1024, 0.01976, 0.002853), (24, 2304, 0.01318, 0.001902), (40, 5120, 0.00884, 0.000988)],
+)
+def test_the_papers_stds(layers: int, width: int, small: float, residual: float) -> None:
+    """The models of the paper at full size, on the meta device; its table gives four digits."""
+    config = AutoConfig.for_model("gpt2", n_layer=layers, n_embd=width, n_head=16)
+    config.architectures = ["GPT2LMHeadModel"]
+    model = build_meta(AutoModelForCausalLM._model_mapping[type(config)], config, where="the paper")
+    plan = spikepatch.plan(model, reinit="all")
+    found = stds(plan)
+    assert len(plan.sublayers) == 2 * layers
+    assert found["transformer.wte.weight"] == pytest.approx(small, rel=6e-4)
+    projections = {round(std, 12) for name, std in found.items() if "c_proj" in name}
+    assert projections == {round(math.sqrt(2 / (5 * width)) / math.sqrt(2 * layers), 12)}
+    assert projections.pop() == pytest.approx(residual, rel=6e-4)
+    assert plan.select(ScaleEmbedding) == [ScaleEmbedding("transformer.wte", math.sqrt(width), per_width=True)]
+
+
+def test_source_string_and_model_give_the_same_plan(tmp_path: Path) -> None:
+    tiny_model("gpt2").config.save_pretrained(tmp_path)
+    from_string = spikepatch.plan(str(tmp_path), "embed-ln", reinit="all", seed=5)
+    from_model = spikepatch.plan(tiny_model("gpt2"), "embed-ln", reinit="all", seed=5)
+    assert dataclasses.replace(from_string, source=from_model.source) == from_model

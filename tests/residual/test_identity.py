@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spikepatch.residual.identity import Values, forward_of
 from spikepatch.runtime.embedding import norm_output, scale_output
-from tests.architectures import TYPES, ids, tiny_config, tiny_model
+from tests.architectures import ids, tiny_config, tiny_model
+from tests.residual.maps import TYPES
 
 
 def same_function(first: PreTrainedModel, second: PreTrainedModel) -> bool:

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 import spikepatch
 from spikepatch.errors import SpikepatchError
 from spikepatch.residual.map import ResidualMap
-from tests.architectures import TYPES
 from tests.residual import configs
 from tests.residual.configs import model_class, tiny_config_for
+from tests.residual.maps import TYPES
 from tests.residual.test_golden import golden
 
 #: Structurally different types, in the default suite; the others are slow.

@@ -17,8 +17,9 @@ from spikepatch.residual.ops import op
 from spikepatch.residual.record import record
 from spikepatch.residual.trace import Trace, example_of, exported, recorded, trace
 from spikepatch.source.meta import build_meta
-from tests.architectures import TYPES, tiny_model
+from tests.architectures import tiny_model
 from tests.residual import configs
+from tests.residual.maps import TYPES
 from tests.residual.test_stream import EXAMPLE, Block
 
 

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 import spikepatch
 from spikepatch.errors import Refused
 from spikepatch.residual.map import ResidualMap
-from tests.architectures import TYPES, tiny_model
+from tests.architectures import tiny_model
+from tests.residual.maps import TYPES
 
 
 @pytest.fixture(scope="module", params=TYPES)

@@ -11,7 +11,8 @@ from torch import nn
 
 from spikepatch.residual.inspect import inspect
 from spikepatch.training.points import gradient_norms, points_of, watching
-from tests.architectures import TYPES, ids, tiny_model
+from tests.architectures import ids, tiny_model
+from tests.residual.maps import TYPES
 
 EPS = torch.finfo(torch.float32).eps
 

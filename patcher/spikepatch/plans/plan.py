@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from spikepatch.residual.map import ResidualMap
+from spikepatch.residual.map import ResidualMap, pattern
 
 Reinit = Literal["all", "residual", "none"]
 REINITS: tuple[Reinit, ...] = ("all", "residual", "none")
@@ -284,8 +284,6 @@ class Plan:
                     embeddings[edit.module] = {"norm": edit.kind, "eps": edit.eps, "affine": edit.affine}
                 case DetachEmbedding():
                     embeddings[edit.module] = {"gradient": edit.gradient}
-        from spikepatch.runtime.embedding import pattern
-
         init = None
         if self.reinit == "all" and self.written:
             streams = [
@@ -315,8 +313,6 @@ class Plan:
 
 def _by_pattern(edits: list[ValueEdit]) -> list[dict[str, Any]]:
     """One entry per pattern where all layers agree, else one per parameter."""
-    from spikepatch.runtime.embedding import pattern
-
     groups: dict[str, list[ValueEdit]] = {}
     for edit in edits:
         groups.setdefault(pattern(edit.parameter), []).append(edit)

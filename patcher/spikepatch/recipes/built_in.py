@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from spikepatch.errors import Refused, did_you_mean
-from spikepatch.plans.plan import Recipe, cut_std
+from spikepatch.plans.plan import REINITS, Recipe, cut_std
 from spikepatch.recipes.files import check_choices, read_recipe
 from spikepatch_transforms.embed_detach import EmbedDetach
 from spikepatch_transforms.embed_init import EmbedInit
@@ -196,3 +196,32 @@ def with_options(
     if untie and not any(isinstance(transform, UntieHead) for transform in transforms):
         transforms = (UntieHead(), *transforms)
     return dataclasses.replace(recipe, transforms=transforms)
+
+
+def checked_recipe(
+    recipe: str | Recipe,
+    *,
+    reinit: str,
+    seed: int,
+    factor: float | None,
+    positions: bool,
+    replace: bool,
+    untie: bool,
+) -> Recipe:
+    """The recipe with the options in its transforms, once all are found to be sensible.
+
+    Raises:
+        Refused: they are not, or there is no such recipe.
+    """
+    if reinit not in REINITS:
+        raise Refused(
+            what=f"there is no reinit mode {reinit!r}",
+            where="reinit",
+            why="the modes are " + ", ".join(REINITS),
+            remedy=did_you_mean(
+                reinit, REINITS, "all: a fresh model to pre-train; residual or none: learned weights are kept"
+            ),
+        )
+    if seed < 0:
+        raise Refused(what="a negative seed", where=f"seed={seed}", why="seeds count from 0", remedy="give 0 or more")
+    return with_options(find(recipe), factor=factor, positions=positions, replace=replace, untie=untie)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from spikepatch.errors import BadSource, Refused, did_you_mean
-from spikepatch.plans.plan import REINITS, Plan, Recipe, Reinit
+from spikepatch.errors import BadSource, Refused
+from spikepatch.plans.plan import Plan, Recipe, Reinit
 from spikepatch.plans.work_out import make_plan
 from spikepatch.recipes import built_in
 from spikepatch.residual.inspect import inspect
@@ -53,7 +53,7 @@ def plan(
     Raises:
         SpikepatchError: the model cannot be read or mapped, or the recipe does not apply to it.
     """
-    recipe = checked_recipe(
+    recipe = built_in.checked_recipe(
         recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie
     )
     stds: dict[str, float] = {}
@@ -73,37 +73,6 @@ def plan(
         tables = {name: model.get_parameter(name) for name in names}
         stds = {name: element_std(loaded_pieces(table), table.numel()) for name, table in tables.items()}
     return make_plan(residual, tensor_shapes(model), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
-
-
-def checked_recipe(
-    recipe: str | Recipe,
-    *,
-    reinit: str,
-    seed: int,
-    factor: float | None,
-    positions: bool,
-    replace: bool,
-    untie: bool,
-) -> Recipe:
-    """The recipe with the options in its transforms, once all are found to be sensible.
-
-    Raises:
-        Refused: they are not, or there is no such recipe.
-    """
-    if reinit not in REINITS:
-        raise Refused(
-            what=f"there is no reinit mode {reinit!r}",
-            where="reinit",
-            why="the modes are " + ", ".join(REINITS),
-            remedy=did_you_mean(
-                reinit, REINITS, "all: a fresh model to pre-train; residual or none: learned weights are kept"
-            ),
-        )
-    if seed < 0:
-        raise Refused(what="a negative seed", where=f"seed={seed}", why="seeds count from 0", remedy="give 0 or more")
-    return built_in.with_options(
-        built_in.find(recipe), factor=factor, positions=positions, replace=replace, untie=untie
-    )
 
 
 def check_learned(model: nn.Module, reinit: Reinit) -> None:

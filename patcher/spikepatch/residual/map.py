@@ -204,3 +204,11 @@ class ResidualMap:
     def token_embedding(self) -> Embedding | None:
         """The table that the input ids index; the first one, where there are several."""
         return next((e for e in self.embeddings if e.kind == "token"), None)
+
+
+def pattern(name: str) -> str:
+    """The name with every part that is a number replaced: ``h.3.attn.weight`` -> ``h.*.attn.weight``.
+
+    ``runtime/embedding.py``, which stands alone, has the same function.
+    """
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

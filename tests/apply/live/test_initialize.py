@@ -24,8 +24,9 @@ from spikepatch.plans.plan import Plan
 from tests import ROOT
 from tests.apply.live.ranks import FOUR, TWO, compare, meta_model, spoil
 from tests.apply.live.test_patch import refused as patch_refused
-from tests.architectures import SCALED_ALREADY, TYPES, ids, tiny_config, tiny_model
+from tests.architectures import ids, tiny_config, tiny_model
 from tests.residual.configs import CLASSES, model_class, tiny_config_for
+from tests.residual.maps import SCALED_ALREADY, TYPES
 from tests.residual.test_stream import EXAMPLE, Model
 
 

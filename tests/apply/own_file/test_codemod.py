@@ -30,7 +30,7 @@ from spikepatch.cli import main
 from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
 from spikepatch.plans.plan import Fill, Plan, Recipe
 from spikepatch.recipes.built_in import RECIPES
-from spikepatch.recipes.plan_of import checked_recipe
+from spikepatch.recipes.built_in import checked_recipe
 from spikepatch.runtime.embedding import install
 
 MODELS = Path(__file__).parent / "models"

@@ -18,7 +18,8 @@ from spikepatch.apply.values.draw import gaussian
 from spikepatch.plans.plan import Fill
 from spikepatch.source.layout import layout
 from spikepatch.source.meta import skeleton
-from tests.architectures import TYPES, tiny_model
+from tests.architectures import tiny_model
+from tests.residual.maps import TYPES
 
 #: Further structures: shared experts, hybrids, other fused experts.
 MORE = ("qwen2_moe", "jamba", "deepseek_v3", "olmoe", "phimoe")

@@ -29,7 +29,8 @@ from spikepatch.plans.plan import Plan, Recipe, Reinit
 from spikepatch.plans.work_out import make_plan
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes import built_in
-from spikepatch.recipes.plan_of import check_weights, checked_recipe, embedding_stds
+from spikepatch.recipes.built_in import checked_recipe
+from spikepatch.recipes.plan_of import check_weights, embedding_stds
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source.classes import original_in

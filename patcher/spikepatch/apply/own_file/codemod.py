@@ -25,7 +25,7 @@ from spikepatch.errors import BadSource, BadTarget, Refused
 from spikepatch.plans.plan import EmbeddingEdit, NormEmbedding, Plan, Recipe, ScaleEmbedding, Untie
 from spikepatch.plans.work_out import make_plan
 from spikepatch.recipes import built_in
-from spikepatch.recipes.plan_of import checked_recipe
+from spikepatch.recipes.built_in import checked_recipe
 
 #: What the inserted code uses.
 _MODULES = ("torch.nn", "math", "re")

@@ -1,0 +1,129 @@
+"""Recipes on their way through the commands, and into generated classes."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import spikepatch
+from spikepatch.cli import main
+from spikepatch.plans.plan import Fill
+from spikepatch.recipes.built_in import RECIPES
+from spikepatch.recipes.files import read_recipe
+from tests.architectures import tiny_config, tiny_model
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "my.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+TEXT = """
+name = "scaled-002"
+equation = "W ~ N(0, 0.02^2)"
+no_decay_embeddings = true
+
+[[transform]]
+kind = "small_init"
+base = "normal"
+std = 0.02
+cut = 3  # a whole number is a number
+
+[[transform]]
+kind = "residual_init"
+scale = "wang"
+
+[[transform]]
+kind = "embed_norm"
+norm = "rmsnorm"
+affine = false
+"""
+
+
+MODULE = """
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from spikepatch import Recipe
+from spikepatch.plans.plan import Context, Edit, Fill, Skip
+from spikepatch.residual.map import ResidualMap
+
+
+@dataclass(frozen=True)
+class Ramp:
+    step: float
+
+    def __call__(self, residual: ResidualMap, context: Context) -> Iterator[Edit | Skip]:
+        for p in residual.residual_projections:
+            yield Fill(p.parameter, self.step * (1 + p.sublayer))
+
+
+RECIPE = Recipe("ramp", (Ramp(0.01),))
+TAKEN = Recipe("vanilla", (Ramp(0.01),))
+BAD = Recipe("no name: this", (Ramp(0.01),))
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "own_ramp.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_ramp", raising=False)
+    return "own_ramp"
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_generated_class_draws_what_the_recipe_would(name: str, model_type: str, tmp_path: Path) -> None:
+    """For a config of twice the width and depth: compared with a plan that is made for such a model."""
+    tiny_config(model_type).save_pretrained(tmp_path / "source")
+    spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", recipe=name, storage="code")
+    larger = {"hidden_size": 128, "num_hidden_layers": 6, "intermediate_size": 192, "head_dim": 32}
+    changes = {key: value for key, value in larger.items() if hasattr(tiny_config(model_type), key)}
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True, **changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    plan = spikepatch.plan(tiny_model(model_type, **changes), name, reinit="all")
+    fills = plan.select(Fill)
+    assert len(fills) >= 6 * 4
+    for fill in fills:
+        weight = fresh.get_parameter(fill.parameter).detach().double()
+        assert abs(float(weight.std()) / fill.std - 1) < 6 / math.sqrt(2 * weight.numel()), fill.parameter
+        assert fill.distribution == "normal" or float(weight.abs().max()) <= fill.cut * fill.size * (1 + EPS)
+
+
+def test_a_file_by_the_command(tmp_path: Path) -> None:
+    """From the file to the manifest: the name travels, and the same plan comes from the object."""
+    tiny_config("gpt2").save_pretrained(tmp_path / "source")
+    recipe = write(tmp_path, TEXT)
+    out = tmp_path / "out"
+    arguments = ["convert", str(tmp_path / "source"), str(out), "--recipe", str(recipe), "--seed", "3"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((out / "spikepatch.json").read_text())
+    assert manifest["plan"]["recipe"] == "scaled-002"
+    assert f"--recipe {recipe}" in manifest["command"]
+    record = json.loads((out / "config.json").read_text())["spikepatch"]
+    assert record["recipe"] == "scaled-002"
+    assert record["no_decay"] == ["transformer.wte.weight", "transformer.wpe.weight"]
+    plan = spikepatch.plan(str(tmp_path / "source"), read_recipe(recipe), reinit="all", seed=3)
+    assert json.loads(plan.to_json()) == manifest["plan"]
+
+
+def test_an_own_recipe_by_the_command(own_module: str) -> None:
+    result = CliRunner().invoke(main, ["convert", "arch:gpt2", "out", "--recipe", f"{own_module}:RECIPE", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "std 0.24: 1 parameters, such as transformer.h.11.mlp.c_proj.weight" in result.output
+    assert not Path("out").exists()
