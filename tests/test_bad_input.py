@@ -300,6 +300,7 @@ def test_refused(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert everything(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_real_bert(minilm: Path, tmp_path: Path) -> None:
     before = hashes(minilm)
     command = [sys.executable, "-m", "spikepatch", "convert", str(minilm), str(tmp_path / "out")]
@@ -345,6 +346,7 @@ def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
     assert "cannot be made" in done.output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a limit on file sizes")
 def test_a_full_disk(tmp_path: Path) -> None:
     config(tmp_path / "source")
@@ -498,6 +500,7 @@ def test_a_second_run_to_one_folder(tmp_path: Path) -> None:
     assert "wait until it has ended" in done.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"), [("size=64k", "the disk is too full"), ("ro", "cannot be made")], ids=["full", "read-only"]
 )

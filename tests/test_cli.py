@@ -78,6 +78,7 @@ print(sorted({"torch", "transformers", "numpy", "libcst", "rich", "huggingface_h
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_help_is_quick() -> None:
     seconds = []
     for _ in range(3):
@@ -197,6 +198,7 @@ def test_a_recipe_of_ones_own_in_detail(tmp_path: Path) -> None:
     assert "small_init(base='normal', std=0.01)" in CliRunner().invoke(main, ["recipes", str(file)]).output
 
 
+@pytest.mark.slow
 def test_quiet_prints_the_result_and_nothing_else(source: str, tmp_path: Path) -> None:
     done = run("convert", source, str(tmp_path / "out"), "-q")
     assert (done.returncode, done.stderr) == (0, "")
@@ -237,6 +239,7 @@ def test_what_megatron_lacks_is_named_and_nothing_else(words: list[str], missing
     assert f"--for needs {missing}." in done.stderr
 
 
+@pytest.mark.slow
 def test_a_used_folder_is_refused_before_torch_is_loaded(source: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/x").touch()
@@ -295,6 +298,7 @@ def test_completion_is_switched_on_as_the_help_says() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_convert_prints_the_result_on_stdout_and_progress_on_stderr(source: str, tmp_path: Path) -> None:
     done = run("convert", source, str(tmp_path / "out"))
 
@@ -313,6 +317,7 @@ def test_convert_prints_the_result_on_stdout_and_progress_on_stderr(source: str,
     assert lines[-1] == f'load it with AutoModelForCausalLM.from_pretrained("{tmp_path}/out", trust_remote_code=True)'
 
 
+@pytest.mark.slow
 def test_convert_as_json(source: str, tmp_path: Path) -> None:
     done = run("convert", source, str(tmp_path / "out"), "--json")
     result = json.loads(done.stdout)
@@ -353,6 +358,7 @@ def assert_has(data: Any, contract: Any) -> None:
         assert isinstance(data, contract), (data, contract)
 
 
+@pytest.mark.slow
 def test_inspect_as_json() -> None:
     done = run("inspect", "arch:gpt2", "--json")
     data = json.loads(done.stdout)
@@ -372,6 +378,7 @@ def test_inspect_as_json() -> None:
     assert any(norm.items() <= found.items() for found in data["norms"])
 
 
+@pytest.mark.slow
 def test_inspect_cuts_no_name(tmp_path: Path) -> None:
     tiny_config("gemma2").save_pretrained(tmp_path)
     done = subprocess.run(
@@ -444,6 +451,7 @@ def on_a_terminal(*words: str, **variables: str) -> str:
     return received.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
 def test_a_terminal_gets_a_bar_and_whole_lines(source: str, tmp_path: Path) -> None:
     text = on_a_terminal("convert", source, str(tmp_path / "out"))
@@ -462,6 +470,7 @@ def test_a_terminal_gets_a_bar_and_whole_lines(source: str, tmp_path: Path) -> N
 COLOUR = r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
 def test_no_color(source: str) -> None:
     assert re.search(COLOUR, on_a_terminal("inspect", source))
@@ -480,6 +489,7 @@ def test_architectures() -> None:
     assert "post-norm" not in narrow.splitlines()[3]  # it is folded at this width
 
 
+@pytest.mark.slow
 def test_no_warning_of_a_dependency_is_shown(source: str, tmp_path: Path) -> None:
     """Every command, as a process in which Python shows every warning, says on stderr what it does and nothing else."""
     out, plain = str(tmp_path / "out"), str(tmp_path / "plain")
@@ -501,6 +511,7 @@ def test_no_warning_of_a_dependency_is_shown(source: str, tmp_path: Path) -> Non
         assert not [line for line in done.stderr.splitlines() if not line.endswith(" ...")], (words, done.stderr)
 
 
+@pytest.mark.slow
 def test_no_warning_of_a_dependency_is_shown_in_training(source: str, tmp_path: Path) -> None:
     text, runs = tmp_path / "text.txt", str(tmp_path / "runs")
     text.write_text(Path(__file__).read_text(encoding="utf-8"))

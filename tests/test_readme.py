@@ -22,6 +22,8 @@ from tests import ROOT
 from tests.architectures import tiny_model
 from tests.residual.test_golden import golden
 
+pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
+
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

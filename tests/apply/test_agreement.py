@@ -46,6 +46,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", TYPES)
 def test_fresh_weights(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -89,6 +90,7 @@ OWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "name"),
     [
@@ -122,6 +124,7 @@ def test_every_recipe(model_type: str, name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "recipe", "reinit"),
     [
@@ -156,6 +159,7 @@ def test_encoder_decoders(model_type: str, recipe: str, reinit: Any, tmp_path: P
             assert torch.equal(loaded.eval()(**tokens).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reinit", ["residual", "none"])
 @pytest.mark.parametrize("recipe", ["scaled-embed", "embed-ln"])
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "gpt_neox"])

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 import spikepatch
 from tests.architectures import ids, tiny_config, tiny_model
 
+pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
+
 CASES = [("gpt2", "scaled-embed"), ("gpt2", "embed-detach"), ("llama", "embed-ln")]
 
 #: Sub-layers of the tiny models, and the longest sum in one of their products.

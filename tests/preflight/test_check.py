@@ -49,6 +49,7 @@ KEYS = {
 LAYER_KEYS = {"sigma_in", "sigma_branch", "bound_attention", "bound_mlp", "jacobian", "gradient_norm"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mapping", "model_type"), [*DEFAULT, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)]
 )
@@ -251,6 +252,7 @@ def test_what_is_refused() -> None:
         spikepatch.check("arch:gpt2", recipes=["scaled-embed"], reinit="none", tokens=8)
 
 
+@pytest.mark.slow
 def test_the_order_of_initialisations() -> None:
     """24 layers as in the paper, narrow: the verdicts of the five, and gradients in the paper's order."""
     found = reports(gpt2(24, 64, 4, vocabulary=500, positions=32), tokens=24)
@@ -308,6 +310,7 @@ def test_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     assert report.eq15_excess_layer1 is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "options"),
     [

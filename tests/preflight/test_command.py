@@ -72,6 +72,7 @@ def test_json(source: str) -> None:
     assert data["verdict"] == "at-risk"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code"),
     [
@@ -189,6 +190,7 @@ def test_memory_that_runs_out_half_way(
     assert "does not fit into memory" in done.stderr
 
 
+@pytest.mark.slow
 def test_progress_says_which_model_and_how_far(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run(source, "--tokens", "12", "--recipe", "vanilla")
     for step in ("as it is: forward", "as it is: backward", "vanilla: forward", "vanilla: backward"):

@@ -118,6 +118,7 @@ def test_gradients_and_sizes_along_the_stream(model_type: str, dtype: torch.dtyp
         assert sum(g**2 for g in found.gradients.values()) ** 0.5 == pytest.approx(total, rel=10 * tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma2", "mamba"])
 def test_jacobians_of_sublayers(model_type: str) -> None:
     """Against the dense Jacobian of the model's own block, by autograd; both sub-layers of it together where two."""
@@ -144,6 +145,7 @@ def _lower(alive: dict[str, int], elements: int) -> None:
     alive["now"] -= elements
 
 
+@pytest.mark.slow
 def test_the_weights_of_one_piece_at_a_time() -> None:
     """The largest number of weight elements alive at once does not grow with depth."""
     peaks = {}

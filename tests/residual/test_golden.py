@@ -96,6 +96,7 @@ def cases() -> list[Any]:
     return [pytest.param(key, marks=() if key in SAMPLE else pytest.mark.slow) for key in keys]
 
 
+@pytest.mark.slow
 @of_this_version
 @pytest.mark.parametrize("key", cases())
 def test_golden(key: str) -> None:

@@ -249,6 +249,7 @@ def test_gains_and_biases_are_named() -> None:
 # --- kinds and placements --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kinds() -> None:
     """Each by its modelling code: routing by argmax or max, attention by chunks or with masks behind the softmax."""
     expected: dict[tuple[configs.Mapping, str], tuple[str, dict[str, int]]] = {

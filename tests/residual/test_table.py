@@ -43,6 +43,7 @@ tied                 lm_head.weight                                  is transfor
     )
 
 
+@pytest.mark.slow
 def test_table_says_how_weights_are_stored_and_what_follows_them() -> None:
     transposed = "\n".join(lines(spikepatch.inspect(tiny_model("gpt2"))))
     assert "attention, 64 -> 192, (in, out), reads the stream" in transposed
@@ -72,6 +73,7 @@ def test_every_stream_is_in_the_table() -> None:
     assert any("encoder.block.*.layer.*.SelfAttention.o.weight" in line for line in text[blank:])
 
 
+@pytest.mark.slow
 def test_leaks_are_listed() -> None:
     residual = spikepatch.inspect(tiny_model("gpt2"))
     broken = dataclasses.replace(residual, proven=False, leaks=("a.weight: still reaches the output",))
@@ -106,6 +108,7 @@ def inspect(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
+@pytest.mark.slow
 def test_own_code_is_run_when_trusted(remote: Path) -> None:
     shown = inspect(remote, "--trust-remote-code")
     assert shown.returncode == 0, shown.stderr
@@ -115,6 +118,7 @@ def test_own_code_is_run_when_trusted(remote: Path) -> None:
     assert any(line.split()[-1] == "gpt.transformer.wte.weight" for line in shown.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_own_code_is_refused_without_trust(remote: Path) -> None:
     refused = inspect(remote)
     assert refused.returncode == 2

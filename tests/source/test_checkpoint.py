@@ -88,6 +88,7 @@ def test_shards_as_transformers_writes_them(save_tiny: Callable[..., Path]) -> N
     assert_reads_like_safetensors(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_real_checkpoint_with_mixed_dtypes(minilm: Path) -> None:
     checkpoint = read_checkpoint(minilm)
 

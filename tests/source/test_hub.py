@@ -15,6 +15,8 @@ import pytest
 import spikepatch
 from tests.folders import hashes
 
+pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
+
 if TYPE_CHECKING:
     from tests.conftest import LocalHub
 

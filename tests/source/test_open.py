@@ -136,6 +136,7 @@ def test_a_folder_with_weights(smollm2: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_weights_of_the_fixture_are_real(smollm2: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -333,6 +334,7 @@ def test_a_config_that_is_a_folder(tmp_path: Path) -> None:
     assert error.why == "Is a directory"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unreadable", [".", "tokenizer.json"])
 def test_what_this_user_may_not_read(tmp_path: Path, unreadable: str) -> None:
     """In a process that has no privileges: root may read anything."""
@@ -423,6 +425,7 @@ def test_code_for_the_tokenizer_only_is_not_needed(tmp_path: Path) -> None:
     assert open_source(str(write_config(tmp_path, config)), weights=False).auto_class == "AutoModelForCausalLM"
 
 
+@pytest.mark.slow
 def test_trusted_code_gives_its_own_class(tmp_path: Path, hub: LocalHub) -> None:
     marker = tmp_path / "ran"
     folder = write_config(tmp_path / "own", {"model_type": "own", "auto_map": OWN, **TINY})
@@ -449,6 +452,7 @@ def test_trusted_code_gives_its_own_class(tmp_path: Path, hub: LocalHub) -> None
     assert marker.exists()
 
 
+@pytest.mark.slow
 def test_the_hub(tmp_path: Path, hub: LocalHub, save_tiny: Callable[..., Path], gpt2_tokenizer: Path) -> None:
     sharded, small = save_tiny("llama", max_shard_size="2KB", **TINY), save_tiny("llama", **{**TINY, "hidden_size": 4})
     shutil.copytree(gpt2_tokenizer, sharded, dirs_exist_ok=True)
@@ -514,6 +518,7 @@ def test_the_hub(tmp_path: Path, hub: LocalHub, save_tiny: Callable[..., Path], 
     assert "arch:TYPE" in broken["remedy"]
 
 
+@pytest.mark.slow
 def test_without_the_hub_the_cache_serves(tmp_path: Path, hub: LocalHub, save_tiny: Callable[..., Path]) -> None:
     commit = hub.add("org/model", save_tiny("llama", **TINY))
     hub.add("org/config", save_tiny("llama", **TINY))
@@ -542,6 +547,7 @@ def test_without_the_hub_the_cache_serves(tmp_path: Path, hub: LocalHub, save_ti
         assert "local folder" in error["remedy"]
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_down(tmp_path: Path, hub: LocalHub) -> None:
     hub.broken.add("org/model")
     (broken,) = open_in_fresh_process(hub.environment(tmp_path), ("org/model", {"weights": False}))
@@ -580,6 +586,7 @@ def test_parameters_are_on_meta_and_tied_and_buffers_are_real(tmp_path: Path) ->
     assert not expected
 
 
+@pytest.mark.slow
 def test_any_size_fits() -> None:
     script = """
 import resource

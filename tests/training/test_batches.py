@@ -85,6 +85,7 @@ def test_the_bytes_of_the_standard_library(tmp_path: Path) -> None:
     assert done[-1][0] == done[-1][1] > 5_000_000
 
 
+@pytest.mark.slow
 def test_a_real_tokenizer(smollm2: Path, tmp_path: Path) -> None:
     """What it decodes to is the text again, document by document; special tokens in a text are text."""
     tokenizing = of_source(open_source(str(smollm2), weights=False), "smollm2")
@@ -195,6 +196,7 @@ def _prepare(path: str, folder: Path) -> None:
         file.write(f"{found.fingerprint} {found.file.stat().st_ino}\n")
 
 
+@pytest.mark.slow
 def test_ranks_that_start_together(tmp_path: Path) -> None:
     """One tokenises, and the others find its file: the same one."""
     path = write(tmp_path, *("one two three\n" * 2000 for _ in range(40)))

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 
 from spikepatch import Refused, SpikeMonitor
 
+pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
+
 STEPS, BAD, BATCH, LENGTH = 64, 50, 8, 16
 
 

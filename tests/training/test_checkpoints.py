@@ -20,6 +20,8 @@ from tests import ROOT
 from tests.training.models import small_model
 from tests.training.processes import CASES
 
+pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
+
 
 def test_processes(tmp_path: Path) -> None:
     """All cases in one test: parallel workers would each run them all."""

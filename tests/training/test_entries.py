@@ -21,6 +21,8 @@ from spikepatch.training.entries import Entry, build, check_causal, parse_entrie
 from tests.architectures import ids, tiny_config
 from tests.residual.configs import model_class, tiny_config_for
 
+pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
+
 Save = Callable[..., Path]
 
 

@@ -25,6 +25,8 @@ from spikepatch.training.points import Points, points_of
 from spikepatch.training.settings import Settings
 from tests.training.models import on_cpu, small_model, small_tokens
 
+pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
+
 EPS = torch.finfo(torch.float32).eps
 NOWHERE = Points((), (), 0)
 LR = 3e-3

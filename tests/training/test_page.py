@@ -217,6 +217,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert [(r.name, r.verdict) for r in verdict.runs] == [("vanilla", "spikes"), ("patched", "spike-free")]
 
 
+@pytest.mark.slow
 def test_a_real_training(tmp_path: Path) -> None:
     """The page that the command leaves has every step of every log, and what was watched in between."""
     source, out = config_folder(tmp_path / "model"), tmp_path / "x"

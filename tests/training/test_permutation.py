@@ -29,6 +29,7 @@ def test_any_size(n: int, key: tuple[int, int], data: st.DataObject) -> None:
         assert permuted(np.array([index]), n, key=key) == image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 5, 17, 64, 100])
 def test_every_image_is_as_likely(n: int) -> None:
     """Chi-squared of where the first, a middle and the last index go, over 200 n keys; the keys are fixed, so the

@@ -17,6 +17,7 @@ from tests.residual.maps import TYPES
 EPS = torch.finfo(torch.float32).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES)
 def test_every_type_has_points(model_type: str) -> None:
     model = tiny_model(model_type).train()

@@ -26,6 +26,8 @@ from tests import ROOT
 from tests.folders import hashes
 from tests.training.models import config_folder, text
 
+pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:

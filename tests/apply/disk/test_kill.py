@@ -14,6 +14,8 @@ import pytest
 
 from tests import ROOT
 
+pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
+
 
 def victims(*arguments: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.apply.disk.victims", *map(str, arguments)]

@@ -97,6 +97,7 @@ def test_gpt2_has_the_stds_of_the_paper(gpt2: Conversion) -> None:
         assert float(written[name].std()) == pytest.approx(std / math.sqrt(24), rel=0.01)
 
 
+@pytest.mark.slow
 def test_gpt2_reloads_with_a_large_shortcut(gpt2: Conversion) -> None:
     found = load_elsewhere(gpt2.out)
 
@@ -132,6 +133,7 @@ def converted(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: p
     return result
 
 
+@pytest.mark.slow
 def test_smollm2(converted: Conversion, smollm2: Path) -> None:
     plan, found = converted.plan, load_elsewhere(converted.out)
     source, written = tensors(smollm2), tensors(converted.out)
@@ -183,6 +185,7 @@ def test_smollm2(converted: Conversion, smollm2: Path) -> None:
         assert "the head is tied" in converted.notes[-1]
 
 
+@pytest.mark.slow
 def test_the_drift_is_what_transformers_says(smollm2: Path) -> None:
     source = open_source(str(smollm2), weights=True)
     residual = inspect(build_meta(source))
@@ -246,6 +249,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, gpt2_tokenizer: Path) -> Path
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reinit", ["all", "none"])
 def test_the_same_command_writes_the_same_bytes(reinit: str, tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "spikepatch", "convert", str(tiny), "--reinit", reinit, "--seed", "5"]
@@ -277,6 +281,7 @@ def test_the_manifest(tiny: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_command_in_the_manifest_writes_the_folder_again(tiny: Path, tmp_path: Path) -> None:
     result = spikepatch.convert(
         str(tiny), tmp_path / "out", reinit="residual", factor=2.5, untie=True, dtype="float16", max_shard_size="2MB"
@@ -440,6 +445,7 @@ def test_mixed_dtypes_are_kept(tmp_path: Path) -> None:
     assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in before.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "first"),
     [
@@ -623,6 +629,7 @@ def convert_all(environment: dict[str, str], *lines: tuple[str, ...]) -> list[tu
     return [(code, output) for code, output in json.loads(done.stdout)]
 
 
+@pytest.mark.slow
 def test_the_hub(tiny: Path, tmp_path: Path, hub: LocalHub) -> None:
     source = tmp_path / "repository"
     shutil.copytree(tiny, source)
@@ -652,6 +659,7 @@ def test_the_hub(tiny: Path, tmp_path: Path, hub: LocalHub) -> None:
     assert {"model.safetensors": hashes(source)["model.safetensors"]} == manifest["source"]["weights"]
 
 
+@pytest.mark.slow
 def test_the_hub_refuses(tiny: Path, tmp_path: Path, hub: LocalHub) -> None:
     hub.add("org/model", tiny)
     hub.add("org/gated", tiny)

@@ -79,6 +79,7 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "options", "untied"), CASES)
 def test_trained_and_folded(model_type: str, options: dict[str, Any], untied: bool, tmp_path: Path) -> None:
     config_of(model_type).save_pretrained(tmp_path / "source")
@@ -108,6 +109,7 @@ def test_trained_and_folded(model_type: str, options: dict[str, Any], untied: bo
     assert old.keys() - new.keys() <= {name for name in old if ".norm." in name or name.endswith("shared.weight")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["scaled-embed", "embed-ln"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_in_the_dtype_of_the_weights_it_is_exact(dtype: torch.dtype, recipe: str, source: Path, tmp_path: Path) -> None:
@@ -262,6 +264,7 @@ def test_what_is_plain_already(model_type: str, options: dict[str, Any], why: st
         spikepatch.fold(str(tmp_path / "source"), tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_a_table_that_cannot_be_untied(tmp_path: Path) -> None:
     """T5 ties its three tables whatever its config says."""
     sizes = {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96, "vocab_size": 500}
@@ -378,6 +381,7 @@ def test_overwrite_and_verify(source: Path, tmp_path: Path, monkeypatch: pytest.
 # A real model
 
 
+@pytest.mark.slow
 def test_smollm2_folds_into_a_plain_llama(smollm2: Path, tmp_path: Path) -> None:
     patched = spikepatch.convert(str(smollm2), tmp_path / "patched", reinit="none", factor=2.0)
     result = spikepatch.fold(str(patched.out), tmp_path / "plain")

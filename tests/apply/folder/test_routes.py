@@ -63,6 +63,7 @@ def config_json(result: Conversion) -> dict[str, Any]:
     return dict(json.loads((result.out / "config.json").read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "setting", "value"),
     [
@@ -135,6 +136,7 @@ def test_what_no_setting_does(tmp_path: Path) -> None:
     assert convert(tmp_path, "granite", recipe="embed-ln", dry_run=True).storage == "code"
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_as_a_subclass(tmp_path: Path) -> None:
     """A post-norm one has no use for a large shortcut; small sub-layers it can have."""
     with pytest.raises(spikepatch.Refused, match="does not apply to a post-norm model"):
@@ -240,6 +242,7 @@ def test_a_config_that_does_not_say_whether_the_head_is_tied(tmp_path: Path) -> 
 # Hosts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "changes", "untie"),
     [
@@ -261,6 +264,7 @@ def test_a_host(model_type: str, changes: dict[str, Any], untie: bool, tmp_path:
     assert not list(result.out.glob("*.py"))
 
 
+@pytest.mark.slow
 def test_a_host_with_learned_weights(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "source")
     result = spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", reinit="none", storage="host", factor=3.0)

@@ -143,6 +143,7 @@ def check_in_a_fresh_process(folder: Path, model: Any, ids: torch.Tensor, home: 
     assert in_a_fresh_process("load_patched.py", folder, home / "expected.pt", home=home) == "loaded\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "edit"),
     [(name, None) for name in ARCHITECTURES] + [("gpt2", {"norm": "layernorm", "eps": 1e-5, "affine": True})],
@@ -185,6 +186,7 @@ def test_a_patched_model_saves_what_loads_patched(
     check_in_a_fresh_process(folder, model, ids, home=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_trainer_checkpoint_loads_patched(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     adopt(model, record_of("gpt2"))
@@ -200,6 +202,7 @@ def test_a_trainer_checkpoint_loads_patched(tmp_path: Path) -> None:
     check_in_a_fresh_process(tmp_path / "run" / "checkpoint-2", model.eval(), ids, home=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_a_folder_without_tokenizer_config_is_still_found(tmp_path: Path) -> None:
     characters = [chr(n) for n in range(33, 127)] + ["Ġ", "Ċ"]
     merges = [("s", "p"), ("sp", "i"), ("Ġ", "p")]

@@ -34,6 +34,7 @@ def test_code_is_not_run_unasked(own: Path, tmp_path: Path) -> None:
         spikepatch.convert(str(own), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_subclass_beside_the_authors_files(own: Path, tmp_path: Path) -> None:
     result = convert(own, tmp_path / "out", reinit="none", factor=3.0, storage="code")
     live: Any = AutoModelForCausalLM.from_pretrained(own, trust_remote_code=True).eval()

@@ -88,6 +88,7 @@ def test_the_same_again_is_refused(trained: Path, tmp_path: Path) -> None:
     assert embeddings(result.out) == {"transformer.wte": {"factor": 3.0}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["scaled-embed", "embed-ln", "vanilla"])
 def test_fresh_weights_need_the_structure_only(recipe: str, source: Path, trained: Path, tmp_path: Path) -> None:
     """The same tensors and the same config as from the model before the patch."""

@@ -350,6 +350,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
     return reports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TWO, *FOUR])
 def test_ranks(name: str, reports: dict[str, dict[str, str]]) -> None:
     assert len(reports[name]) == (2 if name in TWO else 4)

@@ -343,6 +343,7 @@ def test_save_refuses_a_plain_module(tmp_path: Path) -> None:
         spikepatch.save(model, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1000, 100_000], ids=["config", "weights"])
 def test_save_on_a_full_disk(limit: int, tmp_path: Path) -> None:
     """A limit of the size of files stands for it, in a process of its own."""

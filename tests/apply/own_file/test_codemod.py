@@ -29,8 +29,7 @@ from spikepatch.apply.own_file.syntax import parse
 from spikepatch.cli import main
 from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
 from spikepatch.plans.plan import Fill, Plan, Recipe
-from spikepatch.recipes.built_in import RECIPES
-from spikepatch.recipes.built_in import checked_recipe
+from spikepatch.recipes.built_in import RECIPES, checked_recipe
 from spikepatch.runtime.embedding import install
 
 MODELS = Path(__file__).parent / "models"
@@ -355,6 +354,7 @@ def test_a_factor_that_is_there_already(tmp_path: Path) -> None:
 # Processes, and writing.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [c if c.model == "copied_hf" else pytest.param(c, marks=SLOW) for c in (*CASES, *MORE)], ids=str
 )
@@ -388,6 +388,7 @@ def written(tmp_path: Path) -> Path:
     return link
 
 
+@pytest.mark.slow
 def test_write_replaces_the_file(written: Path) -> None:
     words = ["codemod", str(written), "--factory", "module_dict:build", "--recipe", "embed-ln", "--untie", "--write"]
     done = CliRunner().invoke(main, words)
@@ -401,6 +402,7 @@ def test_write_replaces_the_file(written: Path) -> None:
     compile(real.read_text(), real, "exec")
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_meanwhile_is_left_alone(written: Path) -> None:
     """The factory itself changes it, each time that it runs."""
     factory = written.resolve().parent / "meddling.py"
@@ -541,6 +543,7 @@ def test_embeddings_that_change_in_two_ways(tmp_path: Path) -> None:
         rewritten(tmp_path, changes, positions=True, replace=True)
 
 
+@pytest.mark.slow
 def test_weights_that_something_else_draws_again(tmp_path: Path) -> None:
     """By the command: the edited file is built, and its values are no sample of the recipe."""
     changes = {BUILD: "    model = Model()\n    return model.apply(lambda m: getattr(m, 'reset_parameters', int)())\n"}
@@ -549,6 +552,7 @@ def test_weights_that_something_else_draws_again(tmp_path: Path) -> None:
     assert "tokens.weight has mean" in error.why
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "what", "why"),
     [
@@ -569,6 +573,7 @@ def test_a_model_without_values(tmp_path: Path) -> None:
         rewritten(tmp_path, changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "factory", "what"),
     [
