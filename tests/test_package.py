@@ -134,3 +134,35 @@ def test_transforms_are_short() -> None:
     lengths = [len(path.read_text().splitlines()) for path in TRANSFORMS.glob("*.py")]
     assert len(lengths) > 7
     assert max(lengths) <= 150
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Attributes, imports and words of the form ``_name`` that the module does not define itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            own.add(node.target.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            own.add(node.attr)
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            names = [node.value]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and "spikepatch" not in node.module:
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+        yield from (n for n in names if n.startswith("_") and not n.startswith("__") and len(n) > 1 and n not in own)
+
+
+def test_private_names_of_libraries_are_in_one_room() -> None:
+    """But for ATen operations, which are called so; and generated code, which stands alone."""
+    assert len(set(private_names(MODULES["spikepatch.source.private"]))) > 20
+    aten = {"_softmax", "_safe_softmax", "_to_copy", "_add_batch_dim"}
+    python = {"_getframe"}
+    ours = {"_spikepatch_plan", "_spikepatch_blueprint"}
+    callbacks = {"_seen", "_last", "_missed", "_nan_since", "_saved"}  # attributes of the detector's callback, by name
+    for module, path in MODULES.items():
+        if module not in {"spikepatch.source.private", "spikepatch.runtime.embedding"}:
+            assert not set(private_names(path)) - aten - python - ours - callbacks, module
