@@ -37,10 +37,10 @@ settings.load_profile("spikepatch")
 #: What never imports torch: `pytest --light` runs these files alone, in seconds, and fails if one did.
 LIGHT = (
     "test_package.py", "plans/test_plan.py", "plans/test_work_out.py", "recipes/test_built_in.py",
-    "recipes/test_megatron.py", "transforms", "report", "residual/test_words.py", "apply/own_file/test_placement.py",
-    "source/test_arrivals.py", "source/test_formats.py", "training/test_batches.py", "training/test_documents.py",
+    "recipes/test_megatron.py", "transforms", "report", "apply/own_file/test_placement.py",
+    "source/test_arrivals.py", "source/test_formats.py", "training/test_documents.py",
     "training/test_live_line.py", "training/test_log.py", "training/test_page.py", "training/test_permutation.py",
-    "training/test_scores.py", "training/test_spikes.py", "training/test_trackers.py", "training/test_verdict.py",
+    "training/test_scores.py", "training/test_spikes.py", "training/test_verdict.py",
 )  # fmt: skip
 
 
@@ -57,10 +57,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if place == "." or wanted else True
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("--light") and "torch" in sys.modules:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        sys.stderr.write("\na light test has imported torch\n")
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if item.config.getoption("--light") and "torch" in sys.modules:
+        pytest.exit(f"{item.nodeid}: a light test has imported torch", returncode=1)
 
 
 CACHE = Path(os.environ.get("SPIKEPATCH_TEST_CACHE") or Path.home() / ".cache" / "spikepatch-tests")

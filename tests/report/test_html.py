@@ -8,14 +8,8 @@ import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
-import pytest
-
-import spikepatch
-from spikepatch.preflight.judge import Thresholds
-from spikepatch.preflight.present import page
 from spikepatch.report.document import Badge, Chart, Line, Page, Section, Table
 from spikepatch.report.html import picture, render, write_page, write_picture
-from tests.preflight.initialisations import gpt2
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -70,30 +64,6 @@ def test_a_picture_is_a_document_of_its_own(tmp_path: Path) -> None:
     places = [tuple(map(float, re.findall(r"[\d.]+", g.get("transform", "")))) for g in legend]
     assert len({y for _, y in places}) > 1
     assert all(x + 34 + 7 * len(name) <= width and y < height for (x, y), name in zip(places, names, strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_in_a_browser(theme: str, tmp_path: Path) -> None:
-    """Every curve of every compared model is drawn, without a message on the browser's console."""
-    model = gpt2(4, 64, 4, vocabulary=300, positions=32)
-    report = spikepatch.check(model, recipes=["scaled-embed", "embed-ln"], tokens=16, deep=True, steps=3)
-    path = tmp_path / "report.html"
-    write_page(page(report, Thresholds()), path)
-
-    dark = ["--blink-settings=preferredColorScheme=0"] if theme == "dark" else []
-    shot = tmp_path / f"{theme}.png"
-    done = browse("--enable-logging=stderr", "--v=0", *dark, f"--screenshot={shot}", path.as_uri())
-    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert shot.stat().st_size > 20_000
-    dom = browse("--dump-dom", path.as_uri()).stdout
-    charts = dom.split("<figure>")[1:]
-    assert len(charts) == 6 + 4
-    for chart in charts:
-        for name in ("as it is", "scaled-embed", "embed-ln"):
-            series = chart.partition(f'data-name="{name}"')[2].partition("</g>")[0]
-            assert series.count("<circle") == 4, name
 
 
 def browse(*words: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,6 @@ from spikepatch.training.log import open_log, read
 from spikepatch.training.page import page
 from spikepatch.training.verdict import Verdict
 from tests.report.test_html import BROWSER, browse
-from tests.training.models import config_folder, text
 from tests.training.synthetic import calm, folder
 
 
@@ -220,6 +219,8 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_real_training(tmp_path: Path) -> None:
     """The page that the command leaves has every step of every log, and what was watched in between."""
+    from tests.training.models import config_folder, text
+
     source, out = config_folder(tmp_path / "model"), tmp_path / "x"
     words = ["train", f"plain={source}", f"patched={source}@scaled-embed", "--data", str(text(tmp_path))]
     more = "--steps 5 --lr 3e-3 --batch-tokens 256 --seq-len 32 --watch-every 2".split()

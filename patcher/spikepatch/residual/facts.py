@@ -4,6 +4,7 @@ values carry the residual stream. Each is computed in a single pass in execution
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -19,12 +20,16 @@ from spikepatch.source.private import schema
 
 @dataclass(frozen=True)
 class NormNode:
-    """A norm in the graph: ``output`` is the node behind the division by the statistic, before any gain."""
+    """A norm in the graph: ``output`` is the node behind the division by the statistic.
+
+    ``factor`` is what was multiplied before that, in norms that put their gain first; other gains come behind.
+    """
 
     output: Node
     input: Node
     kind: Literal["layernorm", "rmsnorm"]
     eps: float
+    factor: Node | None = None
 
 
 class Facts:
@@ -135,11 +140,57 @@ class Facts:
                 break
             if last(value) != last(node) or statistic not in self.varies:
                 continue
-            found = _statistic_of(statistic, value)
+            found = self._statistic_of(statistic, value)
             if found is not None:
-                source, kind, eps = found
-                return NormNode(node, source, kind, eps)
+                return dataclasses.replace(found, output=node)
         return None
+
+    def _statistic_of(self, statistic: Node, value: Node) -> NormNode | None:
+        """Is ``statistic`` a per-token reduction of ``value``, or of what ``value`` is a cast, a multiple by weights or
+        the centred form of? The norm, whose output is not known here.
+        """
+        roots = [value]
+        centred = False
+        factor: Node | None = None
+        while True:  # through casts, gains that come first, and one subtraction of the mean
+            node = roots[-1]
+            moving = [a for a in operands(node) if a in self.varies]
+            if op(node) in {"to", "_to_copy", "alias", "clone", "detach", "contiguous", "type_as"}:
+                roots.append(operands(node)[0])
+            elif op(node) == "sub" and len(operands(node)) == 2 and _is_mean(operands(node)[1]):
+                centred = True
+                roots.append(operands(node)[0])
+            elif op(node) == "mul" and len(moving) == 1 and last(moving[0]) == last(node):
+                factor = next((a for a in operands(node) if a not in self.varies), factor)
+                roots.append(moving[0])
+            else:
+                break
+        seen: set[Node] = set()
+        todo = [statistic]
+        reduced = squared = False
+        eps = 0.0
+        while todo:
+            node = todo.pop()
+            if node in roots or node in seen:
+                continue
+            seen.add(node)
+            if node not in self.varies:  # a gain that was multiplied with the statistic first
+                factor = node if node in self.weight else factor
+                continue
+            if op(node) not in ops.STATISTIC or len(seen) > 40:
+                return None
+            moment = op(node) in {"var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm"}
+            reduced |= moment or op(node) in {"mean", "sum"}
+            squared |= moment or op(node) in {"pow", "square"} or (op(node) == "mul" and len(operands(node)) == 1)
+            numbers = [a for a in node.args[1:] if isinstance(a, float)]
+            if op(node) in {"add", "clamp", "clamp_min", "maximum"} and numbers:
+                eps = _as_written(numbers[0])
+            if not operands(node):
+                return None
+            todo.extend(operands(node))
+        if not (reduced and squared):
+            return None
+        return NormNode(value, roots[-1], "layernorm" if centred else "rmsnorm", eps, factor)
 
     def behind(self, ends: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
         """Backward cone of ``ends``; nodes in ``stop`` are reached but not entered, and not returned."""
@@ -179,48 +230,17 @@ def _eps(node: Node) -> float:
     return float([0.0, *(d for d in defaults if d is not None), *numbers][-1])
 
 
-def _statistic_of(statistic: Node, value: Node) -> tuple[Node, Literal["layernorm", "rmsnorm"], float] | None:
-    """Is ``statistic`` a per-token reduction of ``value`` (or of what ``value`` is a cast or the centred form of)?"""
-    roots = [value]
-    centred = False
-    while True:  # through casts, and one subtraction of the mean
-        node = roots[-1]
-        if op(node) in {"to", "_to_copy", "alias", "clone", "detach", "contiguous", "type_as"}:
-            roots.append(operands(node)[0])
-        elif op(node) == "sub" and len(operands(node)) == 2 and op(_uncast(operands(node)[1])) == "mean":
-            centred = True
-            roots.append(operands(node)[0])
-        else:
-            break
-    seen: set[Node] = set()
-    todo = [statistic]
-    reduced = squared = False
-    eps = 0.0
-    while todo:
-        node = todo.pop()
-        if node in roots or node in seen:
-            continue
-        seen.add(node)
-        if op(node) not in ops.STATISTIC or len(seen) > 40:
-            return None
-        moment = op(node) in {"var", "std", "linalg_vector_norm", "norm"}
-        reduced |= moment or op(node) in {"mean", "sum"}
-        squared |= moment or op(node) in {"pow", "square"} or (op(node) == "mul" and len(operands(node)) == 1)
-        numbers = [a for a in node.args[1:] if isinstance(a, float)]
-        if op(node) in {"add", "clamp", "clamp_min", "maximum"} and numbers:
-            eps = _as_written(numbers[0])
-        if not operands(node):
-            return None
-        todo.extend(operands(node))
-    if not (reduced and squared):
-        return None
-    return roots[-1], "layernorm" if centred else "rmsnorm", eps
-
-
 def _as_written(number: float) -> float:
     """1e-05 for 9.999999747378752e-06: torch writes out some norms with their eps rounded to float32."""
     short = float(f"{number:.6g}")
     return short if float(torch.tensor(short, dtype=torch.float32)) == number else number
+
+
+def _is_mean(node: Node) -> bool:
+    node = _uncast(node)
+    if op(node) == "getitem":  # the second result of an operation that gives both moments
+        return node.args[1:] == (1,) and op(operands(node)[0]) in {"var_mean", "std_mean"}
+    return op(node) == "mean"
 
 
 def _uncast(node: Node) -> Node:

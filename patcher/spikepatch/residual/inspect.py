@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ from spikepatch.residual.map import (
     Placement,
     ResidualMap,
     ResidualProjection,
+    Use,
+    UseRole,
 )
 from spikepatch.residual.names import layers, own_name, tied
 from spikepatch.residual.ops import behind_views, op, operands, place, table_of
@@ -71,7 +73,89 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
             remedy="if the model does add sub-layer outputs to a stream, please report its architecture",
         )
     main, *others = (_Naming(model, stream).map(source) for stream in streams)
-    return dataclasses.replace(main, streams=tuple(others))
+    whole = dataclasses.replace(main, streams=tuple(others))
+    unread = _unread(model, graph)
+    other_ways, unknown_ways = _other_ways(model, graph, whole, source)
+    leaks = (*other_ways, *main.leaks)
+    return dataclasses.replace(
+        whole,
+        unread=unread,
+        uses=tuple(_uses(streams, unread)),
+        leaks=leaks,
+        proven=not leaks,
+        conditions=(*unknown_ways, *_parts_not_run(model, whole, unread)),
+    )
+
+
+def _unread(model: nn.Module, graph: Trace) -> tuple[str, ...]:
+    """Parameters that the output does not depend on in this pass."""
+    read: set[Node] = set()
+    todo = [graph.output]
+    while todo:
+        node = todo.pop()
+        if node not in read:
+            read.add(node)
+            todo.extend(operands(node))
+    names = {graph.parameters[node] for node in read if node in graph.parameters}
+    return tuple(name for name, _ in model.named_parameters() if name not in names)
+
+
+def _parts_not_run(model: nn.Module, found: ResidualMap, unread: tuple[str, ...]) -> Iterator[str]:
+    """Parts of the model's blocks that this pass did not run: their sub-layers are not in the map."""
+    projections = [p.parameter for each in (found, *found.streams) for p in each.residual_projections]
+    lists = {block.rpartition(".")[0] for block in layers(model, list(dict.fromkeys(projections)))}
+    parts: dict[str, None] = {}
+    for name in unread:
+        if model.get_parameter(name).ndim > 1 and any(name.startswith(f"{each}.") for each in lists):
+            parts[name.rpartition(".")[0]] = None
+    if parts:
+        names = [*parts]
+        more = f" and {len(names) - 3} more" if names[3:] else ""
+        yield (f"{', '.join(names[:3])}{more}: never read in this pass, so what they do to the stream is not known")
+
+
+def _other_ways(
+    model: nn.Module, graph: Trace, found: ResidualMap, source: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of branches that the input decides: what their other way adds to the stream instead; why it is not known."""
+    if not graph.branches:
+        return (), ()
+    chosen = f"{'; '.join(graph.branches[:3])}: what the input holds chooses the way here, and the other way"
+    streams = find(graph.other) if graph.other is not None else "the model does not run so"
+    if isinstance(streams, str):
+        return (), (f"{chosen} is not known ({streams})",)
+    maps = [_Naming(model, stream).map(source) for stream in streams]
+    here, there = (
+        [(each.sublayers, {p.parameter for p in each.residual_projections}) for each in way]
+        for way in ((found, *found.streams), maps)
+    )
+    if [size for size, _ in here] != [size for size, _ in there]:
+        return (f"{chosen} has {there[0][0]} sub-layers, where this one has {here[0][0]}",), ()
+    return ((f"{chosen} adds the products of other weights to the stream",) if here != there else ()), ()
+
+
+def _uses(streams: Iterable[Stream], unread: Iterable[str]) -> Iterator[Use]:
+    """Every use of every parameter, stream by stream; ``unread`` ones last."""
+    for i, stream in enumerate(streams):
+        facts = stream.facts
+        of = facts.trace.parameters
+        projections = list(dict.fromkeys(name for term in stream.terms for _, name in term.projections))
+        inside = {n for term in stream.terms for n in term.interior}
+        entered = [a for n in stream.spine for a in operands(n) if a not in facts.carries and a not in inside]
+        early = facts.behind([stream.start, *(a for a in entered if a in facts.varies)])
+        roles: tuple[tuple[UseRole, Iterable[str]], ...] = (
+            ("embedding", _parameters(of, early)),
+            ("stream", _parameters(of, facts.behind(a for a in entered if a not in facts.varies) - early)),
+            ("projection", projections),
+            ("sublayer", [name for name in _parameters(of, inside) if name not in projections]),
+            ("head", _parameters(of, stream.suffix)),
+        )
+        yield from (Use(name, i, role) for role, names in roles for name in names)
+    yield from (Use(name, 0, "unread") for name in unread)
+
+
+def _parameters(of: Mapping[Node, str], nodes: Set[Node]) -> list[str]:
+    return list(dict.fromkeys(name for node, name in of.items() if node in nodes))
 
 
 class _Naming:

@@ -131,6 +131,26 @@ class Matrix:
     out_axis: int
 
 
+UseRole = Literal["embedding", "stream", "projection", "sublayer", "head", "unread"]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter; a tied or shared one has several.
+
+    Attributes:
+        parameter: its name in ``named_parameters()``.
+        stream: 0 for the stream that feeds the output, 1 and up for ``ResidualMap.streams``.
+        role: ``embedding`` (on the way to the stream's start, or entering it later), ``stream`` (a gain or bias on the
+            stream itself), ``projection``, ``sublayer`` (all else that computes what a sub-layer adds), ``head``
+            (behind the stream), or ``unread`` (the output does not depend on it in the traced pass).
+    """
+
+    parameter: str
+    stream: int
+    role: UseRole
+
+
 @dataclass(frozen=True)
 class ResidualMap:
     """Everything a plan needs to know of a model. The top level describes the stream that feeds the output.
@@ -151,6 +171,10 @@ class ResidualMap:
             projections are among the matrices too, and ``head`` is None where no matmul follows the stream.
         tied: groups of parameter names that are one tensor; the name that the rest of the map uses comes first.
         streams: maps of further streams (an encoder's).
+        uses: every use of every parameter; on the top level, for all streams.
+        unread: parameters that the output does not depend on in the traced pass.
+        conditions: why what is said holds for inputs like the traced ones only: blocks that were run in part, and
+            branches whose other way is not known. Empty: it holds for all.
     """
 
     source: str
@@ -170,6 +194,9 @@ class ResidualMap:
     matrices: tuple[Matrix, ...]
     tied: tuple[tuple[str, ...], ...]
     streams: tuple[ResidualMap, ...] = field(default=())
+    uses: tuple[Use, ...] = ()
+    unread: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The whole map as JSON, as ``spikepatch inspect --json`` prints it; ``from_dict`` reads it."""
@@ -197,6 +224,9 @@ class ResidualMap:
                 "matrices": many(Matrix, data["matrices"]),
                 "tied": tuple(tuple(names) for names in data["tied"]),
                 "streams": tuple(cls.from_dict(stream) for stream in data["streams"]),
+                "uses": many(Use, data["uses"]),
+                "unread": tuple(data["unread"]),
+                "conditions": tuple(data["conditions"]),
             }
         )
 

@@ -63,7 +63,8 @@ STATISTIC = (
     | PRODUCTS
     | ADDS
     | frozenset(
-        "pow square mean sum var std rsqrt sqrt reciprocal clamp clamp_min maximum linalg_vector_norm norm".split()
+        "pow square mean sum var std var_mean std_mean rsqrt sqrt reciprocal clamp clamp_min maximum"
+        " linalg_vector_norm norm".split()
     )
 )
 

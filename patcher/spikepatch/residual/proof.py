@@ -87,6 +87,72 @@ def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list
     return Proof(tuple(leaks), tuple(spelled(live)))
 
 
+def left_over(
+    facts: Facts, output: Node, spine: set[Node], start: Node, terms: list[Term], beyond: frozenset[Node]
+) -> tuple[str, ...]:
+    """The additions of the graph that are part of no stream and of no sub-layer, as the stream that was lost there.
+
+    Where an operation on the stream is not understood, what comes behind it looks like the head, or what comes before
+    it like an embedding. Either then holds additions of what sub-layers, not understood as such, have computed.
+    """
+    inside = spine.union(*(term.interior for term in terms)) | facts.behind(beyond) | beyond
+    ends = {term.node for term in terms}
+    feeding = facts.behind((a for n in spine for a in operands(n) if a not in spine), stop=spine)
+    for node in facts.nodes:  # sums of several sub-layers' outputs, taken apart on the way to the spine
+        if node in feeding and any(a in ends for a in operands(node)):
+            ends.add(node)
+    inside |= ends
+    path = facts.behind([start])
+    found: dict[str, None] = {}
+    for node in sorted(facts.behind([output]) - inside, key=facts.order.__getitem__):
+        if op(node) in ops.ADDS and _adds_what_was_computed(facts, node, convolved=node in path):
+            found[_lost(facts, node, spine, inside, path)] = None
+    return tuple(found)
+
+
+def _adds_what_was_computed(facts: Facts, node: Node, *, convolved: bool) -> bool:
+    """An operand is computed, through a weight, from what another one is computed from too.
+
+    Args:
+        convolved: convolutions along the positions do not count: some positions are embedded by one.
+    """
+    data = facts.data(node)
+    if len(data) < 2 or not set.intersection(*(facts.behind([a]) & facts.varies for a in data)):
+        return False
+    waiting = set(data)
+    while len(waiting) > 1:  # back to the value that all ways to the addition pass
+        latest = max(waiting, key=facts.order.__getitem__)
+        if facts.product(latest) and not (convolved and op(latest) in ops.CONVOLUTIONS):
+            return True
+        waiting.remove(latest)
+        waiting.update(facts.data(latest))
+    return False
+
+
+def _lost(facts: Facts, node: Node, spine: set[Node], inside: set[Node], path: set[Node]) -> str:
+    """What stands on the stream where it was lost, before or behind ``node``, and where."""
+    if node in path:
+        steps = [user for user in node.users if user in path]
+        at = min(steps, key=facts.order.__getitem__, default=node)
+        before = node
+    else:
+        behind = facts.behind([node])
+        steps = [n for n in behind - inside if n in facts.varies and any(a in spine for a in operands(n))]
+        at = min(steps, key=facts.order.__getitem__, default=node)
+        before = max((a for a in operands(at) if a in spine), key=facts.order.__getitem__, default=node)
+    while op(at) in ops.VIEWS and (users := [u for u in at.users if u in facts.varies]):
+        at = users[0]
+    computed = len(facts.data(at)) > 1
+    what = "a matrix" if facts.product(at) else "a product of computed values" if computed else op(at).replace("_", " ")
+    while len(way := facts.carries.get(before, [])) == 1 and len(facts.data(before)) < 2:
+        before = way[0]  # through gains and views, back to the addition
+    added = [a for a in facts.data(before) if a not in facts.carries]
+    last_part = place(added[-1]) if added else ""
+    last_part = last_part or "the embedding"
+    where = f" in {place(at)}" if place(at) else ""
+    return f"the stream goes through {what}{where}, after {last_part}: it is not a sum"
+
+
 def _uncut(facts: Facts, output: Node, bit: Mapping[str, int]) -> int:
     """The parameters that reach the output of the model as it is."""
     alive: dict[Node, int | None] = {}

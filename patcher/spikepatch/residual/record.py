@@ -9,8 +9,11 @@ conditions, so that as many branches as possible are entered. ``Recorder.whole``
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -32,12 +35,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Appends every ATen call to ``graph``. Tensors that no recorded call made become placeholders: ``constants``.
 
     ``whole``: no branch and no shape was chosen by what the inputs hold, so that any input goes the same way.
+    ``branches``: the lines of code that asked for a truth value which the inputs decide. They are answered as the
+    example says, and where it says nothing, with True; all the ``other`` way, if that is wanted.
     """
 
-    def __init__(self, named: Mapping[str, torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
+    def __init__(self, named: Mapping[str, torch.Tensor], inputs: Iterable[torch.Tensor], *, other: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph: Graph = Graph()
         self.whole: bool = True
+        self.other: bool = other
+        self.branches: dict[str, None] = {}
         self.path: list[str] = [""]
         self.constants: dict[Node, torch.Tensor] = {}
         self._known: dict[int, tuple[torch.Tensor, Node]] = {}  # holds the tensors, so that their ids stay theirs
@@ -60,8 +67,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fed = as_data or any(memory(t) in self._fed for t in tensors)
         if fed and not _DECIDE.isdisjoint(func.tags) and (func is not _INDEX or self._masks(args[1])):
             self.whole = False
+        if func is TAKE_NUMBER and fed and args[0].dtype == torch.bool:
+            self.branches[_asking_line()] = None
+            return self.other != (True if as_data else func(*args, **kwargs))
         if func is TAKE_NUMBER and as_data:
-            return True if args[0].dtype == torch.bool else 1  # a Python branch on data
+            return 1
         run_args, run_kwargs = _placed(func, args, kwargs, tensors, as_data)
         try:
             result = func(*run_args, **run_kwargs)
@@ -104,6 +114,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(result, torch.Tensor):
             node.meta["val"] = result
             self._known[id(result)] = (result, node)
+
+
+def _asking_line() -> str:
+    """Where the innermost code stands that is no part of torch or of this package."""
+    frame: FrameType | None = sys._getframe(1)
+    ours = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+    while frame is not None and frame.f_code.co_filename.startswith(ours):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}" if frame is not None else "unknown code"
 
 
 def _placed(
@@ -170,10 +189,13 @@ class _RealNumbers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def record(model: nn.Module, example: Mapping[str, torch.Tensor]) -> tuple[Recorder, Any]:
-    """Run ``model`` (parameters on meta, buffers real) once on a real ``example``: the recorder, and the output."""
+def record(model: nn.Module, example: Mapping[str, torch.Tensor], *, other: bool = False) -> tuple[Recorder, Any]:
+    """Run ``model`` (parameters on meta, buffers real) once on a real ``example``: the recorder, and the output.
+
+    ``other``: with all branches that values decide gone the other way.
+    """
     named = {**dict(model.named_parameters()), **dict(model.named_buffers()), **example}
-    recorder = Recorder(named, example.values())
+    recorder = Recorder(named, example.values(), other=other)
     with torch.no_grad(), _paths(model, recorder.path), _RealNumbers(), recorder:
         result = model(**example)
     return recorder, result

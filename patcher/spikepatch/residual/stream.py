@@ -18,8 +18,8 @@ from torch.fx import Node
 
 from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts, narrows
-from spikepatch.residual.ops import last, op, operands, shape
-from spikepatch.residual.proof import Term, prove
+from spikepatch.residual.ops import behind_views, last, op, operands, shape
+from spikepatch.residual.proof import Term, left_over, prove
 from spikepatch.residual.refusals import copies, no_sum
 from spikepatch.residual.trace import Trace
 from spikepatch.residual.weights import matrix_weight
@@ -104,6 +104,7 @@ def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
     start = max(facts.carries[min(additions, key=facts.order.__getitem__)], key=facts.order.__getitem__)
     suffix = facts.behind([output], stop=spine)
     proof = prove(facts, output, spine, start, terms)
+    lost = left_over(facts, output, spine, start, terms, beyond)
     return Stream(
         facts=facts,
         start=start,
@@ -113,7 +114,7 @@ def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
         terms=tuple(terms),
         tables=tuple(_tables(facts, spine, facts.behind([start]))),
         suffix=frozenset(suffix),
-        leaks=proof.leaks,
+        leaks=(*lost, *proof.leaks),
         reaches=proof.reaches,
     )
 
@@ -247,7 +248,7 @@ def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
         return {node: facts.weight[weight]} if weight is not None and len(arguments) == 1 else {}
     if name in ops.ADDS and any(a in facts.weight for a in operands(node)) and len(arguments) == 1:
         found = _projections(facts, arguments[0], seen)  # a bias of its own: cut behind it
-        return {node: next(iter(found.values()))} if len(found) == 1 else found
+        return {node: found[matmul]} if len(found) == 1 and (matmul := behind_views(arguments[0])) in found else found
     if node in facts.norm_at:
         through = [[facts.norm_at[node].input]]
     elif name in ops.JOINS:

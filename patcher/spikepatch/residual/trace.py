@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -36,6 +38,8 @@ class Trace:
         inputs: placeholder of each tensor argument of ``forward`` -> the example, on the CPU.
         output: the first tensor of the model's output: the logits, or the last hidden state.
         whole: no branch and no shape was chosen by what the input holds, and every buffer has a value.
+        branches: the lines of the model's code where what the input holds chose the way.
+        other: the pass with all of these gone the other way; None where there are none, or it does not run.
     """
 
     graph: Graph
@@ -44,6 +48,8 @@ class Trace:
     inputs: Mapping[Node, torch.Tensor]
     output: Node
     whole: bool
+    branches: tuple[str, ...] = ()
+    other: Trace | None = None
 
 
 @contextlib.contextmanager
@@ -114,7 +120,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
             why=f"it is of type {type(example_inputs).__name__}, and does not say which argument it is for",
             remedy="pass example_inputs={'name of the argument': tensor}",
         )
-    example = dict(example_inputs) if example_inputs is not None else example_of(model)
+    example = dict(example_inputs) if example_inputs is not None else full_example(model)
     found: dict[str, Trace] = {}
     failed: dict[str, Exception] = {}
     for tracer in (exported, recorded) if fused else (recorded, exported):
@@ -128,7 +134,12 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
                 return found[name]
     if not found:
         raise _untraceable(type(model).__name__, example, **failed) from failed["recorded"]
-    return found.get("recorded") or found["exported"]
+    if "recorded" not in found:
+        return found["exported"]
+    one_way = found["recorded"]
+    with contextlib.suppress(Exception):  # whatever a forward pass raises
+        return dataclasses.replace(one_way, other=recorded(model, example, other=True) if one_way.branches else None)
+    return one_way
 
 
 def _untraceable(name: str, example: Mapping[str, torch.Tensor], exported: Exception, recorded: Exception) -> Refused:
@@ -179,6 +190,56 @@ def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
     if getattr(config, "is_encoder_decoder", False):
         example["decoder_input_ids"] = ids.clone()
     return example
+
+
+def full_example(model: nn.Module) -> dict[str, torch.Tensor]:
+    """``example_of``, with those further inputs of the forward's signature by which it reads more of the parameters:
+    states of an encoder or of an image that some layers wait for, and types of tokens.
+    """
+    example = example_of(model)
+    asked = signature(model.forward).parameters
+    offered = {name: value for name, value in _further_inputs(model, example).items() if name in asked}
+    if not offered:
+        return example
+    count = sum(1 for _ in model.parameters())
+    best = _parameters_read(model, example)
+    for name, value in offered.items():
+        if best < count and name not in example:
+            read = _parameters_read(model, {**example, name: value})
+            if read > best:
+                best, example[name] = read, value
+    return example
+
+
+def _further_inputs(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    ids = next((x for x in example.values() if not x.is_floating_point()), None)
+    width = getattr(text, "hidden_size", None)
+    if ids is None or not isinstance(width, int):
+        return {}
+    states = torch.zeros(len(ids), TOKENS - 4, getattr(text, "cross_attention_hidden_size", None) or width)
+    return {
+        "encoder_hidden_states": states,
+        "cross_attention_states": states,
+        "token_type_ids": torch.zeros_like(ids),
+    }
+
+
+def _parameters_read(model: nn.Module, example: Mapping[str, torch.Tensor]) -> int:
+    """How many parameters the output of a recorded pass depends on; -1 where it does not run."""
+    try:
+        traced = recorded(model, example)
+    except Exception:  # whatever a forward pass raises
+        return -1
+    read: set[Node] = set()
+    todo = [traced.output]
+    while todo:
+        node = todo.pop()
+        if node not in read:
+            read.add(node)
+            todo.extend(node.all_input_nodes)
+    return len({name for node, name in traced.parameters.items() if node in read})
 
 
 def _prefer_traceable_kernels(model: nn.Module, experts: str) -> None:
@@ -286,8 +347,11 @@ def _is_graph(module: nn.Module, node: Node) -> bool:
 
 
 @without_collector()
-def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None) -> Trace:
-    """Trace ``model`` by running it once on the meta device, see ``record.py``; it raises what its forward raises."""
+def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None, *, other: bool = False) -> Trace:
+    """Trace ``model`` by running it once on the meta device, see ``record.py``; it raises what its forward raises.
+
+    ``other``: with all branches that values decide gone the other way.
+    """
     twin = skeleton(model)
     example = {name: _on_cpu(t) for name, t in (example_of(twin) if example is None else example).items()}
     _prefer_traceable_kernels(twin, "batched_mm")  # no loop over the experts that data chose
@@ -297,7 +361,7 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None
         own_buffers(twin.get_submodule(owner))[own] = real.setdefault(id(buffer), _on_cpu(buffer))
     buffers = list(twin.buffers())  # the run may replace them
     with quiet(), torch.random.fork_rng(devices=[]):  # the run is real where it does not depend on weights
-        recorder, result = record(twin, example)
+        recorder, result = record(twin, example, other=other)
     output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
     recorder.graph.output(recorder.node(output))
     follow_data(recorder.graph)
@@ -308,6 +372,7 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None
         inputs={recorder.node(t): t for t in example.values()},
         output=recorder.node(output),
         whole=recorder.whole,
+        branches=tuple(recorder.branches),
     )
 
 

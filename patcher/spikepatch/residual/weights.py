@@ -138,6 +138,10 @@ def gain(facts: Facts, norm: NormNode) -> Gain:
         bias = ops.argument(norm.output, "bias")
         if parameter is not None:
             return Gain(convention, parameter, facts.weight.get(bias) if isinstance(bias, Node) else None)
+    if norm.factor is not None:
+        convention, parameter = _convention(facts, norm.factor)
+        if parameter is not None:
+            return Gain(convention, parameter, _added(facts, norm.output))
     todo = [norm.output]
     while todo:
         node = todo.pop(0)

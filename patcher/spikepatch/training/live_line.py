@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from spikepatch.report.document import number
-from spikepatch.training.loop import Reporter
+from spikepatch.training.log import Reporter
 from spikepatch.training.tables import KINDS
 
 #: Seconds between two lines where there is no terminal.

@@ -18,6 +18,9 @@ from typing import IO, Any, Self
 from spikepatch.errors import BadSource
 from spikepatch.training.spikes import Event
 
+#: Told every record of a run, as it is written to the log.
+Reporter = Callable[[Mapping[str, Any]], None]
+
 
 @dataclass(frozen=True)
 class RunHeader:

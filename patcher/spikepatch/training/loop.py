@@ -34,13 +34,11 @@ from spikepatch.plans.optimiser import param_groups
 from spikepatch.quiet import quiet
 from spikepatch.training import checkpoints
 from spikepatch.training.batches import Tokens, batch, held_out_batches
-from spikepatch.training.log import open_log, read
+from spikepatch.training.log import Reporter, open_log, read
 from spikepatch.training.points import Points, gradient_norms, watching, whole
 from spikepatch.training.settings import Settings
 from spikepatch.training.spikes import SpikeDetector, news
 
-#: Told every record of a run, as it is written to the log.
-Reporter = Callable[[Mapping[str, Any]], None]
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 #: After so many returns to a checkpoint a run ends: what it meets is no bad batch.

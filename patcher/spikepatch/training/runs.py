@@ -28,8 +28,8 @@ from spikepatch.training.batches import Tokens, check_enough, prepare
 from spikepatch.training.entries import Entry, build, check_causal, parse_entries, tokenizer_of
 from spikepatch.training.folder import DATA, RECORD, check_out, locked, run_folder, write_json, write_record
 from spikepatch.training.launch import Launch, launched
-from spikepatch.training.log import read
-from spikepatch.training.loop import Reporter, train
+from spikepatch.training.log import Reporter, read
+from spikepatch.training.loop import train
 from spikepatch.training.points import Points, points_of
 from spikepatch.training.settings import Settings
 from spikepatch.training.tokenizing import BYTES, Tokenizing
