@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -29,7 +30,8 @@ def test_both_tracers_give_the_same_map(model_type: str) -> None:
     first = map_of(model, recorded(model), "model")
     second = map_of(model, exported(model, example_of(model)), "model")
     assert first.proven
-    assert first == second
+    # Only the whole of it knows of the other way of a branch.
+    assert dataclasses.replace(first, conditions=()) == second
 
 
 @pytest.mark.slow

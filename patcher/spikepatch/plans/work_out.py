@@ -75,6 +75,8 @@ def make_plan(
             else "it only draws weights that are to be kept",
             remedy="use --reinit all or residual, or a recipe that changes the embedding: scaled-embed, embed-ln",
         )
+    if reinit != "none" and any(isinstance(edit, ValueEdit) for edit in edits.values()):
+        _check_whole(residual)
     named = {edit.parameter for edit in edits.values() if isinstance(edit, ValueEdit)} | skips.keys()
     reason = "not a weight that this recipe draws" if reinit == "all" else "learned, kept"
     no_decay = [name for each in maps for name in _no_matrices(each, shapes)]
@@ -101,6 +103,18 @@ def _check_proven(residual: ResidualMap) -> None:
             where=residual.source,
             why="; ".join(residual.leaks[:5]) + (f"; and {len(residual.leaks) - 5} more" if residual.leaks[5:] else ""),
             remedy="run `spikepatch inspect` for the whole list; a model whose sum cannot be followed is left alone",
+        )
+
+
+def _check_whole(residual: ResidualMap) -> None:
+    """Weights are drawn only where no part of the blocks has been left out of the map."""
+    if residual.conditions:
+        raise Refused(
+            what="the residual map holds for inputs like the traced ones only, so no weights are drawn by it",
+            where=residual.source,
+            why="; ".join(residual.conditions[:3]),
+            remedy="load the model, call spikepatch.plan(model, ..., example_inputs={'name of the argument': tensor})"
+            " with all that its forward takes, then patch and save it; or keep its weights with --reinit none",
         )
 
 

@@ -115,6 +115,7 @@ class Facts:
                 through = [a for a in arguments[:1] if a in carries]
             elif name in ops.PRODUCTS or name in {"masked_fill", "where"}:
                 alone = len(moving) == 1 and moving[0] in carries and last(node) == last(moving[0])
+                alone = alone and not ops.squares(node)
                 through = moving if alone else []
             elif (name in ops.POOLS and last(node) == last(arguments[0])) or (
                 name in ops.REPLACED_ROWS and len(moving) == 1  # by rows that do not depend on the input
@@ -150,32 +151,37 @@ class Facts:
         the centred form of? The norm, whose output is not known here.
         """
         roots = [value]
-        centred = False
-        factor: Node | None = None
+        hops: list[str] = []  # from each root to the next
+        factors: list[Node] = []
         while True:  # through casts, gains that come first, and one subtraction of the mean
             node = roots[-1]
             moving = [a for a in operands(node) if a in self.varies]
             if op(node) in {"to", "_to_copy", "alias", "clone", "detach", "contiguous", "type_as"}:
-                roots.append(operands(node)[0])
+                hops.append("cast")
             elif op(node) == "sub" and len(operands(node)) == 2 and _is_mean(operands(node)[1]):
-                centred = True
-                roots.append(operands(node)[0])
-            elif op(node) == "mul" and len(moving) == 1 and last(moving[0]) == last(node):
-                factor = next((a for a in operands(node) if a not in self.varies), factor)
-                roots.append(moving[0])
+                hops.append("centring")
+            elif op(node) == "mul" and len(moving) == 1 and last(moving[0]) == last(node) and not ops.squares(node):
+                hops.append("factor")
+                factors += [a for a in operands(node) if a not in self.varies]
             else:
                 break
+            roots.append(moving[0] if hops[-1] == "factor" else operands(node)[0])
         seen: set[Node] = set()
         todo = [statistic]
         reduced = squared = False
         eps = 0.0
+        reached = -1
+        on_statistic: Node | None = None
         while todo:
             node = todo.pop()
-            if node in roots or node in seen:
+            if node in seen:
                 continue
             seen.add(node)
+            if node in roots:
+                reached = max(reached, roots.index(node))
+                continue
             if node not in self.varies:  # a gain that was multiplied with the statistic first
-                factor = node if node in self.weight else factor
+                on_statistic = node if node in self.weight else on_statistic
                 continue
             if op(node) not in ops.STATISTIC or len(seen) > 40:
                 return None
@@ -188,9 +194,13 @@ class Facts:
             if not operands(node):
                 return None
             todo.extend(operands(node))
-        if not (reduced and squared):
+        if not (reduced and squared) or reached < 0:
             return None
-        return NormNode(value, roots[-1], "layernorm" if centred else "rmsnorm", eps, factor)
+        while reached < len(hops) and hops[reached] != "factor":  # a factor before the statistic is none of the norm's
+            reached += 1
+        kind: Literal["layernorm", "rmsnorm"] = "layernorm" if "centring" in hops[:reached] else "rmsnorm"
+        own = factors[: hops[:reached].count("factor")]
+        return NormNode(value, roots[reached], kind, eps, own[-1] if own else on_statistic)
 
     def behind(self, ends: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
         """Backward cone of ``ends``; nodes in ``stop`` are reached but not entered, and not returned."""

@@ -80,7 +80,7 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
     return dataclasses.replace(
         whole,
         unread=unread,
-        uses=tuple(_uses(streams, unread)),
+        uses=tuple(_uses(model, streams, unread)),
         leaks=leaks,
         proven=not leaks,
         conditions=(*unknown_ways, *_parts_not_run(model, whole, unread)),
@@ -125,6 +125,8 @@ def _other_ways(
     if isinstance(streams, str):
         return (), (f"{chosen} is not known ({streams})",)
     maps = [_Naming(model, stream).map(source) for stream in streams]
+    if leaks := [leak for each in maps for leak in each.leaks]:
+        return (f"{chosen} is not proven ({leaks[0]})",), ()
     here, there = (
         [(each.sublayers, {p.parameter for p in each.residual_projections}) for each in way]
         for way in ((found, *found.streams), maps)
@@ -134,28 +136,29 @@ def _other_ways(
     return ((f"{chosen} adds the products of other weights to the stream",) if here != there else ()), ()
 
 
-def _uses(streams: Iterable[Stream], unread: Iterable[str]) -> Iterator[Use]:
-    """Every use of every parameter, stream by stream; ``unread`` ones last."""
+def _uses(model: nn.Module, streams: Iterable[Stream], unread: Iterable[str]) -> Iterator[Use]:
+    """Every use of every parameter, stream by stream, in the model's own order; ``unread`` ones last."""
+    order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
     for i, stream in enumerate(streams):
         facts = stream.facts
-        of = facts.trace.parameters
-        projections = list(dict.fromkeys(name for term in stream.terms for _, name in term.projections))
         inside = {n for term in stream.terms for n in term.interior}
-        entered = [a for n in stream.spine for a in operands(n) if a not in facts.carries and a not in inside]
-        early = facts.behind([stream.start, *(a for a in entered if a in facts.varies)])
-        roles: tuple[tuple[UseRole, Iterable[str]], ...] = (
-            ("embedding", _parameters(of, early)),
-            ("stream", _parameters(of, facts.behind(a for a in entered if a not in facts.varies) - early)),
-            ("projection", projections),
-            ("sublayer", [name for name in _parameters(of, inside) if name not in projections]),
-            ("head", _parameters(of, stream.suffix)),
+        constants = [a for n in stream.spine for a in operands(n) if a not in facts.varies]
+        norms = [facts.norm_at[n] for n in stream.spine if n in facts.norm_at]
+        constants += [norm.factor for norm in norms if norm.factor is not None]
+        early = facts.behind([stream.start, *stream.later])
+        projections = {name for term in stream.terms for _, name in term.projections}
+        nodes: tuple[tuple[UseRole, Set[Node]], ...] = (
+            ("embedding", early),
+            ("stream", facts.behind(constants) - early),
+            ("sublayer", inside),
+            ("head", stream.suffix),
         )
-        yield from (Use(name, i, role) for role, names in roles for name in names)
+        of = facts.trace.parameters
+        roles: dict[UseRole, set[str]] = {role: {of[n] for n in found if n in of} for role, found in nodes}
+        roles = {**roles, "projection": projections, "sublayer": roles["sublayer"] - projections}
+        for role, names in roles.items():
+            yield from (Use(name, i, role) for name in sorted(names, key=order.__getitem__))
     yield from (Use(name, 0, "unread") for name in unread)
-
-
-def _parameters(of: Mapping[Node, str], nodes: Set[Node]) -> list[str]:
-    return list(dict.fromkeys(name for node, name in of.items() if node in nodes))
 
 
 class _Naming:

@@ -114,6 +114,11 @@ def place(node: Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
+def squares(node: Node) -> bool:
+    """A product of a value with itself, which is one operand."""
+    return op(node) == "mul" and len(operands(node)) == 1 and len([a for a in node.args if isinstance(a, Node)]) == 2
+
+
 def writes(node: Node) -> bool:
     """It changes its first argument in place."""
     of_op = schema(node.target)

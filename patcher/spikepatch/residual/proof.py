@@ -58,7 +58,8 @@ def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list
     allowed_nodes = facts.behind([output], stop={t.node for t in terms})
     allowed = _mask(bit, {facts.trace.parameters[n] for n in allowed_nodes if n in facts.trace.parameters})
     # Biases of norms between a projection and its addition stay, as constants.
-    between = {n for t in terms for node in t.path for n in operands(node) if n in facts.trace.parameters}
+    constants = {n for t in terms for node in t.path for n in operands(node) if n not in facts.varies}
+    between = {n for n in facts.behind(constants) if n in facts.trace.parameters}
     lookups = [n for n in facts.behind([start]) | spine if op(n) in ops.LOOKUPS]
     allowed |= _mask(bit, {n.name for n in lookups})
     live = alive[output] or 0
@@ -136,10 +137,13 @@ def _lost(facts: Facts, node: Node, spine: set[Node], inside: set[Node], path: s
         at = min(steps, key=facts.order.__getitem__, default=node)
         before = node
     else:
-        behind = facts.behind([node])
-        steps = [n for n in behind - inside if n in facts.varies and any(a in spine for a in operands(n))]
-        at = min(steps, key=facts.order.__getitem__, default=node)
-        before = max((a for a in operands(at) if a in spine), key=facts.order.__getitem__, default=node)
+        reads = {
+            n: max(facts.order[a] for a in operands(n) if a in spine)
+            for n in facts.behind([node]) - inside
+            if n in facts.varies and any(a in spine for a in operands(n))
+        }
+        at = min(reads, key=lambda n: (-reads[n], facts.order[n]), default=node)  # of the latest point of the stream
+        before = facts.nodes[reads[at]] if reads else node
     while op(at) in ops.VIEWS and (users := [u for u in at.users if u in facts.varies]):
         at = users[0]
     computed = len(facts.data(at)) > 1

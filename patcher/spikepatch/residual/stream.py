@@ -22,7 +22,7 @@ from spikepatch.residual.ops import behind_views, last, op, operands, shape
 from spikepatch.residual.proof import Term, left_over, prove
 from spikepatch.residual.refusals import copies, no_sum
 from spikepatch.residual.trace import Trace
-from spikepatch.residual.weights import matrix_weight
+from spikepatch.residual.weights import factors, matrix_weight
 
 #: Possible beginnings that are tried: each takes a proof of the whole graph.
 _ROOTS = 24
@@ -33,9 +33,10 @@ class Stream:
     """One analysed stream: ``start`` is its first point (all embeddings summed), ``end`` its last.
 
     ``additions`` are the nodes of the spine that add a sub-layer's output, ``tables`` those at which tables of rows
-    enter: lookups, and learned positions sliced from a parameter. ``suffix`` lies between ``end`` (exclusive) and the
-    output: the head. ``leaks`` says why the map is not proven; empty: proven. ``reaches`` names the parameters that
-    the output still depends on with every residual projection cut.
+    enter: lookups, and learned positions sliced from a parameter; ``later`` are other values that are added and read
+    nothing of the stream. ``suffix`` lies between ``end`` (exclusive) and the output: the head. ``leaks`` says why the
+    map is not proven; empty: proven. ``reaches`` names the parameters that the output still depends on with every
+    residual projection cut.
     """
 
     facts: Facts
@@ -45,6 +46,7 @@ class Stream:
     additions: frozenset[Node]
     terms: tuple[Term, ...]
     tables: tuple[Node, ...]
+    later: frozenset[Node]
     suffix: frozenset[Node]
     leaks: tuple[str, ...]
     reaches: tuple[str, ...]
@@ -113,6 +115,7 @@ def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
         additions=frozenset(additions),
         terms=tuple(terms),
         tables=tuple(_tables(facts, spine, facts.behind([start]))),
+        later=frozenset(node for node, term in found.items() if term is None),
         suffix=frozenset(suffix),
         leaks=(*lost, *proof.leaks),
         reaches=proof.reaches,
@@ -245,7 +248,14 @@ def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
     arguments = facts.data(node)
     if facts.product(node):
         weight = matrix_weight(facts, node)
-        return {node: facts.weight[weight]} if weight is not None and len(arguments) == 1 else {}
+        if weight is not None:
+            return {node: facts.weight[weight]} if len(arguments) == 1 else {}
+        # Outputs of experts, summed with computed shares, say: either silences the product, and the longer one that it
+        # keeps of both lies along the stream.
+        kept = shape(node)[-2:]
+        if len(arguments) != 2 or len(kept) != 2 or kept[0] == kept[1]:
+            return {}
+        return _projections(facts, factors(node)[0 if kept[0] > kept[1] else 1], seen)
     if name in ops.ADDS and any(a in facts.weight for a in operands(node)) and len(arguments) == 1:
         found = _projections(facts, arguments[0], seen)  # a bias of its own: cut behind it
         return {node: found[matmul]} if len(found) == 1 and (matmul := behind_views(arguments[0])) in found else found
@@ -255,7 +265,7 @@ def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
         through = [arguments]
     elif name in ops.LINEAR_FIRST | ops.CONVOLUTIONS or name == "masked_fill":
         through = [arguments[:1]]
-    elif name in ops.PRODUCTS:
+    elif name in ops.PRODUCTS and not ops.squares(node):
         # Either factor's zero silences the product: prefer the one as wide as the stream, then the later argument.
         sides = arguments if name == "mul" else arguments[:1]
         through = [[a] for a in sorted(sides, key=lambda a: (-last(a), -facts.order[a]))]

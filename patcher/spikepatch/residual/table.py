@@ -14,12 +14,18 @@ def lines(residual: ResidualMap) -> Iterator[str]:
     yield f"{residual.architecture} ({residual.model_type or 'a plain module'}): {_summary(residual)}"
     tied = [("tied", name, "", f"is {first}") for first, *others in residual.tied for name in others]
     yield from _proof(residual)
-    yield from columns([*_rows(residual), *tied])
+    yield from columns([*_rows(residual), *tied, *_unread(residual)])
     for stream in residual.streams:
         yield ""
         yield f"the stream that cross-attention reads: {_summary(stream)}"
         yield from _proof(stream)
         yield from columns([*_rows(stream)])
+
+
+def _unread(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
+    """Modules whose parameters the traced pass did not read, equal ones of all layers together."""
+    modules = dict.fromkeys(_starred(name.rpartition(".")[0] or name) for name in residual.unread)
+    yield from (("never read", module, "", "by the inputs of the traced pass") for module in modules)
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
@@ -41,6 +47,9 @@ def _proof(residual: ResidualMap) -> Iterator[str]:
     if residual.proven:
         yield f"proven: with all {count} residual projections cut, the output depends only on the embedding path, on"
         yield "norms and gains on the stream, and on the head; any one given back brings its own sub-layer alive"
+        if residual.conditions:
+            yield "for inputs like the traced ones only:"
+            yield from (f"  {condition}" for condition in residual.conditions)
     else:
         yield f"NOT proven: with all {count} residual projections cut,"
         yield from (f"  {leak}" for leak in residual.leaks)
