@@ -131,7 +131,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.gate = nn.Linear(width, width)
+        if gated_skip:
+            self.gate = nn.Linear(width, width)
         self.gated_skip, self.nonlinear_branch = gated_skip, nonlinear_branch
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

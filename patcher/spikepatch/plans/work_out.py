@@ -114,7 +114,8 @@ def _check_whole(residual: ResidualMap) -> None:
             where=residual.source,
             why="; ".join(residual.conditions[:3]),
             remedy="load the model, call spikepatch.plan(model, ..., example_inputs={'name of the argument': tensor})"
-            " with all that its forward takes, then patch and save it; or keep its weights with --reinit none",
+            " with all that its forward takes, then patch and save it; or keep its weights with --reinit none. What"
+            " nothing ever reads can be left out of the model",
         )
 
 

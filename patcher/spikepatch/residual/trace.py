@@ -218,11 +218,14 @@ def _further_inputs(model: nn.Module, example: Mapping[str, torch.Tensor]) -> di
     width = getattr(text, "hidden_size", None)
     if ids is None or not isinstance(width, int):
         return {}
-    states = torch.zeros(len(ids), TOKENS - 4, getattr(text, "cross_attention_hidden_size", None) or width)
+    batch = len(ids) // (getattr(config, "num_codebooks", 0) or 1)
+    states = torch.zeros(batch, TOKENS - 4, getattr(text, "cross_attention_hidden_size", None) or width)
+    first = torch.zeros_like(ids).index_fill_(-1, torch.tensor([0]), 1)
     return {
         "encoder_hidden_states": states,
         "cross_attention_states": states,
         "token_type_ids": torch.zeros_like(ids),
+        "global_attention_mask": first,
     }
 
 

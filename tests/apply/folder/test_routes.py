@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, WhisperForCausalLM
 
 import spikepatch
 from spikepatch.apply.folder import convert as conversion
@@ -119,12 +119,13 @@ def test_a_setting_that_is_read_and_never_applied(tmp_path: Path) -> None:
     sizes = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96, "vocab_size": 500}
     tokens = {"max_target_positions": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model("whisper", **sizes, **tokens, decoder_start_token_id=1, suppress_tokens=None)
-    config.architectures = ["WhisperForCausalLM"]
-    config.save_pretrained(tmp_path / "source")
+    WhisperForCausalLM(config).save_pretrained(tmp_path / "source")
     assert config.scale_embedding is False
-    result = spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", dry_run=True)
+    result = spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", reinit="none", dry_run=True)
 
     assert result.storage == "code"
+    with pytest.raises(spikepatch.Refused, match="encoder_attn"):  # which only an encoder's output would run
+        spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", dry_run=True)
 
 
 def test_what_no_setting_does(tmp_path: Path) -> None:
