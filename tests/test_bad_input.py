@@ -377,7 +377,7 @@ def test_the_remains_of_nothing(tmp_path: Path) -> None:
     assert everything(tmp_path) != before
 
 
-# Every bad file and index, as the command meets it
+# Bad files and indexes as the command meets them; tests/source/test_checkpoint.py has them all
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +392,7 @@ def config_alone(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     [
         pytest.param(file, *case, id=f"{file}, {name}")
         for file, cases in (("model.safetensors", BAD_FILES), (INDEX, BAD_INDEXES))
-        for name, case in cases.items()
+        for name, case in [*cases.items()][:2]
     ],
 )
 def test_a_bad_checkpoint(

@@ -64,20 +64,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_help_is_light() -> None:
-    script = """
-import sys
-from click.testing import CliRunner
-from spikepatch.cli import main
-for words in (["--help"], ["convert", "--help"], ["inspect", "--help"], ["recipes"], ["--version"]):
-    assert CliRunner().invoke(main, words).exit_code == 0, words
-print(sorted({"torch", "transformers", "numpy", "libcst", "rich", "huggingface_hub"} & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-
-    assert done.stdout == "[]\n"
-
-
 @pytest.mark.slow
 def test_help_is_quick() -> None:
     seconds = []

@@ -79,10 +79,19 @@ def test_every_module_imports_first() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, spikepatch, spikepatch.cli; spikepatch.__version__, dir(spikepatch); print(*sys.modules)"
+    """Of the package, of a source's module, and of what help and lists need."""
+    heavy = {"torch", "transformers", "numpy", "libcst", "accelerate", "huggingface_hub", "safetensors", "rich"}
+    code = """
+import sys, spikepatch, spikepatch.cli, spikepatch.source.open
+from click.testing import CliRunner
+spikepatch.__version__, dir(spikepatch)
+for words in (["--help"], ["convert", "--help"], ["inspect", "--help"], ["recipes"], ["--version"]):
+    assert CliRunner().invoke(spikepatch.cli.main, words).exit_code == 0, words
+print(*sys.modules)
+"""
     loaded = set(python(code).split())
     assert "spikepatch" in loaded
-    assert not loaded & {"torch", "transformers", "numpy", "libcst", "accelerate", "huggingface_hub", "safetensors"}
+    assert not loaded & heavy
 
 
 def test_public_names_resolve() -> None:

@@ -27,16 +27,6 @@ def run(*words: str) -> Result:
     return CliRunner().invoke(main, ["check", *words])
 
 
-def test_every_option_is_explained() -> None:
-    shown = run("--help").output
-    options = (
-        "recipe reinit factor positions untie tokens batch text seed device deep steps lr threshold report json fail-on"
-        " revision trust-remote-code"
-    )
-    for option in options.split():
-        assert re.search(rf"^  --{option}\b.*\S", shown, re.MULTILINE), option
-
-
 def test_the_table(source: str) -> None:
     done = run(source, "--recipe", "embed-ln", "--tokens", "16", "--deep", "-v")
     assert done.exit_code == 0
@@ -92,20 +82,6 @@ def test_json(source: str) -> None:
 def test_exit_codes(source: str, words: list[str], code: int) -> None:
     done = run(source, "--tokens", "12", *words)
     assert done.exit_code == code, done.output
-
-
-def test_our_own_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise KeyError("a bug")
-
-    monkeypatch.setattr("spikepatch.preflight.check.check", broken)
-    done = run(source)
-    assert done.exit_code == 3
-    assert "bug in spikepatch" in done.stderr
-
-
-def test_a_source_that_is_not_there() -> None:
-    assert run("./nowhere").exit_code == 2
 
 
 def test_the_report(source: str, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,69 +17,9 @@ from spikepatch.plans.plan import Fill
 from spikepatch.recipes.built_in import RECIPES
 from spikepatch.recipes.files import read_recipe
 from tests.architectures import tiny_config, tiny_model
+from tests.recipes.test_built_in import TEXT, write
 
 EPS = torch.finfo(torch.float32).eps
-
-
-def write(folder: Path, text: str) -> Path:
-    path = folder / "my.toml"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-TEXT = """
-name = "scaled-002"
-equation = "W ~ N(0, 0.02^2)"
-no_decay_embeddings = true
-
-[[transform]]
-kind = "small_init"
-base = "normal"
-std = 0.02
-cut = 3  # a whole number is a number
-
-[[transform]]
-kind = "residual_init"
-scale = "wang"
-
-[[transform]]
-kind = "embed_norm"
-norm = "rmsnorm"
-affine = false
-"""
-
-
-MODULE = """
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-from spikepatch import Recipe
-from spikepatch.plans.plan import Context, Edit, Fill, Skip
-from spikepatch.residual.map import ResidualMap
-
-
-@dataclass(frozen=True)
-class Ramp:
-    step: float
-
-    def __call__(self, residual: ResidualMap, context: Context) -> Iterator[Edit | Skip]:
-        for p in residual.residual_projections:
-            yield Fill(p.parameter, self.step * (1 + p.sublayer))
-
-
-RECIPE = Recipe("ramp", (Ramp(0.01),))
-TAKEN = Recipe("vanilla", (Ramp(0.01),))
-BAD = Recipe("no name: this", (Ramp(0.01),))
-NUMBER = 3
-"""
-
-
-@pytest.fixture
-def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "own_ramp.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "own_ramp", raising=False)
-    return "own_ramp"
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])

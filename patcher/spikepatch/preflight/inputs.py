@@ -11,7 +11,7 @@ from torch import nn
 from spikepatch.apply.values.draw import narrow
 from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
-from spikepatch.residual.trace import example_of
+from spikepatch.residual.trace import full_example
 from spikepatch.source.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -23,11 +23,16 @@ def random_tokens(model: nn.Module, *, tokens: int, batch: int, seed: int) -> di
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     generator = torch.Generator().manual_seed(narrow(seed, 64))
     result = {}
-    for name, traced in example_of(model).items():
+    for name, traced in full_example(model).items():
         if traced.is_floating_point():
-            result[name] = traced
+            result[name] = traced.repeat(batch, *[1] * (traced.ndim - 1))
             continue
         shape = (traced.shape[0] * batch, _length(config, tokens))
+        if int(traced.max()) < 2:  # types of tokens, or a mask
+            result[name] = torch.zeros(shape, dtype=traced.dtype)
+            first = min(shape[1], traced.shape[1])
+            result[name][:, :first] = traced[:1, :first]
+            continue
         ids = torch.randint(0, config.vocab_size, shape, generator=generator)
         padding = getattr(config, "pad_token_id", None)
         result[name] = torch.where(ids == padding, (ids + 1) % config.vocab_size, ids) if padding is not None else ids

@@ -120,7 +120,17 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
             why=f"it is of type {type(example_inputs).__name__}, and does not say which argument it is for",
             remedy="pass example_inputs={'name of the argument': tensor}",
         )
-    example = dict(example_inputs) if example_inputs is not None else full_example(model)
+    if example_inputs is not None:
+        return _traced(model, example_inputs, fused=fused)
+    example = example_of(model)
+    found = _traced(model, example, fused=fused)
+    if _read(found) == len(found.parameters) or not _offered(model, example):
+        return found
+    more = full_example(model)
+    return _traced(model, more, fused=fused) if more.keys() != example.keys() else found
+
+
+def _traced(model: nn.Module, example: Mapping[str, torch.Tensor], *, fused: bool) -> Trace:
     found: dict[str, Trace] = {}
     failed: dict[str, Exception] = {}
     for tracer in (exported, recorded) if fused else (recorded, exported):
@@ -197,21 +207,17 @@ def full_example(model: nn.Module) -> dict[str, torch.Tensor]:
     states of an encoder or of an image that some layers wait for, and types of tokens.
     """
     example = example_of(model)
-    asked = signature(model.forward).parameters
-    offered = {name: value for name, value in _further_inputs(model, example).items() if name in asked}
-    if not offered:
-        return example
-    count = sum(1 for _ in model.parameters())
-    best = _parameters_read(model, example)
-    for name, value in offered.items():
-        if best < count and name not in example:
-            read = _parameters_read(model, {**example, name: value})
-            if read > best:
-                best, example[name] = read, value
+    count, best = sum(1 for _ in model.parameters()), -1
+    for name, value in {"": None, **_offered(model, example)}.items():
+        with contextlib.suppress(Exception):  # whatever a forward pass raises
+            tried = {**example, name: value} if value is not None else example
+            if best < count and (read := _read(recorded(model, tried))) > best:
+                best, example = read, tried
     return example
 
 
-def _further_inputs(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _offered(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Further inputs that the forward's signature names."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     ids = next((x for x in example.values() if not x.is_floating_point()), None)
@@ -221,28 +227,25 @@ def _further_inputs(model: nn.Module, example: Mapping[str, torch.Tensor]) -> di
     batch = len(ids) // (getattr(config, "num_codebooks", 0) or 1)
     states = torch.zeros(batch, TOKENS - 4, getattr(text, "cross_attention_hidden_size", None) or width)
     first = torch.zeros_like(ids).index_fill_(-1, torch.tensor([0]), 1)
-    return {
+    known = {
         "encoder_hidden_states": states,
         "cross_attention_states": states,
         "token_type_ids": torch.zeros_like(ids),
         "global_attention_mask": first,
     }
+    return {name: value for name, value in known.items() if name in signature(model.forward).parameters}
 
 
-def _parameters_read(model: nn.Module, example: Mapping[str, torch.Tensor]) -> int:
-    """How many parameters the output of a recorded pass depends on; -1 where it does not run."""
-    try:
-        traced = recorded(model, example)
-    except Exception:  # whatever a forward pass raises
-        return -1
-    read: set[Node] = set()
+def _read(traced: Trace) -> int:
+    """How many parameters the output depends on."""
+    seen: set[Node] = set()
     todo = [traced.output]
     while todo:
         node = todo.pop()
-        if node not in read:
-            read.add(node)
+        if node not in seen:
+            seen.add(node)
             todo.extend(node.all_input_nodes)
-    return len({name for node, name in traced.parameters.items() if node in read})
+    return len(seen & traced.parameters.keys())
 
 
 def _prefer_traceable_kernels(model: nn.Module, experts: str) -> None:
