@@ -36,8 +36,15 @@ CASES: list[tuple[str, str, list[str], int]] = [
 LONGEST_SUM = 96
 
 #: What touches the libraries most; without the real model, the local hub, the installed command, dozens of processes.
-TESTS = ["runtime", "test_fill.py", "test_cli.py", "test_conversion.py", "test_folding.py", "apply/test_agreement.py"]
-TESTS += ["apply/test_codemod.py", "preflight/test_command.py", "training/test_loop.py", "training/test_callback.py"]
+TESTS = [
+    "runtime",
+    "apply/values/test_draw.py",
+    "test_cli.py",
+    "apply/folder/test_convert.py",
+    "apply/folder/test_fold.py",
+]
+TESTS += ["apply/test_agreement.py", "apply/own_file/test_codemod.py", "preflight/test_command.py"]
+TESTS += ["training/test_loop.py", "training/test_callback.py"]
 LEFT_OUT = "smollm2 or drift or hub or no_warning or switched_on"
 
 SAVE = """
@@ -64,7 +71,7 @@ def test_its_tests_pass(oldest_python: Path, floors: dict[str, str]) -> None:
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {[*floors]}}}))"
     found = {name: Version(at).release[:3] for name, at in json.loads(run(oldest_python, "-c", code)).items()}
     other = {name for name, floor in floors.items() if found[name] != (*Version(floor).release, 0, 0)[:3]}
-    options = ["-q", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"]
+    options = ["-q", "-n", "2", "-p", "no:cacheprovider", "-m", "slow or not slow", "-k", f"not ({LEFT_OUT})"]
     output = run(oldest_python, "-m", "pytest", *options, *(f"tests/{name}" for name in TESTS))
 
     assert other <= {"torch"}

@@ -1,7 +1,7 @@
 """The plan: every change that a recipe makes to one model, and every tensor that it leaves alone, as plain data.
 
 A plan says nothing of where it will be applied: the live model and the checkpoint folder read the same plan and end
-with the same bits. ``planner.py`` makes one.
+with the same bits. ``work_out.py`` makes one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NORM_NAMES: dict[NormKind, str] = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm
 
 @dataclass(frozen=True)
 class Fill:
-    """Draw every element of ``parameter`` afresh, with mean 0 and this ``std``; see ``fill.py`` for the bits.
+    """Draw every element of ``parameter`` afresh, with mean 0 and this ``std``; see ``apply/values/draw.py`` for the bits.
 
     ``std`` is that of the values drawn, whatever the distribution. The other fields say where it comes from, so that a
     generated class can follow a config with another width or depth. An embedding's padding row is a row like the
@@ -127,7 +127,7 @@ class Skip:
 
 
 #: A new kind is added here, to ``planner._target``, to what a generated class does with it (``runtime/embedding.py``,
-#: by ``Plan.record``) and, where it writes values, to ``apply/tensors.py``.
+#: by ``Plan.record``) and, where it writes values, to ``apply/values/assign.py``.
 ValueEdit = Fill | Constant
 EmbeddingEdit = ScaleEmbedding | NormEmbedding | DetachEmbedding
 Edit = ValueEdit | EmbeddingEdit | Untie

@@ -49,7 +49,7 @@ class Conversion:
     Attributes:
         out: the folder; nothing is there after a dry run.
         plan, residual: every edit and skip, and the proven map that they were planned on.
-        storage: how it is stored; see ``storage/routes.py``.
+        storage: how it is stored; see ``routes.py``.
         trust: it loads with ``trust_remote_code=True`` only.
         auto_class: the class of transformers that loads it.
         dtype: of the float weights.

@@ -1,7 +1,7 @@
 """Architectures that compute what another one does, with a setting for the embedding's factor besides.
 
 Data, and the only place in spikepatch where architectures are named. That a host computes the same function, on every
-layer, is proven for each model that is written (``storage/routes.py``); what is here are candidates.
+layer, is proven for each model that is written (``routes.py``); what is here are candidates.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a user's factory builds, seen in a process of its own: the module objects, and which line built each of them.
 
 A map names modules by their paths in the built model. Which expression of the file made the module at a path is not
-guessed from names but seen: see ``watch.py``.
+guessed from names but seen: see ``call_sites.py``.
 """
 
 from __future__ import annotations
