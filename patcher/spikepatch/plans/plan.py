@@ -25,7 +25,7 @@ NORM_NAMES: dict[NormKind, str] = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm
 
 @dataclass(frozen=True)
 class Fill:
-    """Draw every element of ``parameter`` afresh, with mean 0 and this ``std``; see ``apply/values/draw.py`` for the bits.
+    """Draw every element of ``parameter`` afresh, with mean 0 and this ``std``; ``apply/values/draw.py`` has the bits.
 
     ``std`` is that of the values drawn, whatever the distribution. The other fields say where it comes from, so that a
     generated class can follow a config with another width or depth. An embedding's padding row is a row like the
