@@ -175,6 +175,12 @@ def test_what_stands_on_the_stream_is_named(name: str, words: str) -> None:
         assert "after blocks.0.1.b" in why
 
 
+def test_a_gate_on_the_whole_stream_is_named() -> None:
+    found, why = verdict(Spec(TWO, on_stream=("highway",) * 4))
+    assert found is None
+    assert why == "the stream is multiplied by a gate that extra.0 computes, so it is not a sum"
+
+
 def test_a_layer_that_text_alone_skips() -> None:
     """It is run with the states that its forward asks for; so the sub-layers of these layers are counted too."""
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 32}

@@ -14,7 +14,7 @@ from spikepatch.residual.ops import last, op, operands, place, shape
 def no_sum(facts: Facts, output: Node) -> str:
     """Why the stream is no sum, in the model's own terms."""
     cone = sorted(facts.behind([output]), key=facts.order.__getitem__)
-    if reason := copies(n for n in cone if n in facts.carries) or _mixture(facts, cone):
+    if reason := copies(n for n in cone if n in facts.carries) or _mixture(facts, cone) or _gated(facts, cone):
         return reason
     ends = [n for n in cone if n in facts.varies and n not in facts.carries and facts.carries.keys() & facts.data(n)]
     places = ", ".join(dict.fromkeys(place(n) or op(n) for n in ends[-2:])) or "nothing"
@@ -22,6 +22,20 @@ def no_sum(facts: Facts, output: Node) -> str:
         "no sum of an embedding and sub-layer outputs reaches the output: the input is not a term of it,"
         f" but goes through products with weights ({places})"
     )
+
+
+def _gated(facts: Facts, cone: Iterable[Node]) -> str | None:
+    """The reason to refuse a stream that is multiplied by what is computed from it, as in a highway or a GRU."""
+    for node in cone:
+        if op(node) not in ops.ADDS or len(facts.data(node)) < 2:
+            continue
+        for factor in facts.data(node):
+            gates = facts.data(factor) if op(factor) == "mul" else []
+            if len(gates) > 1 and any(a in facts.carries for a in gates):
+                made = [n for n in facts.behind(a for a in gates if a not in facts.carries) if facts.product(n)]
+                where = place(max(made, key=facts.order.__getitem__)) if made else place(node)
+                return f"the stream is multiplied by a gate that {where or 'the model'} computes, so it is not a sum"
+    return None
 
 
 def _mixture(facts: Facts, cone: Iterable[Node]) -> str | None:
