@@ -190,8 +190,9 @@ def test_a_layer_that_text_alone_skips() -> None:
         hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48,
         vocab_size=50, cross_attention_layers=[1], max_position_embeddings=32, pad_token_id=0,
     )  # fmt: skip
-    found = spikepatch.inspect(MllamaForCausalLM(config))
-    assert (found.proven, found.sublayers, found.conditions, found.unread) == (True, 6, (), ())
+    for dtype in (torch.float32, torch.bfloat16):
+        found = spikepatch.inspect(MllamaForCausalLM(config).to(dtype))
+        assert (found.proven, found.sublayers, found.conditions, found.unread) == (True, 6, (), ())
 
 
 def test_a_block_that_is_never_run() -> None:

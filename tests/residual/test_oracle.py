@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 import spikepatch
 from spikepatch.errors import SpikepatchError
 from spikepatch.residual.map import ResidualMap
+from spikepatch.residual.trace import full_example
 from tests.residual import configs
 from tests.residual.configs import model_class, tiny_config_for
 from tests.residual.maps import TYPES
@@ -283,4 +284,10 @@ def example(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     inputs = {"input_ids": ids}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(1)
+    for name, given in full_example(model).items():  # what the map was made with, in values of our own
+        if given.is_floating_point() and name not in inputs:
+            shape = (1, 7, *given.shape[2:])
+            inputs[name] = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(model.dtype)
+        elif name not in inputs:
+            inputs[name] = torch.arange(ids.shape[-1]).lt(3).long().expand(ids.shape)
     return inputs

@@ -225,7 +225,9 @@ def _offered(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[str,
     if ids is None or not isinstance(width, int):
         return {}
     batch = len(ids) // (getattr(config, "num_codebooks", 0) or 1)
-    states = torch.zeros(batch, TOKENS - 4, getattr(text, "cross_attention_hidden_size", None) or width)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    wide = getattr(text, "cross_attention_hidden_size", None) or width
+    states = torch.zeros(batch, TOKENS - 4, wide, dtype=dtype)
     first = torch.zeros_like(ids).index_fill_(-1, torch.tensor([0]), 1)
     known = {
         "encoder_hidden_states": states,
