@@ -51,7 +51,9 @@ def shell(command: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder in which the ten lines ran, and what they printed; CI runs them in a fresh environment too."""
+    """The folder in which the ten lines ran, and what they printed; CI has run them in a fresh environment."""
+    if done := os.environ.get("SPIKEPATCH_README_SESSION"):
+        return Path(done), Path(done, "printed.txt").read_text()
     folder = tmp_path_factory.mktemp("session")
     return folder, shell(block("ci: session"), folder)
 

