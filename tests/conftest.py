@@ -34,6 +34,10 @@ settings.register_profile("spikepatch", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("spikepatch")
 
+# Where several processes run tests, each of them and of those that they start has one thread: they would share cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 #: What never imports torch: `pytest --light` runs these files alone, in seconds, and fails if one did.
 LIGHT = (
     "test_package.py", "plans/test_plan.py", "plans/test_work_out.py", "recipes/test_built_in.py",
