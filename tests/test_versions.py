@@ -44,7 +44,8 @@ TESTS = [
     "apply/folder/test_fold.py",
 ]
 TESTS += ["apply/test_agreement.py", "apply/own_file/test_codemod.py", "preflight/test_command.py"]
-TESTS += ["training/test_loop.py", "training/test_callback.py"]
+#: And of trainings, which are slow ones, these.
+SLOW, TRAINED = ("test_loop.py", "test_callback.py"), "bare_loop or free_of_events"
 LEFT_OUT = "smollm2 or drift or hub or no_warning or switched_on"
 
 SAVE = """
@@ -71,8 +72,18 @@ def test_its_tests_pass(oldest_python: Path, floors: dict[str, str]) -> None:
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {[*floors]}}}))"
     found = {name: Version(at).release[:3] for name, at in json.loads(run(oldest_python, "-c", code)).items()}
     other = {name for name, floor in floors.items() if found[name] != (*Version(floor).release, 0, 0)[:3]}
-    options = ["-q", "-n", "2", "-p", "no:cacheprovider", "-m", "slow or not slow", "-k", f"not ({LEFT_OUT})"]
+    options = ["-q", "-n", "2", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"]
     output = run(oldest_python, "-m", "pytest", *options, *(f"tests/{name}" for name in TESTS))
+    run(
+        oldest_python,
+        "-m",
+        "pytest",
+        *options[:-1],
+        TRAINED,
+        "-m",
+        "slow",
+        *(f"tests/training/{name}" for name in SLOW),
+    )
 
     assert other <= {"torch"}
     assert version("transformers") != floors["transformers"]
