@@ -31,7 +31,6 @@ from spikepatch.residual.stream import Stream
 #: Name of a parameter, as ``named_parameters()`` gives it -> its values, of any float dtype, anywhere.
 Weights = Callable[[str], torch.Tensor]
 NodeValues = dict[Node, Any]
-#: Told (step, done, total).
 
 _GROUPED = frozenset("_grouped_mm grouped_mm grouped_mm_fallback".split())
 

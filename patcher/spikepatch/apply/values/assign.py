@@ -1,9 +1,4 @@
-"""Which tensors a model is stored as, and what a plan writes into each: shared by the live and the on-disk applier.
-
-The canonical form of a model is what ``save_pretrained`` writes: names, order and shapes on disk differ from those in
-memory where transformers fuses weights (one 3-D parameter for all experts in memory, a matrix each on disk). Every
-random fill is keyed by the canonical name, so both appliers draw the same bits.
-"""
+"""What a plan writes into each stored tensor: shared by the live and the on-disk applier."""
 
 from __future__ import annotations
 

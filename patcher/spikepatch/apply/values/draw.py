@@ -1,4 +1,4 @@
-"""Where new weights come from: block-seeded random fills, and the architecture's own initialiser, module by module.
+"""Where new weights come from: block-seeded random fills. (``initialiser.py`` has those that a recipe leaves alone.)
 
 The bits of a fill depend on (seed, tensor name, element index) only: not on shard order, chunking, thread count,
 device, or whether the tensor is part of a live model or of a file. They are drawn by numpy, whose code for them is
