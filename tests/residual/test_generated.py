@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -173,6 +174,37 @@ def test_what_stands_on_the_stream_is_named(name: str, words: str) -> None:
     if words:
         assert f"the stream goes through {words}" in why
         assert "after blocks.0.1.b" in why
+
+
+OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softplus": torch.nn.functional.softplus,
+    "pow": lambda x: x**3,
+    "abs": torch.abs,
+    "sin": torch.sin,
+    "softmax": lambda x: x.softmax(-1),
+    "minimum": lambda x: torch.minimum(x, torch.tensor(5.0)),
+    "cumsum": lambda x: x.cumsum(1),
+    "sort": lambda x: x.sort(-1)[0],
+    "a mean of tokens": lambda x: x + x.mean(1, keepdim=True),
+    "rounding": lambda x: x + (x.round() - x).detach(),
+    "a gate of itself": lambda x: x * torch.sigmoid(x),
+    "a mixture with itself": lambda x: torch.lerp(x, x.tanh(), x.sigmoid()),
+}
+
+
+class Spoilt(Model):
+    """One of OTHERS stands on the stream behind every addition."""
+
+    def on_stream(self, name: str, x: torch.Tensor, n: int, before: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        return OTHERS[name](x)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_operations_that_no_table_knows(name: str) -> None:
+    found = spikepatch.inspect(Spoilt(Spec(TWO, on_stream=(name,) * 4)), example_inputs=example())
+    assert not found.proven
+    if " " not in name and name != "rounding":
+        assert f"the stream goes through {name}, after blocks.0.0.o" in found.leaks[0]
 
 
 def test_a_gate_on_the_whole_stream_is_named() -> None:

@@ -146,8 +146,9 @@ def _lost(facts: Facts, node: Node, spine: set[Node], inside: set[Node], path: s
         before = facts.nodes[reads[at]] if reads else node
     while op(at) in ops.VIEWS and (users := [u for u in at.users if u in facts.varies]):
         at = users[0]
-    computed = len(facts.data(at)) > 1
-    what = "a matrix" if facts.product(at) else "a product of computed values" if computed else op(at).replace("_", " ")
+    computed = op(at) in ops.PRODUCTS and len(facts.data(at)) > 1
+    name = op(at).strip("_").replace("_", " ")
+    what = "a matrix" if facts.product(at) else "a product of computed values" if computed else name
     while len(way := facts.carries.get(before, [])) == 1 and len(facts.data(before)) < 2:
         before = way[0]  # through gains and views, back to the addition
     added = [a for a in facts.data(before) if a not in facts.carries]
