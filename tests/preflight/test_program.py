@@ -118,6 +118,22 @@ def test_gradients_and_sizes_along_the_stream(model_type: str, dtype: torch.dtyp
         assert sum(g**2 for g in found.gradients.values()) ** 0.5 == pytest.approx(total, rel=10 * tolerance)
 
 
+def test_a_model_whose_output_is_the_end_of_its_stream() -> None:
+    """Post-norm and without a head: no piece is left behind the stream's last point."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=60, **sizes)).eval()
+    ids = random_ids(model)
+    program = program_of(model, ids)
+    residual = map_of(model, program.stream.facts.trace, "model")
+    found = measure(program, residual, live(model), deep=False, vocabulary=None, progress=lambda *_: None)
+    states = model(ids, output_hidden_states=True).hidden_states
+    direction = torch.randn(states[-1].shape, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad((states[-1] * direction).sum() / states[-1].numel() ** 0.5, states[:-1])
+    assert len(found.sublayers) == 6
+    for each, gradient in zip(found.sublayers[::2], expected, strict=True):
+        assert each.gradient_norm == pytest.approx(float(gradient.norm()), rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma2", "mamba"])
 def test_jacobians_of_sublayers(model_type: str) -> None:

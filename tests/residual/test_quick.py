@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.fx import Graph, symbolic_trace
 
-from spikepatch.residual.trace import example_of, exported, quick
+from spikepatch.residual.example import example_of
+from spikepatch.residual.trace import exported, quick
 from tests.architectures import ids, tiny_model
 
 

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 import spikepatch
 from spikepatch.errors import Refused
+from spikepatch.residual.example import example_of
 from spikepatch.residual.inspect import map_of
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import op
 from spikepatch.residual.record import record
-from spikepatch.residual.trace import Trace, example_of, exported, recorded, trace
+from spikepatch.residual.trace import Trace, exported, recorded, trace
 from spikepatch.source.meta import build_meta
 from tests.architectures import tiny_model
 from tests.residual import configs

@@ -55,6 +55,7 @@ _THRESHOLDS = (
 @click.option(
     "--fail-on", type=click.Choice(["at-risk", "unstable"]), help="Exit with 1 where the verdict is that bad, or worse."
 )
+@options.example_inputs
 @options.revision
 @options.trust_remote_code
 @click.pass_context

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 @options.revision
 @options.trust_remote_code
 @options.allow_nonfinite
+@options.example_inputs
 @options.overwrite
 @click.option(
     "--dry-run", is_flag=True, help="Plan and check everything, print the plan, and what factors do to learned weights."

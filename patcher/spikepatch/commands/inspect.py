@@ -13,8 +13,11 @@ from spikepatch.residual.table import lines
 @options.source
 @options.revision
 @options.trust_remote_code
+@options.example_inputs
 @options.as_json
-def inspect_command(source: str, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
+def inspect_command(
+    source: str, revision: str | None, trust_remote_code: bool, example_inputs: str | None, as_json: bool
+) -> None:
     with progress() as report:
         from spikepatch.apply.generated.patched_source import build_as_it_is
         from spikepatch.residual.inspect import inspect
@@ -23,7 +26,7 @@ def inspect_command(source: str, revision: str | None, trust_remote_code: bool, 
         report("reading the source")
         found = open_source(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
         report("mapping the residual stream")
-        residual = inspect(build_as_it_is(found), source=source)
+        residual = inspect(build_as_it_is(found), example_inputs=example_inputs, source=source)
     if as_json:
         click.echo(residual.to_json())
         return

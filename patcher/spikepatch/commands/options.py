@@ -72,6 +72,11 @@ revision: Decorator = click.option("--revision", metavar="REV", help="Branch, ta
 trust_remote_code: Decorator = click.option(
     "--trust-remote-code", is_flag=True, help="Allow the Python code that comes with the model to run."
 )
+example_inputs: Decorator = click.option(
+    "--example-inputs",
+    metavar="MODULE:NAME",
+    help="What the model is run on to map it: a dict of tensors, or a function of the model that returns one.",
+)
 allow_nonfinite: Decorator = click.option(
     "--allow-nonfinite", is_flag=True, help="Weights may be NaN or infinite, which is refused otherwise."
 )

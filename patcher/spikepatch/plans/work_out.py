@@ -113,9 +113,8 @@ def _check_whole(residual: ResidualMap) -> None:
             what="the residual map holds for inputs like the traced ones only, so no weights are drawn by it",
             where=residual.source,
             why="; ".join(residual.conditions[:3]),
-            remedy="load the model, call spikepatch.plan(model, ..., example_inputs={'name of the argument': tensor})"
-            " with all that its forward takes, then patch and save it; or keep its weights with --reinit none. What"
-            " nothing ever reads can be left out of the model",
+            remedy="give all that its forward takes: --example-inputs module:NAME (in Python: a dict of tensors as"
+            " example_inputs); or keep its weights: --reinit none. What nothing reads can be left out of the model",
         )
 
 

@@ -83,7 +83,7 @@ def _through(
     parameters = {p: program.parameter(p, weights).requires_grad_() for p in piece.parameters}
     loss: float | None = None
     with torch.enable_grad():
-        results = run_piece(program, piece, inputs, parameters, {*gradients, piece.point} & set(piece.nodes))
+        results = run_piece(program, piece, inputs, parameters, ({*gradients} & set(piece.nodes)) | {piece.point})
         if piece.point is program.pieces[-1].point:
             value = objective(program, results[piece.point], vocabulary)
             if vocabulary is not None:

@@ -23,6 +23,7 @@ from spikepatch.preflight.steps import run_steps
 from spikepatch.preflight.subject import Subject, of_model, of_source, vocabulary_of, with_recipe
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes.built_in import find as find_recipe
+from spikepatch.residual.example import Given, given
 from spikepatch.residual.inspect import map_of
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import shape
@@ -52,7 +53,7 @@ def check(
     steps: int = 0,
     lr: float = 1e-3,
     thresholds: Mapping[str, float] | None = None,
-    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    example_inputs: Given = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -75,7 +76,8 @@ def check(
         deep: measure Jacobians.
         steps, lr: also run AdamW steps at this learning rate.
         thresholds: instead of the defaults of ``preflight.verdict.Thresholds``, by name.
-        example_inputs: keyword arguments of ``forward`` in place of random tokens; needed for a plain module.
+        example_inputs: keyword arguments of ``forward`` in place of random tokens, as in ``spikepatch.inspect``; needed
+            for a plain module.
         revision, trust_remote_code: of a SOURCE.
         progress: told (step, done, total).
 
@@ -100,7 +102,7 @@ def check(
         check_module(model)
         base = of_model(model, seed)
     name = source.name if source is not None else type(base.structure).__name__
-    inputs = example_inputs
+    inputs = None if example_inputs is None else given(example_inputs, base.structure)
     if text is not None:
         inputs = text_tokens(Path(text), source, tokens=tokens, batch=batch)
     options = {

@@ -128,7 +128,8 @@ def compile_program(stream: Stream, device: torch.device) -> Program:
         pieces.append(
             Piece(
                 nodes=nodes,
-                needs=tuple(a for a in data if a in read and piece_of[a] < i),
+                # Where no head follows the stream, its end is the output, and the last piece hands it on.
+                needs=tuple(a for a in data if (a in read or a is point) and piece_of[a] < i),
                 point=point,
                 parameters=tuple(p for p in facts.trace.parameters if p in read),
                 writes=any(writes(node) for node in nodes),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import os
-import sys
 from pathlib import Path
 
 from spikepatch.errors import Refused, did_you_mean
 from spikepatch.plans.plan import REINITS, Recipe, cut_std
 from spikepatch.recipes.files import check_choices, read_recipe
+from spikepatch.source.own_object import imported
 from spikepatch_transforms.embed_detach import EmbedDetach
 from spikepatch_transforms.embed_init import EmbedInit
 from spikepatch_transforms.embed_norm import EmbedNorm
@@ -149,20 +147,7 @@ def _own(recipe: Recipe, where: str) -> Recipe:
 
 
 def _imported(place: str) -> Recipe:
-    module, _, name = place.partition(":")
-    before = list(sys.path)
-    sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's module raises
-        raise Refused(
-            what="the recipe cannot be imported",
-            where=place,
-            why=f"{type(error).__name__}: {error}",
-            remedy="module:NAME is looked for where Python imports from, and in the current directory",
-        ) from error
-    finally:
-        sys.path[:] = before
+    found = imported(place, "the recipe")
     if not isinstance(found, Recipe):
         raise Refused(
             what="this is no recipe",

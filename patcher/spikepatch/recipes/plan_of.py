@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from spikepatch.errors import BadSource, Refused
 from spikepatch.plans.plan import Plan, Recipe, Reinit
 from spikepatch.plans.work_out import make_plan
 from spikepatch.recipes import built_in
+from spikepatch.residual.example import Given
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source.layout import tensor_shapes
@@ -32,7 +33,7 @@ def plan(
     positions: bool = False,
     replace: bool = False,
     untie: bool = False,
-    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    example_inputs: Given = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
@@ -47,7 +48,7 @@ def plan(
         positions: scale learned position embeddings too.
         replace: divide out a factor that the architecture applies to its embedding already.
         untie: give a tied head its own matrix.
-        example_inputs: keyword arguments of ``forward``, for a module that is no transformers model.
+        example_inputs: as in ``spikepatch.inspect``.
         revision, trust_remote_code: of a SOURCE.
 
     Raises:
@@ -61,7 +62,7 @@ def plan(
         source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=reinit != "all")
         check_weights(source, reinit)
         built = build_meta(source)
-        residual = inspect(built, source=model)
+        residual = inspect(built, example_inputs=example_inputs, source=model)
         if reinit != "all":
             stds = embedding_stds(match_source(source, built), residual)
         return make_plan(residual, tensor_shapes(built), recipe, reinit=reinit, seed=seed, embedding_stds=stds)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Set
 
-import torch
 from torch import nn
 from torch.fx import Node
 
 from spikepatch.errors import Refused, first_line
 from spikepatch.residual import ops
 from spikepatch.residual.embedding_path import measure
+from spikepatch.residual.example import Given
 from spikepatch.residual.facts import NormNode
 from spikepatch.residual.kinds import addition, between, multiplier, steps, sublayers_of
 from spikepatch.residual.map import (
@@ -38,14 +38,14 @@ from spikepatch.source.private import is_transformers_model
 _PARTS = frozenset(("split", "chunk", "split_with_sizes"))
 
 
-def inspect(
-    model: nn.Module, *, example_inputs: Mapping[str, torch.Tensor] | None = None, source: str = ""
-) -> ResidualMap:
+def inspect(model: nn.Module, *, example_inputs: Given = None, source: str = "") -> ResidualMap:
     """Find and prove the residual stream of ``model``. The model is neither changed nor run.
 
     Args:
         model: a transformers model, or any module with ``example_inputs``; weights may be on any device, meta included.
-        example_inputs: keyword arguments of ``forward``; not needed for a transformers model.
+        example_inputs: keyword arguments of ``forward``, as a dict of tensors; or ``module:NAME`` of such a dict, or of
+            a function of the model that returns one. A transformers model needs none, but for parts that it runs with
+            further inputs only.
         source: how to name the model in the map.
 
     Returns:

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from torch.fx import Node
 
 from spikepatch.residual import ops
+from spikepatch.residual.example import TOKENS
 from spikepatch.residual.facts import Facts, floating
 from spikepatch.residual.map import Between, SublayerKind
 from spikepatch.residual.ops import behind_views, op, operands, shape
 from spikepatch.residual.proof import Term
 from spikepatch.residual.stream import Stream
-from spikepatch.residual.trace import TOKENS
 from spikepatch.residual.weights import gain
 
 #: They pick an entry by its value, and say which.

@@ -8,7 +8,6 @@ import gc
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -18,12 +17,10 @@ from torch.fx import Graph, GraphModule, Node
 from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
 from spikepatch.residual.dataflow import follow_data
+from spikepatch.residual.example import Given, example_of, given, offered
 from spikepatch.residual.record import record
 from spikepatch.source.meta import skeleton
 from spikepatch.source.private import own_buffers, replaced_here, tree_leaves
-
-#: Token positions in the traced example: more than one, and unlike the usual head counts and widths.
-TOKENS = 11
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def _code_on_demand() -> Iterator[None]:
         yield
 
 
-def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = None, *, fused: bool = False) -> Trace:
+def trace(model: nn.Module, example_inputs: Given = None, *, fused: bool = False) -> Trace:
     """Trace one forward pass of ``model``, whose weights may be anywhere: they are not read, and not changed.
 
     A recorded run takes a third of the time of ``torch.export``, which is asked where the input chose the way of that
@@ -106,25 +103,19 @@ def trace(model: nn.Module, example_inputs: Mapping[str, torch.Tensor] | None = 
 
     Args:
         model: any module; a transformers model needs no example.
-        example_inputs: keyword arguments of ``forward``. Shapes and dtypes matter, values hardly.
+        example_inputs: keyword arguments of ``forward``, as ``given`` takes them. Shapes and dtypes matter, values
+            hardly.
         fused: ask ``torch.export`` first: it keeps norms and attention as single operations, in a graph that is to be
             run.
 
     Raises:
         Refused: neither can follow the forward pass.
     """
-    if example_inputs is not None and not isinstance(example_inputs, Mapping):
-        raise Refused(
-            what="example_inputs is no dict of arguments",
-            where=type(model).__name__,
-            why=f"it is of type {type(example_inputs).__name__}, and does not say which argument it is for",
-            remedy="pass example_inputs={'name of the argument': tensor}",
-        )
     if example_inputs is not None:
-        return _traced(model, example_inputs, fused=fused)
+        return _traced(model, given(example_inputs, model), fused=fused)
     example = example_of(model)
     found = _traced(model, example, fused=fused)
-    if _read(found) == len(found.parameters) or not _offered(model, example):
+    if _read(found) == len(found.parameters) or not offered(model, example):
         return found
     more = full_example(model)
     return _traced(model, more, fused=fused) if more.keys() != example.keys() else found
@@ -170,72 +161,18 @@ def _untraceable(name: str, example: Mapping[str, torch.Tensor], exported: Excep
     )
 
 
-def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a transformers model takes, by its declared main input: token ids, an image, a spectrogram or a wave.
-
-    Raises:
-        Refused: it is no transformers model.
-    """
-    config: Any = getattr(model, "config", None)
-    if config is None:
-        raise Refused(
-            what="no example inputs for a plain module",
-            where=type(model).__name__,
-            why="only a transformers model tells by its config what its forward takes",
-            remedy="pass example_inputs={'name of the argument': tensor}",
-        )
-    ids = torch.arange(5, 5 + TOKENS).unsqueeze(0)  # (batch, tokens)
-    if codebooks := getattr(config, "num_codebooks", 0):
-        ids = ids.repeat(codebooks, 1)  # (codebooks, tokens)
-    name = getattr(model, "main_input_name", "input_ids")
-    example = {name: ids}
-    if name == "pixel_values":
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        example = {name: torch.zeros(1, config.num_channels, height, width)}
-    elif name == "input_features":
-        example = {name: torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)}
-    elif name == "input_values":
-        example = {name: torch.zeros(1, 8000)}
-    if getattr(config, "is_encoder_decoder", False):
-        example["decoder_input_ids"] = ids.clone()
-    return example
-
-
 def full_example(model: nn.Module) -> dict[str, torch.Tensor]:
     """``example_of``, with those further inputs of the forward's signature by which it reads more of the parameters:
     states of an encoder or of an image that some layers wait for, and types of tokens.
     """
     example = example_of(model)
     count, best = sum(1 for _ in model.parameters()), -1
-    for name, value in {"": None, **_offered(model, example)}.items():
+    for name, value in {"": None, **offered(model, example)}.items():
         with contextlib.suppress(Exception):  # whatever a forward pass raises
             tried = {**example, name: value} if value is not None else example
             if best < count and (read := _read(recorded(model, tried))) > best:
                 best, example = read, tried
     return example
-
-
-def _offered(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Further inputs that the forward's signature names."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids = next((x for x in example.values() if not x.is_floating_point()), None)
-    width = getattr(text, "hidden_size", None)
-    if ids is None or not isinstance(width, int):
-        return {}
-    batch = len(ids) // (getattr(config, "num_codebooks", 0) or 1)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    wide = getattr(text, "cross_attention_hidden_size", None) or width
-    states = torch.zeros(batch, TOKENS - 4, wide, dtype=dtype)
-    first = torch.zeros_like(ids).index_fill_(-1, torch.tensor([0]), 1)
-    known = {
-        "encoder_hidden_states": states,
-        "cross_attention_states": states,
-        "token_type_ids": torch.zeros_like(ids),
-        "global_attention_mask": first,
-    }
-    return {name: value for name, value in known.items() if name in signature(model.forward).parameters}
 
 
 def _read(traced: Trace) -> int:

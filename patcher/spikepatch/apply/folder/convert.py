@@ -100,6 +100,7 @@ def convert(
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_nonfinite: bool = False,
+    example_inputs: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -118,6 +119,7 @@ def convert(
         max_shard_size: such as "5GB"; by default the source's own shards for kept weights, 5 GB for fresh ones.
         revision, trust_remote_code: of a hub id, of a source with its own code.
         allow_nonfinite: keep learned weights that are NaN or infinite, instead of refusing them.
+        example_inputs: ``module:NAME``, as in ``spikepatch.inspect``.
         overwrite: replace a folder at ``out``.
         dry_run: plan and check everything, write nothing; with learned weights, compare embedding factors.
         progress: told of long steps.
@@ -153,7 +155,7 @@ def convert(
     report("mapping the residual stream")
     with settings_read() as read:
         model = build_meta(found)
-        residual = inspect(model, source=source)
+        residual = inspect(model, example_inputs=example_inputs, source=source)
     match = None if reinit == "all" else match_source(found, model)
     stds = {} if match is None else embedding_stds(match, residual)
     plan = make_plan(residual, tensor_shapes(model), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
@@ -210,6 +212,7 @@ def convert(
         "revision": revision,
         "trust_remote_code": trust_remote_code,
         "allow_nonfinite": allow_nonfinite,
+        "example_inputs": example_inputs,
     }
     if isinstance(given, str) or given == built_in.RECIPES.get(given.name):
         named = given if isinstance(given, str) else given.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from spikepatch.errors import Refused
 from spikepatch.plans.plan import EmbeddingEdit, Plan, Recipe, Reinit, Untie
 from spikepatch.recipes.plan_of import check_learned
 from spikepatch.recipes.plan_of import plan as make_plan
+from spikepatch.residual.example import Given
 from spikepatch.runtime.embedding import check_patchable, install, patched_embeddings
 from spikepatch.source.layout import layout, persistent, tensor_shapes
 from spikepatch.source.meta import build_meta, check_default_device, check_module, on_meta, skeleton
@@ -34,7 +35,7 @@ def patch(
     positions: bool = False,
     replace: bool = False,
     untie: bool = False,
-    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    example_inputs: Given = None,
 ) -> nn.Module:
     """Apply a plan, or a recipe, to ``model``, in place; the same bits as on disk.
 

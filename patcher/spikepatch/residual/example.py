@@ -1,0 +1,109 @@
+"""What a forward pass is run on: the inputs that a config tells of, and those that the caller gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from spikepatch.errors import Refused
+from spikepatch.source.own_object import imported
+
+#: Keyword arguments of ``forward``; or ``module:NAME`` of them, or of a function that makes them for a model.
+Given = Mapping[str, torch.Tensor] | str | None
+
+#: Token positions in the traced example: more than one, and unlike the usual head counts and widths.
+TOKENS = 11
+
+
+def given(example_inputs: Mapping[str, torch.Tensor] | str, model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """The arguments that the caller means.
+
+    Args:
+        example_inputs: a dict of tensors; or ``module:NAME``, where NAME is such a dict, or a function of the model
+            that returns one. The module is imported, so its code runs.
+        model: what they are for; its weights may be on the meta device.
+
+    Raises:
+        Refused: it is none of these.
+    """
+    where, found = type(model).__name__, example_inputs
+    if isinstance(found, str):
+        where, found = found, imported(found, "the example")
+        if callable(found):
+            try:
+                found = found(model)
+            except Exception as error:  # whatever the user's function raises
+                raise Refused(
+                    what="the example cannot be made",
+                    where=where,
+                    why=f"{type(error).__name__}: {error}",
+                    remedy="NAME is called with the model, whose config has the sizes, and returns a dict of tensors",
+                ) from error
+    odd = found if not isinstance(found, Mapping) else next((x for x in found.values() if not torch.is_tensor(x)), None)
+    if odd is not None:
+        raise Refused(
+            what="example_inputs is no dict of arguments",
+            where=where,
+            why=f"it {'holds one' if isinstance(found, Mapping) else 'is'} of type {type(odd).__name__}, where a tensor"
+            " is wanted for each argument by its name",
+            remedy="pass example_inputs={'name of the argument': tensor}",
+        )
+    return found
+
+
+def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a transformers model takes, by its declared main input: token ids, an image, a spectrogram or a wave.
+
+    Raises:
+        Refused: it is no transformers model.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise Refused(
+            what="no example inputs for a plain module",
+            where=type(model).__name__,
+            why="only a transformers model tells by its config what its forward takes",
+            remedy="pass example_inputs={'name of the argument': tensor}",
+        )
+    ids = torch.arange(5, 5 + TOKENS).unsqueeze(0)  # (batch, tokens)
+    if codebooks := getattr(config, "num_codebooks", 0):
+        ids = ids.repeat(codebooks, 1)  # (codebooks, tokens)
+    name = getattr(model, "main_input_name", "input_ids")
+    example = {name: ids}
+    if name == "pixel_values":
+        size = config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        example = {name: torch.zeros(1, config.num_channels, height, width)}
+    elif name == "input_features":
+        example = {name: torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)}
+    elif name == "input_values":
+        example = {name: torch.zeros(1, 8000)}
+    if getattr(config, "is_encoder_decoder", False):
+        example["decoder_input_ids"] = ids.clone()
+    return example
+
+
+def offered(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Further inputs that the forward's signature names."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    ids = next((x for x in example.values() if not x.is_floating_point()), None)
+    width = getattr(text, "hidden_size", None)
+    if ids is None or not isinstance(width, int):
+        return {}
+    batch = len(ids) // (getattr(config, "num_codebooks", 0) or 1)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    wide = getattr(text, "cross_attention_hidden_size", None) or width
+    states = torch.zeros(batch, TOKENS - 4, wide, dtype=dtype)
+    first = torch.zeros_like(ids).index_fill_(-1, torch.tensor([0]), 1)
+    known = {
+        "encoder_hidden_states": states,
+        "cross_attention_states": states,
+        "token_type_ids": torch.zeros_like(ids),
+        "global_attention_mask": first,
+    }
+    return {name: value for name, value in known.items() if name in signature(model.forward).parameters}
