@@ -24,7 +24,7 @@ from tests.residual.maps import TYPES
 
 CPU = torch.device("cpu")
 
-#: Of different structure, in the default suite; the others are slow. Falcon's graph is recorded, not exported.
+#: Of different structure, in the default suite; the others are slow.
 DEFAULT = ("gpt2", "falcon", "mamba", "mixtral", "bloom")
 
 

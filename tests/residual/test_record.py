@@ -1,66 +1,19 @@
-"""The two tracers: the same map from a recorded run and from ``torch.export``, and when the second is asked."""
+"""The tracer: control is real, data is not; numbers and buffers keep their values."""
 
 from __future__ import annotations
-
-import dataclasses
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 import spikepatch
-from spikepatch.errors import Refused
-from spikepatch.residual.example import example_of
-from spikepatch.residual.inspect import map_of
-from spikepatch.residual.map import ResidualMap
-from spikepatch.residual.ops import op
 from spikepatch.residual.record import record
-from spikepatch.residual.trace import Trace, exported, recorded, trace
-from spikepatch.source.meta import build_meta
-from tests.architectures import tiny_model
-from tests.residual import configs
-from tests.residual.maps import TYPES
+from spikepatch.residual.trace import recorded
 from tests.residual.test_stream import EXAMPLE, Block
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-def test_both_tracers_give_the_same_map(model_type: str) -> None:
-    model = tiny_model(model_type)
-    first = map_of(model, recorded(model), "model")
-    second = map_of(model, exported(model, example_of(model)), "model")
-    assert first.proven
-    # Only the whole of it knows of the other way of a branch.
-    assert dataclasses.replace(first, conditions=()) == second
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("mapping", "model_type"), [*configs.entries()][::4])  # the exported one is a fallback
-def test_both_tracers_give_the_same_map_of_every_fourth_type(mapping: configs.Mapping, model_type: str) -> None:
-    try:
-        config = configs.tiny_config_for(model_type, mapping)
-        model = build_meta(configs.model_class(model_type, mapping), config, where=model_type)
-    except (ValueError, Refused) as error:
-        pytest.skip(f"cannot be built: {error}")
-    try:
-        run, export = recorded(model), exported(model, example_of(model))
-    except Exception as error:  # whatever a forward pass raises
-        pytest.skip(f"only one of them can follow it: {type(error).__name__}")
-    if not run.whole:
-        pytest.skip("the input chooses the way of its forward pass")
-    assert _map_or_reason(model, run) == _map_or_reason(model, export)
-
-
-def _map_or_reason(model: PreTrainedModel, graph: Trace) -> ResidualMap | str:
-    try:
-        return map_of(model, graph, "model")
-    except Refused as error:
-        return str(error)
-
-
 class Branching(nn.Module):
-    """A forward pass that branches on its data: ``torch.export`` cannot follow it."""
+    """A forward pass that branches on its data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,31 +65,9 @@ class ThroughAView(Branching):
 @pytest.mark.parametrize(
     ("kind", "whole"), [(Branching, False), (ByIds, False), (ThroughAView, False), (ByPosition, True)]
 )
-def test_whole_unless_the_input_chooses(kind: type[Branching], whole: bool) -> None:
-    assert recorded(kind(), EXAMPLE).whole is whole
-
-
-def test_export_is_asked_where_the_input_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def counted(model: nn.Module, example: Any) -> Trace:
-        asked.append(type(model))
-        return exported(model, example)
-
-    counted.__name__ = "exported"
-    monkeypatch.setattr("spikepatch.residual.trace.exported", counted)
-    for kind in (ByPosition, ByIds, Branching):
-        residual = spikepatch.inspect(kind(), example_inputs=EXAMPLE)
-        assert residual.proven
-        assert [p.parameter for p in residual.residual_projections] == ["block.down.weight"]
-    assert asked == [ByIds, Branching]
-
-
-def test_a_graph_that_is_to_be_run_keeps_its_operations_whole() -> None:
-    model = tiny_model("llama")
-    fused, written_out = ({op(n) for n in trace(model, fused=fused).graph.nodes} for fused in (True, False))
-    assert "linear" in fused - written_out
-    assert "mm" in written_out - fused
+def test_what_is_asked_of_values_is_noted(kind: type[Branching], whole: bool) -> None:
+    asked = recorded(kind(), EXAMPLE).asked
+    assert (not asked.branches and not asked.values) is whole
 
 
 class Numbers(nn.Module):
@@ -175,7 +106,7 @@ class Moving(Branching):
 
 def test_a_buffer_that_the_run_replaces_keeps_its_value() -> None:
     graph = recorded(Moving(), EXAMPLE)
-    assert graph.whole
+    assert not graph.asked.branches
     assert [buffer.tolist() for buffer in graph.buffers.values()] == [[3.0] * 16]
     shared = Moving()
     shared.block.register_buffer("scale", shared.scale)
@@ -204,9 +135,8 @@ def test_eps_of_a_norm_that_is_written_out(eps: float) -> None:
     model = Branching()
     model.block.norm = nn.RMSNorm(16, eps=eps, elementwise_affine=False)  # type: ignore[assignment]
     model.forward = lambda ids: model.head(model.block(model.tokens(ids)))  # type: ignore[method-assign]
-    for tracer in (recorded, exported):
-        (norm,) = map_of(model, tracer(model, EXAMPLE), "model").norms
-        assert norm.eps == eps
+    (norm,) = spikepatch.inspect(model, example_inputs=EXAMPLE).norms
+    assert norm.eps == eps
 
 
 def test_a_forward_that_cannot_run() -> None:

@@ -8,9 +8,7 @@ from torch import nn
 
 import spikepatch
 from spikepatch.errors import Refused
-from spikepatch.residual.inspect import map_of
 from spikepatch.residual.map import Between
-from spikepatch.residual.trace import trace
 from tests.residual.test_stream import EXAMPLE, Block
 
 WIDTH = 16
@@ -143,11 +141,10 @@ PROVEN = {
 }
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", PROVEN)
-def test_proven(kind: type[Model], fused: bool) -> None:
+def test_proven(kind: type[Model]) -> None:
     model = kind()
-    residual = map_of(model, trace(model, EXAMPLE, fused=fused), "model")
+    residual = spikepatch.inspect(model, example_inputs=EXAMPLE)
     assert residual.proven, residual.leaks
     assert [p.parameter for p in residual.residual_projections] == PROVEN[kind]
     biases = [p.removesuffix("weight") + "bias" for p in PROVEN[kind]]
@@ -159,10 +156,8 @@ def test_proven(kind: type[Model], fused: bool) -> None:
 
 
 def test_gain_and_bias_of_a_group_norm() -> None:
-    for fused in (False, True):
-        model = GroupNormed()
-        norms = {norm.module: norm for norm in map_of(model, trace(model, EXAMPLE, fused=fused), "model").norms}
-        assert (norms["norm"].gain, norms["norm"].parameter, norms["norm"].bias) == ("w", "norm.weight", "norm.bias")
+    norms = {norm.module: norm for norm in spikepatch.inspect(GroupNormed(), example_inputs=EXAMPLE).norms}
+    assert (norms["norm"].gain, norms["norm"].parameter, norms["norm"].bias) == ("w", "norm.weight", "norm.bias")
 
 
 def reached(model: Model, biases: list[str]) -> set[str]:

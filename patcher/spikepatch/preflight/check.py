@@ -168,7 +168,7 @@ def _check(
     progress("mapping the residual stream", 0, 0)
     if inputs is None and hasattr(subject.structure, "config"):
         inputs = random_tokens(subject.structure, tokens=setting.tokens, batch=setting.batch, seed=setting.seed)
-    graph = trace(subject.structure, inputs, fused=True)
+    graph = trace(subject.structure, inputs)
     residual = map_of(subject.structure, graph, setting.source)
     if not residual.proven:
         raise Refused(

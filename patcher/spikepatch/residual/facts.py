@@ -233,7 +233,7 @@ def narrows(node: Node) -> bool:
 
 
 def _eps(node: Node) -> float:
-    """Of a fused norm. torch.export leaves out arguments that have their default."""
+    """Of a fused norm. Arguments that have their default may be left out."""
     numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
     of_op = schema(node.target)
     defaults = [a.default_value for a in of_op.arguments if a.name == "eps"] if of_op is not None else []

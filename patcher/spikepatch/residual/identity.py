@@ -20,18 +20,19 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from spikepatch.errors import Refused, on_one_line
+from spikepatch.residual.example import example_of
 from spikepatch.residual.ops import op, shape
 from spikepatch.residual.trace import Trace, recorded
 
 
 def forward_of(model: nn.Module, example: Mapping[str, torch.Tensor] | None = None) -> Trace:
-    """One forward pass of ``model``, recorded; parameters anywhere, buffers real, ``example`` as in ``recorded``.
+    """One forward pass of ``model``, recorded; parameters anywhere, buffers real; without an example, on its own.
 
     Raises:
         Refused: it cannot be recorded.
     """
     try:
-        return recorded(model, example)
+        return recorded(model, example_of(model) if example is None else example)
     except Exception as error:  # whatever a forward pass raises
         raise Refused(
             what="the forward pass cannot be recorded, so what it computes cannot be compared",

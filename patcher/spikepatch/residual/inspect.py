@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Set
 
+import torch
 from torch import nn
 from torch.fx import Node
 
@@ -30,6 +31,7 @@ from spikepatch.residual.names import layers, own_name, tied
 from spikepatch.residual.ops import behind_views, op, operands, place, table_of
 from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.trace import Trace, trace
+from spikepatch.residual.ways import other_ways
 from spikepatch.residual.weights import fan, gain, matrix_weight
 from spikepatch.source.meta import build_meta, check_default_device, check_module
 from spikepatch.source.private import is_transformers_model
@@ -75,15 +77,15 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
     main, *others = (_Naming(model, stream).map(source) for stream in streams)
     whole = dataclasses.replace(main, streams=tuple(others))
     unread = _unread(model, graph)
-    other_ways, unknown_ways = _other_ways(model, graph, whole, source)
-    leaks = (*other_ways, *main.leaks)
+    strayed, unknown = _compared(model, graph, whole, source) if main.proven else ((), ())
+    leaks = (*strayed, *main.leaks)
     return dataclasses.replace(
         whole,
         unread=unread,
         uses=tuple(_uses(model, streams, unread)),
         leaks=leaks,
         proven=not leaks,
-        conditions=(*unknown_ways, *_parts_not_run(model, whole, unread)),
+        conditions=(*unknown, *_parts_not_run(model, whole, unread)),
     )
 
 
@@ -114,26 +116,61 @@ def _parts_not_run(model: nn.Module, found: ResidualMap, unread: tuple[str, ...]
         yield (f"{', '.join(names[:3])}{more}: never read in this pass, so what they do to the stream is not known")
 
 
-def _other_ways(
+def _compared(
     model: nn.Module, graph: Trace, found: ResidualMap, source: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of branches that the input decides: what their other way adds to the stream instead; why it is not known."""
-    if not graph.branches:
-        return (), ()
-    chosen = f"{'; '.join(graph.branches[:3])}: what the input holds chooses the way here, and the other way"
-    streams = find(graph.other) if graph.other is not None else "the model does not run so"
-    if isinstance(streams, str):
-        return (), (f"{chosen} is not known ({streams})",)
-    maps = [_Naming(model, stream).map(source) for stream in streams]
-    if leaks := [leak for each in maps for leak in each.leaks]:
-        return (f"{chosen} is not proven ({leaks[0]})",), ()
-    here, there = (
-        [(each.sublayers, {p.parameter for p in each.residual_projections}) for each in way]
-        for way in ((found, *found.streams), maps)
-    )
-    if [size for size, _ in here] != [size for size, _ in there]:
-        return (f"{chosen} has {there[0][0]} sub-layers, where this one has {here[0][0]}",), ()
-    return ((f"{chosen} adds the products of other weights to the stream",) if here != there else ()), ()
+    """Of the other ways that the pass may go: what they add to the stream instead; and why that is not known."""
+    strayed: dict[str, None] = {}
+    unknown: dict[str, None] = {}
+    here = [_added(model, each) for each in (found, *found.streams)]
+    for way in other_ways(model, graph):
+        streams = find(way.trace) if isinstance(way.trace, Trace) else way.trace
+        if isinstance(streams, str):
+            if not way.all_turned:  # without any expert there may be no sum
+                unknown[f"{way.chosen} is not known ({streams})"] = None
+            continue
+        maps = [_Naming(model, stream).map(source) for stream in streams]
+        there = [_added(model, each) for each in maps]
+        if leaks := [leak for each in maps for leak in each.leaks]:
+            strayed[f"{way.chosen} is not proven ({leaks[0]})"] = None
+        elif len(here) != len(there) or not all(
+            _agree(*both, without_mixtures=way.all_turned) for both in zip(here, there, strict=True)
+        ):
+            strayed[f"{way.chosen} {_difference(here[0], there[0])}"] = None
+    return tuple(strayed), tuple(unknown)
+
+
+#: What each sub-layer adds: its residual projections, and the shape of each.
+_Added = list[dict[str, torch.Size]]
+
+
+def _added(model: nn.Module, found: ResidualMap) -> _Added:
+    added: _Added = [{} for _ in range(found.sublayers)]
+    for projection in found.residual_projections:
+        added[projection.sublayer][projection.parameter] = model.get_parameter(projection.parameter).shape
+    return added
+
+
+def _agree(here: _Added, there: _Added, *, without_mixtures: bool) -> bool:
+    """The other way adds the same, or the products of fewer ones of several equal experts.
+
+    Args:
+        without_mixtures: a sub-layer that only experts add may be missing there.
+    """
+    todo = list(there)
+    for mine in here:
+        equal = len(mine) > 1 and len(set(mine.values())) == 1
+        if todo and (mine == todo[0] or (equal and todo[0] and todo[0].items() <= mine.items())):
+            todo.pop(0)
+        elif not (equal and without_mixtures):
+            return False
+    return not todo
+
+
+def _difference(here: _Added, there: _Added) -> str:
+    if len(here) != len(there):
+        return f"has {len(there)} sub-layers, where this one has {len(here)}"
+    return "adds the products of other weights to the stream"
 
 
 def _uses(model: nn.Module, streams: Iterable[Stream], unread: Iterable[str]) -> Iterator[Use]:

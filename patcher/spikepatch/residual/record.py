@@ -3,17 +3,14 @@
 Parameters and all data lie on the meta device, at full width. Control tensors (ids, masks, positions, and what is
 computed from them alone) are real, so Python branches on them run. Where control is computed from data, such as the
 expert that a token is routed to, a stand-in takes its place: row numbers 0, 1, 2, ... for integers, True for
-conditions, so that as many branches as possible are entered. ``Recorder.whole`` tells whether anything hung on that.
+conditions, so that as many branches as possible are entered. ``Recorder.asked`` tells what hung on values.
 """
 
 from __future__ import annotations
 
 import operator
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,33 +19,51 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
+from spikepatch.residual.told import Asked, Mode, Origin, Told, asking_line, told
 from spikepatch.source.private import TAKE_NUMBER, TO_COPY, TorchDispatchMode, memory, schema
 
-#: Of operations that return a number to Python, or a shape that depends on values.
-_DECIDE = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+#: They answer a question about values with a truth value.
+_ASK = frozenset((torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.allclose.default))
+#: They take numbers out of a tensor that remember where they are from; that Python makes plain; sizes.
+_TOLD = frozenset((torch.Tensor.item, torch.Tensor.tolist))
+_PLAIN = frozenset(
+    (
+        torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.__complex__,
+        torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__format__,
+    )
+)  # fmt: skip
+_SIZES = frozenset(
+    (
+        torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.size,
+        torch.Tensor.numel,
+    )
+)
 
 _INDEX = torch.ops.aten.index.Tensor
+_SPLIT = torch.ops.aten.split_with_sizes.default
+_NONZERO = torch.ops.aten.nonzero.default
 _META = torch.device("meta")
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Appends every ATen call to ``graph``. Tensors that no recorded call made become placeholders: ``constants``.
 
-    ``whole``: no branch and no shape was chosen by what the inputs hold, so that any input goes the same way.
-    ``branches``: the lines of code that asked for a truth value which the inputs decide. They are answered as the
-    example says, and where it says nothing, with True; all the ``other`` way, if that is wanted.
+    ``asked``: what Python asked of the values. ``path``: of the module whose forward is running.
     """
 
-    def __init__(self, named: Mapping[str, torch.Tensor], inputs: Iterable[torch.Tensor], *, other: bool) -> None:
+    def __init__(self, named: Mapping[str, torch.Tensor], inputs: Collection[torch.Tensor], mode: Mode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph: Graph = Graph()
-        self.whole: bool = True
-        self.other: bool = other
-        self.branches: dict[str, None] = {}
+        self.asked: Asked = Asked(mode)
+        self.lengths: frozenset[int] = frozenset(n for t in inputs for n in t.shape[-1:] if not t.is_floating_point())
+        self.asked.length = max(self.lengths, default=0)
         self.path: list[str] = [""]
         self.constants: dict[Node, torch.Tensor] = {}
         self._known: dict[int, tuple[torch.Tensor, Node]] = {}  # holds the tensors, so that their ids stay theirs
-        self._fed: set[int] = set(map(memory, inputs))  # memory of control that the inputs or data decide
+        # Memory of control that the inputs, data or chance decide -> the inputs' numbers.
+        self._fed: dict[int, frozenset[int]] = {memory(t): frozenset([i]) for i, t in enumerate(inputs)}
+        self._sized: set[int] = set()  # memory of tensors whose shapes they decide
         for name, tensor in named.items():
             self._introduce(tensor, name)
 
@@ -64,15 +79,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         tensors = _tensors((args, kwargs))
         as_data = any(t.is_meta for t in tensors)
-        fed = as_data or any(memory(t) in self._fed for t in tensors)
-        if fed and not _DECIDE.isdisjoint(func.tags) and (func is not _INDEX or self._masks(args[1])):
-            self.whole = False
-        if func is TAKE_NUMBER and fed and args[0].dtype == torch.bool:
-            self.branches[_asking_line()] = None
-            return self.other != (True if as_data else func(*args, **kwargs))
+        fed = as_data or any(map(self.is_fed, tensors)) or torch.Tag.nondeterministic_seeded in func.tags
+        if fed and (func in _ASK or (func is TAKE_NUMBER and args[0].dtype == torch.bool)):
+            return self.asked.answer(True if as_data else func(*args, **kwargs))
         if func is TAKE_NUMBER and as_data:
             return 1
+        sized = fed and torch.Tag.dynamic_output_shape in func.tags and (func is not _INDEX or self._masks(args[1]))
+        if sized:
+            self.asked.values[asking_line()] = None
         run_args, run_kwargs = _placed(func, args, kwargs, tensors, as_data)
+        if func is _NONZERO and self.asked.mode == "zeros" and self.inputs_of(args[0]):
+            run_args = (run_args[0] == 0,)
         try:
             result = func(*run_args, **run_kwargs)
         except (RuntimeError, NotImplementedError):  # an op that the CPU lacks for this dtype
@@ -84,15 +101,31 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = args[0]
         elif as_data:
             choices = args[0].shape[-1] if args and isinstance(args[0], torch.Tensor) and args[0].ndim else 1
-            result = _map(lambda t: _stand_in(t, choices), result)
+            result = _map(lambda t: _stand_in(t, choices, self.asked.mode), result)
         if fed:
-            self._fed.update(map(memory, _tensors(result)))
+            inputs = frozenset[int]() if as_data else frozenset[int]().union(*map(self.inputs_of, tensors))
+            self._fed.update((memory(t), inputs) for t in _tensors(result))
+        if sized or any(memory(t) in self._sized for t in tensors):
+            fixed = {t.shape for t in tensors if memory(t) not in self._sized}
+            self._sized.update(memory(t) for t in _tensors(result) if sized or t.shape not in fixed)
         self._append(func, args, kwargs, result)
         return result
 
+    def is_fed(self, tensor: torch.Tensor) -> bool:
+        """The inputs or data decide its values."""
+        return tensor.is_meta or memory(tensor) in self._fed
+
+    def inputs_of(self, tensor: torch.Tensor) -> frozenset[int]:
+        """The numbers of the inputs that it is control from."""
+        return self._fed.get(memory(tensor), frozenset())
+
+    def is_sized(self, tensor: torch.Tensor) -> bool:
+        """The inputs or data decide its shape."""
+        return memory(tensor) in self._sized
+
     def _masks(self, indices: Sequence[torch.Tensor | None]) -> bool:
         """One of ``indices`` picks as many rows as the input or data say; row numbers pick as many as they are."""
-        return any(i is not None and i.dtype == torch.bool and (i.is_meta or memory(i) in self._fed) for i in indices)
+        return any(i is not None and i.dtype == torch.bool and self.is_fed(i) for i in indices)
 
     def _introduce(self, tensor: torch.Tensor, name: str) -> Node:
         first = next(iter(self.graph.nodes), None)
@@ -116,15 +149,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._known[id(result)] = (result, node)
 
 
-def _asking_line() -> str:
-    """Where the innermost code stands that is no part of torch or of this package."""
-    frame: FrameType | None = sys._getframe(1)
-    ours = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
-    while frame is not None and frame.f_code.co_filename.startswith(ours):
-        frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}" if frame is not None else "unknown code"
-
-
 def _placed(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[torch.Tensor], as_data: bool
 ) -> Any:
@@ -136,6 +160,8 @@ def _placed(
         return args, kwargs
     if func is _INDEX:
         args = (args[0], _rows(args[1]))
+    elif func is _SPLIT and sum(args[1]) != args[0].shape[args[2] if len(args) > 2 else 0]:  # counts of stand-ins
+        args = (args[0], _shares(args[0].shape[args[2] if len(args) > 2 else 0], len(args[1])), *args[2:])
     elif func is TO_COPY and "device" in kwargs:  # to where the control is
         kwargs = {**kwargs, "device": _META}
     return (args, kwargs) if all(t.is_meta for t in tensors) else _to_meta((args, kwargs))
@@ -161,24 +187,38 @@ def _rows(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     return rows
 
 
+def _shares(whole: int, parts: int) -> list[int]:
+    return [whole // parts + (i < whole % parts) for i in range(parts)]
+
+
 def _to_meta(values: Any) -> Any:
     return _map(lambda tensor: tensor.to(_META), values)
 
 
-def _stand_in(tensor: torch.Tensor, choices: int) -> torch.Tensor:
+def _stand_in(tensor: torch.Tensor, choices: int, mode: Mode) -> torch.Tensor:
     """Data stays on meta; integers (indices into ``choices`` things) and conditions computed from data become real."""
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or not tensor.is_meta:
         return tensor
     if tensor.dtype == torch.bool:
-        return torch.ones(tensor.shape, dtype=torch.bool)
-    return (torch.arange(tensor.numel()) % max(choices, 1)).reshape(tensor.shape).to(tensor.dtype)
+        return torch.full(tensor.shape, mode != "zeros", dtype=torch.bool)
+    rows = (torch.arange(tensor.numel()) % max(choices, 1)).reshape(tensor.shape).to(tensor.dtype)
+    return max(choices, 1) - 1 - rows if mode == "values" else rows
 
 
-class _RealNumbers(TorchFunctionMode):
-    """Numbers in the code that become a tensor on the data's device, meta, would lose their values: keep them real."""
+class _Numbers(TorchFunctionMode):
+    """Numbers in the code that become a tensor on the data's device, meta, would lose their values: keep them real.
+    Numbers that the code takes out of tensors are told ones.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Told) and value.origin == "data":  # a product with it, say, is one with a constant
+                value.asked.take("data")
         if func is torch.Tensor.__getitem__:
             tensor, index = args
             parts = index if isinstance(index, tuple) else (index,)
@@ -186,28 +226,62 @@ class _RealNumbers(TorchFunctionMode):
             args = (tensor, real if isinstance(index, tuple) else real[0])
         elif func is torch.tensor and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": "cpu"}
-        return func(*args, **kwargs)
+        if func in _PLAIN and self.recorder.is_fed(args[0]):
+            self.recorder.asked.take(_origin(args[0]), self.recorder.inputs_of(args[0]))
+        if func is torch.Tensor.__len__ and self.recorder.is_sized(args[0]):
+            self.recorder.asked.take("control", self.recorder.inputs_of(args[0]))
+        result = func(*args, **kwargs)
+        if func in _SIZES:
+            return self._sized(result, by_values=self.recorder.is_sized(args[0]))
+        if func in _TOLD and self.recorder.is_fed(args[0]):
+            asked, inputs = self.recorder.asked, self.recorder.inputs_of(args[0])
+            asked.values[asking_line()] = None
+            return _each(result, lambda number: told(number, asked, _origin(args[0]), inputs))
+        return result
+
+    def _sized(self, size: Any, *, by_values: bool) -> Any:
+        """A shape, or one of its numbers, as told ones, where they are a length of the inputs or hang on values."""
+        if isinstance(size, int):
+            told_of = by_values or size in self.recorder.lengths
+            return told(size, self.recorder.asked, "control" if by_values else "length") if told_of else size
+        known = not by_values and self.recorder.lengths.isdisjoint(size)
+        return size if known else torch.Size(self._sized(n, by_values=by_values) for n in size)
 
 
-def record(model: nn.Module, example: Mapping[str, torch.Tensor], *, other: bool = False) -> tuple[Recorder, Any]:
-    """Run ``model`` (parameters on meta, buffers real) once on a real ``example``: the recorder, and the output.
+def _origin(tensor: torch.Tensor) -> Origin:
+    return "data" if tensor.is_meta else "control"
 
-    ``other``: with all branches that values decide gone the other way.
-    """
+
+def _each(values: Any, change: Callable[[Any], Any]) -> Any:
+    return [_each(value, change) for value in values] if isinstance(values, list) else change(values)
+
+
+def record(model: nn.Module, example: Mapping[str, torch.Tensor], mode: Mode = "example") -> tuple[Recorder, Any]:
+    """Run ``model`` (parameters on meta, buffers real) once on a real ``example``: the recorder, and the output."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers()), **example}
-    recorder = Recorder(named, example.values(), other=other)
-    with torch.no_grad(), _paths(model, recorder.path), _RealNumbers(), recorder:
+    recorder = Recorder(named, example.values(), mode)
+    with torch.no_grad(), _paths(model, recorder), _Numbers(recorder), recorder:
         result = model(**example)
     return recorder, result
 
 
 @contextmanager
-def _paths(model: nn.Module, path: list[str]) -> Iterator[None]:
-    """Keep the path of the module whose forward is running on top of ``path``."""
+def _paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Keep the path of the module whose forward is running on top of ``recorder.path``."""
+    path, asked = recorder.path, recorder.asked
+
+    def enter(name: str) -> None:
+        path.append(name)
+        asked.module = name
+
+    def leave() -> None:
+        del path[-1]
+        asked.module = path[-1]
+
     hooks = []
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
-        hooks.append(module.register_forward_hook(lambda *_: path.__delitem__(-1)))
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+        hooks.append(module.register_forward_hook(lambda *_: leave()))
     try:
         yield
     finally:

@@ -241,6 +241,25 @@ def _term(facts: Facts, node: Node, spine: set[Node], beyond: frozenset[Node]) -
     return Term(node, tuple(projections.items()), frozenset(path), frozenset(interior), latest, crosses)
 
 
+def _joined(facts: Facts, node: Node, seen: set[Node]) -> list[Node]:
+    """What sums and joins of sums put together; a loop over many experts makes a long chain of them."""
+    parts: dict[Node, None] = {}
+    met = set(seen)
+    todo = [node]
+    while todo:
+        for argument in facts.data(todo.pop()):
+            if (
+                op(argument) not in ops.JOINS
+                or argument in facts.norm_at
+                or any(a in facts.weight for a in operands(argument))
+            ):
+                parts[argument] = None
+            elif argument not in met:
+                met.add(argument)
+                todo.append(argument)
+    return list(parts)
+
+
 def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
     """Nearest matmuls with a parameter, walking back from ``node`` through linear ops; ``{}`` if any way is blocked."""
     seen.add(node)
@@ -262,7 +281,7 @@ def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
     if node in facts.norm_at:
         through = [[facts.norm_at[node].input]]
     elif name in ops.JOINS:
-        through = [arguments]
+        through = [_joined(facts, node, seen)]
     elif name in ops.LINEAR_FIRST | ops.CONVOLUTIONS or name == "masked_fill":
         through = [arguments[:1]]
     elif name in ops.PRODUCTS and not ops.squares(node):

@@ -1,0 +1,118 @@
+"""The other ways that a forward pass may go, by what the inputs hold or by how long they are: each is run as well."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from spikepatch.errors import first_line
+from spikepatch.residual import ops
+from spikepatch.residual.ops import behind_views, op, operands, shape
+from spikepatch.residual.told import Mode, is_ours
+from spikepatch.residual.trace import Trace, recorded
+
+
+@dataclass(frozen=True)
+class Way:
+    """Another way.
+
+    Attributes:
+        chosen: what chooses it, and where.
+        trace: the pass; or why nothing is known of it.
+        all_turned: every question was answered the other way, or nothing holds of data, so that no expert of a mixture
+            may be left.
+    """
+
+    chosen: str
+    trace: Trace | str
+    all_turned: bool = False
+
+
+def other_ways(model: nn.Module, found: Trace) -> Iterator[Way]:
+    """The ways of ``model`` that ``found`` did not go, as far as its questions show them.
+
+    A way on which the model's own code raises is none: such inputs are refused.
+    """
+    asked, rows = found.asked, _rows(found)
+    ids = {i for i, value in enumerate(found.inputs.values()) if id(value) in rows}
+    followed_by_none = [*asked.unknown, *(line for line, inputs in asked.plain.items() if inputs & ids)]
+    if followed_by_none:
+        yield Way(
+            f"{_lines(followed_by_none)}: the code takes a number out of a tensor here, and what it does with it",
+            "Python has it",
+        )
+    if asked.branches:
+        chosen = f"{_lines(asked.branches)}: what the input holds chooses the way here, and the other way"
+        yield from _gone(model, found.example, "first", chosen)
+        yield from _gone(model, found.example, "all", chosen)
+    if asked.values:
+        chosen = f"{_lines(asked.values)}: what the input holds is read by the code here, and the way for other values"
+        yield from _gone(model, _other_values(found.example, rows), "values", chosen)
+        yield from _gone(model, found.example, "zeros", chosen)
+    for length in sorted(asked.lengths - {asked.length}):
+        chosen = f"inputs of {length} tokens, not {asked.length}: their length chooses the way, and that for these"
+        yield from _gone(model, _as_long(found.example, asked.length, length), "example", chosen, may_fail=True)
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "; ".join([*lines][:3])
+
+
+def _gone(
+    model: nn.Module, example: Mapping[str, torch.Tensor], mode: Mode, chosen: str, *, may_fail: bool = False
+) -> Iterator[Way]:
+    try:
+        yield Way(chosen, recorded(model, example, mode), mode in {"all", "zeros"})
+    except Exception as error:  # whatever a forward pass raises
+        if not may_fail and mode in {"first", "values"} and not _is_own(error):
+            yield Way(chosen, f"the model does not run so: {first_line(error)}")
+
+
+def _is_own(error: Exception) -> bool:
+    """The model's own code raised it, by ``raise`` or ``assert``."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    meant = isinstance(error, (AssertionError, ValueError, NotImplementedError, RuntimeError))
+    return meant and not is_ours(last.filename)
+
+
+def _rows(found: Trace) -> dict[int, int]:
+    """Inputs by their ``id`` that look rows up in tables -> the rows of the smallest of these."""
+    rows: dict[int, int] = {}
+    for node in found.graph.nodes:
+        if op(node) in ops.LOOKUPS:
+            table, index = operands(node)[0], operands(node)[-1]
+            value = found.inputs.get(behind_views(index))
+            if value is not None and shape(table):
+                rows[id(value)] = min(shape(table)[0], rows.get(id(value), shape(table)[0]))
+    return rows
+
+
+def _other_values(example: Mapping[str, torch.Tensor], rows: Mapping[int, int]) -> dict[str, torch.Tensor]:
+    """The example with other ids: counted from the end of the smallest table that they look rows up in.
+
+    Ids that stand in it more than once have a meaning: they are padding, or stand for the parts of an image.
+    """
+    result = {}
+    for name, value in example.items():
+        if id(value) not in rows:
+            result[name] = value
+            continue
+        _, inverse, counts = torch.unique(value, return_inverse=True, return_counts=True)
+        turned = (rows[id(value)] - 1 - value) % rows[id(value)]
+        result[name] = torch.where(counts[inverse] == 1, turned, value)
+    return result
+
+
+def _as_long(example: Mapping[str, torch.Tensor], length: int, wanted: int) -> dict[str, torch.Tensor]:
+    """The example with its tokens repeated or cut off."""
+    places = torch.arange(wanted) % length
+    result = {}
+    for name, value in example.items():
+        axes = [axis for axis, size in enumerate(value.shape) if size == length]
+        result[name] = functools.reduce(lambda v, axis: v.index_select(axis, places), axes, value)
+    return result
