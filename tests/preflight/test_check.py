@@ -222,7 +222,7 @@ def test_a_learning_rate_that_is_too_large() -> None:
 
 
 def test_the_largest_attention_logit() -> None:
-    """Against the model's own queries and keys."""
+    """Against the model's own queries and keys, of the tokens that each one sees."""
     model = gpt2(1, 64, 4, vocabulary=300, positions=32)
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight.mul_(40)
@@ -233,7 +233,8 @@ def test_the_largest_attention_logit() -> None:
         x = block.ln_1(model.transformer.wte(ids) + model.transformer.wpe(torch.arange(16)))
         query, key, _ = block.attn.c_attn(x).split(64, dim=2)
         split = [t.view(1, 16, 4, 16).transpose(1, 2) for t in (query, key)]
-        expected = float((split[0] @ split[1].transpose(2, 3)).max()) / 4
+        seen = torch.ones(16, 16, dtype=torch.bool).tril()
+        expected = float((split[0] @ split[1].transpose(2, 3))[..., seen].max()) / 4
     assert report.steps[0].attention_logit == pytest.approx(expected, rel=1e-4)
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import Context, Edit, Fill, Skip
 from spikepatch.residual.map import ResidualMap
+from spikepatch_transforms.entrances import enlarge_entrances
 
 #: std of the initial logits of a tied head that is refused.
 _LOGITS = 3.0
@@ -68,3 +69,4 @@ class EmbedInit:
             )
         for token in tokens:
             yield Fill(token.parameter, self.std)
+        yield from enlarge_entrances(residual, context)

@@ -17,6 +17,7 @@ from spikepatch.errors import Refused
 from spikepatch.plans.plan import Context, Edit, NormEmbedding, NormKind, Skip
 from spikepatch.residual.map import ResidualMap
 from spikepatch_transforms.embed_scale import check_shortcut, multiplied, token_embedding
+from spikepatch_transforms.entrances import enlarge_entrances
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,4 @@ class EmbedNorm:
         if token.scale != 1.0:
             raise multiplied(residual, token)
         yield NormEmbedding(token.module, self.eps, self.norm, self.affine)
+        yield from enlarge_entrances(residual, context, drawn=False)

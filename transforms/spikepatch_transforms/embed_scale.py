@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import Context, Edit, ScaleEmbedding, Skip
 from spikepatch.residual.map import Embedding, ResidualMap
+from spikepatch_transforms.entrances import enlarge_entrances
 
 #: Factors in the map are rounded to six digits.
 _ROUNDED = 1e-5
@@ -59,6 +60,7 @@ class EmbedScale:
             )
         for embedding in scaled:
             yield self._scaled(embedding, residual, context)
+        yield from enlarge_entrances(residual, context)
 
     def _scaled(self, embedding: Embedding, residual: ResidualMap, context: Context) -> Edit | Skip:
         factor, per_width = math.sqrt(residual.width), True

@@ -36,6 +36,7 @@ _THRESHOLDS = (
 @options.factor
 @options.positions
 @options.untie
+@options.part
 @click.option("--tokens", type=click.IntRange(min=2), default=256, show_default=True, help="Length of a sequence.")
 @click.option("--batch", type=click.IntRange(min=1), default=2, show_default=True, help="Number of sequences.")
 @click.option("--text", type=click.Path(), metavar="FILE", help="Take the tokens from here.  [default: random tokens]")

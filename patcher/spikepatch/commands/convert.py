@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @options.positions
 @options.replace
 @options.untie
+@options.part
 @click.option(
     "--storage",
     type=click.Choice(["auto", "plain", "native", "host", "code"]),

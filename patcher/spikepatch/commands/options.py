@@ -59,6 +59,9 @@ replace: Decorator = click.option(
     "--replace", is_flag=True, help="Divide out a factor that the model applies to its embedding already."
 )
 untie: Decorator = click.option("--untie", is_flag=True, help="Give a tied head its own matrix.")
+part: Decorator = click.option(
+    "--part", type=click.Choice(["language"]), help="Leave what computes features of images and sounds as it is."
+)
 seed: Decorator = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything that is drawn at random."
 )

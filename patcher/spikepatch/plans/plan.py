@@ -23,6 +23,10 @@ NormKind = Literal["layernorm", "rmsnorm"]
 NORM_NAMES: dict[NormKind, str] = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
 
 
+#: A part of a model of several modalities.
+Part = Literal["language"]
+
+
 @dataclass(frozen=True)
 class Fill:
     """Draw every element of ``parameter`` afresh, with mean 0 and this ``std``; ``apply/values/draw.py`` has the bits.
@@ -146,6 +150,9 @@ class Context:
         untied: the head is being given its own matrix, or has one.
         shapes: of every parameter and persistent buffer, and of a head that is being given its own matrix.
         stream: 0 for the stream that feeds the output; the others (an encoder's) follow.
+        part: ``language``: what computes features of images and sounds is left as it is.
+        feature_sizes: root mean square of what the last matrix before an entrance of features reads, by its name;
+            measured where fresh weights are drawn.
     """
 
     reinit: Reinit
@@ -153,6 +160,8 @@ class Context:
     untied: bool = False
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stream: int = 0
+    part: Part | None = None
+    feature_sizes: Mapping[str, float] = field(default_factory=dict)
 
 
 #: A transform is asked once for each stream. It changes nothing itself.

@@ -15,6 +15,7 @@ from spikepatch.plans.plan import (
     Edit,
     Fill,
     NormEmbedding,
+    Part,
     Plan,
     Recipe,
     Reinit,
@@ -35,6 +36,8 @@ def make_plan(
     reinit: Reinit,
     seed: int,
     embedding_stds: Mapping[str, float] | None = None,
+    part: Part | None = None,
+    feature_sizes: Mapping[str, float] | None = None,
 ) -> Plan:
     """Work ``recipe`` out on ``residual``, for each of its streams. Pure: equal arguments give an equal plan.
 
@@ -45,6 +48,7 @@ def make_plan(
         reinit: which weights are drawn afresh.
         seed: at least 0.
         embedding_stds: std of each learned token embedding by its parameter, where learned weights are kept.
+        part, feature_sizes: as in ``Context``.
 
     Raises:
         Refused: a map is not proven, a transform does not fit, edits contradict each other, or nothing would change.
@@ -62,6 +66,8 @@ def make_plan(
             untied=each.head is None or not each.head.tied,
             shapes=shapes,
             stream=index,
+            part=part,
+            feature_sizes=feature_sizes or {},
         )
         found, left = _of_stream(each, recipe, context)
         _merge(edits, found, residual.source)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from spikepatch.errors import Refused, first_line
-from spikepatch.plans.plan import Reinit
+from spikepatch.plans.plan import Part, Reinit
 from spikepatch.preflight.assemble import View, bound_product, growth
 from spikepatch.preflight.forward import measure
 from spikepatch.preflight.inputs import random_tokens, text_tokens
@@ -44,6 +44,7 @@ def check(
     factor: float | None = None,
     positions: bool = False,
     untie: bool = False,
+    part: Part | None = None,
     tokens: int = 256,
     batch: int = 2,
     text: str | Path | None = None,
@@ -109,6 +110,7 @@ def check(
         "factor": factor,
         "positions": positions,
         "untie": untie,
+        "part": part,
         "example_inputs": example_inputs,
         "trust_remote_code": trust_remote_code,
     }

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import nn
 
 from spikepatch.errors import BadSource, Refused
-from spikepatch.plans.plan import Plan, Recipe, Reinit
+from spikepatch.plans.plan import Part, Plan, Recipe, Reinit
 from spikepatch.plans.work_out import make_plan
 from spikepatch.recipes import built_in
 from spikepatch.residual.example import Given
+from spikepatch.residual.feature_size import feature_sizes
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source.layout import tensor_shapes
@@ -33,6 +34,7 @@ def plan(
     positions: bool = False,
     replace: bool = False,
     untie: bool = False,
+    part: Part | None = None,
     example_inputs: Given = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -48,6 +50,7 @@ def plan(
         positions: scale learned position embeddings too.
         replace: divide out a factor that the architecture applies to its embedding already.
         untie: give a tied head its own matrix.
+        part: ``language`` leaves what computes features of images and sounds as it is.
         example_inputs: as in ``spikepatch.inspect``.
         revision, trust_remote_code: of a SOURCE.
 
@@ -65,7 +68,7 @@ def plan(
         residual = inspect(built, example_inputs=example_inputs, source=model)
         if reinit != "all":
             stds = embedding_stds(match_source(source, built), residual)
-        return make_plan(residual, tensor_shapes(built), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
+        return plan_on(built, residual, recipe, reinit=reinit, seed=seed, stds=stds, part=part, example=example_inputs)
     check_module(model)
     check_learned(model, reinit)
     residual = inspect(model, example_inputs=example_inputs)
@@ -73,7 +76,32 @@ def plan(
         names = [each.token_embedding.parameter for each in (residual, *residual.streams) if each.token_embedding]
         tables = {name: model.get_parameter(name) for name in names}
         stds = {name: element_std(loaded_pieces(table), table.numel()) for name, table in tables.items()}
-    return make_plan(residual, tensor_shapes(model), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
+    return plan_on(model, residual, recipe, reinit=reinit, seed=seed, stds=stds, part=part, example=example_inputs)
+
+
+def plan_on(
+    model: nn.Module,
+    residual: ResidualMap,
+    recipe: Recipe,
+    *,
+    reinit: Reinit,
+    seed: int,
+    stds: Mapping[str, float],
+    part: Part | None,
+    example: Given,
+) -> Plan:
+    """``make_plan``, with what it must know of the model beside its map."""
+    sizes = feature_sizes(model, example) if residual.entrances and reinit == "all" and part is None else {}
+    return make_plan(
+        residual,
+        tensor_shapes(model),
+        recipe,
+        reinit=reinit,
+        seed=seed,
+        embedding_stds=stds,
+        part=part,
+        feature_sizes=sizes,
+    )
 
 
 def check_learned(model: nn.Module, reinit: Reinit) -> None:

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -84,32 +86,45 @@ def _start(
     """The first point of the stream, with this table times ``factor`` and every other zero."""
     values = {table_of(other): torch.zeros_like(table) for other, table in tables.items()}
     values[table_of(lookup)] = factor * tables[lookup]
-    result = run(trace, [stream.start], values, dict.fromkeys(trace.inputs, 0))[stream.start]
+    alone = {node: stream.facts.carries[node][0] for node in stream.entrances}  # as if no features entered
+    result = run(trace, [stream.start], values, dict.fromkeys(trace.inputs, 0), alone)[stream.start]
     assert isinstance(result, torch.Tensor)
     return result.float()
 
 
 def run(
-    trace: Trace, wanted: list[Node], values: Mapping[Node, torch.Tensor], seeds: Mapping[Node, int]
+    trace: Trace,
+    wanted: list[Node],
+    values: Mapping[Node, torch.Tensor],
+    seeds: Mapping[Node, int],
+    instead: Mapping[Node, Node] = MappingProxyType({}),
 ) -> dict[Node, Any]:
     """Execute the graph up to ``wanted``, on the CPU in float32.
 
     Args:
         values: of nodes that are not computed; parameters that are not among them are gains of one, or random matrices.
         seeds: for each input, of the random example in its place.
+        instead: nodes whose values are those of others.
     """
+
+    def read(node: Node) -> list[Node]:
+        return [instead[node]] if node in instead else [] if node in values else operands(node)
+
     needed: set[Node] = set()
     todo = list(wanted)
     while todo:
         node = todo.pop()
         if node not in needed:
             needed.add(node)
-            todo.extend(operands(node) if node not in values else ())
+            todo.extend(read(node))
+    waiting = Counter(a for node in needed for a in read(node)) + Counter(wanted)
     results: dict[Node, Any] = {}
     for node in trace.graph.nodes:
         if node not in needed:
             continue
-        if node in values:
+        if node in instead:
+            results[node] = results[instead[node]]
+        elif node in values:
             results[node] = values[node]
         elif node in trace.buffers:
             buffer = trace.buffers[node].cpu()
@@ -120,6 +135,10 @@ def run(
             results[node] = _parameter(shape(node))
         elif op(node):
             results[node] = _call(node, *torch.fx.node.map_arg((node.args, node.kwargs), lambda n: results[n]))
+        for argument in read(node):  # what nobody reads any more is freed
+            waiting[argument] -= 1
+            if not waiting[argument]:
+                results.pop(argument, None)
     return {node: results[node] for node in wanted}
 
 

@@ -5,7 +5,7 @@ values carry the residual stream. Each is computed in a single pass in execution
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +40,7 @@ class Facts:
         weight: nodes that are one parameter, seen through views -> its name.
         fed: nodes computed from the inputs, as data or as control.
         varies: nodes computed from embedded tokens or real-valued inputs.
+        inputs: of these nodes -> the inputs that they are computed from, as data.
         norm_at: nodes that are a norm's output -> the norm.
         carries: nodes that carry the stream -> the operands through which they do; computed anew for another root.
     """
@@ -51,6 +52,7 @@ class Facts:
         self.weight: dict[Node, str] = self._weight_views()
         self.fed: set[Node] = self._fed()
         self.varies: set[Node] = self._input_dependent()
+        self.inputs: dict[Node, frozenset[Node]] = self._inputs_of_data()
         self.norm_at: dict[Node, NormNode] = {
             node: norm for node in self.nodes if (norm := self._norm(node)) is not None
         }
@@ -86,6 +88,24 @@ class Facts:
                 varies.add(node)
         return varies
 
+    def _inputs_of_data(self) -> dict[Node, frozenset[Node]]:
+        found: dict[Node, frozenset[Node]] = {}
+        for node in self.nodes:
+            if node in self.trace.inputs:
+                found[node] = frozenset([node])
+            elif node in self.fed:
+                data = operands(node) if op(node) in ops.LOOKUPS or node not in self.varies else self.data(node)
+                found[node] = frozenset[Node]().union(*(found.get(a, ()) for a in data))
+        return found
+
+    def entering(self, node: Node, base: Node) -> list[Node]:
+        """Of the values that ``node`` puts together with ``base``: features, which are computed from real-valued inputs
+        that ``base`` is not computed from.
+        """
+        others = [a for a in self.data(node) if a is not base]
+        own = self.inputs.get(base, frozenset())
+        return [a for a in others if not self.inputs.get(a, own) & own and any(map(floating, self.inputs.get(a, ())))]
+
     def data(self, node: Node) -> list[Node]:
         """The operands whose values depend on the tokens; indices and offsets that do are control, not data."""
         arguments = operands(node)[:1] if op(node) in ops.VIEWS else operands(node)  # type_as reads a dtype only
@@ -113,6 +133,8 @@ class Facts:
                 through = [a for a in arguments if a in carries]
             elif name in ops.VIEWS and not narrows(node):
                 through = [a for a in arguments[:1] if a in carries]
+            elif name in ops.PUT_TOGETHER and len(moving) > 1:
+                through = self._put_together(node, moving, carries)
             elif name in ops.PRODUCTS or name in {"masked_fill", "where"}:
                 alone = len(moving) == 1 and moving[0] in carries and last(node) == last(moving[0])
                 alone = alone and not ops.squares(node)
@@ -121,11 +143,23 @@ class Facts:
                 name in ops.REPLACED_ROWS and len(moving) == 1  # by rows that do not depend on the input
             ):
                 through = [a for a in arguments[:1] if a in carries]
-            elif name == "cat" and moving and all(a in carries for a in moving):
-                through = moving  # along the tokens, or two tracks of a reversible stream side by side
+            elif name == "cat":
+                through = moving if moving and moving[0] in carries else []
             if through:
                 carries[node] = list(dict.fromkeys(through))
         return carries
+
+    def _put_together(self, node: Node, moving: list[Node], carries: Mapping[Node, list[Node]]) -> list[Node]:
+        """Operands through which a value carries the stream that is made of rows of several.
+
+        Features may enter among the tokens. Else all carry it: the stream with some rows to which something was added,
+        parts along the tokens, or two tracks of a reversible stream side by side.
+        """
+        base = next((a for a in moving if a in carries), None)
+        entering = self.entering(node, base) if base is not None else []
+        rest = [a for a in moving if a not in entering]
+        chosen = op(node) == "where" and len(rest) > 1
+        return rest if rest and not chosen and all(a in carries for a in rest) else []
 
     def _norm(self, node: Node) -> NormNode | None:
         """Recognise a norm, fused or written out: ``x * f(mean(x^2))`` with f made of pointwise ops and numbers."""

@@ -17,6 +17,7 @@ from spikepatch.residual.facts import NormNode
 from spikepatch.residual.kinds import addition, between, multiplier, steps, sublayers_of
 from spikepatch.residual.map import (
     Embedding,
+    Entrance,
     Head,
     Matrix,
     Norm,
@@ -29,7 +30,7 @@ from spikepatch.residual.map import (
 )
 from spikepatch.residual.names import layers, own_name, tied
 from spikepatch.residual.ops import behind_views, op, operands, place, table_of
-from spikepatch.residual.stream import Stream, find
+from spikepatch.residual.stream import Stream, find, projections
 from spikepatch.residual.trace import Trace, trace
 from spikepatch.residual.ways import other_ways
 from spikepatch.residual.weights import fan, gain, matrix_weight
@@ -77,6 +78,7 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
     main, *others = (_Naming(model, stream).map(source) for stream in streams)
     whole = dataclasses.replace(main, streams=tuple(others))
     unread = _unread(model, graph)
+    whole = dataclasses.replace(whole, entrances=whole.entrances or tuple(_entrances_not_run(model, graph, unread)))
     strayed, unknown = _compared(model, graph, whole, source) if main.proven else ((), ())
     leaks = (*strayed, *main.leaks)
     return dataclasses.replace(
@@ -100,6 +102,15 @@ def _unread(model: nn.Module, graph: Trace) -> tuple[str, ...]:
             todo.extend(operands(node))
     names = {graph.parameters[node] for node in read if node in graph.parameters}
     return tuple(name for name, _ in model.named_parameters() if name not in names)
+
+
+def _entrances_not_run(model: nn.Module, graph: Trace, unread: tuple[str, ...]) -> Iterator[Entrance]:
+    """Of a transformers model that says that it takes images or sounds, and read none in this pass."""
+    takes = getattr(model, "input_modalities", "text")
+    others = [each for each in ([takes] if isinstance(takes, str) else takes) if each not in {"text", "video"}]
+    read = any(value.is_floating_point() for value in graph.example.values())
+    if others and not read and any(model.get_parameter(name).ndim > 1 for name in unread):
+        yield Entrance(tuple(others), None, 0, normed=False, after=None)
 
 
 def _parts_not_run(model: nn.Module, found: ResidualMap, unread: tuple[str, ...]) -> Iterator[str]:
@@ -182,10 +193,12 @@ def _uses(model: nn.Module, streams: Iterable[Stream], unread: Iterable[str]) ->
         constants = [a for n in stream.spine for a in operands(n) if a not in facts.varies]
         norms = [facts.norm_at[n] for n in stream.spine if n in facts.norm_at]
         constants += [norm.factor for norm in norms if norm.factor is not None]
-        early = facts.behind([stream.start, *stream.later])
+        features = {node for nodes in stream.entrances.values() for node in nodes}
+        early = facts.behind([stream.start, *stream.later], stop=features)
         projections = {name for term in stream.terms for _, name in term.projections}
         nodes: tuple[tuple[UseRole, Set[Node]], ...] = (
             ("embedding", early),
+            ("entrance", facts.behind(features)),
             ("stream", facts.behind(constants) - early),
             ("sublayer", inside),
             ("head", stream.suffix),
@@ -226,6 +239,7 @@ class _Naming:
             embeddings=embeddings,
             residual_projections=projections,
             norms=norms,
+            entrances=tuple(self._entrances()),
             head=self._head(embeddings),
             matrices=self._matrices(),
             tied=tied(self.model),
@@ -302,7 +316,8 @@ class _Naming:
 
     def _norms(self) -> tuple[Norm, ...]:
         stream = self.stream
-        region = set(stream.spine | stream.suffix | self.facts.behind([stream.start]))
+        features = {node for nodes in stream.entrances.values() for node in nodes}
+        region = set(stream.spine | stream.suffix | self.facts.behind([stream.start], stop=features))
         region.update(*(term.interior for term in stream.terms))
         found: dict[tuple[str, str], Norm] = {}
         for norm, role in self._roles([norm for node, norm in self.facts.norm_at.items() if node in region]):
@@ -378,6 +393,26 @@ class _Naming:
                 width = ops.last(table)
                 found.setdefault(parameter, Embedding(module, parameter, kind, scale, normed, width))
         return tuple(found.values())
+
+    def _entrances(self) -> Iterator[Entrance]:
+        facts, order = self.facts, self.facts.order
+        names = {id(value): name for name, value in facts.trace.example.items()}
+        for node, features in self.stream.entrances.items():
+            before = [t for t in self.stream.terms if any(order[add] < order[node] for add in t.node.users)]
+            for feature in features:
+                inputs = [names[id(facts.trace.inputs[i])] for i in facts.trace.inputs if i in facts.inputs[feature]]
+                matmuls = projections(facts, feature)
+                weights = {name: matmul for matmul, name in matmuls.items()}
+                matmul = next(iter(weights.values())) if len(weights) == 1 else None
+                weight = matrix_weight(facts, matmul) if matmul is not None else None
+                size = fan(facts, matmul, weight) if matmul is not None and weight is not None else None
+                yield Entrance(
+                    inputs=tuple(inputs),
+                    parameter=next(iter(weights)) if size is not None else None,
+                    fan_in=size.fan_in if size is not None else 0,
+                    normed=matmul is not None and any(n in facts.norm_at for n in steps(facts, feature, matmul)),
+                    after=before[-1].projections[-1][1] if before else None,
+                )
 
     def _head(self, embeddings: tuple[Embedding, ...]) -> Head | None:
         for node in sorted(self.stream.suffix, key=self.facts.order.__getitem__, reverse=True):

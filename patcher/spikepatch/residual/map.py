@@ -98,6 +98,25 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Entrance:
+    """Features of an image or a sound that enter the stream beside the tokens' embeddings.
+
+    Attributes:
+        inputs: the arguments of ``forward`` that they are computed from.
+        parameter: the last matrix that computes them; None: there is none, or several.
+        fan_in: number of products that each of its outputs sums; 0 without one.
+        normed: a norm stands between that matrix and the stream, so its scale does not matter there.
+        after: the residual projection whose output was added last before they enter; None: they enter at the start.
+    """
+
+    inputs: tuple[str, ...]
+    parameter: str | None
+    fan_in: int
+    normed: bool
+    after: str | None
+
+
+@dataclass(frozen=True)
 class Head:
     """The last matmul before the output; ``tied`` when its weight is an embedding table as well."""
 
@@ -131,7 +150,7 @@ class Matrix:
     out_axis: int
 
 
-UseRole = Literal["embedding", "stream", "projection", "sublayer", "head", "unread"]
+UseRole = Literal["embedding", "entrance", "stream", "projection", "sublayer", "head", "unread"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +160,8 @@ class Use:
     Attributes:
         parameter: its name in ``named_parameters()``.
         stream: 0 for the stream that feeds the output, 1 and up for ``ResidualMap.streams``.
-        role: ``embedding`` (on the way to the stream's start, or entering it later), ``stream`` (a gain or bias on the
+        role: ``embedding`` (on the way to the stream's start, or entering it later), ``entrance`` (computes features of
+            an image or a sound that enter it), ``stream`` (a gain or bias on the
             stream itself), ``projection``, ``sublayer`` (all else that computes what a sub-layer adds), ``head``
             (behind the stream), or ``unread`` (the output does not depend on it in the traced pass).
     """
@@ -171,6 +191,7 @@ class ResidualMap:
             projections are among the matrices too, and ``head`` is None where no matmul follows the stream.
         tied: groups of parameter names that are one tensor; the name that the rest of the map uses comes first.
         streams: maps of further streams (an encoder's).
+        entrances: where features of images or sounds enter the stream, in the order of the forward pass.
         uses: every use of every parameter; on the top level, for all streams.
         unread: parameters that the output does not depend on in the traced pass.
         conditions: why what is said holds for inputs like the traced ones only: blocks that were run in part, and
@@ -194,6 +215,7 @@ class ResidualMap:
     matrices: tuple[Matrix, ...]
     tied: tuple[tuple[str, ...], ...]
     streams: tuple[ResidualMap, ...] = field(default=())
+    entrances: tuple[Entrance, ...] = ()
     uses: tuple[Use, ...] = ()
     unread: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
@@ -224,6 +246,7 @@ class ResidualMap:
                 "matrices": many(Matrix, data["matrices"]),
                 "tied": tuple(tuple(names) for names in data["tied"]),
                 "streams": tuple(cls.from_dict(stream) for stream in data["streams"]),
+                "entrances": tuple(Entrance(**{**e, "inputs": tuple(e["inputs"])}) for e in data["entrances"]),
                 "uses": many(Use, data["uses"]),
                 "unread": tuple(data["unread"]),
                 "conditions": tuple(data["conditions"]),

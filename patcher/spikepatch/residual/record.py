@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
+from spikepatch.quiet import quiet
 from spikepatch.residual.told import Asked, Mode, Origin, Told, asking_line, told
-from spikepatch.source.private import TAKE_NUMBER, TO_COPY, TorchDispatchMode, memory, schema
+from spikepatch.source.meta import skeleton
+from spikepatch.source.private import TAKE_NUMBER, TO_COPY, TorchDispatchMode, memory, own_buffers, schema
 
 #: They answer a question about values with a truth value.
 _ASK = frozenset((torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.allclose.default))
@@ -29,7 +31,7 @@ _TOLD = frozenset((torch.Tensor.item, torch.Tensor.tolist))
 _PLAIN = frozenset(
     (
         torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.__complex__,
-        torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__format__,
+        torch.Tensor.numpy, torch.Tensor.__array__,
     )
 )  # fmt: skip
 _SIZES = frozenset(
@@ -63,6 +65,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, tuple[torch.Tensor, Node]] = {}  # holds the tensors, so that their ids stay theirs
         # Memory of control that the inputs, data or chance decide -> the inputs' numbers.
         self._fed: dict[int, frozenset[int]] = {memory(t): frozenset([i]) for i, t in enumerate(inputs)}
+        self.counted: bool = False  # numbers were taken out of stand-ins, which may not add up
         self._sized: set[int] = set()  # memory of tensors whose shapes they decide
         for name, tensor in named.items():
             self._introduce(tensor, name)
@@ -87,6 +90,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         sized = fed and torch.Tag.dynamic_output_shape in func.tags and (func is not _INDEX or self._masks(args[1]))
         if sized:
             self.asked.values[asking_line()] = None
+        if func is _SPLIT and self.counted:
+            args = (args[0], _shares(args[1], args[0].shape[args[2] if len(args) > 2 else 0]), *args[2:])
         run_args, run_kwargs = _placed(func, args, kwargs, tensors, as_data)
         if func is _NONZERO and self.asked.mode == "zeros" and self.inputs_of(args[0]):
             run_args = (run_args[0] == 0,)
@@ -160,8 +165,6 @@ def _placed(
         return args, kwargs
     if func is _INDEX:
         args = (args[0], _rows(args[1]))
-    elif func is _SPLIT and sum(args[1]) != args[0].shape[args[2] if len(args) > 2 else 0]:  # counts of stand-ins
-        args = (args[0], _shares(args[0].shape[args[2] if len(args) > 2 else 0], len(args[1])), *args[2:])
     elif func is TO_COPY and "device" in kwargs:  # to where the control is
         kwargs = {**kwargs, "device": _META}
     return (args, kwargs) if all(t.is_meta for t in tensors) else _to_meta((args, kwargs))
@@ -187,8 +190,10 @@ def _rows(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     return rows
 
 
-def _shares(whole: int, parts: int) -> list[int]:
-    return [whole // parts + (i < whole % parts) for i in range(parts)]
+def _shares(sizes: Sequence[int], whole: int) -> Sequence[int]:
+    """Sizes of parts that add up to the ``whole``: as they are, or else equal ones."""
+    parts = len(sizes)
+    return sizes if sum(sizes) == whole else [whole // parts + (i < whole % parts) for i in range(parts)]
 
 
 def _to_meta(values: Any) -> Any:
@@ -226,6 +231,8 @@ class _Numbers(TorchFunctionMode):
             args = (tensor, real if isinstance(index, tuple) else real[0])
         elif func is torch.tensor and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.__format__ and self.recorder.is_fed(args[0]):  # mostly for a message
+            self.recorder.asked.values[asking_line()] = None
         if func in _PLAIN and self.recorder.is_fed(args[0]):
             self.recorder.asked.take(_origin(args[0]), self.recorder.inputs_of(args[0]))
         if func is torch.Tensor.__len__ and self.recorder.is_sized(args[0]):
@@ -236,6 +243,7 @@ class _Numbers(TorchFunctionMode):
         if func in _TOLD and self.recorder.is_fed(args[0]):
             asked, inputs = self.recorder.asked, self.recorder.inputs_of(args[0])
             asked.values[asking_line()] = None
+            self.recorder.counted |= not inputs
             return _each(result, lambda number: told(number, asked, _origin(args[0]), inputs))
         return result
 
@@ -256,13 +264,46 @@ def _each(values: Any, change: Callable[[Any], Any]) -> Any:
     return [_each(value, change) for value in values] if isinstance(values, list) else change(values)
 
 
+def prepared(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` to be recorded: parameters on meta, buffers real, its kernels those that can be followed."""
+    twin = skeleton(model)
+    _prefer_traceable_kernels(twin)
+    real: dict[int, torch.Tensor] = {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        owner, _, own = name.rpartition(".")
+        own_buffers(twin.get_submodule(owner))[own] = real.setdefault(id(buffer), on_cpu(buffer))
+    return twin
+
+
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """Its values on the CPU; one without values as it is."""
+    return tensor.detach() if tensor.is_meta else tensor.detach().cpu()
+
+
+def _prefer_traceable_kernels(model: nn.Module) -> None:
+    """On the meta twin only: no cache, fused attention, and no loop over the experts that data chose."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        parts: tuple[Any, ...] = (config, getattr(config, "text_config", None))
+        for part in parts:
+            if getattr(part, "use_cache", False):
+                part.use_cache = False
+    kernels = {"set_attn_implementation": ("sdpa", "eager"), "set_experts_implementation": ("batched_mm",)}
+    for method, choices in kernels.items():
+        setter: Any = getattr(model, method, None)
+        for choice in choices if setter is not None else ():
+            with suppress(ValueError), quiet():
+                setter(choice)
+                break
+
+
 def record(model: nn.Module, example: Mapping[str, torch.Tensor], mode: Mode = "example") -> tuple[Recorder, Any]:
-    """Run ``model`` (parameters on meta, buffers real) once on a real ``example``: the recorder, and the output."""
+    """Run ``model``, as ``prepared`` makes it, once on a real ``example``: the recorder, and the output."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers()), **example}
     recorder = Recorder(named, example.values(), mode)
-    with torch.no_grad(), _paths(model, recorder), _Numbers(recorder), recorder:
-        result = model(**example)
-    return recorder, result
+    drawing = torch.random.fork_rng(devices=[])  # the run is real where it does not depend on weights
+    with quiet(), drawing, torch.no_grad(), _paths(model, recorder), _Numbers(recorder), recorder:
+        return recorder, model(**example)
 
 
 @contextmanager

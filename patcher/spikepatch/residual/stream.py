@@ -12,6 +12,7 @@ any attention are tried as its beginning, in execution order; the proof decides.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -34,7 +35,8 @@ class Stream:
 
     ``additions`` are the nodes of the spine that add a sub-layer's output, ``tables`` those at which tables of rows
     enter: lookups, and learned positions sliced from a parameter; ``later`` are other values that are added and read
-    nothing of the stream. ``suffix`` lies between ``end`` (exclusive) and the output: the head. ``leaks`` says why the
+    nothing of the stream. ``entrances`` are features of images or sounds, at the node of the spine by which they enter.
+    ``suffix`` lies between ``end`` (exclusive) and the output: the head. ``leaks`` says why the
     map is not proven; empty: proven. ``reaches`` names the parameters that the output still depends on with every
     residual projection cut.
     """
@@ -47,6 +49,7 @@ class Stream:
     terms: tuple[Term, ...]
     tables: tuple[Node, ...]
     later: frozenset[Node]
+    entrances: Mapping[Node, tuple[Node, ...]]
     suffix: frozenset[Node]
     leaks: tuple[str, ...]
     reaches: tuple[str, ...]
@@ -105,8 +108,11 @@ def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
     additions = {add for add, nodes in entries.items() if any(found[n] for n in nodes)}
     start = max(facts.carries[min(additions, key=facts.order.__getitem__)], key=facts.order.__getitem__)
     suffix = facts.behind([output], stop=spine)
+    later = frozenset(node for node, term in found.items() if term is None)
+    entrances = _entrances(facts, spine, later)
+    features = frozenset(node for nodes in entrances.values() for node in nodes)
     proof = prove(facts, output, spine, start, terms)
-    lost = left_over(facts, output, spine, start, terms, beyond)
+    lost = left_over(facts, output, spine, start, terms, beyond | features)
     return Stream(
         facts=facts,
         start=start,
@@ -114,8 +120,9 @@ def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
         spine=frozenset(spine),
         additions=frozenset(additions),
         terms=tuple(terms),
-        tables=tuple(_tables(facts, spine, facts.behind([start]))),
-        later=frozenset(node for node, term in found.items() if term is None),
+        tables=tuple(_tables(facts, spine, facts.behind([start], stop=features))),
+        later=later - features,
+        entrances=entrances,
         suffix=frozenset(suffix),
         leaks=(*lost, *proof.leaks),
         reaches=proof.reaches,
@@ -202,6 +209,20 @@ def _spine(facts: Facts, end: Node) -> tuple[set[Node], dict[Node, list[Node]]]:
     return spine, entries
 
 
+def _entrances(facts: Facts, spine: set[Node], later: Iterable[Node]) -> dict[Node, tuple[Node, ...]]:
+    """Where features enter the stream among its tokens, or are added to it behind its start."""
+    tokens = frozenset[Node]().union(*(facts.inputs[n] for n in spine if op(n) in ops.LOOKUPS and n in facts.inputs))
+    found: dict[Node, tuple[Node, ...]] = {}
+    for node in sorted(spine, key=facts.order.__getitem__):
+        entering = [a for base in facts.carries[node][:1] for a in facts.entering(node, base)]
+        if op(node) in ops.PUT_TOGETHER and entering:
+            found[node] = tuple(entering)
+        added = [a for a in facts.data(node) if a in later and op(node) in ops.ADDS]
+        if features := [a for a in added if tokens and not facts.inputs.get(a, tokens) & tokens]:
+            found[node] = tuple(features)
+    return found
+
+
 def _tables(facts: Facts, spine: set[Node], path: set[Node]) -> list[Node]:
     """Lookups on the way to the stream, and learned rows that are added to it without a lookup."""
     both = spine | path
@@ -232,27 +253,24 @@ def _term(facts: Facts, node: Node, spine: set[Node], beyond: frozenset[Node]) -
     if not reads:
         return None  # it reads nothing of the stream: part of the embedding, not a sub-layer
     crosses = any(a in beyond for n in interior for a in operands(n))
-    projections = _projections(facts, node, set())
+    made_of = projections(facts, node)
     path: set[Node] = set()
     for inner in sorted(interior, key=facts.order.__getitem__):
-        if inner in projections or any(a in path for a in operands(inner)):
+        if inner in made_of or any(a in path for a in operands(inner)):
             path.add(inner)
     latest = max(reads, key=facts.order.__getitem__)
-    return Term(node, tuple(projections.items()), frozenset(path), frozenset(interior), latest, crosses)
+    return Term(node, tuple(made_of.items()), frozenset(path), frozenset(interior), latest, crosses)
 
 
-def _joined(facts: Facts, node: Node, seen: set[Node]) -> list[Node]:
+def _joined(facts: Facts, node: Node) -> list[Node]:
     """What sums and joins of sums put together; a loop over many experts makes a long chain of them."""
     parts: dict[Node, None] = {}
-    met = set(seen)
+    met: set[Node] = set()
     todo = [node]
     while todo:
         for argument in facts.data(todo.pop()):
-            if (
-                op(argument) not in ops.JOINS
-                or argument in facts.norm_at
-                or any(a in facts.weight for a in operands(argument))
-            ):
+            biased = any(a in facts.weight for a in operands(argument))
+            if op(argument) not in ops.JOINS or argument in facts.norm_at or biased:
                 parts[argument] = None
             elif argument not in met:
                 met.add(argument)
@@ -260,9 +278,23 @@ def _joined(facts: Facts, node: Node, seen: set[Node]) -> list[Node]:
     return list(parts)
 
 
-def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
-    """Nearest matmuls with a parameter, walking back from ``node`` through linear ops; ``{}`` if any way is blocked."""
-    seen.add(node)
+#: Of nodes: the matmuls with a parameter whose products they are sums of, as ``projections`` finds them.
+Known = dict[Node, dict[Node, str]]
+
+
+def projections(facts: Facts, node: Node, known: Known | None = None) -> dict[Node, str]:
+    """Nearest matmuls with a parameter, walking back from ``node`` through linear ops; ``{}`` if any way is blocked.
+
+    Args:
+        known: what has been found for other nodes; added to.
+    """
+    known = {} if known is None else known
+    if node not in known:
+        known[node] = _nearest(facts, node, known)
+    return known[node]
+
+
+def _nearest(facts: Facts, node: Node, known: Known) -> dict[Node, str]:
     name = op(node)
     arguments = facts.data(node)
     if facts.product(node):
@@ -274,14 +306,14 @@ def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
         kept = shape(node)[-2:]
         if len(arguments) != 2 or len(kept) != 2 or kept[0] == kept[1]:
             return {}
-        return _projections(facts, factors(node)[0 if kept[0] > kept[1] else 1], seen)
+        return projections(facts, factors(node)[0 if kept[0] > kept[1] else 1], known)
     if name in ops.ADDS and any(a in facts.weight for a in operands(node)) and len(arguments) == 1:
-        found = _projections(facts, arguments[0], seen)  # a bias of its own: cut behind it
+        found = projections(facts, arguments[0], known)  # a bias of its own: cut behind it
         return {node: found[matmul]} if len(found) == 1 and (matmul := behind_views(arguments[0])) in found else found
     if node in facts.norm_at:
         through = [[facts.norm_at[node].input]]
     elif name in ops.JOINS:
-        through = [_joined(facts, node, seen)]
+        through = [_joined(facts, node)]
     elif name in ops.LINEAR_FIRST | ops.CONVOLUTIONS or name == "masked_fill":
         through = [arguments[:1]]
     elif name in ops.PRODUCTS and not ops.squares(node):
@@ -291,7 +323,7 @@ def _projections(facts: Facts, node: Node, seen: set[Node]) -> dict[Node, str]:
     else:
         return {}
     for choice in through:
-        parts = [_projections(facts, argument, seen) for argument in choice if argument not in seen]
+        parts = [projections(facts, argument, known) for argument in choice]
         if parts and all(parts):
             return {matmul: parameter for part in parts for matmul, parameter in part.items()}
     return {}

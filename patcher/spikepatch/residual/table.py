@@ -61,6 +61,11 @@ def _rows(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
         factor = "normed" if e.normed else f"times {e.scale:g}"
         width = f", {e.width} wide" if e.width != residual.width else ""
         yield "embedding", e.parameter, "", f"{e.kind}, {factor}{width}"
+    for entrance in residual.entrances:
+        where = f"after {entrance.after}" if entrance.after else "at the start"
+        normed = ", normed" if entrance.normed else ""
+        name = entrance.parameter or "no single matrix"
+        yield "entrance", name, "", f"features of {', '.join(entrance.inputs)}, {where}{normed}"
     layer_of = {p.sublayer: p.layer for p in residual.residual_projections}
     projections = {p.parameter: p for p in residual.residual_projections}
     found: dict[tuple[str, str, str], list[int | None]] = {}

@@ -6,20 +6,18 @@ import contextlib
 import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node
 
 from spikepatch.errors import Refused, first_line
-from spikepatch.quiet import quiet
 from spikepatch.residual.dataflow import follow_data
 from spikepatch.residual.example import Given, example_of, given, offered
-from spikepatch.residual.record import record
+from spikepatch.residual.features import with_features
+from spikepatch.residual.record import on_cpu, prepared, record
 from spikepatch.residual.told import Asked, Mode
-from spikepatch.source.meta import skeleton
-from spikepatch.source.private import own_buffers, tree_leaves
+from spikepatch.source.private import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -80,21 +78,25 @@ def trace(model: nn.Module, example_inputs: Given = None) -> Trace:
             remedy="give all that its forward needs: --example-inputs module:NAME (in Python: a dict of tensors as"
             " example_inputs)",
         ) from error
-    if example_inputs is not None or _read(found) == len(found.parameters) or not offered(model, example):
+    if example_inputs is not None or _read(found) == len(found.parameters):
         return found
     more = full_example(model)
     return recorded(model, more) if more.keys() != example.keys() else found
 
 
 def full_example(model: nn.Module) -> dict[str, torch.Tensor]:
-    """``example_of``, with those further inputs of the forward's signature by which it reads more of the parameters:
+    """``example_of``, with those further inputs by which the model reads more of its parameters: images and sounds,
     states of an encoder or of an image that some layers wait for, and types of tokens.
     """
     example = example_of(model)
     count, best = sum(1 for _ in model.parameters()), -1
-    for name, value in {"": None, **offered(model, example)}.items():
+    for tried in [example, *with_features(model, example)]:
         with contextlib.suppress(Exception):  # whatever a forward pass raises
-            tried = {**example, name: value} if value is not None else example
+            if best < count and (read := _read(recorded(model, tried))) > best:
+                best, example = read, tried
+    for name, value in offered(model, example).items():
+        with contextlib.suppress(Exception):
+            tried = {**example, name: value}
             if best < count and (read := _read(recorded(model, tried))) > best:
                 best, example = read, tried
     return example
@@ -112,36 +114,13 @@ def _read(traced: Trace) -> int:
     return len(seen & traced.parameters.keys())
 
 
-def _prefer_traceable_kernels(model: nn.Module) -> None:
-    """On the meta twin only: no cache, fused attention, and no loop over the experts that data chose."""
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        parts: tuple[Any, ...] = (config, getattr(config, "text_config", None))
-        for part in parts:
-            if getattr(part, "use_cache", False):
-                part.use_cache = False
-    kernels = {"set_attn_implementation": ("sdpa", "eager"), "set_experts_implementation": ("batched_mm",)}
-    for method, choices in kernels.items():
-        setter: Any = getattr(model, method, None)
-        for choice in choices if setter is not None else ():
-            with contextlib.suppress(ValueError), quiet():
-                setter(choice)
-                break
-
-
 @without_collector()
 def recorded(model: nn.Module, example: Mapping[str, torch.Tensor], mode: Mode = "example") -> Trace:
     """Trace ``model`` by running it once on the meta device, see ``record.py``; it raises what its forward raises."""
-    twin = skeleton(model)
-    example = {name: _on_cpu(t) for name, t in example.items()}
-    _prefer_traceable_kernels(twin)
-    real: dict[int, torch.Tensor] = {}
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        owner, _, own = name.rpartition(".")
-        own_buffers(twin.get_submodule(owner))[own] = real.setdefault(id(buffer), _on_cpu(buffer))
+    twin = prepared(model)
+    example = {name: on_cpu(t) for name, t in example.items()}
     buffers = list(twin.buffers())  # the run may replace them
-    with quiet(), torch.random.fork_rng(devices=[]):  # the run is real where it does not depend on weights
-        recorder, result = record(twin, example, mode)
+    recorder, result = record(twin, example, mode)
     output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
     recorder.graph.output(recorder.node(output))
     follow_data(recorder.graph)
@@ -154,7 +133,3 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor], mode: Mode =
         example=example,
         asked=recorder.asked,
     )
-
-
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach() if tensor.is_meta else tensor.detach().cpu()

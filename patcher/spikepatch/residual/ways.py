@@ -74,10 +74,10 @@ def _gone(
 
 
 def _is_own(error: Exception) -> bool:
-    """The model's own code raised it, by ``raise`` or ``assert``."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
+    """The model's own code raised it, by ``raise``, ``assert`` or ``torch._check``."""
+    *_, last = traceback.extract_tb(error.__traceback__)
     meant = isinstance(error, (AssertionError, ValueError, NotImplementedError, RuntimeError))
-    return meant and not is_ours(last.filename)
+    return meant and (not is_ours(last.filename) or last.name.startswith("_check"))
 
 
 def _rows(found: Trace) -> dict[int, int]:

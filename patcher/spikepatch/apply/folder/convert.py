@@ -25,17 +25,15 @@ from spikepatch.apply.generated.adopt import generated_classes
 from spikepatch.apply.generated.patched_source import check_known, check_replaced
 from spikepatch.apply.generated.structure import restructure
 from spikepatch.apply.values.loading import stable_settings
-from spikepatch.plans.plan import Plan, Recipe, Reinit
-from spikepatch.plans.work_out import make_plan
+from spikepatch.plans.plan import Part, Plan, Recipe, Reinit
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes import built_in
 from spikepatch.recipes.built_in import checked_recipe
-from spikepatch.recipes.plan_of import check_weights, embedding_stds
+from spikepatch.recipes.plan_of import check_weights, embedding_stds, plan_on
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source.classes import original_in
 from spikepatch.source.header import torch_dtype
-from spikepatch.source.layout import tensor_shapes
 from spikepatch.source.match import match_source
 from spikepatch.source.meta import settings_read
 from spikepatch.source.open import Source, build_meta, open_source
@@ -93,6 +91,7 @@ def convert(
     positions: bool = False,
     replace: bool = False,
     untie: bool = False,
+    part: Part | None = None,
     storage: Storage = "auto",
     seed: int = 0,
     dtype: str | None = None,
@@ -111,7 +110,7 @@ def convert(
         source: a hub id, a folder, or ``arch:TYPE``; never written to. A folder that is patched already is taken for
             the model that it was made from: the new plan takes the old one's place, nothing is applied twice.
         out: absent or empty, unless ``overwrite``.
-        recipe, reinit, factor, positions, replace, untie, seed: as in ``spikepatch.plan``.
+        recipe, reinit, factor, positions, replace, untie, part, seed: as in ``spikepatch.plan``.
         storage: ``plain`` keeps the architecture (re-initialisation only), ``native`` uses a setting of its config,
             ``host`` another architecture with the same tensors, ``code`` writes a subclass beside the weights;
             ``auto`` takes the first possible one of plain, native and code.
@@ -158,7 +157,7 @@ def convert(
         residual = inspect(model, example_inputs=example_inputs, source=source)
     match = None if reinit == "all" else match_source(found, model)
     stds = {} if match is None else embedding_stds(match, residual)
-    plan = make_plan(residual, tensor_shapes(model), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
+    plan = plan_on(model, residual, recipe, reinit=reinit, seed=seed, stds=stds, part=part, example=example_inputs)
     check_replaced(found, plan)
     report("choosing how it is stored")
     patched = build_meta(found)
@@ -205,6 +204,7 @@ def convert(
         "positions": positions,
         "replace": replace,
         "untie": untie,
+        "part": part,
         "storage": storage,
         "seed": seed,
         "dtype": dtype,

@@ -15,7 +15,7 @@ from spikepatch.apply.live.initialize import Blueprint, unfillable
 from spikepatch.apply.values.assign import values
 from spikepatch.apply.values.loading import stable_settings
 from spikepatch.errors import Refused
-from spikepatch.plans.plan import EmbeddingEdit, Plan, Recipe, Reinit, Untie
+from spikepatch.plans.plan import EmbeddingEdit, Part, Plan, Recipe, Reinit, Untie
 from spikepatch.recipes.plan_of import check_learned
 from spikepatch.recipes.plan_of import plan as make_plan
 from spikepatch.residual.example import Given
@@ -35,6 +35,7 @@ def patch(
     positions: bool = False,
     replace: bool = False,
     untie: bool = False,
+    part: Part | None = None,
     example_inputs: Given = None,
 ) -> nn.Module:
     """Apply a plan, or a recipe, to ``model``, in place; the same bits as on disk.
@@ -50,7 +51,7 @@ def patch(
         model: weights on any device, in any float dtype; not quantised and not sharded yet.
         plan: from ``spikepatch.plan``, made for this very model; or a recipe, as ``spikepatch.plan`` takes it.
         reinit: with a recipe, which weights to draw afresh. No default: learned weights are not lost by omission.
-        seed, factor, positions, replace, untie, example_inputs: as in ``spikepatch.plan``; only with a recipe.
+        seed, factor, positions, replace, untie, part, example_inputs: as in ``spikepatch.plan``; only with a recipe.
 
     Returns:
         ``model``.
@@ -78,6 +79,7 @@ def patch(
             positions=positions,
             replace=replace,
             untie=untie,
+            part=part,
             example_inputs=example_inputs,
         )
     _check(model, plan)

@@ -1,0 +1,76 @@
+"""How large is what the last matrix before an entrance of features reads, with fresh weights: measured on a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from spikepatch.quiet import quiet
+from spikepatch.residual.embedding_path import run
+from spikepatch.residual.example import Given
+from spikepatch.residual.stream import Stream, find, projections
+from spikepatch.residual.trace import Trace, trace
+from spikepatch.residual.weights import matrix_weight
+from spikepatch.source.meta import skeleton
+from spikepatch.source.private import unmark_initialised
+
+
+def feature_sizes(model: nn.Module, example_inputs: Given = None) -> dict[str, float]:
+    """Root mean square of what each such matrix reads, by its name; those that cannot be run are left out.
+
+    What computes the features is run on the CPU in float32, with real weights from the architecture's own initialiser
+    and drawn images or sounds. Of all other weights nothing is made. The seed is fixed: the size is a property of the
+    architecture, and other draws give another one by the sampling error of a wide layer.
+    """
+    graph = trace(model, example_inputs)
+    streams = find(graph)
+    found: dict[str, float] = {}
+    for stream in () if isinstance(streams, str) else streams:
+        for feature in (node for nodes in stream.entrances.values() for node in nodes):
+            for matmul, name in projections(stream.facts, feature).items():
+                size = _size(model, graph, stream, matmul)
+                if size is not None:
+                    found[name] = size
+    return found
+
+
+def _size(model: nn.Module, graph: Trace, stream: Stream, matmul: torch.fx.Node) -> float | None:
+    weight = matrix_weight(stream.facts, matmul)
+    reads = next((a for a in stream.facts.data(matmul) if a is not weight), None)
+    if reads is None:
+        return None
+    cone = stream.facts.behind([reads])
+    names = {graph.parameters[node] for node in cone if node in graph.parameters}
+    own = _own_values(model, names)
+    values = {node: own[name] for node, name in graph.parameters.items() if name in own}
+    values |= {node: value for node, value in graph.inputs.items() if not value.is_floating_point()}
+    try:
+        result = run(graph, [reads], values, dict.fromkeys(graph.inputs, 0))[reads]
+    except (IndexError, RuntimeError, NotImplementedError):  # an operation that the CPU lacks
+        return None
+    size = float(result.float().square().mean().sqrt())
+    return size if size > 0 else None
+
+
+def _own_values(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """What the architecture's own initialiser makes of these parameters, as far as it writes them; in float32."""
+    twin: Any = skeleton(model).float()
+    for module in twin.modules():
+        unmark_initialised(module)
+    for module in {twin.get_submodule(name.rpartition(".")[0]) for name in names}:
+        module.to_empty(device="cpu", recurse=False)
+        for parameter in module.parameters(recurse=False):
+            nn.init.constant_(parameter, float("nan"))
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if hasattr(twin, "initialize_weights"):
+            twin.initialize_weights()
+        else:
+            for module in twin.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+    made = {name: twin.get_parameter(name).detach() for name in names}
+    return {name: value for name, value in made.items() if not value.isnan().any()}

@@ -1,0 +1,97 @@
+"""Images and sounds among the tokens of an example: inputs by the sizes that a config has, and places for features."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from spikepatch.residual.record import prepared, record
+from spikepatch.source.private import tree_leaves
+
+
+class _Features(nn.Module):
+    """What a model makes of an image or a sound, as a forward pass of its own."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        result = getattr(self.model, self.method)(**inputs)
+        return getattr(result, "pooler_output", result)
+
+
+def with_features(model: nn.Module, example: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """``example`` with an image, with a sound, or with both, for a transformers model that reads them so.
+
+    Such a model has ``get_image_features`` or ``get_audio_features``, and a token in its config whose places in the
+    text they take. The first form of the input is taken that it reads.
+    """
+    config: Any = getattr(model, "config", None)
+    found = dict(example)
+    for modality, forms in (("image", _images), ("audio", _sounds)):
+        method = f"get_{modality}_features"
+        token = getattr(config, f"{modality}_token_id", None) or getattr(config, f"{modality}_token_index", None)
+        if not hasattr(model, method) or not isinstance(token, int) or "input_ids" not in found:
+            continue
+        for inputs in forms(config):
+            if places := _places(model, method, inputs):
+                ids = found["input_ids"]
+                rows = torch.full((len(ids), places), token, dtype=ids.dtype)
+                found = {**found, "input_ids": torch.cat([ids[:, :4], rows, ids[:, 4:]], dim=1), **inputs}
+                if "mm_token_type_ids" in signature(model.forward).parameters:
+                    found["mm_token_type_ids"] = (found["input_ids"] == token).long()
+                yield dict(found)
+                break
+
+
+def _places(model: nn.Module, method: str, inputs: Mapping[str, torch.Tensor]) -> int:
+    """How many features the model makes of ``inputs``; 0 where it does not take them."""
+    with contextlib.suppress(Exception):  # whatever a forward pass raises
+        _, result = record(_Features(prepared(model), method), inputs)
+        return sum(t.numel() // t.shape[-1] for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+    return 0
+
+
+def _images(config: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """One image: as small as a grid of patches allows, or of the size that is named; the smaller forms first."""
+    vision = getattr(config, "vision_config", config)
+    patch, merge = _number(vision, "patch_size", 16), max(_number(vision, "spatial_merge_size", 2), 1)
+    channels = _number(vision, "num_channels", 0) or _number(vision, "in_channels", 3)
+    small, named = 4 * patch * merge, _number(vision, "image_size", 224)
+    frames = _number(vision, "temporal_patch_size", 1)
+    grid = torch.tensor([[1, 2 * merge, 2 * merge]])
+    yield {"pixel_values": _drawn(int(grid.prod()), channels * frames * patch * patch), "image_grid_thw": grid}
+    for size in (small, named):
+        image, tiles = _drawn(1, channels, size, size), _drawn(1, 2, channels, size, size)
+        yield {"pixel_values": image, "image_sizes": torch.tensor([[size, size]])}
+        yield {"pixel_values": tiles, "image_sizes": torch.tensor([[size, size]])}
+        yield {"pixel_values": image}
+        yield {"pixel_values": tiles[:, :1]}
+
+
+def _sounds(config: Any) -> Iterator[dict[str, torch.Tensor]]:
+    audio = getattr(config, "audio_config", config)
+    frames = 2 * _number(audio, "max_source_positions", 1500)
+    features = _drawn(1, _number(audio, "num_mel_bins", 80), frames)
+    heard = torch.ones(1, frames, dtype=torch.long)
+    yield {"input_features": features, "feature_attention_mask": heard}
+    yield {"input_features": features, "input_features_mask": heard}
+    yield {"input_features": features}
+    yield {"input_features": features.mT, "input_features_mask": heard}
+
+
+def _number(config: Any, name: str, default: int) -> int:
+    value = getattr(config, name, None)
+    value = value[0] if isinstance(value, (list, tuple)) and value else value
+    return value if isinstance(value, int) else default
+
+
+def _drawn(*size: int) -> torch.Tensor:
+    """Numbers of the size that processors scale an input to."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,58 @@
+"""Images and sounds: features that enter the stream beside the tokens are to be as large as the tokens' embeddings.
+
+With fresh weights, W ~ N(0, 1 / (m r^2)) for the last matrix before the entrance, m its inputs and r their measured
+root mean square, so that its output has a std near 1.
+
+Refuses: where weights are kept, where the recipe makes the embedding large by a norm, and where there is no such
+matrix, unless told that only the language part is meant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from spikepatch.errors import Refused
+from spikepatch.plans.plan import Context, Edit, Fill, Skip
+from spikepatch.residual.map import ResidualMap
+
+
+def enlarge_entrances(residual: ResidualMap, context: Context, *, drawn: bool = True) -> Iterator[Edit | Skip]:
+    """A ``Fill`` for each entrance of features, or the reason why it is left as it is.
+
+    Args:
+        residual: the stream's map.
+        context: its ``part`` leaves all of them, its ``feature_sizes`` are what the matrices read.
+        drawn: the recipe makes the embedding large by values or a factor, not by a norm.
+
+    Raises:
+        Refused: the features would stay smaller than the tokens, and it was not said that this is meant.
+    """
+    for entrance in residual.entrances:
+        inputs = " and ".join(entrance.inputs)
+        target = entrance.parameter or f"features of {inputs}"
+        size = context.feature_sizes.get(entrance.parameter or "", 0.0)
+        if context.part == "language":
+            yield Skip(target, "not of the language part")
+        elif entrance.normed:
+            yield Skip(target, "a norm stands between it and the stream")
+        elif drawn and context.reinit == "all" and size > 0 and entrance.parameter is not None:
+            yield Fill(entrance.parameter, 1 / (size * math.sqrt(entrance.fan_in)))
+        else:
+            raise Refused(
+                what=f"features of {inputs} enter the stream beside the tokens, and would stay as small as they are",
+                where=residual.source,
+                why=_why(entrance.parameter, context, drawn=drawn),
+                remedy='patch the language part alone with --part language (part="language"), and see to the features'
+                " yourself: as large as the tokens' embeddings, a std near 1",
+            )
+
+
+def _why(parameter: str | None, context: Context, *, drawn: bool) -> str:
+    if context.reinit != "all":
+        return "their weights are kept"
+    if not drawn:
+        return "the recipe normalises what the token embedding puts out, and nothing else"
+    if parameter is None:
+        return "no single matrix computes them, or they were not traced"
+    return f"the size of what {parameter} reads could not be measured"
