@@ -11,6 +11,7 @@ from torch import nn
 from spikepatch.apply.values.draw import narrow
 from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
+from spikepatch.residual.features import place_tokens
 from spikepatch.residual.trace import full_example
 from spikepatch.source.tokenizer import load_tokenizer
 
@@ -19,23 +20,32 @@ if TYPE_CHECKING:
 
 
 def random_tokens(model: nn.Module, *, tokens: int, batch: int, seed: int) -> dict[str, torch.Tensor]:
-    """Random token ids in place of those that the model is traced with, without the padding token."""
+    """Random token ids in place of those that the model is traced with, without the padding token; places of images and
+    sounds stay.
+    """
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     generator = torch.Generator().manual_seed(narrow(seed, 64))
     result = {}
-    for name, traced in full_example(model).items():
-        if traced.is_floating_point():
+    example = full_example(model)
+    length = next((x.shape[-1] for x in example.values() if not x.is_floating_point()), 0)
+    places = place_tokens(model.config)
+    for name, traced in example.items():
+        if traced.is_floating_point() or traced.shape[-1] != length:  # features, and their sizes
             result[name] = traced.repeat(batch, *[1] * (traced.ndim - 1))
             continue
-        shape = (traced.shape[0] * batch, _length(config, tokens))
+        shape = (traced.shape[0] * batch, max(_length(config, tokens), length if places else 0))
+        first = min(shape[1], traced.shape[1])
         if int(traced.max()) < 2:  # types of tokens, or a mask
             result[name] = torch.zeros(shape, dtype=traced.dtype)
-            first = min(shape[1], traced.shape[1])
             result[name][:, :first] = traced[:1, :first]
             continue
         ids = torch.randint(0, config.vocab_size, shape, generator=generator)
-        padding = getattr(config, "pad_token_id", None)
-        result[name] = torch.where(ids == padding, (ids + 1) % config.vocab_size, ids) if padding is not None else ids
+        taken = [padding for padding in [getattr(config, "pad_token_id", None)] if padding is not None]
+        for token in [*taken, *places]:
+            ids = torch.where(ids == token, (ids + 1) % config.vocab_size, ids)
+        for token in places:
+            ids[:, :first] = torch.where(traced[:1, :first] == token, token, ids[:, :first])
+        result[name] = ids
     return result
 
 

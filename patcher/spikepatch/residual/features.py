@@ -36,8 +36,8 @@ def with_features(model: nn.Module, example: Mapping[str, torch.Tensor]) -> Iter
     found = dict(example)
     for modality, forms in (("image", _images), ("audio", _sounds)):
         method = f"get_{modality}_features"
-        token = getattr(config, f"{modality}_token_id", None) or getattr(config, f"{modality}_token_index", None)
-        if not hasattr(model, method) or not isinstance(token, int) or "input_ids" not in found:
+        token = _place_token(config, modality)
+        if not hasattr(model, method) or token is None or "input_ids" not in found:
             continue
         for inputs in forms(config):
             if places := _places(model, method, inputs):
@@ -48,6 +48,17 @@ def with_features(model: nn.Module, example: Mapping[str, torch.Tensor]) -> Iter
                     found["mm_token_type_ids"] = (found["input_ids"] == token).long()
                 yield dict(found)
                 break
+
+
+def place_tokens(config: Any) -> list[int]:
+    """The tokens whose places in a text are those of an image's or a sound's features."""
+    found = (_place_token(config, modality) for modality in ("image", "audio"))
+    return [token for token in found if token is not None]
+
+
+def _place_token(config: Any, modality: str) -> int | None:
+    token = getattr(config, f"{modality}_token_id", None) or getattr(config, f"{modality}_token_index", None)
+    return token if isinstance(token, int) else None
 
 
 def _places(model: nn.Module, method: str, inputs: Mapping[str, torch.Tensor]) -> int:
