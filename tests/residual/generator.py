@@ -164,6 +164,44 @@ class Loop(nn.Module):
         return sum((share[..., i, None] * expert(x) for i, expert in enumerate(self.e)), torch.zeros_like(x))
 
 
+class Gathered(Dense):
+    """A mixture in which each token's weights are gathered by the numbers of its two experts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        share, chosen = self.gate(x).softmax(-1).topk(2, dim=-1)
+        inner = F.silu(torch.einsum("btd,btkdh->btkh", x, self.up[chosen]))
+        return torch.einsum("btkh,btkhd,btk->btd", inner, self.down[chosen], share)
+
+
+class Scattered(Loop):
+    """A mixture in which an expert sees the tokens that chose it, if there are any, and adds to their rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, 1)
+        share, chosen = self.gate(flat).softmax(-1).topk(2, dim=-1)
+        mixed = torch.zeros_like(flat)
+        for i, expert in enumerate(self.e):
+            rows, which = torch.where(chosen == i)
+            if rows.numel() == 0:
+                continue
+            mixed.index_add_(0, rows, share[rows, which, None] * expert(flat[rows]))
+        return mixed.view_as(x)
+
+
+class Cross(nn.Module):
+    """Attention to states that are an input of their own."""
+
+    out = ("o.weight",)
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.q, self.kv, self.o = nn.Linear(D, D, bias=bias), nn.Linear(D, 2 * D, bias=bias), nn.Linear(D, D, bias=bias)
+
+    def forward(self, x: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        k, v = self.kv(states).chunk(2, dim=-1)
+        return self.o(F.scaled_dot_product_attention(self.q(x), k, v))
+
+
 class Mixer(nn.Module):
     """A convolution along the tokens, and a gate."""
 
@@ -182,15 +220,18 @@ class Mixer(nn.Module):
 
 SUBLAYERS: dict[str, type[Any]] = {
     "attention": Attention, "written attention": Written, "mlp": MLP, "gated": Gated, "nested": Nested,
-    "dense experts": Dense, "looped experts": Loop, "mixer": Mixer,
+    "dense experts": Dense, "looped experts": Loop, "gathered experts": Gathered, "scattered experts": Scattered,
+    "mixer": Mixer, "cross-attention": Cross,
 }  # fmt: skip
-FEED_FORWARD = ("mlp", "gated", "nested", "dense experts", "looped experts")
+FEED_FORWARD = (
+    "mlp", "gated", "nested", "dense experts", "looped experts", "gathered experts", "scattered experts",
+)  # fmt: skip
 
 #: What may stand on the stream behind an addition and keeps it a sum; and what does not.
 SUMS = ("nothing", "constant", "gain", "cast", "view", "dropout", "skip", "noise")
 NO_SUMS = ("tanh", "gelu", "clamp", "soft cap", "matrix", "highway", "mixture", "sigmoid", "square")
 PLACEMENTS = ("pre", "post", "branch", "sandwich", "none", "parallel")
-BRANCHES = ("none", "value", "id", "value, in vain")
+BRANCHES = ("none", "value", "number", "id", "number of ids", "length", "value, in vain", "length, in vain")
 STARTS = ("plain", "positions", "sqrt d", "normed", "factorised")
 
 
@@ -210,6 +251,7 @@ class Spec:
     in_place: bool = False
     bias: bool = False
     spare: bool = False  # a block that is never run
+    heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -254,6 +296,7 @@ class Model(nn.Module):
         self.head: Any = nn.Linear(D, VOCABULARY, bias=False)
         if spec.tied and rows == D:
             self.head.weight = self.tokens.weight
+        self.others: Any = nn.ModuleList(nn.Linear(D, VOCABULARY, bias=False) for _ in range(spec.heads - 1))
         self.count = 0
         self.added: set[str] = set()
 
@@ -282,11 +325,13 @@ class Model(nn.Module):
         self.added |= {f"blocks.{block}.{sublayer}.{name}" for name in self.blocks[block][sublayer].out}
         return x.add_(y) if self.spec.in_place and self.count > 1 else x + y
 
-    def computed(self, x: torch.Tensor, n: int, block: int, sublayer: int) -> torch.Tensor:
+    def computed(self, x: torch.Tensor, states: torch.Tensor, n: int, block: int, sublayer: int) -> torch.Tensor:
         """What sub-layer ``n`` adds, read from ``x``."""
         spec = self.spec
         pre = spec.placement in ("pre", "sandwich", "parallel")
-        y = self.blocks[block][sublayer](self.norms[block][sublayer](x) if pre else x)
+        computing = self.blocks[block][sublayer]
+        reads = self.norms[block][sublayer](x) if pre else x
+        y = computing(reads, states) if isinstance(computing, Cross) else computing(reads)
         if spec.scale == "layer scale":
             y = y * self.scales[n]
         elif spec.scale == "bias":
@@ -333,38 +378,56 @@ class Model(nn.Module):
                 return share[..., :1] * x + share[..., 1:] * first
         return x
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def skips(self, ids: torch.Tensor, x: torch.Tensor) -> bool:
+        """Whether every other sub-layer is left out; on the example none is but by "value" and "id"."""
+        match self.spec.branch:
+            case "value":
+                return not bool(x.abs().amax() > 1e6)
+            case "number":
+                return x.abs().amax().item() > 1e6
+            case "id":
+                return not bool(ids.max() > 10 * VOCABULARY)
+            case "number of ids":
+                return 2 * ids.max().item() > VOCABULARY
+            case "length":
+                return ids.shape[1] > 5 * TOKENS
+        return False
+
+    def forward(self, ids: torch.Tensor, states: torch.Tensor) -> Any:
         spec = self.spec
         first = x = at_block = self.embedded(ids)
         for n, (i, j) in enumerate(self.additions):
-            if spec.branch == "value" and n % 2 and not bool(x.abs().amax() > 1e6):
+            if n % 2 and self.skips(ids, x):
                 continue
-            if spec.branch == "id" and n % 2 and not bool(ids.max() > 10 * VOCABULARY):
-                continue
-            if spec.branch == "value, in vain" and bool(x.abs().amax() > 1e6):
+            if (spec.branch == "value, in vain" and bool(x.abs().amax() > 1e6)) or (
+                spec.branch == "length, in vain" and x.shape[1] > 3 * TOKENS
+            ):
                 x = 1.0 * x
             before = x.clone() if spec.in_place else x
             reads = at_block if spec.placement == "parallel" and j else x
             if not j:
                 at_block = before
-            x = self.add(x, self.computed(reads, n, i, j), i, j)
+            x = self.add(x, self.computed(reads, states, n, i, j), i, j)
             x = self.on_stream(spec.on_stream[n] if n < len(spec.on_stream) else "nothing", x, n, before, first)
             if spec.placement == "post":
                 x = self.after[i][j](x)
-        return self.head(x if spec.placement == "post" else self.last(x))
+        x = x if spec.placement == "post" else self.last(x)
+        return (self.head(x), *(head(x) for head in self.others)) if spec.heads > 1 else self.head(x)
 
 
 def example() -> dict[str, torch.Tensor]:
-    return {"ids": torch.arange(TOKENS)[None]}
+    return {"ids": torch.arange(TOKENS)[None], "states": torch.zeros(1, TOKENS - 4, D)}
 
 
 def truth(spec: Spec) -> Truth:
     """What is true of ``Model(spec)``, from a real forward pass in float64, and from the spec where that decides."""
     model = Model(spec).double().eval()
     with torch.no_grad():
-        assert bool(model(**example()).isfinite().all())
+        states = torch.randn(1, TOKENS - 4, D, generator=torch.Generator().manual_seed(0)).double()
+        logits = model(example()["ids"], states)
+        assert bool((logits if spec.heads == 1 else logits[0]).isfinite().all())
     used = spec.on_stream[: len(model.additions)]
-    branching = spec.branch in ("value", "id") and len(model.additions) > 1
+    branching = spec.branch not in ("none", "value, in vain", "length, in vain") and len(model.additions) > 1
     return Truth(
         sublayers=model.count,
         projections=frozenset(model.added),

@@ -57,12 +57,13 @@ def draw(rng: random.Random) -> Spec:
         on_stream=tuple(on_stream),
         start=rng.choice(STARTS),
         scale=rng.choice(["none", "none", "layer scale", "constant", "bias"]),
-        branch=rng.choice(["none"] * 6 + [*BRANCHES]),
+        branch=rng.choice(["none"] * 10 + [*BRANCHES]),
         shared=rng.random() < 0.15,
         tied=rng.random() < 0.4,
         in_place=rng.random() < 0.15,
         bias=rng.random() < 0.4,
         spare=rng.random() < 0.1,
+        heads=rng.choice([1, 1, 1, 2]),
     )
 
 
@@ -111,7 +112,8 @@ def covered(spec: Spec, found: spikepatch.ResidualMap) -> None:
 
 def features(spec: Spec) -> set[str]:
     used = {kind for block in spec.kinds for kind in block} | {f"{name} on the stream" for name in spec.on_stream}
-    flags = {name for name in ("shared", "tied", "in_place", "bias", "spare") if getattr(spec, name)}
+    several = {f"{spec.heads} heads"}
+    flags = several | {name for name in ("shared", "tied", "in_place", "bias", "spare") if getattr(spec, name)}
     named = {f"{spec.notation[1]} ({spec.notation[0]})", f"{spec.placement} placement", f"{spec.start} start"}
     return used | flags | named | {f"{spec.branch} branch", f"{spec.scale} scale"}
 
@@ -266,8 +268,8 @@ class WithATower(nn.Module):
         self.text = Model(Spec(TWO))
         self.tower = nn.Linear(8, 8)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.text(ids)
+    def forward(self, ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.text(ids, states)
         return logits
 
 

@@ -22,6 +22,8 @@ Question = Callable[[torch.Tensor, torch.Tensor], object]
 QUESTIONS: dict[str, Question] = {
     "bool of data": lambda ids, x: bool(x.abs().amax() > 100),
     "item of data": lambda ids, x: x.abs().amax().item() > 100,
+    "item of data and a float": lambda ids, x: x.abs().amax().item() > 100.5,
+    "item of data, times a float": lambda ids, x: 0.5 * x.abs().amax().item() > 50,
     "item of data, computed with": lambda ids, x: 2 * x.abs().amax().item() + 1 >= 100,
     "truth of data": lambda ids, x: (x.abs().amax() > 100).item(),
     "all close": lambda ids, x: not torch.allclose(x, 2 * x),

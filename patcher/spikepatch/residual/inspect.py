@@ -79,7 +79,7 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
     whole = dataclasses.replace(main, streams=tuple(others))
     unread = _unread(model, graph)
     whole = dataclasses.replace(whole, entrances=whole.entrances or tuple(_entrances_not_run(model, graph, unread)))
-    strayed, unknown = _compared(model, graph, whole, source) if main.proven else ((), ())
+    strayed, unknown = _compared(model, graph, streams) if main.proven else ((), ())
     leaks = (*strayed, *main.leaks)
     return dataclasses.replace(
         whole,
@@ -127,22 +127,21 @@ def _parts_not_run(model: nn.Module, found: ResidualMap, unread: tuple[str, ...]
         yield (f"{', '.join(names[:3])}{more}: never read in this pass, so what they do to the stream is not known")
 
 
-def _compared(
-    model: nn.Module, graph: Trace, found: ResidualMap, source: str
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _compared(model: nn.Module, graph: Trace, found: Iterable[Stream]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Of the other ways that the pass may go: what they add to the stream instead; and why that is not known."""
     strayed: dict[str, None] = {}
     unknown: dict[str, None] = {}
-    here = [_added(model, each) for each in (found, *found.streams)]
+    here = [_added(model, _Naming(model, stream)) for stream in found]
     for way in other_ways(model, graph):
         streams = find(way.trace) if isinstance(way.trace, Trace) else way.trace
-        if isinstance(streams, str):
-            if not way.all_turned:  # without any expert there may be no sum
-                unknown[f"{way.chosen} is not known ({streams})"] = None
+        leaks = [streams] if isinstance(streams, str) else [leak for stream in streams for leak in stream.leaks]
+        if leaks and way.all_turned:  # without any expert there may be no sum; the first question alone is asked too
             continue
-        maps = [_Naming(model, stream).map(source) for stream in streams]
-        there = [_added(model, each) for each in maps]
-        if leaks := [leak for each in maps for leak in each.leaks]:
+        if isinstance(streams, str):
+            unknown[f"{way.chosen} is not known ({streams})"] = None
+            continue
+        there = [_added(model, _Naming(model, stream)) for stream in streams]
+        if leaks:
             strayed[f"{way.chosen} is not proven ({leaks[0]})"] = None
         elif len(here) != len(there) or not all(
             _agree(*both, without_mixtures=way.all_turned) for both in zip(here, there, strict=True)
@@ -155,10 +154,10 @@ def _compared(
 _Added = list[dict[str, torch.Size]]
 
 
-def _added(model: nn.Module, found: ResidualMap) -> _Added:
-    added: _Added = [{} for _ in range(found.sublayers)]
-    for projection in found.residual_projections:
-        added[projection.sublayer][projection.parameter] = model.get_parameter(projection.parameter).shape
+def _added(model: nn.Module, naming: _Naming) -> _Added:
+    added: _Added = [{} for _ in set(naming.sublayer)]
+    for term, sublayer in zip(naming.stream.terms, naming.sublayer, strict=True):
+        added[sublayer] |= {name: model.get_parameter(name).shape for _, name in term.projections}
     return added
 
 

@@ -107,11 +107,16 @@ def told(number: Any, asked: Asked, origin: Origin, inputs: frozenset[int] = fro
     return result
 
 
-def _comparing(base: type, name: str) -> Callable[[Any, Any], Any]:
-    plain = getattr(base, name)
+def _plainly(base: type, name: str, number: Any, *others: Any) -> Any:
+    """The result that a plain number has; an int with a float is a float's."""
+    if base is int and others and isinstance(others[0], float):
+        number, base = base.__float__(number), float
+    return getattr(base, name)(number, *others)
 
+
+def _comparing(base: type, name: str) -> Callable[[Any, Any], Any]:
     def compare(self: Any, other: object) -> Any:
-        holds = plain(self, other)
+        holds = _plainly(base, name, self, other)
         equal = name in {"__eq__", "__ne__"}
         return holds if holds is NotImplemented else self.compared(holds, other, equal=equal)
 
@@ -119,10 +124,8 @@ def _comparing(base: type, name: str) -> Callable[[Any, Any], Any]:
 
 
 def _computing(base: type, name: str) -> Callable[..., Any]:
-    plain = getattr(base, name)
-
     def compute(self: Any, *others: Any) -> Any:
-        result = plain(self, *others)
+        result = _plainly(base, name, self, *others)
         parts = result if isinstance(result, tuple) else (result,)
         counted = [told(part, self.asked, self.origin, self.inputs) for part in parts]
         return tuple(counted) if isinstance(result, tuple) else counted[0]
