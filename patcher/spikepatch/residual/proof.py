@@ -57,9 +57,12 @@ def prove(facts: Facts, output: Node, spine: set[Node], start: Node, terms: list
 
     allowed_nodes = facts.behind([output], stop={t.node for t in terms})
     allowed = _mask(bit, {facts.trace.parameters[n] for n in allowed_nodes if n in facts.trace.parameters})
-    # Biases of norms between a projection and its addition stay, as constants.
-    constants = {n for t in terms for node in t.path for n in operands(node) if n not in facts.varies}
-    between = {n for n in facts.behind(constants) if n in facts.trace.parameters}
+    # Biases of norms between a projection and its addition stay, as constants; of what is made in the shape of another
+    # value, that value is none.
+    path = {node for t in terms for node in t.path} - cut
+    constants = {n for node in path for n in operands(node) if n not in facts.varies}
+    shaped = (n for n in facts.nodes if op(n) in ops.FACTORIES)
+    between = {n for n in facts.behind(constants, stop=shaped) if n in facts.trace.parameters}
     lookups = [n for n in facts.behind([start]) | spine if op(n) in ops.LOOKUPS]
     allowed |= _mask(bit, {n.name for n in lookups})
     live = alive[output] or 0
