@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 #: What a converted gpt2 folder with a tokenizer holds.
 COPIED = {"generation_config.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"}
-CODE = {"modeling_spikepatch_gpt2.py", "spikepatch_embedding.py"}
+CODE = {"modeling_spikepatch_gpt2.py", "spikepatch_embedding.py", "spikepatch_fresh.py", "spikepatch_model.py"}
 
 
 def load_elsewhere(folder: Path) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def test_a_patched_model_saves_what_loads_patched(
     assert all(m.config is model.config for m in model.modules() if getattr(m, "config", None) is not None)
     replaced = {
         "model_type": model_type,
-        "architectures": [type(model).__bases__[0].__name__],
+        "architectures": [type(model).__bases__[1].__name__],
         "auto_map": None,
         "tokenizer_class": None,
     }

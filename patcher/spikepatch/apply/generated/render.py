@@ -12,8 +12,9 @@ from typing import Any
 from spikepatch.errors import Refused
 from spikepatch.source.classes import Original, class_name, is_remote, stem
 
-#: Unlike `embedding.py`, no file of a model repository is called so.
-_RUNTIME_FILE = "spikepatch_embedding"
+#: The files of ``runtime`` that lie beside a generated one; each is called so, and begins with this, there.
+_RUNTIME = ("embedding", "fresh", "model")
+_PREFIX = "spikepatch_"
 
 
 def render(original: Original) -> dict[str, str]:
@@ -34,8 +35,8 @@ def render(original: Original) -> dict[str, str]:
     from spikepatch.apply.generated.substitution import substituted  # libcst takes 0.3 s, and most models need no code
 
     return {
-        f"{module_name(original)}.py": substituted(_runtime_source("template"), original, _RUNTIME_FILE),
-        f"{_RUNTIME_FILE}.py": _runtime_source("embedding"),
+        f"{module_name(original)}.py": substituted(_runtime_source("template"), original),
+        **{f"{_PREFIX}{module}.py": _runtime_source(module) for module in _RUNTIME},
     }
 
 
@@ -110,7 +111,9 @@ def config_entries(original: Original) -> dict[str, Any]:
 
 
 def _runtime_source(module: str) -> str:
-    return (resources.files("spikepatch.runtime") / f"{module}.py").read_text(encoding="utf-8")
+    """Its text, with the names that the files have beside a model: no file of a model repository is called so."""
+    text = (resources.files("spikepatch.runtime") / f"{module}.py").read_text(encoding="utf-8")
+    return re.sub(rf"(?m)^from \.({'|'.join(_RUNTIME)}) import", rf"from .{_PREFIX}\1 import", text)
 
 
 def _identifiers(names: Iterable[str]) -> bool:

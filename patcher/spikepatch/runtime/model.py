@@ -1,0 +1,172 @@
+"""What the classes of a generated file have in common.
+
+A checkpoint that needs code carries a copy of this file, as of ``embedding.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+from .embedding import install, lookups, lost_embeddings, replace_lookups
+from .fresh import initialise, initialise_added
+
+AnyModel = TypeVar("AnyModel")
+
+
+class Patched:
+    """In front of the original class in the method resolution order: the original, with patched embeddings."""
+
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        with _as_original(config):
+            super().__init__(config, *args, **kwargs)
+        install(_model(self), config.spikepatch)
+        _model(self).post_init()
+
+    def initialize_weights(self) -> None:
+        parent: Any = super()
+        parent.initialize_weights()
+        _fill_buffers(_model(self))
+        initialise(_model(self), self.config.spikepatch)
+
+    def get_input_embeddings(self) -> Any:
+        parent: Any = super()
+        return lookups(_model(self), parent.get_input_embeddings())
+
+    def set_input_embeddings(self, value: Any) -> None:
+        parent: Any = super()
+        replace_lookups(_model(self), value, parent.set_input_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool | None = None
+    ) -> Any:
+        """As transformers does it; rows that are added to fresh weights get the recipe's std, unless ``mean_resizing`` is
+        asked for.
+        """
+        parent: Any = super()
+        fresh = self.config.spikepatch["init"] is not None and not mean_resizing
+        before = {name: len(p) for name, p in _model(self).named_parameters(remove_duplicate=False) if p.ndim}
+        result = parent.resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, not fresh if mean_resizing is None else mean_resizing
+        )
+        if fresh:
+            initialise_added(_model(self), self.config.spikepatch, before)
+        return result
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it.
+
+        Raises:
+            ValueError: an embedding was put in the place of a patched one, so that the folder would claim what it lacks.
+        """
+        if lost := lost_embeddings(_model(self), self.config.spikepatch):
+            raise ValueError(f"the embedding at {', '.join(lost)} is not what config.spikepatch says of it any more")
+        parent: Any = super()
+        return parent.save_pretrained(*args, **kwargs)
+
+
+class PatchedSettings:
+    """In front of the original config class. It has a constructor of its own: without one transformers makes one, which
+    sets the declared fields and leaves the original's constructor out.
+    """
+
+    spikepatch: dict[str, Any] | None
+
+    def __init__(self, *args: Any, spikepatch: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.spikepatch = spikepatch
+
+
+def _model(patched: Any) -> Any:
+    return patched
+
+
+def original_class(model_class: type) -> type:
+    """The class that a generated one derives from, also through one that torch has derived from that at run time."""
+    return next(c for c in model_class.__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, Patched))
+
+
+def original_config_class(config_class: type) -> type:
+    """The same of a generated config class."""
+    return config_class.__mro__[config_class.__mro__.index(PatchedSettings) + 1]
+
+
+@contextlib.contextmanager
+def _as_original(config: Any) -> Iterator[None]:
+    """``config`` is one of the original class meanwhile.
+
+    A model that asks an auto class for a part of itself, as transformers' general heads do, gets the original's part,
+    and is not asked whether it trusts the generated file that it comes from.
+    """
+    patched, auto_map = type(config), config.auto_map
+    original = config.spikepatch["original"].get("auto_map")
+    config.__class__ = original_config_class(patched)
+    del config.auto_map
+    if original is not None:
+        config.auto_map = original
+    try:
+        yield
+    finally:
+        config.__class__, config.auto_map = patched, auto_map
+
+
+def _fill_buffers(model: Any) -> None:
+    """Let modules without tensors of their own initialise those below them once more, while a checkpoint is loaded.
+
+    Buffers that no checkpoint has are without values then. Of code that is not its own, transformers leaves such modules
+    out, though some fill the buffers of others.
+    """
+    if not original_class(type(model)).__module__.startswith("transformers."):
+        return  # without its own marks on what is loaded already, such code would draw that again
+    if any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters()):
+        _initialise_containers(model, model)
+
+
+def _initialise_containers(module: Any, owner: Any) -> None:
+    for child in module.children():
+        _initialise_containers(child, child if isinstance(child, PreTrainedModel) else owner)
+    if not [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        owner._init_weights(module)
+
+
+def convert_like_parent(model_class: type[AnyModel]) -> type[AnyModel]:
+    """Class decorator: checkpoints of ``model_class`` are converted as those of the class that it derives from.
+
+    transformers looks conversions up (experts fused on load, split on save) by class name and by model type, and for
+    classes outside transformers by registered names only. Without them experts would be drawn at random on load.
+    """
+    config_class: Any = model_class.config_class  # type: ignore[attr-defined]
+    original_model, original_config = original_class(model_class), original_config_class(config_class)
+    for name, original_name in (
+        (model_class.__name__, original_model.__name__),
+        (config_class.model_type, original_config.model_type),
+    ):
+        mapping = get_checkpoint_conversion_mapping(original_name)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    _keep_identity(model_class)
+    return model_class
+
+
+def _keep_identity(model_class: Any) -> None:
+    """Classes that torch derives at run time, as ``fully_shard`` does, are saved as ``model_class``.
+
+    ``save_pretrained`` copies the file of ``type(model)`` and writes the class's name into ``auto_map``: those of FSDP.
+    """
+
+    def derived(cls: type, /, **arguments: Any) -> None:
+        super(model_class, cls).__init_subclass__(**arguments)
+        if cls.__module__.partition(".")[0] == "torch":
+            cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
+
+    model_class.__init_subclass__ = classmethod(derived)
