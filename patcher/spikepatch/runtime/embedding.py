@@ -315,8 +315,12 @@ def replace_lookups(model: nn.Module, value: Any, put: Callable[[Any], object]) 
 
 
 def guard(model: nn.Module) -> None:
-    """Make the models inside ``model`` keep their patched embeddings, as its own class does."""
+    """Make the models inside ``model`` keep their patched embeddings, as its own class does; and those that list their
+    tied weights, as before transformers 5, such that transformers can save them. (It builds them untied only.)
+    """
     for module in model.modules():
+        if isinstance(getattr(module, "_tied_weights_keys", None), (list, tuple)):
+            vars(module)["_tied_weights_keys"] = {}
         if module is not model and isinstance(module, PreTrainedModel) and patched_embeddings(module):
             vars(module)["get_input_embeddings"] = functools.partial(_inner_lookups, module)
             vars(module)["set_input_embeddings"] = functools.partial(_replace_inner_lookups, module)

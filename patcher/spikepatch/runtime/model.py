@@ -6,10 +6,12 @@ A checkpoint that needs code carries a copy of this file, as of ``embedding.py``
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -35,8 +37,12 @@ class Patched:
 
     def initialize_weights(self) -> None:
         parent: Any = super()
+        model, loads = _model(self), _is_loaded(self)
+        if loads and not _is_of_transformers(self):
+            _copy_constructed_buffers(model)
         parent.initialize_weights()
-        _fill_buffers(_model(self))
+        if loads and _is_of_transformers(self):
+            _initialise_containers(model, model)
         initialise(_model(self), self.config.spikepatch)
 
     def get_input_embeddings(self) -> Any:
@@ -120,23 +126,52 @@ def _as_original(config: Any) -> Iterator[None]:
         config.__class__, config.auto_map = patched, auto_map
 
 
-def _fill_buffers(model: Any) -> None:
-    """Let modules without tensors of their own initialise those below them once more, while a checkpoint is loaded.
+def _is_loaded(model: Any) -> bool:
+    """A checkpoint is being loaded: some values are there, and buffers that no checkpoint has are without values."""
+    return any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
 
-    Buffers that no checkpoint has are without values then. Of code that is not its own, transformers leaves such modules
-    out, though some fill the buffers of others.
-    """
-    if not original_class(type(model)).__module__.startswith("transformers."):
-        return  # without its own marks on what is loaded already, such code would draw that again
-    if any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters()):
-        _initialise_containers(model, model)
+
+def _is_of_transformers(model: Any) -> bool:
+    return original_class(type(model)).__module__.startswith("transformers.")
 
 
 def _initialise_containers(module: Any, owner: Any) -> None:
+    """Let modules without tensors of their own initialise those below them; values that are loaded stay.
+
+    Of code that is not its own transformers leaves such modules out, though some fill buffers of others.
+    """
     for child in module.children():
         _initialise_containers(child, child if isinstance(child, PreTrainedModel) else owner)
     if not [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         owner._init_weights(module)
+
+
+class _ParametersWithoutMemory(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty and "device" not in kwargs else kwargs))
+
+
+@torch.no_grad()
+def _copy_constructed_buffers(model: Any) -> None:
+    """Give buffers that no checkpoint has the values that the constructor makes, which ran on the meta device.
+
+    Code from before transformers 5 relies on its constructor for them.
+    """
+    stored = model.state_dict()
+    missing = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
+    if not missing:
+        return
+    config, default = copy.deepcopy(model.config), torch.get_default_dtype()
+    torch.set_default_dtype(config.dtype or default)
+    try:
+        with _as_original(config), torch.device("cpu"), _ParametersWithoutMemory(), torch.random.fork_rng(devices=[]):
+            constructed = dict(original_class(type(model))(config).named_buffers())
+    finally:
+        torch.set_default_dtype(default)
+    for name, buffer in missing.items():
+        if not constructed[name].is_meta:
+            buffer.copy_(constructed[name])
 
 
 def convert_like_parent(model_class: type[AnyModel]) -> type[AnyModel]:

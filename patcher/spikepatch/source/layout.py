@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused
-from spikepatch.source.private import memory, names_not_saved
+from spikepatch.source.private import forget_tied_lists, memory, names_not_saved
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class _NoCopies(TorchFunctionMode):
 
 def _as_saved(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The steps of transformers' ``save_pretrained`` between the state dict and the file."""
+    forget_tied_lists(model)
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 

@@ -125,6 +125,13 @@ def names_not_saved(model: nn.Module) -> set[str]:
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
+def forget_tied_lists(model: nn.Module) -> None:
+    """Code from before transformers 5 lists its tied weights; such a model is built untied, and cannot be saved."""
+    for module in model.modules():
+        if isinstance(getattr(module, "_tied_weights_keys", None), (list, tuple)):
+            module._tied_weights_keys = {}  # type: ignore[assignment]
+
+
 def mark_initialised(holder: Any) -> None:
     """transformers will not initialise this tensor, or this module, again."""
     holder._is_hf_initialized = True
