@@ -135,14 +135,18 @@ def open_source(
 
 
 def build_meta(source: Source) -> PreTrainedModel:
-    """The source's model in eval mode: parameters on meta in the config's dtype, buffers real, tied weights tied.
+    """The source's model in eval mode: parameters on meta in the config's dtype, buffers real, tied weights tied, but for
+    those that its checkpoint stores with different values.
 
     Raises:
         Refused: the model cannot be built from its config.
     """
-    from spikepatch.source import meta
+    from spikepatch.source import match, meta
 
-    return meta.build_meta(source.model_class, source.config, where=source.name)
+    model = meta.build_meta(source.model_class, source.config, where=source.name)
+    if source.checkpoint is not None:
+        match.untie_stored(model, source.checkpoint)
+    return model
 
 
 def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool, learned: bool) -> Source:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from spikepatch.source.formats import some
+from spikepatch.source.match import stored_apart
 
 if TYPE_CHECKING:
     from spikepatch.apply.disk.pipeline import Tally
@@ -31,6 +32,8 @@ def whose_weights(source: Source, plan: Plan) -> Iterator[str]:
         old = ", ".join([source.patched["recipe"], *_factors(source.patched["embeddings"], plan)])
         note = f"{source.name} is patched already ({old}): the new plan takes the old one's place"
         yield note + (", and the learned weights were trained with the old one" if plan.reinit != "all" else "")
+    if apart := sorted(stored_apart(source.checkpoint)):
+        yield f"the config ties {', '.join(apart)}, the checkpoint does not: kept apart, as transformers loads them"
 
 
 def _factors(embeddings: Mapping[str, Mapping[str, Any]], plan: Plan) -> Iterator[str]:
