@@ -25,6 +25,7 @@ from spikepatch.source.formats import (
     parse_json,
 )
 from spikepatch.source.header import MalformedError
+from spikepatch.source.redirects import check_files, check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -164,6 +165,8 @@ def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool, learned
     names |= {path.relative_to(folder).as_posix() for path in folder.glob("*/*.jinja")}
     if "config.json" not in names:
         raise hub.no_config(names, spec)
+    check_files(names, spec)
+    check_tokenizer(folder, spec)
     found = read_architecture(folder, where=spec, trusted=trusted)
     has_weights = _has_weights(names)
     return Source(
@@ -186,6 +189,7 @@ def _hub_model(
 ) -> Source:
     snapshot = hub.locate(spec, revision, learned=learned)
     names = snapshot.files
+    check_files(names, spec)
     code = [name for name in names if name.endswith(".py")]
     if trusted:
         hub.fetch(snapshot, code)
@@ -198,6 +202,7 @@ def _hub_model(
             raise hub.not_reachable(spec, None, "its weights cannot be fetched, and are not")
         check_names(names, spec)
     hub.fetch(snapshot, [*_to_copy(names), *({MODEL_CARD} & names)])
+    check_tokenizer(snapshot.folder, spec)
     checkpoint = None
     if weights and has_weights:
         if SINGLE_FILE not in names:

@@ -147,6 +147,14 @@ def name_config(config: PreTrainedConfig, name: str) -> None:
     config._name_or_path = name
 
 
+def forget_weights(config: PreTrainedConfig) -> None:
+    """Drop the name of the file of weights, which transformers would look for in what is written."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        if part is not None:
+            vars(part).pop("transformers_weights", None)
+
+
 def decays(parameter: nn.Parameter) -> bool:
     """False where the model's own code asks for no weight decay, by the attribute that state-space models set."""
     return not getattr(parameter, "_no_weight_decay", False)
