@@ -39,7 +39,6 @@ from spikepatch.source.layout import tensor_shapes
 from spikepatch.source.match import match_source
 from spikepatch.source.meta import settings_read
 from spikepatch.source.open import Source, build_meta, open_source
-from spikepatch.source.tokenizer import tokenizer_problem
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def convert(
             check_space(folder, shards.bytes, found.checkpoint)
             written, origin = write_folder(scratch, shards, files, found, report, allow_nonfinite=allow_nonfinite)
             write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes))
-            result = _check_tokenizer(_with_casts(result, written), found, scratch, report)
+            result = _with_casts(result, written)
             if reinit == "all":
                 return result
             report("measuring the loss before and after")
@@ -243,15 +242,6 @@ def _with_dtype(source: Source, asked: torch.dtype | None) -> Any:
     return config
 
 
-def _check_tokenizer(result: Conversion, source: Source, folder: Path, report: Progress) -> Conversion:
-    """``source.folder`` is None for ``arch:TYPE``."""
-    if source.folder is None or not any("tokenizer" in path.name for path in source.copied_files):
-        return result
-    report("comparing the tokenizers")
-    problem = tokenizer_problem(source.folder, folder)
-    return _noted(result, *([f"tokenizer: {problem}"] if problem else []))
-
-
 def _with_drift(result: Conversion, drift: tuple[Behaviour, ...] | str) -> Conversion:
     if isinstance(drift, str):
         return _noted(result, f"what the patch does to the loss is not measured: {drift}")
@@ -269,7 +259,7 @@ def _with_drift(result: Conversion, drift: tuple[Behaviour, ...] | str) -> Conve
 def _with_casts(result: Conversion, written: Written) -> Conversion:
     casts = {n: {"overflow": t.overflow, "underflow": t.underflow} for n, t in written.tallies.items()}
     casts = {name: counts for name, counts in casts.items() if any(counts.values())}
-    result = _noted(result, *notes.unsound_values(written.tallies, result.dtype))
+    result = _noted(result, *notes.unsound_values(written.tallies, result.dtype), *written.notes)
     return dataclasses.replace(result, casts=casts)
 
 

@@ -144,7 +144,7 @@ def fold(
     except OSError as error:
         raise unwritable(folder, error) from error
     unsound = notes.unsound_values(written.tallies, str(found.config.dtype).removeprefix("torch."))
-    return dataclasses.replace(result, notes=(*result.notes, *unsound))
+    return dataclasses.replace(result, notes=(*result.notes, *unsound, *written.notes))
 
 
 def _record(source: Source) -> Mapping[str, Any]:

@@ -28,6 +28,7 @@ from spikepatch.source.header import TensorEntry, torch_dtype
 from spikepatch.source.layout import Target, layout
 from spikepatch.source.match import Match
 from spikepatch.source.meta import skeleton
+from spikepatch.source.tokenizer import has_tokenizer, refit, source_tokenizer
 
 if TYPE_CHECKING:
     from spikepatch.apply.disk.pipeline import Content
@@ -152,14 +153,24 @@ def _write(folder: Path, shards: Shards, texts: Mapping[str, str], source: Sourc
         done += count
         report("writing weights", done, shards.bytes)
 
-    written = write_checkpoint(folder, shards.tensors, shards.files, shards.produce, advance)
-    written.hashes.update({name: write_text(folder / name, text) for name, text in texts.items()})
+    hashes = {name: write_text(folder / name, text) for name, text in texts.items()}
     for path in source.copied_files:
         assert source.folder is not None
         name = path.relative_to(source.folder).as_posix()
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
-        written.hashes[name] = file_hash(folder / name)
+        hashes[name] = file_hash(folder / name)
+    notes = []
+    if has_tokenizer(source.copied_files):
+        report("comparing the tokenizers")
+        original = source_tokenizer(source)
+        if isinstance(original, str):
+            notes.append(f"tokenizer: {original}; its files are copied as they are")
+        else:
+            hashes |= {name: file_hash(folder / name) for name in refit(original, folder)}
+    written = write_checkpoint(folder, shards.tensors, shards.files, shards.produce, advance)
+    written.hashes.update(hashes)
+    written.notes.extend(notes)
     return written
 
 
