@@ -26,6 +26,7 @@ from spikepatch.source.formats import (
 )
 from spikepatch.source.header import MalformedError
 from spikepatch.source.redirects import check_files, check_tokenizer
+from spikepatch.source.tokenizer import code_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -278,17 +279,11 @@ def _code_files(folder: Path, config: Any) -> list[Path]:
     """The Python files that ``auto_map`` names, in config.json or tokenizer_config.json, and those that they import."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    references = list(getattr(config, "auto_map", {}).values())
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a tokenizer without a usable config of its own
-        tokenizer = parse_json((folder / "tokenizer_config.json").read_bytes())
-        references += tokenizer.get("auto_map", {}).values()
-    found = set()
-    for reference in references:
-        for name in reference if isinstance(reference, list) else [reference]:
-            file = folder / f"{str(name).rpartition('--')[2].partition('.')[0]}.py"
-            if file.is_file():
-                found |= {file, *map(Path, get_relative_import_files(file))}
-    return sorted(found)
+    names = code_files({"auto_map": getattr(config, "auto_map", {})})
+    with contextlib.suppress(OSError, ValueError):  # a tokenizer without a usable config of its own
+        names += code_files(parse_json((folder / "tokenizer_config.json").read_bytes()))
+    files = [folder / name for name in names if (folder / name).is_file()]
+    return sorted({path for file in files for path in (file, *map(Path, get_relative_import_files(file)))})
 
 
 def _unreadable(where: str, error: OSError) -> BadSource:

@@ -48,7 +48,7 @@ def refit(original: Any, folder: Path, *, trusted: bool = False) -> tuple[str, .
 
     It chooses the class by the model's type, and takes the one that the files name literally for a type that it does not
     know, such as a patched model's. Where that gives other ids, the files name the class that the source's tokenizer is
-    of; where that is not enough, they are written anew by that tokenizer.
+    of; where that is not enough, they are written anew by that tokenizer. Code that was not copied is not named.
 
     Args:
         original: the source's tokenizer.
@@ -61,13 +61,17 @@ def refit(original: Any, folder: Path, *, trusted: bool = False) -> tuple[str, .
     Raises:
         Refused: it cannot be done.
     """
-    problem = _difference(original, load_tokenizer(folder, trusted=trusted))
-    if problem is None:
-        return ()
     config = folder / _CONFIG
     named = parse_json(config.read_bytes()) if config.exists() else {}
+    orphaned = [file for file in code_files(named) if not (folder / file).exists()]
+    if orphaned:
+        del named["auto_map"]
+        _write(config, named)
+    problem = _difference(original, load_tokenizer(folder, trusted=trusted))
+    if problem is None:
+        return (_CONFIG,) if orphaned else ()
     named["tokenizer_class"] = type(original).__name__
-    config.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(config, named)
     if _difference(original, load_tokenizer(folder, trusted=trusted)) is None:
         return (_CONFIG,)
     with quiet():
@@ -81,6 +85,18 @@ def refit(original: Any, folder: Path, *, trusted: bool = False) -> tuple[str, .
         why=f"AutoTokenizer chooses its class by the model's type, and for the patched model {problem}",
         remedy="remove the tokenizer's files from the source, and load the tokenizer from the source",
     )
+
+
+def code_files(config: Any) -> list[str]:
+    """The Python files that a tokenizer_config.json names."""
+    named = config.get("auto_map") if isinstance(config, dict) else None
+    references = list(named.values()) if isinstance(named, dict) else [named] if named else []
+    flat = [one for each in references for one in (each if isinstance(each, list) else [each]) if one]
+    return [f"{str(reference).rpartition('--')[2].partition('.')[0]}.py" for reference in flat]
+
+
+def _write(config: Path, data: Any) -> None:
+    config.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _difference(original: Any, copied: Any) -> str | None:

@@ -393,8 +393,9 @@ def test_a_tokenizer_that_needs_code_of_its_own(tiny: Path, tmp_path: Path) -> N
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     result = spikepatch.convert(str(source), tmp_path / "out")
 
-    assert result.notes[-1].startswith("tokenizer: AutoTokenizer cannot load it (ValueError: The repository the folder")
-    assert result.notes[-1].endswith("its files are copied as they are")
+    for trust in (False, True):  # its code was not asked for, and is neither copied nor named
+        found = AutoTokenizer.from_pretrained(result.out, trust_remote_code=trust)
+        assert found(PROBE).input_ids == AutoTokenizer.from_pretrained(source)(PROBE).input_ids
     assert not marker.exists()
     assert not list(result.out.glob("tokenization*.py"))
 
