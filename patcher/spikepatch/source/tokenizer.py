@@ -113,6 +113,14 @@ def _difference(original: Any, copied: Any) -> str | None:
     return None
 
 
+def known_ids(source: Source) -> set[int] | None:
+    """The ids of the source's tokenizer; None where it has none that can be loaded."""
+    if source.folder is None or not has_tokenizer(source.copied_files):
+        return None
+    tokenizer = source_tokenizer(source)
+    return None if isinstance(tokenizer, str) else set(tokenizer.get_vocab().values())
+
+
 def source_tokenizer(source: Source) -> Any:
     """As somebody gets it who loads ``source`` by its name; or why there is none. Code of its own is not run."""
     assert source.folder is not None

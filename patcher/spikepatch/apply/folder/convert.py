@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from spikepatch.apply.disk.manifest import MANIFEST, command_line, manifest, python_line
 from spikepatch.apply.disk.publish import check_local_target, check_space, check_target, publishing, unwritable
@@ -19,13 +20,14 @@ from spikepatch.apply.disk.write import Written, check_shard_size, parse_dtype, 
 from spikepatch.apply.folder import notes
 from spikepatch.apply.folder.drift import Behaviour, drift_planned, drift_written, expected_initial_loss
 from spikepatch.apply.folder.routes import RouteKind, Storage, check_storage, choose
-from spikepatch.apply.folder.shards import plan_shards, write_folder
+from spikepatch.apply.folder.shards import Shards, plan_shards, write_folder
 from spikepatch.apply.folder.texts import texts
 from spikepatch.apply.generated.adopt import generated_classes
 from spikepatch.apply.generated.patched_source import check_known, check_replaced
 from spikepatch.apply.generated.structure import restructure
 from spikepatch.apply.values.loading import stable_settings
-from spikepatch.plans.plan import Plan, Recipe, Reinit
+from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
+from spikepatch.plans.plan import Plan, Recipe, Reinit, ScaleEmbedding
 from spikepatch.plans.work_out import make_plan
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes import built_in
@@ -36,9 +38,10 @@ from spikepatch.residual.map import ResidualMap
 from spikepatch.source.classes import original_in
 from spikepatch.source.header import torch_dtype
 from spikepatch.source.layout import tensor_shapes
-from spikepatch.source.match import match_source
+from spikepatch.source.match import Match, match_source
 from spikepatch.source.meta import settings_read
 from spikepatch.source.open import Source, build_meta, open_source
+from spikepatch.source.pieces import pieces
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def convert(
         model = build_meta(found)
         residual = inspect(model, source=source)
     match = None if reinit == "all" else match_source(found, model)
-    stds = {} if match is None else embedding_stds(match, residual)
+    stds = {} if match is None else embedding_stds(found, match, residual)
     plan = make_plan(residual, tensor_shapes(model), recipe, reinit=reinit, seed=seed, embedding_stds=stds)
     check_replaced(found, plan)
     report("choosing how it is stored")
@@ -166,6 +169,7 @@ def convert(
     shards = plan_shards(
         plan, model, checkpoint=found.checkpoint, match=match, dtype=asked, max_shard_size=max_shard_size
     )
+    _check_numbers(plan, shards, match, patched)
     files = texts(found, plan, route, settings, trust=trust)
     vocabulary = getattr(found.config.get_text_config(), "vocab_size", None)
     log_vocab = math.log(vocabulary) if vocabulary else None
@@ -228,6 +232,24 @@ def convert(
             return _with_drift(result, drift_written(found, residual, scratch, model_class))
     except OSError as error:
         raise unwritable(folder, error) from error
+
+
+def _check_numbers(plan: Plan, shards: Shards, match: Match | None, model: nn.Module) -> None:
+    stored = {tensor.name: tensor.dtype for tensor in shards.tensors}
+    tables = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def of(name: str) -> str:
+        return first[id(tables[name])] if name in tables else name
+
+    names = {*plan.written, *(f"{edit.module}.weight" for edit in plan.select(ScaleEmbedding))}
+    dtypes = {name: stored.get(of(name), tables[name].dtype) for name in names if name in tables}
+
+    def largest(name: str) -> float:
+        entry = None if match is None else match.owners.get(of(name))
+        return 0.0 if entry is None else absolute_maximum(pieces(entry))
+
+    check_numbers(plan, dtypes, largest)
 
 
 def _with_dtype(source: Source, asked: torch.dtype | None) -> Any:

@@ -14,6 +14,7 @@ from spikepatch.apply.generated.structure import restructure, untie_head
 from spikepatch.apply.live.initialize import Blueprint, unfillable
 from spikepatch.apply.values.assign import values
 from spikepatch.apply.values.loading import stable_settings
+from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import EmbeddingEdit, Plan, Recipe, Reinit, Untie
 from spikepatch.recipes.plan_of import check_learned
@@ -21,6 +22,7 @@ from spikepatch.recipes.plan_of import plan as make_plan
 from spikepatch.runtime.embedding import check_patchable, install, patched_embeddings
 from spikepatch.source.layout import layout, persistent, tensor_shapes
 from spikepatch.source.meta import build_meta, check_default_device, check_module, on_meta, skeleton
+from spikepatch.source.pieces import loaded_pieces
 from spikepatch.source.private import is_transformers_model
 
 
@@ -80,6 +82,12 @@ def patch(
             example_inputs=example_inputs,
         )
     _check(model, plan)
+    tables = dict(model.named_parameters(remove_duplicate=False))
+    check_numbers(
+        plan,
+        {name: parameter.dtype for name, parameter in tables.items()},
+        lambda name: absolute_maximum(loaded_pieces(tables[name])),
+    )
     twin = skeleton(model)
     restructure(twin, plan)
     targets = layout(twin)
