@@ -25,7 +25,7 @@ from spikepatch.progress import Progress
 from spikepatch.source.checkpoint import Checkpoint, check_unchanged, read_checkpoint
 from spikepatch.source.formats import SINGLE_FILE, some
 from spikepatch.source.header import TensorEntry, torch_dtype
-from spikepatch.source.layout import Target, layout
+from spikepatch.source.layout import Target, check_covered, layout
 from spikepatch.source.match import Match
 from spikepatch.source.meta import skeleton
 from spikepatch.source.tokenizer import has_tokenizer, refit, source_tokenizer
@@ -91,6 +91,7 @@ def plan_shards(
     targets = {target.name: target for target in layout(twin)}
     originals = {} if match is None else _originals(plan, targets.values(), match)
     tensors = tuple(Planned(n, _dtype(t, originals.get(n), dtype), t.shape) for n, t in targets.items())
+    check_covered(plan.written, twin, targets.values(), every=plan.reinit == "all")
     by_owner: dict[str, ValueEdit] = {edit.parameter: edit for edit in plan.select(ValueEdit)}
     edits = {name: by_owner[target.owner] for name, target in targets.items() if target.owner in by_owner}
     persistent = set(model.state_dict())
@@ -188,6 +189,8 @@ def check_shards(folder: Path, shards: Shards, written: Written, *, allow_nonfin
     if present != expected:
         differing = sorted(n for n in present.keys() | expected.keys() if present.get(n) != expected.get(n))
         raise RuntimeError(f"tensors were not written as planned: {', '.join(differing[:5])}")
+    if left := [tensor.name for tensor in shards.tensors if tensor.elements and tensor.name not in written.tallies]:
+        raise RuntimeError(f"tensors were not written: {', '.join(left[:5])}")
     _check_finite(shards, written, allow_nonfinite)
     for tensor in shards.tensors:
         if tensor.name in shards.fills:
