@@ -19,6 +19,8 @@ from spikepatch.apply.disk.publish import check_local_target, check_space, check
 from spikepatch.apply.disk.write import Written, check_shard_size, parse_dtype, write_text
 from spikepatch.apply.folder import notes
 from spikepatch.apply.folder.drift import Behaviour, drift_planned, drift_written, expected_initial_loss
+from spikepatch.apply.folder.load_test import Wanted, check_loads, outcome
+from spikepatch.apply.folder.loader import Loader, loader
 from spikepatch.apply.folder.routes import RouteKind, Storage, check_storage, choose
 from spikepatch.apply.folder.shards import Shards, plan_shards, write_folder
 from spikepatch.apply.folder.texts import texts
@@ -42,6 +44,7 @@ from spikepatch.source.match import Match, match_source
 from spikepatch.source.meta import settings_read
 from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.pieces import pieces
+from spikepatch.source.tokenizer import has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def convert(
     trust_remote_code: bool = False,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
+    load_test: bool = True,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -121,12 +125,41 @@ def convert(
         revision, trust_remote_code: of a hub id, of a source with its own code.
         allow_nonfinite: keep learned weights that are NaN or infinite, instead of refusing them.
         overwrite: replace a folder at ``out``.
+        load_test: before the folder appears, let a fresh process without spikepatch load it, and compare with the model
+            that was meant; see ``load_test.py``.
         dry_run: plan and check everything, write nothing; with learned weights, compare embedding factors.
         progress: told of long steps.
 
     Raises:
         SpikepatchError: nothing is at ``out``, or what was there before.
     """
+    asked: dict[str, Any] = dict(locals())
+    with loader(load_test and not dry_run) as process:
+        return _convert(**asked, process=process)
+
+
+def _convert(
+    source: str,
+    out: str | os.PathLike[str],
+    recipe: str | Recipe,
+    reinit: Reinit,
+    factor: float | None,
+    positions: bool,
+    replace: bool,
+    untie: bool,
+    storage: Storage,
+    seed: int,
+    dtype: str | None,
+    max_shard_size: str | int | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    allow_nonfinite: bool,
+    overwrite: bool,
+    load_test: bool,
+    dry_run: bool,
+    progress: Progress | None,
+    process: Loader | None,
+) -> Conversion:
     report: Progress = progress or silent
     given = recipe
     recipe = checked_recipe(
@@ -214,21 +247,26 @@ def convert(
         "trust_remote_code": trust_remote_code,
         "allow_nonfinite": allow_nonfinite,
     }
+    model_class = generated_classes(original_in(found)).model if route.kind == "code" else route.model_class
+    wanted = Wanted(patched, model_class.__name__, found.auto_class, trust, unsound=allow_nonfinite)
     if isinstance(given, str) or given == built_in.RECIPES.get(given.name):
         named = given if isinstance(given, str) else given.name
-        command = command_line("convert", source, recipe=named, **options)
+        command = command_line("convert", source, recipe=named, **options, no_load_test=not load_test)
     else:
         command = python_line(source, given, options)
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
             check_space(folder, shards.bytes, found.checkpoint)
             written, origin = write_folder(scratch, shards, files, found, report, allow_nonfinite=allow_nonfinite)
-            write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes))
-            result = _with_casts(result, written)
+            if process is not None:
+                report("loading what was written")
+                check_loads(process, scratch, wanted, tokenizer=has_tokenizer(found.copied_files), out=folder)
+            test = outcome(process, wanted)
+            write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes, test))
+            result = _noted(_with_casts(result, written), *notes.load_test(test))
             if reinit == "all":
                 return result
             report("measuring the loss before and after")
-            model_class = generated_classes(original_in(found)).model if route.kind == "code" else route.model_class
             return _with_drift(result, drift_written(found, residual, scratch, model_class))
     except OSError as error:
         raise unwritable(folder, error) from error

@@ -77,3 +77,11 @@ def unsound_values(tallies: Mapping[str, Tally], dtype: str) -> Iterator[str]:
         yield f"values that became 0 in {dtype}, too small for it: {some(lost)}"
     if nonfinite := [f"{name!r} ({tally.nonfinite})" for name, tally in tallies.items() if tally.nonfinite]:
         yield f"NaN or infinite values, as in the source: {some(nonfinite)}"
+
+
+def load_test(outcome: str) -> Iterator[str]:
+    """Of a test that was not made, or not whole."""
+    if outcome == "left out":
+        yield "not tried whether it loads: the load test was left out"
+    elif outcome != "passed":
+        yield "tried to load as the same classes, names and shapes; the model is too large for this machine to be run"
