@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def process() -> Iterator[Loader]:
     """One fresh process, which loads all folders one after the other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("SPIKEPATCH_LOAD_TEST", raising=False)
-        with loader(True) as found:
-            assert found is not None
-            yield found
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("SPIKEPATCH_LOAD_TEST", raising=False)
+            found = stack.enter_context(loader(True))
+        assert found is not None
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +154,10 @@ def test_a_model_that_is_too_large(load_test: None, tmp_path: Path, monkeypatch:
     assert json.loads((result.out / "spikepatch.json").read_text())["load_test"].startswith("passed")
 
 
-def test_a_process_that_dies_is_no_success(load_test: None) -> None:
-    with loader(True) as found:
-        assert found is not None
+def test_a_process_that_dies_is_no_success() -> None:
+    with contextlib.ExitStack() as stack:
+        found = Loader(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        stack.callback(found.close)
         found._process.kill()
         answer = found.ask({"whole": True})
     assert "the process ended with" in answer["error"]
