@@ -146,12 +146,34 @@ def test_the_commands(load_test: None, tmp_path: Path, monkeypatch: pytest.Monke
         assert ("not tried whether it loads" in done.output) == left
 
 
-def test_a_model_that_is_too_large(load_test: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["llama", "reads use_cache"])
+def test_a_model_that_is_too_large(
+    load_test: None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its structure at full size, its numbers at a small one."""
-    monkeypatch.setattr("spikepatch.apply.folder.load_test.fits", lambda model: False)
-    tiny_model("llama").save_pretrained(tmp_path / "source")
-    result = spikepatch.convert(str(tmp_path / "source"), tmp_path / "out", reinit="none", factor=3.0)
-    assert json.loads((result.out / "spikepatch.json").read_text())["load_test"].startswith("passed")
+    own = name != "llama"
+    source = save_style(tmp_path / "source", name) if own else tmp_path / "source"
+    if own:
+        edited(source, num_hidden_layers=4)
+        spikepatch.convert(str(source), tmp_path / "deeper", recipe="vanilla", trust_remote_code=True)
+        source = tmp_path / "deeper"
+    else:
+        tiny_model(name, num_hidden_layers=4).save_pretrained(source)
+    small = tmp_path / "small"
+    layers: list[int] = []
+
+    def fits(model: Any) -> bool:
+        layers.append(model.config.num_hidden_layers)
+        return layers[-1] == 2
+
+    for module in ("load_test", "convert"):
+        monkeypatch.setattr(f"spikepatch.apply.folder.{module}.fits", fits)
+    options: dict[str, Any] = {"reinit": "none", "factor": 3.0, "trust_remote_code": own}
+    result = spikepatch.convert(str(source), small, **options)
+    said = json.loads((result.out / "spikepatch.json").read_text())["load_test"]
+    assert said == "passed, with numbers at a small size"
+    assert {2, 4} == set(layers)
+    assert any("too large to be run on this machine" in note for note in result.notes)
 
 
 def test_a_process_that_dies_is_no_success() -> None:

@@ -19,10 +19,11 @@ from spikepatch.apply.disk.publish import check_local_target, check_space, check
 from spikepatch.apply.disk.write import Written, check_shard_size, parse_dtype, write_text
 from spikepatch.apply.folder import notes
 from spikepatch.apply.folder.drift import Behaviour, drift_planned, drift_written, expected_initial_loss
-from spikepatch.apply.folder.load_test import Wanted, check_loads, outcome
+from spikepatch.apply.folder.load_test import Wanted, check_loads, fits, outcome
 from spikepatch.apply.folder.loader import Loader, loader
 from spikepatch.apply.folder.routes import RouteKind, Storage, check_storage, choose
 from spikepatch.apply.folder.shards import Shards, plan_shards, write_folder
+from spikepatch.apply.folder.small_twin import try_small
 from spikepatch.apply.folder.texts import texts
 from spikepatch.apply.generated.adopt import generated_classes
 from spikepatch.apply.generated.patched_source import check_known, check_replaced
@@ -248,6 +249,13 @@ def _convert(
         "allow_nonfinite": allow_nonfinite,
     }
     model_class = generated_classes(original_in(found)).model if route.kind == "code" else route.model_class
+    scaled = [edit.factor for edit in plan.select(ScaleEmbedding)]
+
+    def small(folder: str, target: Path) -> object:
+        own = {"factor": factor if factor is not None or reinit == "all" or not scaled else scaled[0], "storage": route.kind}
+        own |= {"positions": positions, "replace": replace, "untie": untie, "dtype": dtype, "seed": seed}
+        return convert(folder, target, recipe=given, trust_remote_code=trust_remote_code, **own)
+
     wanted = Wanted(patched, model_class.__name__, found.auto_class, trust, unsound=allow_nonfinite)
     if isinstance(given, str) or given == built_in.RECIPES.get(given.name):
         named = given if isinstance(given, str) else given.name
@@ -261,7 +269,7 @@ def _convert(
             if process is not None:
                 report("loading what was written")
                 check_loads(process, scratch, wanted, tokenizer=has_tokenizer(found.copied_files), out=folder)
-            test = outcome(process, wanted)
+            test = outcome(process, wanted, lambda: try_small(found, fits, small))
             write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes, test))
             result = _noted(_with_casts(result, written), *notes.load_test(test))
             if reinit == "all":
