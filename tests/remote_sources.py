@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-BLOCKS = '''
+BLOCKS = """
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -54,9 +54,9 @@ class Block(nn.Module):
     def forward(self, x, rotate=None):
         x = x + self.attn(self.n1(x), rotate)
         return x + self.down(F.silu(self.up(self.n2(x))))
-'''
+"""
 
-CONFIG = '''
+CONFIG = """
 from transformers import PretrainedConfig
 
 
@@ -69,9 +69,9 @@ class OwnConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
-'''
+"""
 
-MODEL = '''
+MODEL = """
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -142,7 +142,7 @@ class OwnForCausalLM(OwnPreTrainedModel):
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
         return CausalLMOutputWithPast(logits=self.lm_head(self.model(input_ids, **kwargs).last_hidden_state))
-'''
+"""
 
 AUTO_MAP = {
     "AutoConfig": "configuration_own.OwnConfig",
@@ -177,29 +177,54 @@ _SUPER = "        super().__init__(**kwargs)"
 #: As nearly all of them do: the forward asks the config for ``use_cache``.
 READS_USE_CACHE = Style(
     _files(
-        _changed(CONFIG, (_SUPER, "        self.use_cache = kwargs.pop('use_cache', True)\n        self._derived = 2\n" + _SUPER)),
-        _changed(MODEL, ("labels=None, **kwargs):\n", "labels=None, use_cache=None, **kwargs):\n        use_cache = use_cache"
-                         " if use_cache is not None else self.config.use_cache\n        assert self.config._derived == 2\n")),
+        _changed(
+            CONFIG,
+            (_SUPER, "        self.use_cache = kwargs.pop('use_cache', True)\n        self._derived = 2\n" + _SUPER),
+        ),
+        _changed(
+            MODEL,
+            (
+                "labels=None, **kwargs):\n",
+                "labels=None, use_cache=None, **kwargs):\n"
+                "        use_cache = use_cache if use_cache is not None else self.config.use_cache\n"
+                "        assert self.config._derived == 2\n",
+            ),
+        ),
     )
-)  # fmt: skip
+)
 
 #: The constructor works values out, and passes some on by name.
 DERIVED = Style(
     _files(
         _changed(
             CONFIG,
-            ("initializer_range=0.02, **kwargs", "initializer_range=0.02, ffn=None, scale=None, pad_token_id=0,"
-             " bos_token_id=1, tie_word_embeddings=False, **kwargs"),
-            (_SUPER, "        self.ffn = ffn or 2 * hidden_size\n        self.scale = scale\n        if scale is None:\n"
-             "            self.scale = 0.5\n        super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id,"
-             " tie_word_embeddings=tie_word_embeddings, **kwargs)\n        self.head_dim = hidden_size // 4\n"
-             "        self.layer_kinds = ['full'] * num_hidden_layers\n\n    @property\n    def depth(self):\n"
-             "        return len(self.layer_kinds)"),
+            (
+                "initializer_range=0.02, **kwargs",
+                "initializer_range=0.02, ffn=None, scale=None, pad_token_id=0, bos_token_id=1,"
+                " tie_word_embeddings=False, **kwargs",
+            ),
+            (
+                _SUPER,
+                "        self.ffn = ffn or 2 * hidden_size\n"
+                "        self.scale = scale\n"
+                "        if scale is None:\n"
+                "            self.scale = 0.5\n"
+                "        super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id,"
+                " tie_word_embeddings=tie_word_embeddings, **kwargs)\n"
+                "        self.head_dim = hidden_size // 4\n"
+                "        self.layer_kinds = ['full'] * num_hidden_layers\n\n"
+                "    @property\n"
+                "    def depth(self):\n"
+                "        return len(self.layer_kinds)",
+            ),
         ),
-        _changed(MODEL, ("range(config.num_hidden_layers)", "range(config.depth)"),
-                 ("logits=self.lm_head(", "logits=self.config.scale * self.config.head_dim / 8 * self.lm_head(")),
+        _changed(
+            MODEL,
+            ("range(config.num_hidden_layers)", "range(config.depth)"),
+            ("logits=self.lm_head(", "logits=self.config.scale * self.config.head_dim / 8 * self.lm_head("),
+        ),
     )
-)  # fmt: skip
+)
 
 #: Names of its own, by ``attribute_map``, and a list of tied keys as before transformers 5.
 OLD_NAMES = Style(
@@ -264,8 +289,14 @@ class OwnConfig(PreTrainedConfig):
         self.ffn = self.ffn if self.ffn is not None else 2 * self.hidden_size
         super().__post_init__(**kwargs)
 """,
-        _changed(MODEL, ("labels=None, **kwargs):\n", "labels=None, **kwargs):\n        assert self.config.ffn == 128 and"
-                         " self.config.use_cache is not None\n")),
+        _changed(
+            MODEL,
+            (
+                "labels=None, **kwargs):\n",
+                "labels=None, **kwargs):\n"
+                "        assert self.config.ffn == 128 and self.config.use_cache is not None\n",
+            ),
+        ),
     )
 )  # fmt: skip
 
@@ -308,7 +339,7 @@ class OwnForCausalLM(LlamaForCausalLM):
      "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64},
 )  # fmt: skip
 
-_ROTARY = '''
+_ROTARY = """
 import torch
 from torch import nn
 
@@ -327,7 +358,7 @@ class Rotary(nn.Module):
         n, half = x.shape[-2], x.shape[-1] // 2
         turned = torch.cat((-x[..., half:], x[..., :half]), -1)
         return x * self.cos_cached[:n] + turned * self.sin_cached[:n]
-'''
+"""
 
 #: Buffers that no checkpoint has, filled by the constructor alone.
 ROTARY = Style(
@@ -335,7 +366,10 @@ ROTARY = Style(
         model=_changed(
             MODEL,
             ("from .configuration_own", "from .rotary_own import Rotary\nfrom .configuration_own"),
-            ("        self.norm = RMSNorm(", "        self.rotary = Rotary(config.hidden_size // 4)\n        self.norm = RMSNorm("),
+            (
+                "        self.norm = RMSNorm(",
+                "        self.rotary = Rotary(config.hidden_size // 4)\n        self.norm = RMSNorm(",
+            ),
             ("x = layer(x)", "x = layer(x, self.rotary)"),
         ),
         **{"rotary_own.py": _ROTARY},
@@ -369,8 +403,11 @@ AUTO_BACKBONE = Style(
         model=_changed(
             MODEL,
             ("import PreTrainedModel", "import AutoModel, PreTrainedModel"),
-            ("self.model = OwnModel(config)", "assert config.model_type == 'ownlm', config.model_type\n        self.model ="
-             " AutoModel.from_config(config, trust_remote_code=True)"),
+            (
+                "self.model = OwnModel(config)",
+                "assert config.model_type == 'ownlm', config.model_type\n"
+                "        self.model = AutoModel.from_config(config, trust_remote_code=True)",
+            ),
         )
     )
 )  # fmt: skip
@@ -457,7 +494,7 @@ KEEPS_ARGUMENTS = Style(
 )  # fmt: skip
 
 #: A tokenizer of its own: byte values, written in Python.
-TOKENIZER = '''
+TOKENIZER = """
 from transformers import PreTrainedTokenizer
 
 
@@ -487,13 +524,16 @@ class OwnTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
         return ()
-'''
+"""
 OWN_TOKENIZER = Style(
     _files(
         **{
             "tokenization_own.py": TOKENIZER,
             "tokenizer_config.json": json.dumps(
-                {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
+                {
+                    "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]},
+                    "tokenizer_class": "OwnTokenizer",
+                }
             ),
         }
     )

@@ -76,7 +76,9 @@ class Row:
     @property
     def sound(self) -> bool:
         """It loads by its own line as the same model, and what it saves does, or nothing was written."""
-        return all(said in ("yes", "-") for said in (self.loads, self.saves, self.resizes)) and not self.folds.startswith("NO")
+        return all(
+            said in ("yes", "-") for said in (self.loads, self.saves, self.resizes)
+        ) and not self.folds.startswith("NO")
 
 
 def cases() -> list[Case]:
@@ -111,13 +113,17 @@ def _tried(case: Case, process: Loader, folder: Path) -> Row:
     try:
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(0)
-            model: Any = getattr(transformers, case.model_class)._from_config(tiny_config_for(case.model_type, case.mapping))
+            model: Any = getattr(transformers, case.model_class)._from_config(
+                tiny_config_for(case.model_type, case.mapping)
+            )
             model.save_pretrained(source)
     except Exception as error:
         return _row(case, loads="-", recipe=f"not built: {on_one_line(error, 80)}")
     converted = _converted(source, out)
     if isinstance(converted, str):
-        return _row(case, loads="-" if not converted.startswith("NO") else converted, recipe=converted.removeprefix("NO: "))
+        return _row(
+            case, loads="-" if not converted.startswith("NO") else converted, recipe=converted.removeprefix("NO: ")
+        )
     found = open_source(str(source), weights=True)
     patched = build_meta(found)
     restructure(patched, converted.plan)
@@ -148,7 +154,7 @@ def _converted(source: Path, out: Path) -> Any:
         {"reinit": "residual", "recipe": "vanilla"},
     ):
         try:
-            return spikepatch.convert(str(source), out, **options)  # type: ignore[arg-type]
+            return spikepatch.convert(str(source), out, **options)
         except SpikepatchError as error:
             if error.what == UNLIKE:
                 return f"NO: {error.why[:200]}"
@@ -157,7 +163,9 @@ def _converted(source: Path, out: Path) -> Any:
 
 
 def _other_tensors(one: Path, other: Path) -> Iterator[str]:
-    before, after = ({n: t for f in sorted(x.glob("*.safetensors")) for n, t in load_file(f).items()} for x in (one, other))
+    before, after = (
+        {n: t for f in sorted(x.glob("*.safetensors")) for n, t in load_file(f).items()} for x in (one, other)
+    )
     if before.keys() != after.keys() or any(not torch.equal(before[name], after[name]) for name in before):
         yield "saved other tensors"
 
@@ -224,7 +232,9 @@ def switched_on() -> Iterator[Loader]:
 
 def page(rows: Sequence[Row]) -> str:
     """The whole table, with the versions that it was made with."""
-    versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("transformers", "torch", "safetensors"))
+    versions = ", ".join(
+        f"{name} {version(name).partition('+')[0]}" for name in ("transformers", "torch", "safetensors")
+    )
     written = [row for row in rows if row.storage != "-"]
     bad = [row for row in rows if not row.sound]
     head = [field.name for field in fields(Row)]

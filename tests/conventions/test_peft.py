@@ -89,13 +89,13 @@ ADAPTERS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_an_adapter_that_would_leave_the_norm_out_is_not_put_on(adapter: dict[str, Any], model_type: str) -> None:
-    """PEFT looks rows up in the matrix itself. Of Gemma's embedding, which has a factor of its own, it knows that one."""
+    """PEFT looks rows up in the matrix itself. Of Gemma's embedding it knows the factor that is its own."""
     model: Any = tiny_model(model_type)
     if model_type == "llama":
         spikepatch.patch(model, "embed-ln", reinit="all")
     else:
         spikepatch.patch(model, "scaled-embed", reinit="all", replace=True, factor=3.0)
-    with pytest.raises(ValueError, match="an adapter on this embedding would leave out what config.spikepatch says"):
+    with pytest.raises(ValueError, match=r"an adapter on this embedding would leave out what config\.spikepatch says"):
         peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, **adapter))
 
 

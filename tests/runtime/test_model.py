@@ -1,4 +1,5 @@
-"""What the generated classes share: what they are built from, what stays patched, what fresh rows hold, what is saved."""
+"""What the generated classes share: what they are built from, what stays patched, what fresh rows hold, what is saved.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tests.architectures import encoder_decoder, ids, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import spikepatch
-from tests.architectures import encoder_decoder, ids, tiny_config, tiny_model
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_the_inner_model_keeps_the_patch(model_type: str) -> None:
     model = patched(tiny_model(model_type))
     inner = model.base_model
     before = rows(inner)
-    with pytest.raises(ValueError, match="would lose what config.spikepatch says"):
+    with pytest.raises(ValueError, match=r"would lose what config\.spikepatch says"):
         inner.set_input_embeddings(nn.Embedding(500, 64))
 
     assert all(torch.equal(one, other) for one, other in zip(rows(inner), before, strict=True))
@@ -133,7 +134,7 @@ def test_input_embeddings_are_what_enters(model_type: str, recipe: str) -> None:
 def test_a_folder_does_not_claim_what_it_lacks(tmp_path: Path) -> None:
     model = patched(tiny_model("llama"))
     model.model.embed_tokens = nn.Embedding(500, 64)
-    with pytest.raises(ValueError, match="the embedding at model.embed_tokens is not what config.spikepatch says"):
+    with pytest.raises(ValueError, match=r"the embedding at model\.embed_tokens is not what config\.spikepatch says"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

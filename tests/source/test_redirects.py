@@ -127,7 +127,7 @@ def test_a_folder_that_claims_a_patch_is_refused(source: Path, tmp_path: Path) -
     assert "spikepatch" in json.loads((folder / "config.json").read_text())
     for act in (spikepatch.fold, spikepatch.convert):
         with pytest.raises(spikepatch.Refused, match="claims a patch that it does not have"):
-            act(str(folder), tmp_path / "out")  # type: ignore[operator]
+            act(str(folder), tmp_path / "out")
     with pytest.raises(spikepatch.Refused, match="claims a patch"):
         spikepatch.plan(str(folder), "vanilla", reinit="none")
     data = json.loads((folder / "config.json").read_text())
@@ -142,7 +142,9 @@ def test_a_plain_class_does_not_load_a_patched_folder(name: str, source: Path, t
 
     patched = spikepatch.convert(str(source), tmp_path / "patched", reinit="none", factor=2.0).out
     for folder in (patched, tmp_path / "saved"):
-        with pytest.raises(AttributeError, match=r"Load it with AutoModelForCausalLM.from_pretrained\(folder, trust_rem"):
+        with pytest.raises(
+            AttributeError, match=r"Load it with AutoModelForCausalLM.from_pretrained\(folder, trust_rem"
+        ):
             getattr(transformers, name).from_pretrained(folder)
         if folder == patched:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(patched, trust_remote_code=True)

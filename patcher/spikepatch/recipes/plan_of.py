@@ -99,8 +99,9 @@ def check_weights(source: Source, reinit: Reinit) -> None:
 
 
 def embedding_stds(source: Source, match: Match, residual: ResidualMap) -> dict[str, float]:
-    """std of the elements of each stream's learned token embedding, in float64, by its parameter: of the rows that tokens
-    use, as far as it can be told; see ``element_std``. Rows that no id of the source's tokenizer stands for are not.
+    """std of the elements of each stream's learned token embedding, in float64, by its parameter: of the rows that
+    tokens use, as far as it can be told; see ``element_std``. Rows that no id of the source's tokenizer stands for are
+    not.
 
     Raises:
         BadSource: one is not finite, so nothing can be derived from it.
@@ -129,9 +130,9 @@ _UNUSED = 0.01
 def element_std(values: Iterable[torch.Tensor], shape: Sequence[int], ids: Iterable[int] | None = None) -> float:
     """std of the elements of a table, given as ``pieces`` or ``loaded_pieces``, which have the same bits.
 
-    Rows that no token uses are left out: those that are 0 or nearly so beside the others (an RMS below 0.01 of the median
-    row's), and with ``ids`` those of other ids. In float64, by numpy: sums of torch depend on the number of threads. NaN
-    for fewer than two elements, and where one is not finite.
+    Rows that no token uses are left out: those that are 0 or nearly so beside the others (an RMS below 0.01 of the
+    median row's), and with ``ids`` those of other ids. In float64, by numpy: sums of torch depend on the number of
+    threads. NaN for fewer than two elements, and where one is not finite.
 
     Args:
         shape: (rows, width); what has one dimension is one row.

@@ -124,7 +124,7 @@ class OpaqueEmbedding(PatchedEmbedding):
     """
 
     @property
-    def num_embeddings(self) -> int:  # type: ignore[override]
+    def num_embeddings(self) -> int:
         if str(sys._getframe(1).f_globals.get("__name__")).partition(".")[0] == "peft":
             raise ValueError(
                 f"an adapter on this embedding would leave out what config.spikepatch says of it ({type(self).__name__}"
@@ -288,8 +288,8 @@ def lookups(model: nn.Module, table: Any) -> Any:
 
 
 def replace_lookups(model: nn.Module, value: Any, put: Callable[[Any], object]) -> None:
-    """``put(value)``, which is ``model.set_input_embeddings``; patched embeddings stay where it is their matrix, as when
-    a vocabulary is resized.
+    """``put(value)``, which is ``model.set_input_embeddings``; patched embeddings stay where it is their matrix, as
+    when a vocabulary is resized.
 
     Raises:
         ValueError: an embedding with another matrix was put there; the old ones are back.

@@ -30,8 +30,9 @@ class Patched:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
         with _as_original(config):
-            super().__init__(config, *args, **kwargs)
+            parent.__init__(config, *args, **kwargs)
         install(_model(self), config.spikepatch)
         _model(self).post_init()
 
@@ -54,10 +55,13 @@ class Patched:
         replace_lookups(_model(self), value, parent.set_input_embeddings)
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool | None = None
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool | None = None,
     ) -> Any:
-        """As transformers does it; rows that are added to fresh weights get the recipe's std, unless ``mean_resizing`` is
-        asked for.
+        """As transformers does it; rows that are added to fresh weights get the recipe's std, unless ``mean_resizing``
+        is asked for.
         """
         parent: Any = super()
         fresh = self.config.spikepatch["init"] is not None and not mean_resizing
@@ -73,7 +77,7 @@ class Patched:
         """As transformers does it.
 
         Raises:
-            ValueError: an embedding was put in the place of a patched one, so that the folder would claim what it lacks.
+            ValueError: an embedding was put in the place of a patched one: the folder would claim what it lacks.
         """
         if lost := lost_embeddings(_model(self), self.config.spikepatch):
             raise ValueError(f"the embedding at {', '.join(lost)} is not what config.spikepatch says of it any more")
@@ -148,8 +152,10 @@ def _initialise_containers(module: Any, owner: Any) -> None:
 
 class _ParametersWithoutMemory(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty and "device" not in kwargs else kwargs))
+        options = dict(kwargs or {})
+        if func is torch.empty:
+            options.setdefault("device", "meta")
+        return func(*args, **options)
 
 
 @torch.no_grad()
@@ -181,7 +187,8 @@ def convert_like_parent(model_class: type[AnyModel]) -> type[AnyModel]:
     classes outside transformers by registered names only. Without them experts would be drawn at random on load.
     """
     config_class: Any = model_class.config_class  # type: ignore[attr-defined]
-    original_model, original_config = original_class(model_class), original_config_class(config_class)
+    original_model: Any = original_class(model_class)
+    original_config: Any = original_config_class(config_class)
     for name, original_name in (
         (model_class.__name__, original_model.__name__),
         (config_class.model_type, original_config.model_type),

@@ -90,6 +90,8 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
 
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    from spikepatch.source.private import as_parsed, forget_weights, name_config
+
     remote_config = isinstance(raw.get("auto_map"), dict) and "AutoConfig" in raw["auto_map"]
     if not remote_config and (not isinstance(raw.get("model_type"), str) or raw["model_type"] not in CONFIG_MAPPING):
         raise _unknown_type(raw.get("model_type"), where, "update transformers, or correct config.json")
@@ -98,7 +100,7 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
             if patched is None:
                 config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
             else:
-                config = _config_class(raw, folder).from_dict(raw)
+                config = _config_class(raw, folder).from_dict(as_parsed(raw))
         except Exception as error:
             raise BadSource(
                 "config.json does not describe a model",
@@ -106,8 +108,6 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
                 why=on_one_line(error),
                 remedy=f"correct the value that is named; or {DOWNLOAD_AGAIN}",
             ) from error
-        from spikepatch.source.private import forget_weights, name_config
-
         name_config(config, where)
         forget_weights(config)
         if code and (remote := _remote_class(config, folder, where)) is not None:

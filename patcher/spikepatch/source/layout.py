@@ -103,8 +103,8 @@ def check_covered(
 ) -> None:
     """Refuse to write ``parameters`` that are not, each whole and once, among what ``model`` is stored as.
 
-    What is drawn is keyed by the stored names, so what is stored under none would stay as it is, and what is stored twice
-    would be written twice.
+    What is drawn is keyed by the stored names, so what is stored under none would stay as it is, and what is stored
+    twice would be written twice.
 
     Args:
         every: all that is stored is to be written.
@@ -128,8 +128,8 @@ def check_covered(
         raise Refused(
             what="parameters are stored as something else than they are",
             where=", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if wrong[3:] else ""),
-            why="the model's state_dict has copies of parts of them, under other names, so what they are to hold cannot be"
-            " written to them",
+            why="the model's state_dict has copies of parts of them, under other names, so what they are to hold cannot"
+            " be written to them",
             remedy="remove the hook of state_dict that renames them while the model is patched",
         )
 

@@ -137,8 +137,8 @@ def open_source(
 
 
 def build_meta(source: Source) -> PreTrainedModel:
-    """The source's model in eval mode: parameters on meta in the config's dtype, buffers real, tied weights tied, but for
-    those that its checkpoint stores with different values.
+    """The source's model in eval mode: parameters on meta in the config's dtype, buffers real, tied weights tied, but
+    for those that its checkpoint stores with different values.
 
     Raises:
         Refused: the model cannot be built from its config.

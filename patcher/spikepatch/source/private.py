@@ -142,6 +142,14 @@ def unmark_initialised(module: nn.Module) -> None:
     module.__dict__.pop("_is_hf_initialized", None)
 
 
+def as_parsed(data: dict[str, Any]) -> dict[str, Any]:
+    """What config.json holds, as transformers reads it: infinite numbers and NaN are objects there."""
+    from transformers import PreTrainedConfig
+
+    found: dict[str, Any] = PreTrainedConfig._decode_special_floats(data)
+    return found
+
+
 def name_config(config: PreTrainedConfig, name: str) -> None:
     """Set what the model is called in transformers' messages."""
     config._name_or_path = name

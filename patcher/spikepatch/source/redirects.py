@@ -111,7 +111,9 @@ def check_tokenizer(folder: Path, where: str) -> None:
         return
     if not isinstance(config, dict):
         return
-    found = [f"{key} = {config[key]!r:.80}: transformers {does}" for key, does in _TOKENIZER_KEYS.items() if config.get(key)]
+    found = [
+        f"{key} = {config[key]!r:.80}: transformers {does}" for key, does in _TOKENIZER_KEYS.items() if config.get(key)
+    ]
     if found:
         raise Refused(
             "tokenizer_config.json sends transformers to other files than those that are checked",

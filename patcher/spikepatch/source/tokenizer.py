@@ -44,11 +44,13 @@ def has_tokenizer(files: Iterable[Path]) -> bool:
 
 
 def refit(original: Any, folder: Path, *, trusted: bool = False) -> tuple[str, ...]:
-    """Make ``AutoTokenizer`` give for ``folder``, to which the tokenizer's files were copied, what it gives for its source.
+    """Make ``AutoTokenizer`` give for ``folder``, to which the tokenizer's files were copied, what it gives for its
+    source.
 
-    It chooses the class by the model's type, and takes the one that the files name literally for a type that it does not
-    know, such as a patched model's. Where that gives other ids, the files name the class that the source's tokenizer is
-    of; where that is not enough, they are written anew by that tokenizer. Code that was not copied is not named.
+    It chooses the class by the model's type, and takes the one that the files name literally for a type that it does
+    not know, such as a patched model's. Where that gives other ids, the files name the class that the source's
+    tokenizer is of; where that is not enough, they are written anew by that tokenizer. Code that was not copied is not
+    named.
 
     Args:
         original: the source's tokenizer.

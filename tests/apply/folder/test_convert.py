@@ -357,7 +357,9 @@ TOKENIZERS = [
 
 @pytest.mark.parametrize(("model_type", "named"), TOKENIZERS)
 def test_the_tokenizer_is_the_sources(model_type: str, named: str | None, gpt2_tokenizer: Path, tmp_path: Path) -> None:
-    """AutoTokenizer chooses the class by the model's type, and takes the files' literally for one that it does not know."""
+    """AutoTokenizer chooses the class by the model's type, and takes the files' literally for one that it does not
+    know.
+    """
     source = tmp_path / "source"
     tiny_config(model_type, vocab_size=50304).save_pretrained(source)
     shutil.copytree(gpt2_tokenizer, source, dirs_exist_ok=True)

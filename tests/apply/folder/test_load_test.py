@@ -147,9 +147,7 @@ def test_the_commands(load_test: None, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["llama", "reads use_cache"])
-def test_a_model_that_is_too_large(
-    load_test: None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_is_too_large(load_test: None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its structure at full size, its numbers at a small one."""
     own = name != "llama"
     source = save_style(tmp_path / "source", name) if own else tmp_path / "source"

@@ -58,7 +58,12 @@ def test_nothing_of_the_template_is_left(model_class: type) -> None:
 
 def test_the_generated_files_are_flat_and_import_torch_and_transformers_only() -> None:
     files = render(original_of(OPTForCausalLM))
-    assert set(files) == {"modeling_spikepatch_opt.py", "spikepatch_embedding.py", "spikepatch_fresh.py", "spikepatch_model.py"}
+    assert set(files) == {
+        "modeling_spikepatch_opt.py",
+        "spikepatch_embedding.py",
+        "spikepatch_fresh.py",
+        "spikepatch_model.py",
+    }
     imported = set()
     for text in files.values():
         for node in ast.walk(ast.parse(text)):

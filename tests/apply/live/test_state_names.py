@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 import spikepatch
+from spikepatch.plans.plan import Fill
 from tests.architectures import tiny_model
 from tests.residual.plain_gpt import GPT
 
@@ -60,7 +60,7 @@ def test_parts_are_written(transformers: bool, reinit: Any) -> None:
 
     assert plan.written <= changed
     assert reinit != "all" or set(matrices) <= changed
-    for fill in plan.edits:
+    for fill in plan.select(Fill):
         parameter = model.get_parameter(fill.parameter)
         assert float(parameter.detach().std()) == pytest.approx(fill.std, rel=0.1)
 
@@ -72,7 +72,9 @@ def test_copies_are_refused(transformers: bool) -> None:
     with pytest.raises(spikepatch.Refused, match="stored as something else than they are") as caught:
         spikepatch.patch(model, "scaled-embed", reinit="all", **options)
 
-    assert any(name in caught.value.where or f"{name.removesuffix('.weight')}_a" in caught.value.where for name in matrices)
+    assert any(
+        name in caught.value.where or f"{name.removesuffix('.weight')}_a" in caught.value.where for name in matrices
+    )
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not hasattr(model, "_spikepatch_plan")
 
@@ -80,7 +82,7 @@ def test_copies_are_refused(transformers: bool) -> None:
 def test_an_edit_that_is_not_carried_out_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2")
     plan = spikepatch.plan(model, "vanilla", reinit="all")
-    left_out = dataclasses.replace(plan.edits[0])
+    left_out = plan.select(Fill)[0]
     monkeypatch.setattr("spikepatch.apply.live.patch.layout", lambda twin: _without(twin, left_out.parameter))
     with pytest.raises(spikepatch.Refused, match="stored as something else"):
         spikepatch.patch(model, plan)

@@ -49,7 +49,9 @@ def manifest(
     from spikepatch.apply.values.draw import gaussian
 
     probe = hashlib.sha256(gaussian(plan.seed, "probe", 0, 4096, 1.0).numpy().tobytes()).hexdigest()
-    return _manifest(source, command, hashes, {"storage": storage, "load_test": load_test, "probe": probe, "plan": plan.to_dict()})
+    return _manifest(
+        source, command, hashes, {"storage": storage, "load_test": load_test, "probe": probe, "plan": plan.to_dict()}
+    )
 
 
 def fold_manifest(

@@ -252,8 +252,9 @@ def _convert(
     scaled = [edit.factor for edit in plan.select(ScaleEmbedding)]
 
     def small(folder: str, target: Path) -> object:
-        own = {"factor": factor if factor is not None or reinit == "all" or not scaled else scaled[0], "storage": route.kind}
-        own |= {"positions": positions, "replace": replace, "untie": untie, "dtype": dtype, "seed": seed}
+        own: dict[str, Any] = {"positions": positions, "replace": replace, "untie": untie, "dtype": dtype, "seed": seed}
+        own["factor"] = factor if factor is not None or reinit == "all" or not scaled else scaled[0]
+        own["storage"] = route.kind
         return convert(folder, target, recipe=given, trust_remote_code=trust_remote_code, **own)
 
     wanted = Wanted(patched, model_class.__name__, found.auto_class, trust, unsound=allow_nonfinite)

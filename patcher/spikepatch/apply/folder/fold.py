@@ -144,7 +144,7 @@ def _fold(
         auto_class=found.auto_class,
         trust=found.needs_code,
         tables=tuple(name for name, value in held.items() if isinstance(value, Rows)),
-        untied=bool(found.config.tie_word_embeddings and not plain.config.tie_word_embeddings),
+        untied=_ties(found.config) and not _ties(plain.config),
         parameters=shards.elements,
         bytes=shards.bytes,
         notes=(*_notes(shards, match, record["embeddings"]), *_folded_tables(plain, held)),
@@ -172,6 +172,11 @@ def _fold(
         raise unwritable(folder, error) from error
     unsound = notes.unsound_values(written.tallies, str(found.config.dtype).removeprefix("torch."))
     return dataclasses.replace(result, notes=(*result.notes, *unsound, *written.notes, *notes.load_test(test)))
+
+
+def _ties(config: Any) -> bool:
+    """A config of several parts may say nothing of it."""
+    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def _record(source: Source) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
-"""Run as a script by ``load_test.py``: loads folders as somebody does who does not have spikepatch, and says what it got.
+"""Run as a script by ``load_test.py``: loads folders as somebody does who does not have spikepatch, and says what it
+got.
 
-Requests come as lines of JSON on standard input, answers leave as lines of JSON; tensors lie in a file beside. It imports
-what loading needs before the first request has come.
+Requests come as lines of JSON on standard input, answers leave as lines of JSON; tensors lie in a file beside. It
+imports what loading needs before the first request has come.
 
     {"folder", "auto_class", "trust", "whole": true, "inputs": file, "tensors": file, "texts": [...]}
     {"class", "problems", "tied", "dtypes", "shapes", "hashes", "ids"}    or    {"error"}

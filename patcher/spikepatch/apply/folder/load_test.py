@@ -166,8 +166,8 @@ def read_into(model: nn.Module, folder: Path, dtypes: Mapping[str, str]) -> nn.M
 def _structure(answer: Mapping[str, Any], wanted: Wanted) -> Iterator[str]:
     if answer["class"] != wanted.class_name:
         yield f"its class is {answer['class']}, not {wanted.class_name}"
-    for kind, names in answer["problems"].items():
-        yield f"{kind.replace('_', ' ')}: {some(names)}"
+    for kind, found in answer["problems"].items():
+        yield f"{kind.replace('_', ' ')}: {some(found)}"
     names: dict[int, list[str]] = {}
     for name, parameter in wanted.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -213,7 +213,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _tokens(given: Iterable[list[int]], folder: Path, trust: bool) -> Iterator[str]:
-    """``refit`` has compared the folder's tokenizer with the source's; here it is one of a process without spikepatch."""
+    """``refit`` has compared the folder's tokenizer with the source's; this is what a fresh process gets."""
     here = load_tokenizer(folder, trusted=trust)
     if isinstance(here, str) or [here(text).input_ids for text in (PROBE, SAMPLE)] != list(given):
         yield "its tokenizer gives other ids than here"

@@ -24,7 +24,11 @@ class Loader:
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
-        offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules"), "TOKENIZERS_PARALLELISM": "false"}
+        offline = {
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(scratch / "modules"),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         self._errors = open(scratch / "errors", "w+b")  # noqa: SIM115  # closed by `close`
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_SCRIPT)],
@@ -65,8 +69,8 @@ _started: ContextVar[Loader | None] = ContextVar("started", default=None)
 
 @contextlib.contextmanager
 def loader(wanted: bool) -> Iterator[Loader | None]:
-    """A fresh process for the duration; the one of a surrounding block, where there is one. None, if it is not wanted or
-    the environment switches it off.
+    """A fresh process for the duration; the one of a surrounding block, where there is one. None, if it is not wanted
+    or the environment switches it off.
     """
     before = _started.get()
     if not wanted or os.environ.get(_SWITCH) == "0":

@@ -56,8 +56,9 @@ def plain_model(source: Source, patched: Any, edits: Mapping[str, Any]) -> tuple
     Raises:
         Refused: it is not the patched model then, or a table cannot be told from the head's.
     """
-    for tied in dict.fromkeys((source.config.tie_word_embeddings, False)):
-        config = as_read(source.config, {"tie_word_embeddings": tied})
+    says = {} if not hasattr(source.config, "tie_word_embeddings") else {"tie_word_embeddings": False}
+    for changes in ({}, says):
+        config = as_read(source.config, changes)
         plain: Any = build_meta(source.model_class, config, where=source.name)
         if settings := stable_settings(plain, None):
             plain = build_meta(source.model_class, as_read(config, settings), where=source.name)

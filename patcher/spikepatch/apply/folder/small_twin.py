@@ -52,7 +52,9 @@ def try_small(source: Source, fits: Callable[[Any], bool], convert: Callable[[st
 
 
 def _smaller(config: Any) -> Iterator[Any]:
-    """Configs with few layers, and where that is possible few tokens too: settings that count layers, and lists of them."""
+    """Configs with few layers, and where that is possible few tokens too: settings that count layers, and lists of
+    them.
+    """
     settings = json.loads(config.to_json_string())
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     few: dict[str, Any] = {}

@@ -43,17 +43,18 @@ def render(original: Original) -> dict[str, str]:
 def completed(record: Mapping[str, Any], original: Original, replaced: Mapping[str, Any]) -> dict[str, Any]:
     """``record`` of a plan as config.json holds it, where the model runs on generated files.
 
-    A class of the original type that is asked for by its name, such as ``LlamaForCausalLM.from_pretrained(folder)``, sees
-    another type, and looks for a part of the config that is of its own: it finds this, and a dtype that says what to do,
-    at which transformers stops. Else it would load plain weights, and say so in a line that is easily overlooked.
+    A class of the original type that is asked for by its name, such as ``LlamaForCausalLM.from_pretrained(folder)``,
+    sees another type, and looks for a part of the config that is of its own: it finds this, and a dtype that says what
+    to do, at which transformers stops. Else it would load plain weights, and say so in a line that is easily
+    overlooked.
 
     Args:
         replaced: see ``original_entries``.
     """
     stop = {
         "model_type": original.model_type,
-        "dtype": f"this folder holds a patched model, which {original.model.__name__} by itself leaves unpatched. Load it"
-        f" with {original.auto_class}.from_pretrained(folder, trust_remote_code=True)",
+        "dtype": f"this folder holds a patched model, which {original.model.__name__} by itself leaves unpatched. Load"
+        f" it with {original.auto_class}.from_pretrained(folder, trust_remote_code=True)",
     }
     return {**record, "original": dict(replaced), **(stop if original.model_type else {})}
 

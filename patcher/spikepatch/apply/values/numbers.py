@@ -18,9 +18,9 @@ _TAIL = 7.5
 def check_numbers(plan: Plan, dtypes: Mapping[str, torch.dtype], largest: Callable[[str], float]) -> None:
     """Refuse what would be written as 0 or infinite though it is neither, or makes a stream that overflows.
 
-    A value is lost where its std is less than 8 steps of the dtype's smallest number. An embedding multiplied by c is too
-    large where c times an element of it is not finite in the dtype, or its square not in float32, in which norms are
-    computed.
+    A value is lost where its std is less than 8 steps of the dtype's smallest number. An embedding multiplied by c is
+    too large where c times an element of it is not finite in the dtype, or its square not in float32, in which norms
+    are computed.
 
     Args:
         dtypes: of each parameter that the plan writes or scales, by its name.
