@@ -21,9 +21,9 @@ from spikepatch.plans.plan import (
     ScaleEmbedding,
 )
 from spikepatch.recipes.plan_of import element_std
+from spikepatch.source.apart import equal
 from spikepatch.source.checkpoint import read_checkpoint
 from spikepatch.source.header import TensorEntry
-from spikepatch.source.match import _equal
 from spikepatch.source.meta import build_meta
 from spikepatch.source.pieces import loaded_pieces, pieces
 from tests.architectures import tiny_model
@@ -104,7 +104,7 @@ def test_equal(tmp_path: Path) -> None:
     y = x.clone()
     y[2999] += 1
     entries = stored(tmp_path, a=x, b=x.clone(), c=y, d=x.clone().reshape(30, 100))
-    assert [_equal(entries[0], other) for other in entries] == [True, True, False, False]
+    assert [equal(entries[0], other) for other in entries] == [True, True, False, False]
 
 
 def stds(plan: Plan) -> dict[str, float]:

@@ -4,21 +4,17 @@ code (a missing prefix, renamed modules), and transformers' own loading rules sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 
 from spikepatch.errors import BadSource
-from spikepatch.source.arrivals import Arrivals
-from spikepatch.source.checkpoint import Checkpoint
+from spikepatch.source.apart import equal, renamed
 from spikepatch.source.header import TensorEntry, torch_dtype
 from spikepatch.source.layout import layout
 from spikepatch.source.meta import skeleton
-from spikepatch.source.pieces import pieces
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -71,7 +67,7 @@ def match_source(source: Source, model: nn.Module) -> Match:
     findings += [
         f"{name} and {first.name} are one tensor of the model but hold different values"
         for name, first in second_copies.items()
-        if not _equal(entries[name], first)
+        if not equal(entries[name], first)
     ]
     if findings:
         raise BadSource(
@@ -83,65 +79,8 @@ def match_source(source: Source, model: nn.Module) -> Match:
     return Match(found, whole, tuple(name for name in entries if name in spare and name not in second_copies))
 
 
-#: Of a checkpoint, which tied names it stores apart; told once, since their values are read for it.
-_apart: WeakKeyDictionary[Arrivals, frozenset[str]] = WeakKeyDictionary()
-
-
-def untie_stored(model: Any, checkpoint: Checkpoint) -> None:
-    """Give tied parameters that ``checkpoint`` stores with different values one each, as ``from_pretrained`` does,
-    whatever the config says: the heads of T5 1.1, Flan-T5 and mT5.
-
-    Args:
-        model: as its config builds it; is changed.
-    """
-    found = _apart.get(checkpoint.arrivals)
-    if found is None:
-        found = _apart[checkpoint.arrivals] = frozenset(_stored_apart(model, checkpoint))
-    for name in found & model.all_tied_weights_keys.keys():
-        owner, _, own_name = name.rpartition(".")
-        table = model.get_parameter(name)
-        setattr(model.get_submodule(owner), own_name, nn.Parameter(table.detach().clone()))
-        model.all_tied_weights_keys.pop(name)
-
-
-def stored_apart(checkpoint: Checkpoint | None) -> frozenset[str]:
-    """What ``untie_stored`` has found to be stored apart."""
-    return frozenset() if checkpoint is None else _apart.get(checkpoint.arrivals, frozenset())
-
-
-def _stored_apart(model: Any, checkpoint: Checkpoint) -> Iterator[str]:
-    tied = getattr(model, "all_tied_weights_keys", {})
-    if not tied:
-        return
-    stored = {renamed: checkpoint.tensors[name] for name, renamed in _renamed(model, checkpoint.tensors).items()}
-    for name, other in tied.items():
-        if name in stored and other in stored and not _equal(stored[name], stored[other]):
-            yield name
-
-
 def _owners(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Checkpoint name -> in-memory name; of tied tensors the first name, whichever of them the checkpoint stores."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     aliases = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return {name: aliases.get(renamed, renamed) for name, renamed in _renamed(model, names).items()}
-
-
-def _renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Checkpoint name -> in-memory name by transformers' renaming rules, where no weights are fused on the way."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
-    found = {}
-    for name in names:
-        renamed, fused = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if fused is None and renamed in state:
-            found[name] = renamed
-    return found
-
-
-def _equal(a: TensorEntry, b: TensorEntry) -> bool:
-    return a.shape == b.shape and all(torch.equal(x, y) for x, y in zip(pieces(a), pieces(b), strict=True))
+    return {name: aliases.get(own, own) for name, own in renamed(model, names).items()}

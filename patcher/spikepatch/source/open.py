@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spikepatch.errors import BadSource
 from spikepatch.progress import Progress
 from spikepatch.source import hub
+from spikepatch.source.apart import untie_stored
 from spikepatch.source.checkpoint import Checkpoint, inside, read_checkpoint
 from spikepatch.source.config import Architecture, default_architecture, read_architecture
 from spikepatch.source.formats import (
@@ -25,8 +26,7 @@ from spikepatch.source.formats import (
     parse_json,
 )
 from spikepatch.source.header import MalformedError
-from spikepatch.source.redirects import check_files, check_tokenizer
-from spikepatch.source.tokenizer import code_files
+from spikepatch.source.redirects import check_files, check_tokenizer, code_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -143,11 +143,11 @@ def build_meta(source: Source) -> PreTrainedModel:
     Raises:
         Refused: the model cannot be built from its config.
     """
-    from spikepatch.source import match, meta
+    from spikepatch.source import meta
 
     model = meta.build_meta(source.model_class, source.config, where=source.name)
     if source.checkpoint is not None:
-        match.untie_stored(model, source.checkpoint)
+        untie_stored(model, source.checkpoint)
     return model
 
 

@@ -121,3 +121,11 @@ def check_tokenizer(folder: Path, where: str) -> None:
             why=some(found, 5),
             remedy=_REMEDY,
         )
+
+
+def code_files(config: Any) -> list[str]:
+    """The Python files that the ``auto_map`` of a config.json or tokenizer_config.json names."""
+    named = config.get("auto_map") if isinstance(config, dict) else None
+    references = list(named.values()) if isinstance(named, dict) else [named] if named else []
+    flat = [one for each in references for one in (each if isinstance(each, list) else [each]) if one]
+    return [f"{str(reference).rpartition('--')[2].partition('.')[0]}.py" for reference in flat]

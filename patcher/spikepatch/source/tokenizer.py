@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spikepatch.errors import Refused
 from spikepatch.quiet import quiet
 from spikepatch.source.formats import parse_json
+from spikepatch.source.redirects import code_files
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -87,14 +88,6 @@ def refit(original: Any, folder: Path, *, trusted: bool = False) -> tuple[str, .
         why=f"AutoTokenizer chooses its class by the model's type, and for the patched model {problem}",
         remedy="remove the tokenizer's files from the source, and load the tokenizer from the source",
     )
-
-
-def code_files(config: Any) -> list[str]:
-    """The Python files that a tokenizer_config.json names."""
-    named = config.get("auto_map") if isinstance(config, dict) else None
-    references = list(named.values()) if isinstance(named, dict) else [named] if named else []
-    flat = [one for each in references for one in (each if isinstance(each, list) else [each]) if one]
-    return [f"{str(reference).rpartition('--')[2].partition('.')[0]}.py" for reference in flat]
 
 
 def _write(config: Path, data: Any) -> None:

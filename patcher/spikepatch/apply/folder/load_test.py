@@ -59,10 +59,10 @@ def fits(model: nn.Module) -> bool:
     return needed < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
 
 
-Outcome = Literal["passed", "passed, with numbers at a small size", "passed without numbers", "left out"]
+Tried = Literal["passed", "passed, with numbers at a small size", "passed without numbers", "left out"]
 
 
-def outcome(process: Loader | None, wanted: Wanted, small: Callable[[], bool] = lambda: False) -> Outcome:
+def outcome(process: Loader | None, wanted: Wanted, small: Callable[[], bool] = lambda: False) -> Tried:
     """What the manifest says of the test, once it has not refused.
 
     Args:

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from spikepatch.source.apart import stored_apart
 from spikepatch.source.formats import some
-from spikepatch.source.match import stored_apart
 
 if TYPE_CHECKING:
     from spikepatch.apply.disk.pipeline import Tally

@@ -19,10 +19,11 @@ from spikepatch.residual.identity import Values, forward_of
 from spikepatch.residual.ops import LOOKUPS, op
 from spikepatch.residual.trace import Trace
 from spikepatch.runtime.embedding import change_output
+from spikepatch.source.apart import untie_stored
 from spikepatch.source.checkpoint import read_tensor
 from spikepatch.source.header import TensorEntry, torch_dtype
 from spikepatch.source.layout import layout
-from spikepatch.source.match import Match, untie_stored
+from spikepatch.source.match import Match
 from spikepatch.source.meta import as_read, build_meta, skeleton
 from spikepatch.source.open import Source
 

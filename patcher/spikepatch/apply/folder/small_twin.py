@@ -64,7 +64,7 @@ def _smaller(config: Any) -> Iterator[Any]:
         elif isinstance(value, list) and layers and len(value) == layers:
             few[name] = value[:_LAYERS]
     words = {"vocab_size": _WORDS} if settings.get("vocab_size", 0) > _WORDS else {}
-    tokens = {n: 0 for n, v in settings.items() if n.endswith("_token_id") and isinstance(v, int) and v >= _WORDS}
+    tokens = {n: 0 for n, v in settings.items() if n.endswith("token_id") and isinstance(v, int) and v >= _WORDS}
     for changes in (few | words | tokens, few):
         try:
             yield as_read(config, changes)
