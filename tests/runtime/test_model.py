@@ -1,4 +1,4 @@
-"""What the generated classes share: what they are built from, what stays patched, what fresh rows hold, what is saved."""
+"""What generated classes share: what they are built from, what stays patched, what fresh rows hold, what is saved."""
 
 from __future__ import annotations
 

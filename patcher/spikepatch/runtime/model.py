@@ -54,22 +54,14 @@ class Patched:
         parent: Any = super()
         replace_lookups(_model(self), value, parent.set_input_embeddings)
 
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool | None = None,
-    ) -> Any:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers does it; rows that are added to fresh weights get the recipe's std, unless ``mean_resizing``
         is asked for.
         """
         parent: Any = super()
-        fresh = self.config.spikepatch["init"] is not None and not mean_resizing
         before = {name: len(p) for name, p in _model(self).named_parameters(remove_duplicate=False) if p.ndim}
-        result = parent.resize_token_embeddings(
-            new_num_tokens, pad_to_multiple_of, not fresh if mean_resizing is None else mean_resizing
-        )
-        if fresh:
+        result = parent.resize_token_embeddings(*args, **kwargs)
+        if not kwargs.get("mean_resizing", (*args, False, False, False)[2]):
             initialise_added(_model(self), self.config.spikepatch, before)
         return result
 

@@ -272,7 +272,7 @@ def _convert(
                 check_loads(process, scratch, wanted, tokenizer=has_tokenizer(found.copied_files), out=folder)
             test = outcome(process, wanted, lambda: try_small(found, fits, small))
             write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes, test))
-            result = _noted(_with_casts(result, written), *notes.load_test(test))
+            result = _noted(_with_casts(result, written), *notes.load_test(test, asked=load_test))
             if reinit == "all":
                 return result
             report("measuring the loss before and after")

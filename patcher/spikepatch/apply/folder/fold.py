@@ -171,7 +171,9 @@ def _fold(
     except OSError as error:
         raise unwritable(folder, error) from error
     unsound = notes.unsound_values(written.tallies, str(found.config.dtype).removeprefix("torch."))
-    return dataclasses.replace(result, notes=(*result.notes, *unsound, *written.notes, *notes.load_test(test)))
+    return dataclasses.replace(
+        result, notes=(*result.notes, *unsound, *written.notes, *notes.load_test(test, asked=load_test))
+    )
 
 
 def _ties(config: Any) -> bool:

@@ -122,7 +122,9 @@ def differences(process: Loader, folder: Path, wanted: Wanted, *, tokenizer: boo
     live = read_into(wanted.model, folder, answer["dtypes"])
     yield from _parameters(answer["hashes"], live)
     tensors = load_file(files["tensors"])
-    yield from _buffers({n.removeprefix("buffer."): t for n, t in tensors.items() if n.startswith("buffer.")}, live)
+    yield from _buffers(
+        {n.removeprefix("buffer."): t for n, t in tensors.items() if n.startswith("buffer.")}, live, wanted.model
+    )
     if tokenizer:
         yield from _tokens(answer["ids"], folder, wanted.trust)
     if inputs:
@@ -154,7 +156,9 @@ def read_into(model: nn.Module, folder: Path, dtypes: Mapping[str, str]) -> nn.M
         own_parameters(live.get_submodule(owner))[own] = real[id(parameter)]
     for name, buffer in list(live.named_buffers()):
         owner, _, own = name.rpartition(".")
-        own_buffers(live.get_submodule(owner))[own] = buffer.clone()
+        own_buffers(live.get_submodule(owner))[own] = torch.zeros_like(buffer, device="cpu").copy_(
+            buffer if not buffer.is_meta else torch.zeros(())
+        )
     tensors = dict(live.named_parameters(remove_duplicate=False)) | dict(live.named_buffers())
     entries = read_checkpoint(folder).tensors
     with torch.no_grad():
@@ -190,12 +194,17 @@ def _parameters(hashes: Mapping[str, int], live: nn.Module) -> Iterator[str]:
         yield f"parameters have other values: {some(other)}"
 
 
-def _buffers(given: Mapping[str, torch.Tensor], live: nn.Module) -> Iterator[str]:
+def _buffers(given: Mapping[str, torch.Tensor], live: nn.Module, model: nn.Module) -> Iterator[str]:
     wanted = dict(live.named_buffers())
+    unknown = {name for name, buffer in model.named_buffers() if buffer.is_meta} - set(live.state_dict())
     odd = sorted(wanted.keys() ^ given.keys())
     if odd:
         yield f"buffers are missing or new: {some(odd)}"
-    other = [name for name, buffer in wanted.items() if name in given and not _same(given[name], buffer)]
+    other = [
+        name
+        for name, buffer in wanted.items()
+        if name in given and name not in unknown and not _same(given[name], buffer)
+    ]
     if other:
         yield (
             f"buffers have other values: {some(other)}; where only a constructor fills them, as in code from before"
