@@ -5,7 +5,7 @@ Requests come as lines of JSON on standard input, answers leave as lines of JSON
 imports what loading needs before the first request has come.
 
     {"folder", "auto_class", "trust", "whole": true, "inputs": file, "tensors": file, "texts": [...]}
-    {"class", "problems", "tied", "dtypes", "shapes", "hashes", "ids"}    or    {"error"}
+    {"class", "problems", "tied", "dtypes", "shapes", "hashes", "ids", "forward": error}    or    {"error"}
 
 Buffers and outputs are in the file ``tensors``, as ``buffer.NAME`` and ``output.NAME``. Without ``whole`` the model is
 built from its config on the meta device, and there are no tensors.
@@ -42,9 +42,13 @@ def main() -> None:
             with torch.no_grad():
                 answer = loaded(request) if request["whole"] else built(request)
         except Exception as error:  # whatever loading raises
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+            answer = {"error": said(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def loaded(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,8 +75,12 @@ def loaded(request: Mapping[str, Any]) -> dict[str, Any]:
         answer["ids"] = [tokenizer(text).input_ids for text in request["texts"]]
     if request["inputs"]:
         torch.manual_seed(0)
-        result = model.float().eval()(**load_file(request["inputs"]))
-        tensors |= {f"output.{name}": tensor for name, tensor in outputs(result).items()}
+        try:
+            result = model.float().eval()(**load_file(request["inputs"]))
+        except Exception as error:  # whatever its own code raises; as the live model's may
+            answer["forward"] = said(error)
+        else:
+            tensors |= {f"output.{name}": tensor for name, tensor in outputs(result).items()}
     save_file(tensors, request["tensors"])
     return answer
 

@@ -129,7 +129,7 @@ def differences(process: Loader, folder: Path, wanted: Wanted, *, tokenizer: boo
         yield from _tokens(answer["ids"], folder, wanted.trust)
     if inputs:
         given = {n.removeprefix("output."): t for n, t in tensors.items() if n.startswith("output.")}
-        yield from _outputs(given, live, inputs, wanted.unsound)
+        yield from _outputs(given, answer.get("forward"), live, inputs, wanted.unsound)
 
 
 def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -230,14 +230,22 @@ def _tokens(given: Iterable[list[int]], folder: Path, trust: bool) -> Iterator[s
 
 @torch.no_grad()
 def _outputs(
-    given: Mapping[str, torch.Tensor], live: nn.Module, inputs: Mapping[str, torch.Tensor], unsound: bool
+    given: Mapping[str, torch.Tensor],
+    raised: str | None,
+    live: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    unsound: bool,
 ) -> Iterator[str]:
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             wanted = outputs(live.float()(**inputs))
     except Exception as error:  # whatever its forward pass raises
-        yield f"the live model does not run ({on_one_line(error, 200)}), the loaded one does"
+        if raised is None:
+            yield f"the live model does not run ({on_one_line(error, 200)}), the loaded one does"
+        return
+    if raised is not None:
+        yield f"its forward pass raises {raised}"
         return
     for name, tensor in wanted.items():
         if name not in given or given[name].shape != tensor.shape:
