@@ -161,6 +161,18 @@ def test_added_rows_of_a_learned_model_are_transformers_own() -> None:
 # The config
 
 
+def test_a_constructor_that_copies_the_config(tmp_path: Path) -> None:
+    """As the decoders of encoder-decoders do, alone: what is saved is patched all the same."""
+    sizes = {"d_model": 64, "decoder_layers": 2, "decoder_ffn_dim": 64, "decoder_attention_heads": 4}
+    live = patched(tiny_model("pegasus", **sizes))
+    live.save_pretrained(tmp_path / "one")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", trust_remote_code=True)
+    loaded.save_pretrained(tmp_path / "two")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two", trust_remote_code=True)
+    assert type(loaded.config) is type(loaded).config_class
+    torch.testing.assert_close(again(ids(again)).logits, live(ids(live)).logits)
+
+
 def test_settings_that_a_constructor_derives_are_there(tmp_path: Path) -> None:
     live = patched(tiny_model("llama"))
     live.save_pretrained(tmp_path)

@@ -33,6 +33,7 @@ class Patched:
         parent: Any = super()
         with _as_original(config):
             parent.__init__(config, *args, **kwargs)
+        _name_copies(_model(self), config)
         install(_model(self), config.spikepatch)
         _model(self).post_init()
 
@@ -120,6 +121,15 @@ def _as_original(config: Any) -> Iterator[None]:
         yield
     finally:
         config.__class__, config.auto_map = patched, auto_map
+
+
+def _name_copies(model: Any, config: Any) -> None:
+    """Copies of the config, which a constructor may keep in its place, are of its class too."""
+    original = original_config_class(type(config))
+    for module in model.modules():
+        kept = getattr(module, "config", None)
+        if type(kept) is original:
+            kept.__class__, kept.auto_map = type(config), dict(config.auto_map)
 
 
 def _is_loaded(model: Any) -> bool:
