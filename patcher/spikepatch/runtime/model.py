@@ -111,25 +111,27 @@ def _as_original(config: Any) -> Iterator[None]:
     A model that asks an auto class for a part of itself, as transformers' general heads do, gets the original's part,
     and is not asked whether it trusts the generated file that it comes from.
     """
-    patched, auto_map = type(config), config.auto_map
-    original = config.spikepatch["original"].get("auto_map")
+    patched, auto_map = type(config), vars(config).pop("auto_map", None)
+    original = (config.spikepatch or {}).get("original", {}).get("auto_map")
     config.__class__ = original_config_class(patched)
-    del config.auto_map
     if original is not None:
         config.auto_map = original
     try:
         yield
     finally:
-        config.__class__, config.auto_map = patched, auto_map
+        config.__class__ = patched
+        vars(config).pop("auto_map", None)
+        if auto_map is not None:
+            config.auto_map = auto_map
 
 
 def _name_copies(model: Any, config: Any) -> None:
     """Copies of the config, which a constructor may keep in its place, are of its class too."""
     original = original_config_class(type(config))
     for module in model.modules():
-        kept = getattr(module, "config", None)
-        if type(kept) is original:
-            kept.__class__, kept.auto_map = type(config), dict(config.auto_map)
+        kept: Any = getattr(module, "config", None)
+        if kept.__class__ is original:
+            kept.__class__, kept.auto_map = type(config), dict(getattr(config, "auto_map", None) or {})
 
 
 def _is_loaded(model: Any) -> bool:

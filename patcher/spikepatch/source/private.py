@@ -146,7 +146,8 @@ def as_parsed(data: dict[str, Any]) -> dict[str, Any]:
     """What config.json holds, as transformers reads it: infinite numbers and NaN are objects there."""
     from transformers import PreTrainedConfig
 
-    found: dict[str, Any] = PreTrainedConfig._decode_special_floats(data)
+    decode = getattr(PreTrainedConfig, "_decode_special_floats", dict)  # older versions have no such objects
+    found: dict[str, Any] = decode(data)
     return found
 
 
