@@ -127,10 +127,11 @@ def _as_original(config: Any) -> Iterator[None]:
 
 def _name_copies(model: Any, config: Any) -> None:
     """Copies of the config, which a constructor may keep in its place, are of its class too."""
-    original = original_config_class(type(config))
+    original: type = original_config_class(type(config))
     for module in model.modules():
         kept: Any = getattr(module, "config", None)
-        if kept.__class__ is original:
+        kind = type(kept)
+        if kind is original:
             kept.__class__, kept.auto_map = type(config), dict(getattr(config, "auto_map", None) or {})
 
 

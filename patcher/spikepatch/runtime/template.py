@@ -10,6 +10,8 @@ Written by spikepatch, which need not be installed to use it:
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel, GPT2Model
 
+from .embedding import install as install  # older versions of transformers take only the files that are named here
+from .fresh import initialise as initialise
 from .model import Patched, PatchedSettings, convert_like_parent
 
 
