@@ -38,6 +38,9 @@ settings.load_profile("spikepatch")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A conversion that is not tested for loading saves a process of its own; the fixture `load_test` brings it back.
+os.environ.setdefault("SPIKEPATCH_LOAD_TEST", "0")
+
 #: What never imports torch: `pytest --light` runs these files alone, in seconds, and fails if one did.
 LIGHT = (
     "test_package.py", "plans/test_plan.py", "plans/test_work_out.py", "recipes/test_built_in.py",
@@ -105,6 +108,12 @@ def _once(name: str, build: Callable[[Path, Path], None]) -> Path:
                 build(Path(scratch), out)
                 out.rename(target)
     return target
+
+
+@pytest.fixture
+def load_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is loaded by a fresh process, as it is for a user."""
+    monkeypatch.delenv("SPIKEPATCH_LOAD_TEST", raising=False)
 
 
 @pytest.fixture(scope="session")

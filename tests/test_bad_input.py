@@ -214,11 +214,6 @@ CASES = {
         ),
         KEEP,
     ),
-    "two values of one tensor": Case(
-        changed_tensors(lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING] + 1})),
-        ("hold different values", "--reinit all"),
-        KEEP,
-    ),
     "NaN in the embedding": Case(
         changed_tensors(lambda tensors: tensors[EMBEDDING][3].fill_(torch.nan)),
         (f"{EMBEDDING} holds NaN", "are not finite", "use a sound checkpoint"),

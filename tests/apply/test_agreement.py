@@ -114,8 +114,7 @@ def test_every_recipe(model_type: str, name: str, tmp_path: Path) -> None:
     configs = [json.loads((tmp_path / side / "config.json").read_text()) for side in ("disk", "live")]
     assert configs[0]["spikepatch"] == configs[1]["spikepatch"]
     # What a generated class replaces in the config is no part of the plan.
-    recorded = {name: value for name, value in configs[0]["spikepatch"].items() if name != "original"}
-    assert recorded == result.plan.record(spikepatch.__version__)
+    assert result.plan.record(spikepatch.__version__).items() <= configs[0]["spikepatch"].items()
     loaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "disk", trust_remote_code=True, output_loading_info=True
     )

@@ -1,4 +1,5 @@
-"""Time and memory of ``convert``: ``python -m tests.benchmarks.bench_convert [speed[=LAYERS]] [memory] [linear]``.
+"""Time and memory of ``convert``: ``python -m tests.benchmarks.bench_convert [speed[=LAYERS]] [memory] [linear]
+[load]``.
 
 speed: a 1.1 B-parameter bfloat16 Llama in 5 shards (2.2 GB); in-process, after imports. Everything in one round after
 the other, 7 rounds; ratios are of medians. Targets: ``--reinit none`` at most 2.0 times (cp + sync), ``--reinit all``
@@ -8,7 +9,8 @@ generator is torch's, whose bits differ between kinds of processors; beside it n
 "Less planning": without what comes before the first byte (finding and proving the stream, 0.6 s), which depends on
 the number of layers, and not on their size.
 memory: 20 GB of weights, and one tensor of 4 GB; the target is 256 MB and a piece above ``import torch``. It takes
-20 GB of disk. linear: 0.1, 1 and 10 GB, beside cp + sync of the same.
+20 GB of disk. linear: 0.1, 1 and 10 GB, beside cp + sync of the same. All of these without the load test, whose cost is
+measured apart: load: the whole command on GPT-2 small and on the 1.1 B model, with it and without.
 
 ``TMPDIR`` says on which disk. On a machine that others use too, the seconds of the processors tell more than the clock.
 """
@@ -260,6 +262,36 @@ def linear() -> None:
                 )
 
 
+def load() -> None:
+    for name in ("arch:gpt2", "1.1 B"):
+        with scratch() as folder:
+            source = name
+            if name == "1.1 B":
+                source = str(folder / "source")
+                sparse_source(Path(source), 2, **TINY_LLAMA)
+            words = [sys.executable, "-W", "ignore", "-m", "spikepatch", "convert", source, str(folder / "out"), "-q"]
+            took: dict[str, list[tuple[float, float]]] = {"--load-test": [], "--no-load-test": []}
+            for _ in range(3):
+                for option, runs in took.items():
+                    runs.append(_timed_command([*words, "--overwrite", option]))
+            (clock, work), (clock_0, work_0) = (
+                tuple(statistics.median(run[i] for run in runs) for i in (0, 1)) for runs in took.values()
+            )
+            click.echo(
+                f"{name}: with the load test {clock:.1f} s of the clock and {work:.1f} s of work, without {clock_0:.1f}"
+                f" and {work_0:.1f}; ratios {clock / clock_0:.2f} and {work / work_0:.2f}"
+            )
+
+
+def _timed_command(words: list[str]) -> tuple[float, float]:
+    """Seconds of the clock, and of all processors."""
+    environment = {name: value for name, value in os.environ.items() if name != "SPIKEPATCH_LOAD_TEST"}
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
+    clock, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return clock, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def _peak() -> float:
     """Peak resident memory of this process, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -267,7 +299,8 @@ def _peak() -> float:
 
 
 def main(wanted: list[str]) -> None:
-    for word in wanted or ["speed", "memory", "linear"]:
+    os.environ["SPIKEPATCH_LOAD_TEST"] = "0"
+    for word in wanted or ["speed", "memory", "linear", "load"]:
         name, _, layers = word.partition("=")
         if name == "memory":
             for case in ("20 GB", "4 GB in one tensor"):
@@ -275,6 +308,8 @@ def main(wanted: list[str]) -> None:
                 subprocess.run([sys.executable, "-c", code], check=True)
         elif name == "linear":
             linear()
+        elif name == "load":
+            load()
         else:
             speed(int(layers or 22))
 

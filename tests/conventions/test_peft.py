@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import spikepatch
-from tests.architectures import tiny_config
+from tests.architectures import tiny_config, tiny_model
 from tests.elsewhere import logits_elsewhere
 
 peft = pytest.importorskip("peft", reason="needs the extra 'conventions'")
@@ -22,6 +22,7 @@ peft = pytest.importorskip("peft", reason="needs the extra 'conventions'")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's own use
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
 ]
 
@@ -76,3 +77,44 @@ def test_lora(model_type: str, options: dict[str, Any], targets: Any, tmp_path: 
     bound = 7 * 3 * math.sqrt(256) * torch.finfo(torch.float32).eps * expected.abs().max()
     assert (found["logits"] - expected).abs().max() <= bound
     assert (expected - plain).abs().max() > 100 * bound
+
+
+ADAPTERS: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2, 3]},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": ["embed_tokens"], "use_dora": True},
+]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_an_adapter_that_would_leave_the_norm_out_is_not_put_on(adapter: dict[str, Any], model_type: str) -> None:
+    """PEFT looks rows up in the matrix itself. Of Gemma's embedding it knows the factor that is its own."""
+    model: Any = tiny_model(model_type)
+    if model_type == "llama":
+        spikepatch.patch(model, "embed-ln", reinit="all")
+    else:
+        spikepatch.patch(model, "scaled-embed", reinit="all", replace=True, factor=3.0)
+    with pytest.raises(ValueError, match=r"an adapter on this embedding would leave out what config\.spikepatch says"):
+        peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, **adapter))
+
+
+def test_the_whole_embedding_can_be_trained_with_its_norm() -> None:
+    """As the refusal says."""
+    model: Any = spikepatch.patch(tiny_model("llama"), "embed-ln", reinit="all")
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+        adapted = peft.get_peft_model(model, config)
+        assert torch.equal(adapted(ids).logits, before)
+        assert torch.equal(adapted.merge_and_unload()(ids).logits, before)
+
+
+def test_tokens_of_a_scaled_embedding_are_trained_as_before() -> None:
+    model: Any = spikepatch.patch(tiny_model("llama"), "scaled-embed", reinit="all")
+    ids = torch.arange(1, 13)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[1, 2, 3])
+        torch.testing.assert_close(peft.get_peft_model(model, config)(ids).logits, before)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +21,9 @@ from spikepatch.plans.plan import (
     ScaleEmbedding,
 )
 from spikepatch.recipes.plan_of import element_std
+from spikepatch.source.apart import equal
 from spikepatch.source.checkpoint import read_checkpoint
 from spikepatch.source.header import TensorEntry
-from spikepatch.source.match import _equal
 from spikepatch.source.meta import build_meta
 from spikepatch.source.pieces import loaded_pieces, pieces
 from tests.architectures import tiny_model
@@ -46,10 +48,10 @@ def test_std(tmp_path: Path, dtype: torch.dtype, mean: float) -> None:
     exact = np.std(x.double().numpy().astype(np.longdouble), ddof=1)
     (entry,) = stored(tmp_path, x=x)
 
-    assert element_std(pieces(entry), entry.elements) == pytest.approx(
+    assert element_std(pieces(entry), entry.shape) == pytest.approx(
         float(exact), rel=x.numel() * np.finfo(np.float64).eps
     )
-    assert element_std(loaded_pieces(x.t().contiguous().t()), x.numel()) == element_std(pieces(entry), entry.elements)
+    assert element_std(loaded_pieces(x.t().contiguous().t()), x.shape) == element_std(pieces(entry), entry.shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,13 +60,43 @@ def test_std_of_what_is_not_finite(tmp_path: Path, dtype: torch.dtype, bad: floa
     x = torch.ones(2500, dtype=dtype)
     x[1700] = bad
     (entry,) = stored(tmp_path, x=x)
-    assert not math.isfinite(element_std(pieces(entry), entry.elements))
+    assert not math.isfinite(element_std(pieces(entry), entry.shape))
 
 
 def test_std_of_little(tmp_path: Path) -> None:
     one, equal = stored(tmp_path, one=torch.ones(1), equal=torch.full((9,), 0.1))
-    assert math.isnan(element_std(pieces(one), one.elements))
-    assert element_std(pieces(equal), equal.elements) == 0
+    assert math.isnan(element_std(pieces(one), one.shape))
+    assert element_std(pieces(equal), equal.shape) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unused", [0.0, 1e-5])
+def test_rows_that_no_token_uses(dtype: torch.dtype, unused: float, tmp_path: Path) -> None:
+    """A quarter of zero rows would make the std smaller by sqrt(3/4)."""
+    x = 0.02 * torch.randn(400, 37, generator=torch.Generator().manual_seed(0))
+    table = x.clone()
+    table[::4] *= unused
+    (entry,) = stored(tmp_path, x=table.to(dtype))
+    exact = np.std(x.reshape(100, 4, 37)[:, 1:].to(dtype).double().numpy(), ddof=1)
+    others = np.std(x[:300].to(dtype).double().numpy(), ddof=1)
+
+    assert element_std(pieces(entry), entry.shape) == pytest.approx(float(exact), rel=1e-11)
+    (whole,) = stored(tmp_path, x=x.to(dtype))
+    assert element_std(pieces(whole), whole.shape, range(300)) == pytest.approx(float(others), rel=1e-11)
+    assert element_std(pieces(whole), whole.shape, []) == element_std(pieces(whole), whole.shape)
+
+
+def test_a_factor_of_the_rows_that_tokens_use(gpt2_tokenizer: Path, tmp_path: Path) -> None:
+    """The vocabulary is padded; and the rows that pad it, though large, belong to no token."""
+    model: Any = tiny_model("gpt2", vocab_size=50304)
+    with torch.no_grad():
+        model.transformer.wte.weight[50257:] = 5.0
+    shutil.copytree(gpt2_tokenizer, tmp_path / "source")
+    model.save_pretrained(tmp_path / "source")
+    (scaled,) = spikepatch.plan(str(tmp_path / "source"), reinit="none").select(ScaleEmbedding)
+    rows = model.transformer.wte.weight[:50257].detach().double().numpy()
+
+    assert scaled.factor == pytest.approx(1 / rows.std(ddof=1), rel=1e-9)
 
 
 def test_equal(tmp_path: Path) -> None:
@@ -72,7 +104,7 @@ def test_equal(tmp_path: Path) -> None:
     y = x.clone()
     y[2999] += 1
     entries = stored(tmp_path, a=x, b=x.clone(), c=y, d=x.clone().reshape(30, 100))
-    assert [_equal(entries[0], other) for other in entries] == [True, True, False, False]
+    assert [equal(entries[0], other) for other in entries] == [True, True, False, False]
 
 
 def stds(plan: Plan) -> dict[str, float]:

@@ -15,7 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
-from spikepatch.runtime.embedding import detach_output, initialise, install, norm_output, pattern, scale_output
+from spikepatch.runtime.embedding import detach_output, install, norm_output, pattern, scale_output
+from spikepatch.runtime.fresh import initialise
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 WIDTH = 16

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spikepatch.apply.disk.publish import check_local_target
+from spikepatch.apply.folder.loader import loader
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose, progress
 from spikepatch.residual.table import columns
@@ -48,13 +49,15 @@ if TYPE_CHECKING:
 @options.allow_nonfinite
 @options.example_inputs
 @options.overwrite
+@options.load_test
 @click.option(
     "--dry-run", is_flag=True, help="Plan and check everything, print the plan, and what factors do to learned weights."
 )
 @options.as_json
 def convert_command(source: str, out: str, *, as_json: bool, dry_run: bool, **options: Any) -> None:
     check_local_target(out, source, overwrite=options["overwrite"])  # before torch is loaded
-    with progress() as report:
+    # Its imports go on while ours do.
+    with loader(options["load_test"] and not dry_run), progress() as report:
         from spikepatch.apply.folder.convert import convert
 
         result = convert(source, out, dry_run=dry_run, progress=report, **options)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from spikepatch.apply.disk.publish import check_local_target
+from spikepatch.apply.folder.loader import loader
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, progress
 from spikepatch.commands.convert import load_line
@@ -21,6 +22,7 @@ from spikepatch.source.formats import size
 @options.trust_remote_code
 @options.allow_nonfinite
 @options.overwrite
+@options.load_test
 @options.as_json
 def fold_command(trained: str, out: str, *, as_json: bool, **options: Any) -> None:
     """Write TRAINED to OUT as the plain architecture again.
@@ -30,7 +32,7 @@ def fold_command(trained: str, out: str, *, as_json: bool, **options: Any) -> No
     after training, since training on is not the same. No code that spikepatch wrote is run.
     """
     check_local_target(out, trained, overwrite=options["overwrite"])  # before torch is loaded
-    with progress() as report:
+    with loader(options["load_test"]), progress() as report:  # its imports go on while ours do
         from spikepatch.apply.folder.fold import fold
 
         result = fold(trained, out, progress=report, **options)

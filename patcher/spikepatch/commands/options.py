@@ -86,4 +86,10 @@ allow_nonfinite: Decorator = click.option(
 overwrite: Decorator = click.option(
     "--overwrite", is_flag=True, help="Replace a folder at OUT, once the new one is complete."
 )
+load_test: Decorator = click.option(
+    "--load-test/--no-load-test",
+    default=True,
+    show_default=True,
+    help="Before OUT appears, load it in a fresh process, and compare it with the model that was meant.",
+)
 as_json: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")

@@ -13,7 +13,7 @@ from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
 from spikepatch.residual.features import place_tokens
 from spikepatch.residual.trace import full_example
-from spikepatch.source.tokenizer import load_tokenizer
+from spikepatch.source.tokenizer import source_tokenizer
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -63,7 +63,7 @@ def text_tokens(path: Path, source: Source | None, *, tokens: int, batch: int) -
         raise refused("there is no tokenizer beside the model", "pass example_inputs={'input_ids': ...} in Python")
     if not path.is_file():
         raise refused("there is no such file", "give a text file")
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer = source_tokenizer(source)
     if isinstance(tokenizer, str):
         raise refused(tokenizer, "leave --text out for random tokens")
     with quiet():

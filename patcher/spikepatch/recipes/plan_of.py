@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from spikepatch.source.match import Match, match_source
 from spikepatch.source.meta import check_module, on_meta
 from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.pieces import loaded_pieces, pieces
+from spikepatch.source.tokenizer import known_ids
 
 
 def plan(
@@ -67,7 +68,7 @@ def plan(
         built = build_meta(source)
         residual = inspect(built, example_inputs=example_inputs, source=model)
         if reinit != "all":
-            stds = embedding_stds(match_source(source, built), residual)
+            stds = embedding_stds(source, match_source(source, built), residual)
         return plan_on(built, residual, recipe, reinit=reinit, seed=seed, stds=stds, part=part, example=example_inputs)
     check_module(model)
     check_learned(model, reinit)
@@ -75,7 +76,7 @@ def plan(
     if reinit != "all":
         names = [each.token_embedding.parameter for each in (residual, *residual.streams) if each.token_embedding]
         tables = {name: model.get_parameter(name) for name in names}
-        stds = {name: element_std(loaded_pieces(table), table.numel()) for name, table in tables.items()}
+        stds = {name: element_std(loaded_pieces(table), table.shape) for name, table in tables.items()}
     return plan_on(model, residual, recipe, reinit=reinit, seed=seed, stds=stds, part=part, example=example_inputs)
 
 
@@ -126,15 +127,18 @@ def check_weights(source: Source, reinit: Reinit) -> None:
         )
 
 
-def embedding_stds(match: Match, residual: ResidualMap) -> dict[str, float]:
-    """std of all elements of each stream's learned token embedding, in float64, by its parameter.
+def embedding_stds(source: Source, match: Match, residual: ResidualMap) -> dict[str, float]:
+    """std of the elements of each stream's learned token embedding, in float64, by its parameter: of the rows that
+    tokens use, as far as it can be told; see ``element_std``. Rows that no id of the source's tokenizer stands for are
+    not.
 
     Raises:
         BadSource: one is not finite, so nothing can be derived from it.
     """
     tokens = [each.token_embedding for each in (residual, *residual.streams)]
     entries = {token.parameter: match.owners.get(token.parameter) for token in tokens if token is not None}
-    stds = {name: element_std(pieces(entry), entry.elements) for name, entry in entries.items() if entry is not None}
+    ids = known_ids(source)
+    stds = {name: element_std(pieces(entry), entry.shape, ids) for name, entry in entries.items() if entry is not None}
     for name, std in stds.items():
         if not math.isfinite(std):
             entry = match.owners[name]
@@ -147,30 +151,46 @@ def embedding_stds(match: Match, residual: ResidualMap) -> dict[str, float]:
     return stds
 
 
-@np.errstate(invalid="ignore")
-def element_std(values: Iterable[torch.Tensor], count: int) -> float:
-    """std of ``count`` elements, given as ``pieces`` or ``loaded_pieces``, which have the same bits.
+#: A row whose RMS is below this share of the usual row's has not been learned: padding of the vocabulary, decayed.
+_UNUSED = 0.01
 
-    In float64, by numpy: sums of torch depend on the number of threads. NaN for fewer than two elements, and where one
-    is not finite.
+
+@np.errstate(invalid="ignore")
+def element_std(values: Iterable[torch.Tensor], shape: Sequence[int], ids: Iterable[int] | None = None) -> float:
+    """std of the elements of a table, given as ``pieces`` or ``loaded_pieces``, which have the same bits.
+
+    Rows that no token uses are left out: those that are 0 or nearly so beside the others (an RMS below 0.01 of the
+    median row's), and with ``ids`` those of other ids. In float64, by numpy: sums of torch depend on the number of
+    threads. NaN for fewer than two elements, and where one is not finite.
+
+    Args:
+        shape: (rows, width); what has one dimension is one row.
     """
-    if count < 2:
+    rows, width = shape if len(shape) == 2 else (1, math.prod(shape))
+    if rows * width < 2:
         return math.nan
-    patterns = np.zeros(1 << 16, np.int64)
-    total, squares, middle, short = 0.0, 0.0, None, None
+    raw, total, squares = np.zeros(rows), np.zeros(rows), np.zeros(rows)
+    done, middle = 0, None
     for piece in values:
-        if piece.dtype.itemsize == 2:  # there are few values, so each is counted
-            short = piece.dtype
-            patterns += np.bincount(piece.view(torch.uint16).numpy(), minlength=1 << 16)
-            continue
-        wide = piece.numpy().astype(np.float64)
+        wide = piece.double().numpy()
         middle = wide.mean() if middle is None else middle  # so that little cancels
-        wide -= middle
-        total, squares = total + float(wide.sum()), squares + float(np.square(wide, out=wide).sum())
-    if short is not None:
-        used = np.flatnonzero(patterns)
-        found = torch.from_numpy(used.astype(np.uint16)).view(short).double().numpy()
-        weights = patterns[used]
-        mean = (weights * found).sum() / count
-        return float(np.sqrt((weights * (found - mean) ** 2).sum() / (count - 1)))
-    return math.sqrt(max(squares - total**2 / count, 0.0) / (count - 1)) if math.isfinite(squares) else math.nan
+        starts = np.concatenate(([0], np.arange(-done % width or width, len(wide), width)))
+        touched = slice(done // width, done // width + len(starts))
+        raw[touched] += np.add.reduceat(wide**2, starts)
+        wide = wide - middle
+        total[touched] += np.add.reduceat(wide, starts)
+        squares[touched] += np.add.reduceat(wide**2, starts)
+        done += len(wide)
+    if not np.isfinite(raw).all():
+        return math.nan
+    used = raw > 0
+    used &= raw >= _UNUSED**2 * (np.median(raw[used]) if used.any() else 0)
+    if ids is not None:
+        named = np.zeros(rows, bool)
+        named[[i for i in ids if i < rows]] = True
+        used &= named
+    if not used.any():
+        used[:] = True
+    count = int(used.sum()) * width
+    variance = squares[used].sum() - total[used].sum() ** 2 / count
+    return math.sqrt(max(float(variance), 0.0) / (count - 1))

@@ -1,26 +1,20 @@
-"""What a patched model runs on: embeddings with a factor, a norm or a detached gradient, and the stds of fresh weights.
+"""What a patched model looks its tokens up in: embeddings with a factor, a norm or a detached gradient.
 
-A checkpoint that needs code carries a verbatim copy of this file beside its modelling file, for processes where
-spikepatch is not installed. So it imports torch and transformers only.
+A checkpoint that needs code carries a copy of this file beside its modelling file, for processes where spikepatch is
+not installed. So it imports torch and transformers only.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, TypedDict, TypeVar, cast
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypedDict, cast
 
 import torch
 from torch import nn
-from transformers import initialization
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-
-AnyModel = TypeVar("AnyModel")
-AnyEntry = TypeVar("AnyEntry")
+from transformers import PreTrainedModel
 
 
 class EmbeddingRecord(TypedDict, total=False):
@@ -122,7 +116,28 @@ class ScaledEmbedding(PatchedEmbedding):
         return super().forward(*args, **kwargs) * self.embed_scale
 
 
-class RescaledEmbedding(PatchedEmbedding):
+class OpaqueEmbedding(PatchedEmbedding):
+    """One that does more than to multiply its rows by ``embed_scale``, which is all that PEFT's adapters know of.
+
+    An adapter on it would look rows up in the matrix and leave the rest out: other logits before a step of training,
+    and other ones again once it is merged. PEFT asks every layer that it wraps for its size, and learns it there.
+    """
+
+    @property
+    def num_embeddings(self) -> int:
+        if str(sys._getframe(1).f_globals.get("__name__")).partition(".")[0] == "peft":
+            raise ValueError(
+                f"an adapter on this embedding would leave out what config.spikepatch says of it ({type(self).__name__}"
+                "): train the whole embedding with modules_to_save, or leave it out of the adapter"
+            )
+        return int(vars(self)["num_embeddings"])
+
+    @num_embeddings.setter
+    def num_embeddings(self, count: int) -> None:
+        vars(self)["num_embeddings"] = count
+
+
+class RescaledEmbedding(OpaqueEmbedding):
     """``extra_scale`` times the output of a class whose own forward already uses the name ``embed_scale``."""
 
     extra_scale: float
@@ -131,7 +146,7 @@ class RescaledEmbedding(PatchedEmbedding):
         return super().forward(*args, **kwargs) * self.extra_scale
 
 
-class NormedEmbedding(PatchedEmbedding):
+class NormedEmbedding(OpaqueEmbedding):
     """``norm(E[ids])``."""
 
     norm: nn.LayerNorm | nn.RMSNorm
@@ -229,8 +244,8 @@ def install(model: nn.Module, record: Mapping[str, object] | None) -> None:
     Raises:
         ValueError: no record; an embedding is missing or cannot be patched. Nothing has been changed then.
     """
-    edits = _checked(model, record)["embeddings"]
-    prefix = _missing_prefix(model)
+    edits = checked(model, record)["embeddings"]
+    prefix = missing_prefix(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     targets: dict[nn.Embedding, EmbeddingRecord] = {}
     for full_name, edit in edits.items():
@@ -243,6 +258,7 @@ def install(model: nn.Module, record: Mapping[str, object] | None) -> None:
         targets[modules[name]] = edit
     for module, edit in targets.items():
         change_output(module, edit)
+    guard(model)
 
 
 def change_output(module: nn.Embedding, edit: EmbeddingRecord) -> None:
@@ -261,100 +277,69 @@ def patched_embeddings(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "is_spikepatched")}
 
 
-def keep_patched(model: nn.Module, before: Mapping[str, Any]) -> None:
-    """Put the modules of ``before`` back where others took their places that share the matrix and are not changed, as
-    happens when the vocabulary of an encoder-decoder is resized.
+def lookups(model: nn.Module, table: Any) -> Any:
+    """``table``, which ``model`` calls its input embeddings; where no forward pass looks anything up in it, as in T5's
+    ``shared``, the patched one with the same matrix: what it returns is what enters the model.
+    """
+    if hasattr(table, "is_spikepatched"):
+        return table
+    weight = getattr(table, "weight", None)
+    return next((m for m in patched_embeddings(model).values() if weight is not None and m.weight is weight), table)
+
+
+def replace_lookups(model: nn.Module, value: Any, put: Callable[[Any], object]) -> None:
+    """``put(value)``, which is ``model.set_input_embeddings``; patched embeddings stay where it is their matrix, as
+    when a vocabulary is resized.
 
     Raises:
         ValueError: an embedding with another matrix was put there; the old ones are back.
     """
+    before = dict(patched_embeddings(model))
+    matrices = {id(module.weight) for module in before.values()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Embedding) and id(module.weight) in matrices:
+            before.setdefault(name, module)
+    put(value)
     lost = []
     for name, module in before.items():
-        place, _, attribute = name.rpartition(".")
         now: Any = model.get_submodule(name)
-        if now is not module and not hasattr(now, "is_spikepatched"):
-            if getattr(now, "weight", None) is not module.weight:
-                lost.append(name)
-            module.num_embeddings = len(module.weight)
-            setattr(model.get_submodule(place), attribute, module)
+        if now is module or (hasattr(module, "is_spikepatched") and hasattr(now, "is_spikepatched")):
+            continue
+        if getattr(now, "weight", None) is not module.weight:
+            lost.append(name)
+        place, _, attribute = name.rpartition(".")
+        module.num_embeddings = len(module.weight)
+        setattr(model.get_submodule(place), attribute, module)
     if lost:
         raise ValueError(f"a new embedding at {', '.join(lost)} would lose what config.spikepatch says of the old one")
 
 
-@torch.no_grad()
-def initialise(model: nn.Module, record: Mapping[str, object] | None) -> None:
-    """Write every parameter that the recipe gives a value and that holds no loaded one; norms of embeddings as well.
-
-        std_now = std * sqrt(fan / fan_now) * (S_now / S)^depth
-
-    where ``fan`` and S are the recorded ones, ``fan_now`` and ``S_now`` this model's, so a config with another number
-    of layers or another width gets the stds that the recipe would give it. Other parameters keep what the
-    architecture's own initialiser gave them.
-
-    Raises:
-        ValueError: no record, or its patterns match nothing in ``model``; or it has a std for every layer by itself,
-            and ``model`` has more layers.
+def guard(model: nn.Module) -> None:
+    """Make the models inside ``model`` keep their patched embeddings, as its own class does; and those that list their
+    tied weights, as before transformers 5, such that transformers can save them. (It builds them untied only.)
     """
-    init = _checked(model, record)["init"]
     for module in model.modules():
-        norm = getattr(module, "norm", None) if hasattr(module, "is_spikepatched") else None
-        if norm is not None:
-            for name, parameter in norm.named_parameters():
-                initialization.constant_(parameter, first_value(name))
-    # Before the head is tied it has a tensor of its own, and after that two names.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    # The second condition holds also where a quantiser has renamed them.
-    if init is None or all(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters.values()):
-        return
-    prefix = _missing_prefix(model)
-    fills = {fill["parameter"].removeprefix(prefix): fill for fill in init["fills"]}
-    constants = {constant["parameter"].removeprefix(prefix): constant for constant in init["constants"]}
-    streams = [_stream_now(stream, parameters, prefix) for stream in init["streams"]]
-    if not any(streams) or not any(_entry(name, fills) or _entry(name, constants) for name in parameters):
-        raise ValueError(f"no parameter of {type(model).__name__} matches the patterns of config.spikepatch['init']")
-    by_layer = {pattern(name) for name in (*fills, *constants) if pattern(name) != name}
-    for name, parameter in parameters.items():
-        fill, constant = _entry(name, fills), _entry(name, constants)
-        if fill is not None:
-            _draw(parameter, fill, *streams[fill["stream"]])
-        elif constant is not None:
-            _, deeper = streams[constant["stream"]]
-            value = constant["value"] * deeper ** constant["depth"] + constant["offset"]
-            initialization.constant_(parameter, value)
-        elif pattern(name) in by_layer and any(deeper > 1 for _, deeper in streams):
-            raise ValueError(f"{name}: the recipe has a std for every layer by itself, and the config more layers now")
-        else:
-            continue
-        # transformers' own mark of a value that later initialisation must respect.
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        if isinstance(getattr(module, "_tied_weights_keys", None), (list, tuple)):
+            vars(module)["_tied_weights_keys"] = {}
+        if module is not model and isinstance(module, PreTrainedModel) and patched_embeddings(module):
+            vars(module)["get_input_embeddings"] = functools.partial(_inner_lookups, module)
+            vars(module)["set_input_embeddings"] = functools.partial(_replace_inner_lookups, module)
 
 
-def _stream_now(stream: StreamRecord, parameters: Mapping[str, nn.Parameter], prefix: str) -> tuple[int, float]:
-    """The width of a stream in this model, and S over the recorded S; as recorded where it is not part of the model."""
-    sublayers = [name.removeprefix(prefix) for name in stream["sublayers"]]
-    found = [name for name in parameters if pattern(name) in sublayers]
-    first = next((name for name in found if pattern(name) == sublayers[0]), None)
-    if first is None:
-        return stream["width"], 1.0
-    return parameters[first].shape[stream["axis"]], len(found) / stream["count"]
+def _inner_lookups(module: Any) -> Any:
+    return lookups(module, type(module).get_input_embeddings(module))
 
 
-def _entry(name: str, entries: Mapping[str, AnyEntry]) -> AnyEntry | None:
-    return entries.get(name, entries.get(pattern(name)))
+def _replace_inner_lookups(module: Any, value: Any) -> None:
+    replace_lookups(module, value, functools.partial(type(module).set_input_embeddings, module))
 
 
-def _draw(parameter: nn.Parameter, fill: FillRecord, width: int, deeper: float) -> None:
-    size = fill["size"] * deeper ** fill["depth"]
-    if fill["fan"]:
-        fan = sum(parameter.shape[axis] for axis in fill["axes"]) or width
-        size *= math.sqrt(fill["fan"] / fan)
-    if fill["distribution"] == "normal":
-        initialization.normal_(parameter, mean=0.0, std=size)
-    elif fill["distribution"] == "truncated":
-        bound = fill["cut"] * size
-        initialization.trunc_normal_(parameter, mean=0.0, std=size, a=-bound, b=bound)
-    else:
-        initialization.uniform_(parameter, -size, size)
+def lost_embeddings(model: nn.Module, record: Mapping[str, object] | None) -> list[str]:
+    """Where ``record`` says that an embedding is patched, and what stands there is not, nor wraps one that is."""
+    prefix = missing_prefix(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [name.removeprefix(prefix) for name in checked(model, record)["embeddings"]]
+    return [name for name in names if name not in modules or not patched_embeddings(modules[name])]
 
 
 def first_value(name: str) -> float:
@@ -367,46 +352,14 @@ def pattern(parameter: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in parameter.split("."))
 
 
-def convert_like_parent(model_class: type[AnyModel]) -> type[AnyModel]:
-    """Class decorator: checkpoints of ``model_class`` are converted as those of the class that it derives from.
-
-    transformers looks conversions up (experts fused on load, split on save) by class name and by model type, and for
-    classes outside transformers by registered names only. Without them experts would be drawn at random on load.
-    """
-    config_class: Any = model_class.config_class  # type: ignore[attr-defined]
-    original_model, original_config = cast(type, model_class.__base__), config_class.__base__
-    for name, original_name in (
-        (model_class.__name__, original_model.__name__),
-        (config_class.model_type, original_config.model_type),
-    ):
-        mapping = get_checkpoint_conversion_mapping(original_name)
-        if mapping is not None:
-            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
-    _keep_identity(model_class)
-    return model_class
-
-
-def _keep_identity(model_class: Any) -> None:
-    """Classes that torch derives at run time, as ``fully_shard`` does, are saved as ``model_class``.
-
-    ``save_pretrained`` copies the file of ``type(model)`` and writes the class's name into ``auto_map``: those of FSDP.
-    """
-
-    def derived(cls: type, /, **arguments: Any) -> None:
-        super(model_class, cls).__init_subclass__(**arguments)
-        if cls.__module__.partition(".")[0] == "torch":
-            cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
-
-    model_class.__init_subclass__ = classmethod(derived)
-
-
-def _checked(model: nn.Module, record: Mapping[str, object] | None) -> PatchRecord:
+def checked(model: nn.Module, record: Mapping[str, object] | None) -> PatchRecord:
+    """``record``; ValueError where there is none."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{type(model).__name__} needs config.spikepatch, the record of what was patched")
     return cast(PatchRecord, record)
 
 
-def _missing_prefix(model: nn.Module) -> str:
+def missing_prefix(model: nn.Module) -> str:
     """What precedes the names of a headless model's modules in the full model."""
     prefix: Any = getattr(model, "base_model_prefix", "")
     return f"{prefix}." if prefix and not hasattr(model, prefix) else ""

@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line
 from spikepatch.quiet import quiet
 from spikepatch.source.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
+from spikepatch.source.redirects import check_config, entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 #: In order of preference for a config that names no architecture.
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
+
+
+#: Auto classes whose code runs when a model is built.
+_BUILDERS = ("AutoConfig", "AutoModel", "AutoBackbone")
 
 
 @dataclass(frozen=True)
@@ -71,20 +76,21 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
         BadSource: config.json is malformed, contradicts itself, or is of a type that transformers does not know.
         Refused: it needs code and is not ``trusted``, or it is quantised.
     """
-    raw, patched = _unpatched(_read_json(folder / "config.json", where))
-    code = sorted(set(_code_references(raw)))
+    written = _read_json(folder / "config.json", where)
+    raw, patched = _unpatched(written, where)
+    # What is recorded of the time before a patch is taken for config.json, and config.json itself is loaded as well.
+    for each in (written, raw):
+        check_config(each, where)
+        if any(key == "quantization_config" and entry is not None for _, key, entry in entries(each)):
+            raise _quantised(where)
+    kernels = [reference for reference in _code_references(written) if not reference.startswith("Auto")]
+    code = sorted({*_code_references(raw), *kernels})
     if code and not trusted:
         raise _untrusted(code, where)
-    if raw.get("quantization_config") is not None:
-        raise Refused(
-            "is quantised",
-            where=where,
-            why="config.json has a quantization_config: the weights are packed, and a factor or a fill has no meaning "
-            "for packed weights",
-            remedy="use the unquantised original, or dequantise the model and save it with save_pretrained",
-        )
 
     from transformers import CONFIG_MAPPING, AutoConfig
+
+    from spikepatch.source.private import as_parsed, forget_weights, name_config
 
     remote_config = isinstance(raw.get("auto_map"), dict) and "AutoConfig" in raw["auto_map"]
     if not remote_config and (not isinstance(raw.get("model_type"), str) or raw["model_type"] not in CONFIG_MAPPING):
@@ -94,7 +100,7 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
             if patched is None:
                 config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
             else:
-                config = _config_class(raw, folder).from_dict(raw)
+                config = _config_class(raw, folder).from_dict(as_parsed(raw))
         except Exception as error:
             raise BadSource(
                 "config.json does not describe a model",
@@ -102,9 +108,8 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
                 why=on_one_line(error),
                 remedy=f"correct the value that is named; or {DOWNLOAD_AGAIN}",
             ) from error
-        from spikepatch.source.private import name_config
-
         name_config(config, where)
+        forget_weights(config)
         if code and (remote := _remote_class(config, folder, where)) is not None:
             found = remote
         # transformers reads some configs as another type than they say; `architectures` is then about the old type.
@@ -115,12 +120,27 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
         return replace(found, needs_code=bool(code), patched=patched)
 
 
-def _unpatched(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """config.json as it was before spikepatch, and the record of what spikepatch did; (``raw``, None) for others."""
+def _unpatched(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """config.json as it was before spikepatch, and the record of what spikepatch did; (``raw``, None) for others.
+
+    Raises:
+        Refused: it claims a patch that it does not have.
+    """
     record = raw.get("spikepatch")
     kinds = {"recipe": str, "original": dict, "embeddings": dict}
     if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
         return raw, None
+    wanted = f"spikepatch_{record['original'].get('model_type')}"
+    if "auto_map" in record["original"] and raw.get("model_type") != wanted:
+        raise Refused(
+            "claims a patch that it does not have",
+            where=where,
+            why=f"config.json records the recipe {record['recipe']}, whose model is of the type"
+            f" {wanted}, and has the type {raw.get('model_type')}: a plain class has"
+            " loaded a patched folder and saved it without the patch",
+            remedy="load the patched folder with its Auto class and trust_remote_code=True, and save that; or remove"
+            ' "spikepatch" from config.json, to take it for the plain model that it is',
+        )
     before = {name: value for name, value in raw.items() if name != "spikepatch"} | record["original"]
     return {
         name: value for name, value in before.items() if value is not None or name not in record["original"]
@@ -163,14 +183,22 @@ def _code_references(config: dict[str, Any]) -> Iterator[str]:
     """Code that building the model would fetch or import: the model's own classes, and kernels, at any depth."""
     from spikepatch.source.private import KERNEL_KEYS
 
-    for key, value in config.items():
+    for place, key, value in entries(config):
         if key == "auto_map":
-            entries = value.items() if isinstance(value, dict) else [("AutoModel", value)]
-            yield from (f"{auto}: {ref}" for auto, ref in entries if auto.startswith(("AutoConfig", "AutoModel")))
+            named = value.items() if isinstance(value, dict) else [("AutoModel", value)]
+            yield from (f"{auto}: {ref}" for auto, ref in named if auto.startswith(_BUILDERS))
         elif key in KERNEL_KEYS and "/" in str(value):
-            yield f"{key}: {value}"
-        elif isinstance(value, dict):
-            yield from _code_references(value)
+            yield f"{place}: {value}"
+
+
+def _quantised(where: str) -> Refused:
+    return Refused(
+        "is quantised",
+        where=where,
+        why="config.json has a quantization_config: the weights are packed, and a factor or a fill has no meaning for"
+        " packed weights",
+        remedy="use the unquantised original, or dequantise the model and save it with save_pretrained",
+    )
 
 
 def _untrusted(code: list[str], where: str) -> Refused:

@@ -7,7 +7,7 @@ random fill is keyed by the canonical name, so all appliers draw the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused
-from spikepatch.source.private import memory, names_not_saved
+from spikepatch.source.private import forget_tied_lists, memory, names_not_saved
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,14 @@ def layout(skeleton: nn.Module) -> tuple[Target, ...]:
     """
     state = {name: tensor.detach() for name, tensor in skeleton.state_dict(keep_vars=True).items()}
     owners = {memory(tensor): name for name, tensor in reversed(list(state.items()))}
-    owners |= {memory(p): name for name, p in skeleton.named_parameters()}
+    parameters = {name: parameter.detach() for name, parameter in skeleton.named_parameters()}
+    owners |= {memory(p): name for name, p in parameters.items()}
     if hasattr(skeleton, "save_pretrained"):
         stored = _as_saved(skeleton, state)
-    else:
-        stored = {name: tensor for name, tensor in state.items() if owners[memory(tensor)] == name}
+    else:  # a hook may save a parameter in parts, under other names
+        parts = {name for name, tensor in state.items() if owners[memory(tensor)] not in state}
+        stored = {name: t for name, t in state.items() if name in parts or owners[memory(t)] == name}
+    state |= parameters
     targets = []
     for name, tensor in stored.items():
         owner = owners.get(memory(tensor))
@@ -80,17 +83,55 @@ class _NoCopies(TorchFunctionMode):
 
 def _as_saved(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The steps of transformers' ``save_pretrained`` between the state dict and the file."""
+    forget_tied_lists(model)
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     ignored = names_not_saved(model)
     kept = {name: tensor for name, tensor in state.items() if name not in ignored}
-    buffers = {name for name, _ in model.named_buffers()}  # on meta, older versions look for parameters only
-    untied = remove_tied_weights_from_state_dict({n: t for n, t in kept.items() if n not in buffers}, model)
-    kept = {name: tensor for name, tensor in kept.items() if name in untied or name in buffers}
+    # On meta it looks each name up among the parameters: older versions know no buffers, and none the names of hooks.
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    untied = remove_tied_weights_from_state_dict({n: t for n, t in kept.items() if n in parameters}, model)
+    kept = {name: tensor for name, tensor in kept.items() if name in untied or name not in parameters}
     with _NoCopies():
         converted: dict[str, torch.Tensor] = revert_weight_conversion(model, kept)
     return converted
+
+
+def check_covered(
+    parameters: Iterable[str], model: nn.Module, targets: Iterable[Target], *, every: bool = False
+) -> None:
+    """Refuse to write ``parameters`` that are not, each whole and once, among what ``model`` is stored as.
+
+    What is drawn is keyed by the stored names, so what is stored under none would stay as it is, and what is stored
+    twice would be written twice.
+
+    Args:
+        every: all that is stored is to be written.
+
+    Raises:
+        Refused: with their names.
+    """
+    elements: dict[str, int] = {}
+    for target in targets:
+        elements[target.owner] = elements.get(target.owner, 0) + target.elements
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    wrong = [
+        name
+        for name in sorted(parameters)
+        if name in named and elements.get(owners[id(named[name])], 0) != named[name].numel()
+    ]
+    if every:
+        wrong += sorted(elements.keys() - {*named, *(name for name, _ in model.named_buffers(remove_duplicate=False))})
+    if wrong:
+        raise Refused(
+            what="parameters are stored as something else than they are",
+            where=", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if wrong[3:] else ""),
+            why="the model's state_dict has copies of parts of them, under other names, so what they are to hold cannot"
+            " be written to them",
+            remedy="remove the hook of state_dict that renames them while the model is patched",
+        )
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -8,14 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from spikepatch.errors import BadSource
+from spikepatch.source.apart import equal, renamed
 from spikepatch.source.header import TensorEntry, torch_dtype
 from spikepatch.source.layout import layout
 from spikepatch.source.meta import skeleton
-from spikepatch.source.pieces import pieces
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -68,7 +67,7 @@ def match_source(source: Source, model: nn.Module) -> Match:
     findings += [
         f"{name} and {first.name} are one tensor of the model but hold different values"
         for name, first in second_copies.items()
-        if not _equal(entries[name], first)
+        if not equal(entries[name], first)
     ]
     if findings:
         raise BadSource(
@@ -81,26 +80,7 @@ def match_source(source: Source, model: nn.Module) -> Match:
 
 
 def _owners(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Checkpoint name -> in-memory name by transformers' renaming rules, where no weights are fused on the way.
-
-    Of tied tensors it is the first name, whichever of them the checkpoint stores.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
+    """Checkpoint name -> in-memory name; of tied tensors the first name, whichever of them the checkpoint stores."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     aliases = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
-    owners = {}
-    for name in names:
-        renamed, fused = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if fused is None and renamed in state:
-            owners[name] = aliases.get(renamed, renamed)
-    return owners
-
-
-def _equal(a: TensorEntry, b: TensorEntry) -> bool:
-    return a.shape == b.shape and all(torch.equal(x, y) for x, y in zip(pieces(a), pieces(b), strict=True))
+    return {name: aliases.get(own, own) for name, own in renamed(model, names).items()}

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused, on_one_line
 from spikepatch.quiet import quiet
-from spikepatch.source.private import from_config, replaced_here
+from spikepatch.source.private import as_parsed, from_config, replaced_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -136,7 +136,7 @@ def as_read(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedC
     Raises:
         Exception: whatever the config's own checks raise for a value of the wrong kind.
     """
-    read: PreTrainedConfig = type(config).from_dict(json.loads(config.to_json_string()) | dict(changes))
+    read: PreTrainedConfig = type(config).from_dict(as_parsed(json.loads(config.to_json_string())) | dict(changes))
     read.dtype = config.dtype
     return read
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spikepatch.errors import BadSource
 from spikepatch.progress import Progress
 from spikepatch.source import hub
+from spikepatch.source.apart import untie_stored
 from spikepatch.source.checkpoint import Checkpoint, inside, read_checkpoint
 from spikepatch.source.config import Architecture, default_architecture, read_architecture
 from spikepatch.source.formats import (
@@ -25,6 +26,7 @@ from spikepatch.source.formats import (
     parse_json,
 )
 from spikepatch.source.header import MalformedError
+from spikepatch.source.redirects import check_files, check_tokenizer, code_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -135,14 +137,18 @@ def open_source(
 
 
 def build_meta(source: Source) -> PreTrainedModel:
-    """The source's model in eval mode: parameters on meta in the config's dtype, buffers real, tied weights tied.
+    """The source's model in eval mode: parameters on meta in the config's dtype, buffers real, tied weights tied, but
+    for those that its checkpoint stores with different values.
 
     Raises:
         Refused: the model cannot be built from its config.
     """
     from spikepatch.source import meta
 
-    return meta.build_meta(source.model_class, source.config, where=source.name)
+    model = meta.build_meta(source.model_class, source.config, where=source.name)
+    if source.checkpoint is not None:
+        untie_stored(model, source.checkpoint)
+    return model
 
 
 def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool, learned: bool) -> Source:
@@ -160,6 +166,8 @@ def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool, learned
     names |= {path.relative_to(folder).as_posix() for path in folder.glob("*/*.jinja")}
     if "config.json" not in names:
         raise hub.no_config(names, spec)
+    check_files(names, spec)
+    check_tokenizer(folder, spec)
     found = read_architecture(folder, where=spec, trusted=trusted)
     has_weights = _has_weights(names)
     return Source(
@@ -182,6 +190,7 @@ def _hub_model(
 ) -> Source:
     snapshot = hub.locate(spec, revision, learned=learned)
     names = snapshot.files
+    check_files(names, spec)
     code = [name for name in names if name.endswith(".py")]
     if trusted:
         hub.fetch(snapshot, code)
@@ -194,6 +203,7 @@ def _hub_model(
             raise hub.not_reachable(spec, None, "its weights cannot be fetched, and are not")
         check_names(names, spec)
     hub.fetch(snapshot, [*_to_copy(names), *({MODEL_CARD} & names)])
+    check_tokenizer(snapshot.folder, spec)
     checkpoint = None
     if weights and has_weights:
         if SINGLE_FILE not in names:
@@ -269,17 +279,11 @@ def _code_files(folder: Path, config: Any) -> list[Path]:
     """The Python files that ``auto_map`` names, in config.json or tokenizer_config.json, and those that they import."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    references = list(getattr(config, "auto_map", {}).values())
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a tokenizer without a usable config of its own
-        tokenizer = parse_json((folder / "tokenizer_config.json").read_bytes())
-        references += tokenizer.get("auto_map", {}).values()
-    found = set()
-    for reference in references:
-        for name in reference if isinstance(reference, list) else [reference]:
-            file = folder / f"{str(name).rpartition('--')[2].partition('.')[0]}.py"
-            if file.is_file():
-                found |= {file, *map(Path, get_relative_import_files(file))}
-    return sorted(found)
+    names = code_files({"auto_map": getattr(config, "auto_map", {})})
+    with contextlib.suppress(OSError, ValueError):  # a tokenizer without a usable config of its own
+        names += code_files(parse_json((folder / "tokenizer_config.json").read_bytes()))
+    files = [folder / name for name in names if (folder / name).is_file()]
+    return sorted({path for file in files for path in (file, *map(Path, get_relative_import_files(file)))})
 
 
 def _unreadable(where: str, error: OSError) -> BadSource:

@@ -125,6 +125,13 @@ def names_not_saved(model: nn.Module) -> set[str]:
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
+def forget_tied_lists(model: nn.Module) -> None:
+    """Code from before transformers 5 lists its tied weights; such a model is built untied, and cannot be saved."""
+    for module in model.modules():
+        if isinstance(getattr(module, "_tied_weights_keys", None), (list, tuple)):
+            module._tied_weights_keys = {}  # type: ignore[assignment]
+
+
 def mark_initialised(holder: Any) -> None:
     """transformers will not initialise this tensor, or this module, again."""
     holder._is_hf_initialized = True
@@ -135,9 +142,26 @@ def unmark_initialised(module: nn.Module) -> None:
     module.__dict__.pop("_is_hf_initialized", None)
 
 
+def as_parsed(data: dict[str, Any]) -> dict[str, Any]:
+    """What config.json holds, as transformers reads it: infinite numbers and NaN are objects there."""
+    from transformers import PreTrainedConfig
+
+    decode = getattr(PreTrainedConfig, "_decode_special_floats", dict)  # older versions have no such objects
+    found: dict[str, Any] = decode(data)
+    return found
+
+
 def name_config(config: PreTrainedConfig, name: str) -> None:
     """Set what the model is called in transformers' messages."""
     config._name_or_path = name
+
+
+def forget_weights(config: PreTrainedConfig) -> None:
+    """Drop the name of the file of weights, which transformers would look for in what is written."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        if part is not None:
+            vars(part).pop("transformers_weights", None)
 
 
 def decays(parameter: nn.Parameter) -> bool:

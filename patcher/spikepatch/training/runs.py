@@ -23,6 +23,7 @@ from spikepatch.apply.live.save import pretrained, save, sharded
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.progress import Progress, silent
 from spikepatch.source.open import Source, open_source
+from spikepatch.source.tokenizer import has_tokenizer, source_tokenizer
 from spikepatch.training import checkpoints
 from spikepatch.training.batches import Tokens, check_enough, prepare
 from spikepatch.training.entries import Entry, build, check_causal, parse_entries, tokenizer_of
@@ -220,10 +221,12 @@ def _save(model: nn.Module, out: Path, source: Source, main: bool) -> None:
     if not main and not sharded(model):
         return
     files = {path.relative_to(source.folder).as_posix(): path for path in source.copied_files if source.folder}
+    original = source_tokenizer(source) if has_tokenizer(source.copied_files) else None
+    tokenizer = None if isinstance(original, str) else original
     if hasattr(model, "_spikepatch_plan"):
-        save(model, out, files=files, overwrite=True)
+        save(model, out, files=files, tokenizer=tokenizer, overwrite=True)
     else:
-        with pretrained(model, out, files=files, overwrite=True):
+        with pretrained(model, out, files=files, tokenizer=tokenizer, overwrite=True):
             pass
 
 

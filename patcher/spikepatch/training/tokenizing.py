@@ -13,14 +13,10 @@ import numpy.typing as npt
 
 from spikepatch.errors import BadSource, Refused
 from spikepatch.quiet import quiet
-from spikepatch.source.tokenizer import PROBE, SAMPLE, load_tokenizer
+from spikepatch.source.tokenizer import PROBE, SAMPLE, has_tokenizer, source_tokenizer
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
-
-#: A folder with one of these has a tokenizer.
-_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
-_SUFFIXES = (".model", ".tiktoken")
 
 #: The name of what stands in for a tokenizer.
 BYTES = "bytes"
@@ -74,7 +70,7 @@ def of_source(source: Source, name: str) -> Tokenizing:
         Refused: the model's vocabulary is smaller than the tokenizer's.
     """
     limit = source.config.get_text_config().vocab_size
-    has_one = any(path.name in _FILES or path.suffix in _SUFFIXES for path in source.copied_files)
+    has_one = has_tokenizer(source.copied_files)
     found = _of_folder(source, limit, name) if has_one else _bytes(limit, name)
     highest = max(found.eos, *(int(ids.max()) for ids in found.encode([SAMPLE, PROBE])))
     if highest >= limit:
@@ -123,7 +119,7 @@ def _bytes(limit: int, model: str) -> Tokenizing:
 
 def _of_folder(source: Source, limit: int, model: str) -> Tokenizing:
     assert source.folder is not None
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer = source_tokenizer(source)
     if isinstance(tokenizer, str):
         raise BadSource(
             "its tokenizer cannot be used",

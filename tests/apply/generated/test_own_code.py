@@ -47,7 +47,12 @@ def test_a_subclass_beside_the_authors_files(own: Path, tmp_path: Path) -> None:
             assert torch.equal(found["logits"], live(**found["inputs"]).logits)
         assert (found["class"], found["problems"]) == ("SpikepatchOwnForCausalLM", {})
         assert {name: files[name] for name in FILES} == FILES
-        assert files.keys() - FILES.keys() == {"modeling_spikepatch_own_decoder.py", "spikepatch_embedding.py"}
+        assert files.keys() - FILES.keys() == {
+            "modeling_spikepatch_own_decoder.py",
+            "spikepatch_embedding.py",
+            "spikepatch_fresh.py",
+            "spikepatch_model.py",
+        }
     generated = (result.out / "modeling_spikepatch_own_decoder.py").read_text()
     assert len(generated.splitlines()) <= 150
     assert ast.get_docstring(ast.parse(generated))

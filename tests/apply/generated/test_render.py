@@ -58,7 +58,12 @@ def test_nothing_of_the_template_is_left(model_class: type) -> None:
 
 def test_the_generated_files_are_flat_and_import_torch_and_transformers_only() -> None:
     files = render(original_of(OPTForCausalLM))
-    assert set(files) == {"modeling_spikepatch_opt.py", "spikepatch_embedding.py"}
+    assert set(files) == {
+        "modeling_spikepatch_opt.py",
+        "spikepatch_embedding.py",
+        "spikepatch_fresh.py",
+        "spikepatch_model.py",
+    }
     imported = set()
     for text in files.values():
         for node in ast.walk(ast.parse(text)):
@@ -66,12 +71,16 @@ def test_the_generated_files_are_flat_and_import_torch_and_transformers_only() -
                 imported.add("." * node.level + (node.module or "").split(".")[0])
             elif isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
-    assert imported - sys.stdlib_module_names == {"torch", "transformers", ".spikepatch_embedding"}
+    assert imported - sys.stdlib_module_names == {
+        "torch", "transformers", ".spikepatch_embedding", ".spikepatch_fresh", ".spikepatch_model"
+    }  # fmt: skip
 
 
-def test_the_runtime_is_copied_verbatim() -> None:
-    runtime = (importlib.resources.files("spikepatch.runtime") / "embedding.py").read_text()
-    assert render(original_of(OPTForCausalLM))["spikepatch_embedding.py"] == runtime
+def test_the_runtime_is_copied_but_for_the_names_of_its_files() -> None:
+    files = render(original_of(OPTForCausalLM))
+    for name in ("embedding", "fresh", "model"):
+        runtime = (importlib.resources.files("spikepatch.runtime") / f"{name}.py").read_text()
+        assert files[f"spikepatch_{name}.py"].replace("from .spikepatch_", "from .") == runtime
 
 
 def test_the_gpt2_file_is_the_template() -> None:

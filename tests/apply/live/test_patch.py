@@ -146,7 +146,7 @@ def test_the_config_records_the_plan(recipe: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     record = json.loads((tmp_path / "config.json").read_text())["spikepatch"]
     assert bool(record.pop("original")) is plan.structural  # what a generated class replaces in the config
-    assert record == plan.record(spikepatch.__version__)
+    assert plan.record(spikepatch.__version__).items() <= record.items()
 
 
 # Refusals.

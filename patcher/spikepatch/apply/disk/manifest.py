@@ -31,22 +31,39 @@ if TYPE_CHECKING:
 MANIFEST = "spikepatch.json"
 
 
-def manifest(plan: Plan, storage: str, source: Mapping[str, Any], command: str, hashes: Mapping[str, str]) -> str:
+def manifest(
+    plan: Plan,
+    storage: str,
+    source: Mapping[str, Any],
+    command: str,
+    hashes: Mapping[str, str],
+    load_test: str = "left out",
+) -> str:
     """The manifest's JSON text; without times or the output's path, so that a command writes the same bytes twice.
 
     Args:
         source: see ``fingerprint``.
         hashes: file name -> SHA-256 of every other file of the folder.
+        load_test: whether a fresh process has loaded the folder as the model that was meant.
     """
     from spikepatch.apply.values.draw import gaussian
 
     probe = hashlib.sha256(gaussian(plan.seed, "probe", 0, 4096, 1.0).numpy().tobytes()).hexdigest()
-    return _manifest(source, command, hashes, {"storage": storage, "probe": probe, "plan": plan.to_dict()})
+    return _manifest(
+        source, command, hashes, {"storage": storage, "load_test": load_test, "probe": probe, "plan": plan.to_dict()}
+    )
 
 
-def fold_manifest(record: Mapping[str, Any], source: Mapping[str, Any], command: str, hashes: Mapping[str, str]) -> str:
+def fold_manifest(
+    record: Mapping[str, Any],
+    source: Mapping[str, Any],
+    command: str,
+    hashes: Mapping[str, str],
+    load_test: str = "left out",
+) -> str:
     """The same for a folded model; ``record``: what config.json had recorded of the patch."""
-    return _manifest(source, command, hashes, {"storage": "plain", "folded": dict(record)})
+    entries = {"storage": "plain", "load_test": load_test, "folded": dict(record)}
+    return _manifest(source, command, hashes, entries)
 
 
 def _manifest(source: Mapping[str, Any], command: str, hashes: Mapping[str, str], entries: Mapping[str, Any]) -> str:

@@ -56,11 +56,13 @@ class Written:
         hashes: file name -> SHA-256 of its bytes, in hexadecimal.
         tallies: tensor name -> its counts.
         copies: file of the source, of which a file is the byte-for-byte copy -> its SHA-256.
+        notes: what the user should know, one sentence each.
     """
 
     hashes: dict[str, str] = field(default_factory=dict)
     tallies: dict[str, Tally] = field(default_factory=dict)
     copies: dict[Path, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def split(tensors: Sequence[Planned], max_shard_size: str | int) -> dict[str, list[str]]:

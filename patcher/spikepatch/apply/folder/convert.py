@@ -12,20 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from spikepatch.apply.disk.manifest import MANIFEST, command_line, manifest, python_line
 from spikepatch.apply.disk.publish import check_local_target, check_space, check_target, publishing, unwritable
 from spikepatch.apply.disk.write import Written, check_shard_size, parse_dtype, write_text
 from spikepatch.apply.folder import notes
 from spikepatch.apply.folder.drift import Behaviour, drift_planned, drift_written, expected_initial_loss
+from spikepatch.apply.folder.load_test import Wanted, check_loads, fits, outcome
+from spikepatch.apply.folder.loader import Loader, loader
 from spikepatch.apply.folder.routes import RouteKind, Storage, check_storage, choose
-from spikepatch.apply.folder.shards import plan_shards, write_folder
+from spikepatch.apply.folder.shards import Shards, plan_shards, write_folder
+from spikepatch.apply.folder.small_twin import try_small
 from spikepatch.apply.folder.texts import texts
 from spikepatch.apply.generated.adopt import generated_classes
 from spikepatch.apply.generated.patched_source import check_known, check_replaced
 from spikepatch.apply.generated.structure import restructure
 from spikepatch.apply.values.loading import stable_settings
-from spikepatch.plans.plan import Part, Plan, Recipe, Reinit
+from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
+from spikepatch.plans.plan import Part, Plan, Recipe, Reinit, ScaleEmbedding
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes import built_in
 from spikepatch.recipes.built_in import checked_recipe
@@ -34,10 +39,11 @@ from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source.classes import original_in
 from spikepatch.source.header import torch_dtype
-from spikepatch.source.match import match_source
+from spikepatch.source.match import Match, match_source
 from spikepatch.source.meta import settings_read
 from spikepatch.source.open import Source, build_meta, open_source
-from spikepatch.source.tokenizer import tokenizer_problem
+from spikepatch.source.pieces import pieces
+from spikepatch.source.tokenizer import has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ def convert(
     allow_nonfinite: bool = False,
     example_inputs: str | None = None,
     overwrite: bool = False,
+    load_test: bool = True,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -120,12 +127,41 @@ def convert(
         allow_nonfinite: keep learned weights that are NaN or infinite, instead of refusing them.
         example_inputs: ``module:NAME``, as in ``spikepatch.inspect``.
         overwrite: replace a folder at ``out``.
+        load_test: before the folder appears, let a fresh process without spikepatch load it, and compare with the model
+            that was meant; see ``load_test.py``.
         dry_run: plan and check everything, write nothing; with learned weights, compare embedding factors.
         progress: told of long steps.
 
     Raises:
         SpikepatchError: nothing is at ``out``, or what was there before.
     """
+    asked: dict[str, Any] = dict(locals())
+    with loader(load_test and not dry_run) as process:
+        return _convert(**asked, process=process)
+
+
+def _convert(
+    source: str,
+    out: str | os.PathLike[str],
+    recipe: str | Recipe,
+    reinit: Reinit,
+    factor: float | None,
+    positions: bool,
+    replace: bool,
+    untie: bool,
+    storage: Storage,
+    seed: int,
+    dtype: str | None,
+    max_shard_size: str | int | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    allow_nonfinite: bool,
+    overwrite: bool,
+    load_test: bool,
+    dry_run: bool,
+    progress: Progress | None,
+    process: Loader | None,
+) -> Conversion:
     report: Progress = progress or silent
     given = recipe
     recipe = checked_recipe(
@@ -156,7 +192,7 @@ def convert(
         model = build_meta(found)
         residual = inspect(model, example_inputs=example_inputs, source=source)
     match = None if reinit == "all" else match_source(found, model)
-    stds = {} if match is None else embedding_stds(match, residual)
+    stds = {} if match is None else embedding_stds(found, match, residual)
     plan = plan_on(model, residual, recipe, reinit=reinit, seed=seed, stds=stds, part=part, example=example_inputs)
     check_replaced(found, plan)
     report("choosing how it is stored")
@@ -168,6 +204,7 @@ def convert(
     shards = plan_shards(
         plan, model, checkpoint=found.checkpoint, match=match, dtype=asked, max_shard_size=max_shard_size
     )
+    _check_numbers(plan, shards, match, patched)
     files = texts(found, plan, route, settings, trust=trust)
     vocabulary = getattr(found.config.get_text_config(), "vocab_size", None)
     log_vocab = math.log(vocabulary) if vocabulary else None
@@ -214,24 +251,55 @@ def convert(
         "allow_nonfinite": allow_nonfinite,
         "example_inputs": example_inputs,
     }
+    model_class = generated_classes(original_in(found)).model if route.kind == "code" else route.model_class
+    scaled = [edit.factor for edit in plan.select(ScaleEmbedding)]
+
+    def small(folder: str, target: Path) -> object:
+        own: dict[str, Any] = {"positions": positions, "replace": replace, "untie": untie, "dtype": dtype, "seed": seed}
+        own["factor"] = factor if factor is not None or reinit == "all" or not scaled else scaled[0]
+        own |= {"storage": route.kind, "part": part, "example_inputs": example_inputs}
+        return convert(folder, target, recipe=given, trust_remote_code=trust_remote_code, **own)
+
+    wanted = Wanted(patched, model_class.__name__, found.auto_class, trust, unsound=allow_nonfinite)
     if isinstance(given, str) or given == built_in.RECIPES.get(given.name):
         named = given if isinstance(given, str) else given.name
-        command = command_line("convert", source, recipe=named, **options)
+        command = command_line("convert", source, recipe=named, **options, no_load_test=not load_test)
     else:
         command = python_line(source, given, options)
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
             check_space(folder, shards.bytes, found.checkpoint)
             written, origin = write_folder(scratch, shards, files, found, report, allow_nonfinite=allow_nonfinite)
-            write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes))
-            result = _check_tokenizer(_with_casts(result, written), found, scratch, report)
+            if process is not None:
+                report("loading what was written")
+                check_loads(process, scratch, wanted, tokenizer=has_tokenizer(found.copied_files), out=folder)
+            test = outcome(process, wanted, lambda: try_small(found, fits, small))
+            write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes, test))
+            result = _noted(_with_casts(result, written), *notes.load_test(test, asked=load_test))
             if reinit == "all":
                 return result
             report("measuring the loss before and after")
-            model_class = generated_classes(original_in(found)).model if route.kind == "code" else route.model_class
             return _with_drift(result, drift_written(found, residual, scratch, model_class))
     except OSError as error:
         raise unwritable(folder, error) from error
+
+
+def _check_numbers(plan: Plan, shards: Shards, match: Match | None, model: nn.Module) -> None:
+    stored = {tensor.name: tensor.dtype for tensor in shards.tensors}
+    tables = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def of(name: str) -> str:
+        return first[id(tables[name])] if name in tables else name
+
+    names = {*plan.written, *(f"{edit.module}.weight" for edit in plan.select(ScaleEmbedding))}
+    dtypes = {name: stored.get(of(name), tables[name].dtype) for name in names if name in tables}
+
+    def largest(name: str) -> float:
+        entry = None if match is None else match.owners.get(of(name))
+        return 0.0 if entry is None else absolute_maximum(pieces(entry))
+
+    check_numbers(plan, dtypes, largest)
 
 
 def _with_dtype(source: Source, asked: torch.dtype | None) -> Any:
@@ -244,15 +312,6 @@ def _with_dtype(source: Source, asked: torch.dtype | None) -> Any:
         floats = [kind for kind in stored if kind in {"F64", "F32", "F16", "BF16"}]
         config.dtype = torch_dtype(max(floats, key=floats.count, default="F32"))
     return config
-
-
-def _check_tokenizer(result: Conversion, source: Source, folder: Path, report: Progress) -> Conversion:
-    """``source.folder`` is None for ``arch:TYPE``."""
-    if source.folder is None or not any("tokenizer" in path.name for path in source.copied_files):
-        return result
-    report("comparing the tokenizers")
-    problem = tokenizer_problem(source.folder, folder)
-    return _noted(result, *([f"tokenizer: {problem}"] if problem else []))
 
 
 def _with_drift(result: Conversion, drift: tuple[Behaviour, ...] | str) -> Conversion:
@@ -272,7 +331,7 @@ def _with_drift(result: Conversion, drift: tuple[Behaviour, ...] | str) -> Conve
 def _with_casts(result: Conversion, written: Written) -> Conversion:
     casts = {n: {"overflow": t.overflow, "underflow": t.underflow} for n, t in written.tallies.items()}
     casts = {name: counts for name, counts in casts.items() if any(counts.values())}
-    result = _noted(result, *notes.unsound_values(written.tallies, result.dtype))
+    result = _noted(result, *notes.unsound_values(written.tallies, result.dtype), *written.notes)
     return dataclasses.replace(result, casts=casts)
 
 

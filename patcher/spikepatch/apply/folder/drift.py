@@ -19,7 +19,7 @@ from spikepatch.plans.plan import Fill, NormEmbedding, Plan, ScaleEmbedding, Unt
 from spikepatch.quiet import quiet
 from spikepatch.residual.names import layers
 from spikepatch.source.formats import size
-from spikepatch.source.tokenizer import SAMPLE, load_tokenizer
+from spikepatch.source.tokenizer import SAMPLE, source_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,7 +115,7 @@ def _sample(source: Source) -> torch.Tensor | str:
     if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
         return f"in float32 the model takes {size(needed)}, more than half of this machine's memory"
     assert source.folder is not None
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer = source_tokenizer(source)
     if isinstance(tokenizer, str):
         return f"{source.name} has no usable tokenizer: {tokenizer}"
     config = source.config.get_text_config()

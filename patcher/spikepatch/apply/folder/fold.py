@@ -31,6 +31,8 @@ from spikepatch.apply.disk.manifest import MANIFEST, command_line, fold_card, fo
 from spikepatch.apply.disk.publish import check_local_target, check_space, check_target, publishing, unwritable
 from spikepatch.apply.disk.write import write_text
 from spikepatch.apply.folder import notes
+from spikepatch.apply.folder.load_test import Wanted, check_loads, outcome
+from spikepatch.apply.folder.loader import Loader, loader
 from spikepatch.apply.folder.plain_model import Holds, Rows, fold_shards, plain_model
 from spikepatch.apply.folder.shards import Shards, write_folder
 from spikepatch.apply.generated.patched_source import build_as_it_is
@@ -42,6 +44,7 @@ from spikepatch.recipes.plan_of import check_weights
 from spikepatch.source.classes import original_in
 from spikepatch.source.match import Match, match_source
 from spikepatch.source.open import MODEL_CARD, Source, open_source
+from spikepatch.source.tokenizer import has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def fold(
     trust_remote_code: bool = False,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
+    load_test: bool = True,
     progress: Progress | None = None,
 ) -> Folded:
     """Read a patched model, put its factor or norm into the embedding, and write the plain architecture to ``out``.
@@ -95,12 +99,29 @@ def fold(
         trust_remote_code: for a model that came with code of its own; code that spikepatch wrote is never run.
         allow_nonfinite: keep weights that are NaN or infinite, instead of refusing them; not in a table that is folded.
         overwrite: replace a folder at ``out``.
+        load_test: before the folder appears, let a fresh process load it, and compare; as ``convert`` does.
         progress: told of long steps.
 
     Raises:
         Refused: the model is plain already, or what was patched cannot be folded exactly; with the reason.
         SpikepatchError: it cannot be read or written.
     """
+    asked: dict[str, Any] = dict(locals())
+    with loader(load_test) as process:
+        return _fold(**asked, process=process)
+
+
+def _fold(
+    trained: str,
+    out: str | os.PathLike[str],
+    revision: str | None,
+    trust_remote_code: bool,
+    allow_nonfinite: bool,
+    overwrite: bool,
+    load_test: bool,
+    progress: Progress | None,
+    process: Loader | None,
+) -> Folded:
     report: Progress = progress or silent
     folder = Path(out)
     check_local_target(folder, trained, overwrite=overwrite)
@@ -123,11 +144,12 @@ def fold(
         auto_class=found.auto_class,
         trust=found.needs_code,
         tables=tuple(name for name, value in held.items() if isinstance(value, Rows)),
-        untied=bool(found.config.tie_word_embeddings and not plain.config.tie_word_embeddings),
+        untied=_ties(found.config) and not _ties(plain.config),
         parameters=shards.elements,
         bytes=shards.bytes,
         notes=(*_notes(shards, match, record["embeddings"]), *_folded_tables(plain, held)),
     )
+    wanted = Wanted(plain, type(plain).__name__, found.auto_class, found.needs_code, unsound=allow_nonfinite)
     try:
         with publishing(folder, overwrite=overwrite) as scratch:
             check_space(folder, shards.bytes, found.checkpoint)
@@ -139,12 +161,24 @@ def fold(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 allow_nonfinite=allow_nonfinite,
+                no_load_test=not load_test,
             )
-            write_text(scratch / MANIFEST, fold_manifest(record, origin, command, written.hashes))
+            if process is not None:
+                report("loading what was written")
+                check_loads(process, scratch, wanted, tokenizer=has_tokenizer(found.copied_files), out=folder)
+            test = outcome(process, wanted)
+            write_text(scratch / MANIFEST, fold_manifest(record, origin, command, written.hashes, test))
     except OSError as error:
         raise unwritable(folder, error) from error
     unsound = notes.unsound_values(written.tallies, str(found.config.dtype).removeprefix("torch."))
-    return dataclasses.replace(result, notes=(*result.notes, *unsound))
+    return dataclasses.replace(
+        result, notes=(*result.notes, *unsound, *written.notes, *notes.load_test(test, asked=load_test))
+    )
+
+
+def _ties(config: Any) -> bool:
+    """A config of several parts may say nothing of it."""
+    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def _record(source: Source) -> Mapping[str, Any]:

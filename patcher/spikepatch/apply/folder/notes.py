@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from spikepatch.source.apart import stored_apart
 from spikepatch.source.formats import some
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def whose_weights(source: Source, plan: Plan) -> Iterator[str]:
         old = ", ".join([source.patched["recipe"], *_factors(source.patched["embeddings"], plan)])
         note = f"{source.name} is patched already ({old}): the new plan takes the old one's place"
         yield note + (", and the learned weights were trained with the old one" if plan.reinit != "all" else "")
+    if apart := sorted(stored_apart(source.checkpoint)):
+        yield f"the config ties {', '.join(apart)}, the checkpoint does not: kept apart, as transformers loads them"
 
 
 def _factors(embeddings: Mapping[str, Mapping[str, Any]], plan: Plan) -> Iterator[str]:
@@ -74,3 +77,11 @@ def unsound_values(tallies: Mapping[str, Tally], dtype: str) -> Iterator[str]:
         yield f"values that became 0 in {dtype}, too small for it: {some(lost)}"
     if nonfinite := [f"{name!r} ({tally.nonfinite})" for name, tally in tallies.items() if tally.nonfinite]:
         yield f"NaN or infinite values, as in the source: {some(nonfinite)}"
+
+
+def load_test(outcome: str, *, asked: bool) -> Iterator[str]:
+    """Of a test that was not made as it was not ``asked`` for, or not whole."""
+    if not asked:
+        yield "not tried whether it loads: the load test was left out"
+    elif outcome not in ("passed", "left out"):
+        yield f"load test: {outcome}, since the model is too large to be run on this machine"

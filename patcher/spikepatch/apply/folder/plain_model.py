@@ -19,6 +19,7 @@ from spikepatch.residual.identity import Values, forward_of
 from spikepatch.residual.ops import LOOKUPS, op
 from spikepatch.residual.trace import Trace
 from spikepatch.runtime.embedding import change_output
+from spikepatch.source.apart import untie_stored
 from spikepatch.source.checkpoint import read_tensor
 from spikepatch.source.header import TensorEntry, torch_dtype
 from spikepatch.source.layout import layout
@@ -56,11 +57,14 @@ def plain_model(source: Source, patched: Any, edits: Mapping[str, Any]) -> tuple
     Raises:
         Refused: it is not the patched model then, or a table cannot be told from the head's.
     """
-    for tied in dict.fromkeys((source.config.tie_word_embeddings, False)):
-        config = as_read(source.config, {"tie_word_embeddings": tied})
+    says = {} if not hasattr(source.config, "tie_word_embeddings") else {"tie_word_embeddings": False}
+    for changes in ({}, says):
+        config = as_read(source.config, changes)
         plain: Any = build_meta(source.model_class, config, where=source.name)
         if settings := stable_settings(plain, None):
             plain = build_meta(source.model_class, as_read(config, settings), where=source.name)
+        if source.checkpoint is not None:
+            untie_stored(plain, source.checkpoint)
         held = _held(plain, patched, edits)
         if isinstance(held, dict):
             break
@@ -86,12 +90,16 @@ def _held(plain: nn.Module, patched: nn.Module, edits: Mapping[str, Any]) -> dic
     """Tensor of the plain model -> what it holds; or the name of one that would have to hold two things."""
     known = _first_names(patched)
     found: dict[str, Holds] = {}
-    for name, first in _first_names(plain).items():
+    names = _first_names(plain)
+    folded = {names[f"{module}.weight"] for module, edit in edits.items() if edit.keys() != {"gradient"}}
+    for name, first in names.items():
         module, _, _ = name.rpartition(".")
         value: Holds = known[name]
         if module in edits and edits[module].keys() != {"gradient"}:
             owns = any(other.startswith(f"{module}.norm.") for other in known)
             value = Rows(known[name], json.dumps(edits[module], sort_keys=True), module if owns else "")
+        elif first in folded and isinstance(plain.get_submodule(module), nn.Embedding):
+            continue  # a table by another name, such as T5's `shared`: whether it is looked up in is seen by the proof
         if found.setdefault(first, value) != value:
             return first
     return found

@@ -25,9 +25,10 @@ from spikepatch.progress import Progress
 from spikepatch.source.checkpoint import Checkpoint, check_unchanged, read_checkpoint
 from spikepatch.source.formats import SINGLE_FILE, some
 from spikepatch.source.header import TensorEntry, torch_dtype
-from spikepatch.source.layout import Target, layout
+from spikepatch.source.layout import Target, check_covered, layout
 from spikepatch.source.match import Match
 from spikepatch.source.meta import skeleton
+from spikepatch.source.tokenizer import has_tokenizer, refit, source_tokenizer
 
 if TYPE_CHECKING:
     from spikepatch.apply.disk.pipeline import Content
@@ -90,6 +91,7 @@ def plan_shards(
     targets = {target.name: target for target in layout(twin)}
     originals = {} if match is None else _originals(plan, targets.values(), match)
     tensors = tuple(Planned(n, _dtype(t, originals.get(n), dtype), t.shape) for n, t in targets.items())
+    check_covered(plan.written, twin, targets.values(), every=plan.reinit == "all")
     by_owner: dict[str, ValueEdit] = {edit.parameter: edit for edit in plan.select(ValueEdit)}
     edits = {name: by_owner[target.owner] for name, target in targets.items() if target.owner in by_owner}
     persistent = set(model.state_dict())
@@ -152,14 +154,24 @@ def _write(folder: Path, shards: Shards, texts: Mapping[str, str], source: Sourc
         done += count
         report("writing weights", done, shards.bytes)
 
-    written = write_checkpoint(folder, shards.tensors, shards.files, shards.produce, advance)
-    written.hashes.update({name: write_text(folder / name, text) for name, text in texts.items()})
+    hashes = {name: write_text(folder / name, text) for name, text in texts.items()}
     for path in source.copied_files:
         assert source.folder is not None
         name = path.relative_to(source.folder).as_posix()
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
-        written.hashes[name] = file_hash(folder / name)
+        hashes[name] = file_hash(folder / name)
+    notes = []
+    if has_tokenizer(source.copied_files):
+        report("comparing the tokenizers")
+        original = source_tokenizer(source)
+        if isinstance(original, str):
+            notes.append(f"tokenizer: {original}; its files are copied as they are")
+        else:
+            hashes |= {name: file_hash(folder / name) for name in refit(original, folder)}
+    written = write_checkpoint(folder, shards.tensors, shards.files, shards.produce, advance)
+    written.hashes.update(hashes)
+    written.notes.extend(notes)
     return written
 
 
@@ -177,6 +189,8 @@ def check_shards(folder: Path, shards: Shards, written: Written, *, allow_nonfin
     if present != expected:
         differing = sorted(n for n in present.keys() | expected.keys() if present.get(n) != expected.get(n))
         raise RuntimeError(f"tensors were not written as planned: {', '.join(differing[:5])}")
+    if left := [tensor.name for tensor in shards.tensors if tensor.elements and tensor.name not in written.tallies]:
+        raise RuntimeError(f"tensors were not written: {', '.join(left[:5])}")
     _check_finite(shards, written, allow_nonfinite)
     for tensor in shards.tensors:
         if tensor.name in shards.fills:

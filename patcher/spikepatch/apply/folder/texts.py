@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spikepatch._version import __version__
 from spikepatch.apply.disk.manifest import inherited_metadata, model_card
-from spikepatch.apply.generated.render import config_entries, original_entries, render
+from spikepatch.apply.generated.render import completed, config_entries, original_entries, render
 from spikepatch.plans.plan import Plan, Untie
 from spikepatch.source.classes import original_in
 from spikepatch.source.open import MODEL_CARD
@@ -43,7 +43,7 @@ def texts(source: Source, plan: Plan, route: Route, settings: Mapping[str, Any],
         data["tokenizer_class"] = data.get("tokenizer_class") or entries["tokenizer_class"]
         if route.kind == "code":
             files = render(original)
-            record["original"] |= original_entries(original, source.config)
+            record = completed(record, original, record["original"] | original_entries(original, source.config))
             # Its tokenizer's code lies beside the weights, like the model's.
             others = {k: v for k, v in data.get("auto_map", {}).items() if source.needs_code and "Tokenizer" in k}
             data |= entries | {"auto_map": others | entries["auto_map"], "tokenizer_class": data["tokenizer_class"]}

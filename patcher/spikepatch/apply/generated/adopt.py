@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from spikepatch.apply.generated.render import config_entries, module_name, original_entries, render
+from spikepatch.apply.generated.render import completed, config_entries, module_name, original_entries, render
 from spikepatch.runtime.embedding import install
 from spikepatch.source.classes import Original, carried_files, class_name, original_of
 from spikepatch.source.private import mark_initialised
@@ -90,7 +90,7 @@ def adopt(model: Any, record: Mapping[str, Any]) -> None:
         if type(config) is not config_class:
             continue
         config.__class__ = generated.config
-        config.spikepatch = copy.deepcopy({**record, "original": replaced})
+        config.spikepatch = completed(copy.deepcopy(record), original, replaced)
         config.auto_map = dict(entries["auto_map"])
         config.architectures = list(entries["architectures"])
         if getattr(config, "tokenizer_class", None) is None:

@@ -16,8 +16,9 @@ from spikepatch.apply.generated.render import check_generated, stored_as_code
 from spikepatch.errors import BadSource, Refused
 from spikepatch.plans.plan import Plan, Untie
 from spikepatch.quiet import quiet
-from spikepatch.runtime.embedding import install
-from spikepatch.source.classes import original_in
+from spikepatch.runtime.embedding import install, patched_embeddings
+from spikepatch.source import meta
+from spikepatch.source.classes import is_remote, original_in
 from spikepatch.source.open import Source, build_meta
 
 if TYPE_CHECKING:
@@ -75,7 +76,19 @@ def load_learned(model_class: Any, folder: Path, **options: Any) -> Any:
         model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise RuntimeError(f"{folder} loads without {', '.join(sorted(info['missing_keys'])[:5])}")
+    if is_remote(type(model)) and not patched_embeddings(model):
+        _construct_buffers(model)
     return model.eval()
+
+
+@torch.no_grad()
+def _construct_buffers(model: Any) -> None:
+    """What no checkpoint has, as the constructor makes it: code from before transformers 5 fills it nowhere else."""
+    constructed = dict(meta.build_meta(type(model), model.config, where=type(model).__name__).named_buffers())
+    stored = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name not in stored:
+            buffer.copy_(constructed[name])
 
 
 def check_known(source: Source) -> None:

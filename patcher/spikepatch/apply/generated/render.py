@@ -12,8 +12,9 @@ from typing import Any
 from spikepatch.errors import Refused
 from spikepatch.source.classes import Original, class_name, is_remote, stem
 
-#: Unlike `embedding.py`, no file of a model repository is called so.
-_RUNTIME_FILE = "spikepatch_embedding"
+#: The files of ``runtime`` that lie beside a generated one; each is called so, and begins with this, there.
+_RUNTIME = ("embedding", "fresh", "model")
+_PREFIX = "spikepatch_"
 
 
 def render(original: Original) -> dict[str, str]:
@@ -34,9 +35,28 @@ def render(original: Original) -> dict[str, str]:
     from spikepatch.apply.generated.substitution import substituted  # libcst takes 0.3 s, and most models need no code
 
     return {
-        f"{module_name(original)}.py": substituted(_runtime_source("template"), original, _RUNTIME_FILE),
-        f"{_RUNTIME_FILE}.py": _runtime_source("embedding"),
+        f"{module_name(original)}.py": substituted(_runtime_source("template"), original),
+        **{f"{_PREFIX}{module}.py": _runtime_source(module) for module in _RUNTIME},
     }
+
+
+def completed(record: Mapping[str, Any], original: Original, replaced: Mapping[str, Any]) -> dict[str, Any]:
+    """``record`` of a plan as config.json holds it, where the model runs on generated files.
+
+    A class of the original type that is asked for by its name, such as ``LlamaForCausalLM.from_pretrained(folder)``,
+    sees another type, and looks for a part of the config that is of its own: it finds this, and a dtype that says what
+    to do, at which transformers stops. Else it would load plain weights, and say so in a line that is easily
+    overlooked.
+
+    Args:
+        replaced: see ``original_entries``.
+    """
+    stop = {
+        "model_type": original.model_type,
+        "dtype": f"this folder holds a patched model, which {original.model.__name__} by itself leaves unpatched. Load"
+        f" it with {original.auto_class}.from_pretrained(folder, trust_remote_code=True)",
+    }
+    return {**record, "original": dict(replaced), **(stop if original.model_type else {})}
 
 
 def original_entries(original: Original, config: Any) -> dict[str, Any]:
@@ -110,7 +130,9 @@ def config_entries(original: Original) -> dict[str, Any]:
 
 
 def _runtime_source(module: str) -> str:
-    return (resources.files("spikepatch.runtime") / f"{module}.py").read_text(encoding="utf-8")
+    """Its text, with the names that the files have beside a model: no file of a model repository is called so."""
+    text = (resources.files("spikepatch.runtime") / f"{module}.py").read_text(encoding="utf-8")
+    return re.sub(rf"(?m)^from \.({'|'.join(_RUNTIME)}) import", rf"from .{_PREFIX}\1 import", text)
 
 
 def _identifiers(names: Iterable[str]) -> bool:

@@ -11,25 +11,20 @@ from spikepatch.source.classes import Original, class_name, is_remote, stem
 
 #: The stand-ins of runtime/template.py.
 _CONFIG, _BASE, _MODEL = "GPT2Config", "GPT2Model", "GPT2LMHeadModel"
-_AUTO_CLASS, _MODEL_TYPE, _RUNTIME = "AutoModelForCausalLM", "spikepatch_gpt2", "embedding"
+_AUTO_CLASS, _MODEL_TYPE = "AutoModelForCausalLM", "spikepatch_gpt2"
 _PATCHED = {_CONFIG: "PatchedConfig", _BASE: "PatchedModel", _MODEL: "PatchedForCausalLM"}
 
 
-def substituted(template: str, original: Original, runtime: str) -> str:
-    """The source of runtime/template.py, with the classes of ``original`` in place of its stand-ins.
-
-    Args:
-        runtime: the module beside it that holds runtime/embedding.py.
-    """
-    return cst.parse_module(template).visit(_Substitution(original, runtime)).code
+def substituted(template: str, original: Original) -> str:
+    """The source of runtime/template.py, with the classes of ``original`` in place of its stand-ins."""
+    return cst.parse_module(template).visit(_Substitution(original)).code
 
 
 class _Substitution(m.MatcherDecoratableTransformer):
     """Stand-ins become the names of an architecture; what concerns a missing base class goes."""
 
-    def __init__(self, original: Original, runtime: str) -> None:
+    def __init__(self, original: Original) -> None:
         super().__init__()
-        self.runtime = runtime
         self.originals = {_CONFIG: original.config, _BASE: original.base, _MODEL: original.model}
         self.names = {_AUTO_CLASS: original.auto_class}
         for stand_in, cls in self.originals.items():
@@ -61,10 +56,6 @@ class _Substitution(m.MatcherDecoratableTransformer):
         lines[0] = lines[0].with_changes(leading_lines=original.body[first].leading_lines)
         others = [line for line, is_dotted in zip(node.body, dotted, strict=True) if not is_dotted]
         return node.with_changes(body=[*others[:first], *lines, *others[first:]])
-
-    @m.leave(m.ImportFrom(module=m.Name(_RUNTIME), relative=[m.Dot()]))
-    def import_runtime(self, original: cst.ImportFrom, node: cst.ImportFrom) -> cst.ImportFrom:
-        return node.with_changes(module=cst.Name(self.runtime))
 
     @m.leave(m.TrailingWhitespace(comment=m.Comment(m.MatchRegex("# type: ignore.*"))))
     def drop_comment(self, original: cst.TrailingWhitespace, node: cst.TrailingWhitespace) -> cst.TrailingWhitespace:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -14,14 +14,16 @@ from spikepatch.apply.generated.structure import restructure, untie_head
 from spikepatch.apply.live.initialize import Blueprint, unfillable
 from spikepatch.apply.values.assign import values
 from spikepatch.apply.values.loading import stable_settings
+from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
 from spikepatch.errors import Refused
-from spikepatch.plans.plan import EmbeddingEdit, Part, Plan, Recipe, Reinit, Untie
+from spikepatch.plans.plan import EmbeddingEdit, Part, Plan, Recipe, Reinit, Untie, ValueEdit
 from spikepatch.recipes.plan_of import check_learned
 from spikepatch.recipes.plan_of import plan as make_plan
 from spikepatch.residual.example import Given
 from spikepatch.runtime.embedding import check_patchable, install, patched_embeddings
-from spikepatch.source.layout import layout, persistent, tensor_shapes
+from spikepatch.source.layout import check_covered, layout, persistent, tensor_shapes
 from spikepatch.source.meta import build_meta, check_default_device, check_module, on_meta, skeleton
+from spikepatch.source.pieces import loaded_pieces
 from spikepatch.source.private import is_transformers_model
 
 
@@ -83,9 +85,16 @@ def patch(
             example_inputs=example_inputs,
         )
     _check(model, plan)
+    tables = dict(model.named_parameters(remove_duplicate=False))
+    check_numbers(
+        plan,
+        {name: parameter.dtype for name, parameter in tables.items()},
+        lambda name: absolute_maximum(loaded_pieces(tables[name])),
+    )
     twin = skeleton(model)
     restructure(twin, plan)
     targets = layout(twin)
+    check_covered(plan.written, twin, targets, every=plan.reinit == "all")
     buffers = _constructed_buffers(model, plan)
     blueprint = Blueprint(plan, twin, targets, buffers) if on_meta(model) else None
     if blueprint is not None and (problems := [*unfillable(blueprint)]):
@@ -113,13 +122,27 @@ def patch(
     if blueprint is not None:
         model._spikepatch_blueprint = blueprint  # type: ignore[assignment]
         return model
-    state = model.state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True) | dict(model.named_parameters(remove_duplicate=False))
+    written: set[str] = set()
     with torch.no_grad():
         for target in targets:
             fresh = value(target)
             if fresh is not None:
                 target.view(state[target.owner].detach()).copy_(fresh)
+                written.add(target.owner)
+    _count(model, plan, written)
     return model
+
+
+def _count(model: nn.Module, plan: Plan, written: Collection[str]) -> None:
+    """Each edit of the plan was carried out, once; anything else is a bug of ours."""
+    left = {edit.parameter for edit in plan.select(ValueEdit)} - set(written)
+    changed = patched_embeddings(model)
+    left |= {edit.module for edit in plan.select(EmbeddingEdit)} - set(changed)
+    tied = dict(model.named_parameters(remove_duplicate=False))
+    left |= {edit.head for edit in plan.select(Untie) if tied[edit.head] is tied[edit.embedding]}
+    if left:
+        raise RuntimeError(f"edits were not carried out: {', '.join(sorted(left)[:5])}")
 
 
 def _own_configs(model: nn.Module) -> None:

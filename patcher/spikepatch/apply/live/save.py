@@ -25,6 +25,7 @@ from spikepatch.quiet import quiet
 from spikepatch.source.classes import is_remote, original_of
 from spikepatch.source.meta import check_module
 from spikepatch.source.private import registered_auto_class
+from spikepatch.source.tokenizer import refit
 
 
 def save(
@@ -32,6 +33,7 @@ def save(
     out: str | os.PathLike[str],
     *,
     files: Mapping[str, Path] | None = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Path:
     """``model.save_pretrained(out)``, with the manifest and a model card, in a folder that appears whole.
@@ -42,6 +44,8 @@ def save(
         model: a transformers model that ``patch`` has patched.
         out: absent or empty, or with ``overwrite`` a folder to replace.
         files: name in the folder -> what is copied there, such as a tokenizer's files.
+        tokenizer: the one that is loaded from those files where they come from. AutoTokenizer chooses its class by the
+            model's type; where it would choose another one for ``out``, the files name this one's.
         overwrite: replace a model that is there.
 
     Returns:
@@ -64,7 +68,7 @@ def save(
     folder = Path(out)
     check_target(folder, None, overwrite=overwrite)
     storage = "code" if plan.structural else "plain"
-    with pretrained(model, folder, files=files, overwrite=overwrite) as scratch:
+    with pretrained(model, folder, files=files, tokenizer=tokenizer, overwrite=overwrite) as scratch:
         if scratch is not None:
             trust = plan.structural or is_remote(type(model))
             write_text(scratch / "README.md", model_card(plan, trust=trust, auto_class=_auto_class(model)))
@@ -77,7 +81,7 @@ def save(
 
 @contextlib.contextmanager
 def pretrained(
-    model: Any, out: Path, *, files: Mapping[str, Path] | None = None, overwrite: bool = False
+    model: Any, out: Path, *, files: Mapping[str, Path] | None = None, tokenizer: Any = None, overwrite: bool = False
 ) -> Iterator[Path | None]:
     """What ``save_pretrained`` writes, and ``files``, in a folder that becomes ``out`` when the block ends well.
 
@@ -91,6 +95,8 @@ def pretrained(
                 for name, file in (files or {}).items():
                     (scratch / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(file, scratch / name)
+                if tokenizer is not None:
+                    refit(tokenizer, scratch)
                 yield scratch
         except (OSError, SafetensorError) as error:  # of a full disk, safetensors has an error of its own
             raise unwritable(out, error) from error
