@@ -26,6 +26,10 @@ from spikepatch.spikes.statistic import (
 #: Rows in a value of each scale of the loss; a gradient norm is judged row by row.
 SCALES: dict[EventKind, tuple[int, ...]] = {"loss": (1, 2, 4, 8, 16, 32, 64, 128), "gradient_norm": (1,)}
 
+NEAR = 16
+SLIDING = 8
+FEW = 4
+
 #: Values after which the noise is estimated anew, where the baseline is long.
 _AGE = 8
 
@@ -38,6 +42,7 @@ class Scale:
     values: tuple[float, ...] = ()
     begins: tuple[int, ...] = ()
     noise: float = 0.0
+    near: float = 0.0
     age: int = 0
     half: tuple[float, int] | None = None
 
@@ -45,8 +50,9 @@ class Scale:
         values = (*self.values, value)[-WINDOW:]
         begins = (*self.begins, step)[-BACK:]
         fresh = len(values) < WARMUP or (self.age + 1 < _AGE and len(values) >= WINDOW // 2)
-        known = self.noise if fresh else noise(values)
-        return Scale(values, begins, known, self.age + 1 if fresh else 0, None)
+        if fresh:
+            return Scale(values, begins, self.noise, self.near, self.age + 1, None)
+        return Scale(values, begins, noise(values), noise(values[-NEAR:]), 0, None)
 
 
 @dataclass(frozen=True)
@@ -197,25 +203,47 @@ def _judged(
     recent: tuple[tuple[int, float], ...],
 ) -> tuple[Excursion | None, tuple[Scale, ...]]:  # fmt: skip
     """The excursion that a row opens, by itself or as the last one of a mean; else the baseline with it."""
+    finest = scales[0].values
+    for scale, k in zip(scales, SCALES[kind], strict=True):
+        if k > SLIDING or len(scale.values) < (WARMUP if k > 1 else 0):
+            break
+        y, begins = (x, step) if k == 1 else ((math.fsum(finest[1 - k :]) + x) / k, recent[-k][0])
+        found = _opened(scales, kind, k, begins, y, digit, limit, recent)
+        if found is not None:
+            return found, scales
     grown, y, begins = list(scales), x, step
     for i, k in enumerate(SCALES[kind]):
-        scale = grown[i] if i == 0 else grown[i]
+        scale = grown[i]
         if i:
             if scale.half is None:
                 grown[i] = dataclasses.replace(scale, half=(y, begins))
                 break
             y, begins = (scale.half[0] + y) / 2, scale.half[1]
-        found = _opened(scale, kind, k, begins, y, digit, limit, grown[0], recent)
-        if found is not None:
-            return found, tuple(grown)
+        if k > SLIDING:
+            found = _opened(tuple(grown), kind, k, begins, y, digit, limit, recent)
+            if found is not None:
+                return found, tuple(grown)
         grown[i] = scale.then(y, begins)
     return None, tuple(grown)
 
 
+def _reach(scales: tuple[Scale, ...], kind: EventKind, k: int, floor: float, limit: float) -> tuple[float, float]:
+    """How far above the level a value is an event, and the noise."""
+    wide = near = 0.0
+    for scale, size in zip(scales, SCALES[kind], strict=True):
+        wide, near = max(scale.noise, wide / math.sqrt(2)), max(scale.near, near / math.sqrt(2))
+        if size == k:
+            break
+    wide, near = max(wide, floor), max(near, floor)
+    count = min(len(scales[0].values), FEW * len(scale.values))
+    return min(threshold(count, limit) * wide, threshold(min(count, NEAR), limit) * near), wide
+
+
 def _opened(
-    scale: Scale, kind: EventKind, k: int, begins: int, y: float, digit: float, limit: float, rows: Scale,
+    scales: tuple[Scale, ...], kind: EventKind, k: int, begins: int, y: float, digit: float, limit: float,
     recent: tuple[tuple[int, float], ...],
 ) -> Excursion | None:  # fmt: skip
+    scale, rows = scales[SCALES[kind].index(k)], scales[0]
     values, n = scale.values, len(scale.values)
     step, x = recent[-1]
     if n < WARMUP:
@@ -228,17 +256,22 @@ def _opened(
     at = level(values)
     if y <= at:
         return None
-    unit = max(scale.noise, digit, RESOLUTION * (abs(at) if kind == "loss" else 1.0))
-    if not y - at > threshold(n, limit) * unit:
+    floor = max(digit, RESOLUTION * (abs(at) if kind == "loss" else 1.0))
+    reach, unit = _reach(scales, kind, k, floor, limit)
+    if not y - at > reach:
         return None
     back = 0  # values before this one that belong to it
     while k > 1 and back < len(scale.begins) - 1 and values[-1 - back] > at + 3 * unit:
         back += 1
     if back:
         at = min(at, level(values[:-back]))
-    onset = scale.begins[-back] if back else begins
+    onset = min(scale.begins[-back], begins) if back else begins
+    if k <= SLIDING:
+        high = [row for row in recent[-k:] if row[1] > at + 2 * max(rows.noise, floor)]
+        if not back and high:
+            onset = high[0][0]
     peak, top = max(recent[-k:], key=lambda row: row[1])
-    score = min((top - at) / max(rows.noise, digit, RESOLUTION * (abs(at) if kind == "loss" else 1.0)), LARGEST) if unit else LARGEST
+    score = min((top - at) / max(rows.noise, floor), LARGEST) if floor or rows.noise else LARGEST
     raw = (math.exp(top), math.exp(at)) if kind == "gradient_norm" else (top, at)
     event = Event(kind, onset, peak, *raw, score, k, (back + 1) * k)
     return Excursion(event, at, top, BAND * unit, rows=(back + 1) * k)
