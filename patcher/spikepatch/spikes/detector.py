@@ -1,4 +1,7 @@
-"""The detector, one row at a time; the theory that it follows is stated in ``events.py``."""
+"""The detector of events, one row at a time; ``events.py`` states the theory.
+
+Legend: x a row's value, of a gradient norm its logarithm; k the rows in a value of a scale.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spikepatch.errors import Refused
+from spikepatch.spikes.baseline import SLIDING, Baseline, Row, Scale, grown, moved, reach
 from spikepatch.spikes.events import BACK, BAND, EXPLODED, SETTLED, Event, EventKind
 from spikepatch.spikes.statistic import (
     LARGEST,
@@ -23,36 +27,11 @@ from spikepatch.spikes.statistic import (
     threshold,
 )
 
-#: Rows in a value of each scale of the loss; a gradient norm is judged row by row.
-SCALES: dict[EventKind, tuple[int, ...]] = {"loss": (1, 2, 4, 8, 16, 32, 64, 128), "gradient_norm": (1,)}
+#: Scales: of the loss 1 to 128 rows; a gradient norm is judged row by row.
+_SCALES: dict[EventKind, int] = {"loss": 8, "gradient_norm": 1}
 
-NEAR = 16
-SLIDING = 8
-FEW = 4
-
-#: Values after which the noise is estimated anew, where the baseline is long.
-_AGE = 8
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The baseline at one scale: values, the steps that the last ones begin at, their noise and its age in values,
-    and the first half of the next value with its step."""
-
-    values: tuple[float, ...] = ()
-    begins: tuple[int, ...] = ()
-    noise: float = 0.0
-    near: float = 0.0
-    age: int = 0
-    half: tuple[float, int] | None = None
-
-    def then(self, value: float, step: int) -> Scale:
-        values = (*self.values, value)[-WINDOW:]
-        begins = (*self.begins, step)[-BACK:]
-        fresh = len(values) < WARMUP or (self.age + 1 < _AGE and len(values) >= WINDOW // 2)
-        if fresh:
-            return Scale(values, begins, self.noise, self.near, self.age + 1, None)
-        return Scale(values, begins, noise(values), noise(values[-NEAR:]), 0, None)
+#: A stretch is calm whose noise is at most this many times the one before the event.
+_CALM = 4.0
 
 
 @dataclass(frozen=True)
@@ -60,17 +39,16 @@ class Excursion:
     """An event that is not back, and what its return is judged by.
 
     Attributes:
-        event: as it stands. level, band: what the series has to come back to, and how near.
-        rows: since the onset. since: since the peak. settled: that the baseline has gone on without it; 0 while up.
-        total, count: of the block under way. low: blocks in a row at the level, the first of which begins at ``begins``
-            after ``before`` rows.
+        level, top, band: of x: the level before, the peak, and how near to the level counts as back.
+        rows, since: since the onset and since the peak. settled: since the baseline goes on without it; 0 while up.
+        total, count: of the mean under way. low: means in a row at the level, the first of which began at ``begins``.
     """
 
     event: Event
     level: float
     top: float
     band: float
-    rows: int = 0
+    rows: int = 1
     since: int = 0
     settled: int = 0
     total: float = 0.0
@@ -81,23 +59,42 @@ class Excursion:
 
 @dataclass(frozen=True)
 class Series:
-    """One kind's baseline at each scale, its excursions, the outermost first, its last rows, and the step of the
-    digits that it is printed with."""
+    """One kind's baseline, its excursions (the outermost first), its last rows, and its coarsest print step yet."""
 
-    scales: tuple[Scale, ...] = ()
+    baseline: Baseline = ()
     open: tuple[Excursion, ...] = ()
-    recent: tuple[tuple[int, float], ...] = ()
+    recent: tuple[Row, ...] = ()
     digit: float = 1.0
 
     @property
     def up(self) -> bool:
-        """Whether it is above its level, and no other one is taken for it yet."""
+        """Whether it is above its level, and not for long enough to be judged by a new one."""
         return bool(self.open) and not self.open[-1].settled
 
 
 @dataclass(frozen=True)
 class SpikeDetector:
-    """Spikes in a training loop of any kind, one call a step."""
+    """Spikes in a training loop of any kind, one call a step.
+
+        detector = spikepatch.SpikeDetector()
+        for step in ...:
+            detector = detector.observe(step, loss, gradient_norm)
+            if detector.flags: ...
+
+    ``observe`` returns a new detector and changes nothing; ``to_dict`` is the whole state in strict JSON, for a
+    checkpoint, and a detector read from it decides the same bits. With several processes, reduce loss and gradient norm
+    over them first: then every process decides alike.
+
+    Attributes:
+        threshold: in units of the noise's standard deviation, for a long baseline.
+        flags: kinds of which the very last row opened an event, or is as high as a row that opens one.
+        closed: events that are back, in the order in which they came back.
+        loss, gradient_norm: the state of each.
+        nonfinite: the stretch of rows under way that are not finite. finite: rows since its last one.
+
+    Raises:
+        Refused: the threshold is not positive.
+    """
 
     threshold: float = THRESHOLD
     flags: tuple[EventKind, ...] = ()
@@ -107,7 +104,23 @@ class SpikeDetector:
     nonfinite: Event | None = None
     finite: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise Refused(
+                what=f"threshold={self.threshold:g}",
+                where="SpikeDetector",
+                why="a spike is above its level",
+                remedy=f"a positive number of deviations; the default is {THRESHOLD:g}",
+            )
+
     def observe(self, step: int, loss: float | None, gradient_norm: float | None = None) -> SpikeDetector:
+        """The state after a row; None for a value that is not known.
+
+        Args:
+            step: names the row in events; need not be consecutive.
+            loss: of the step, in any unit.
+            gradient_norm: before clipping.
+        """
         values: dict[EventKind, float | None] = {"loss": loss, "gradient_norm": gradient_norm}
         known = [value for value in values.values() if value is not None]
         broken = any(not abs(value) <= LARGEST for value in known)
@@ -117,13 +130,11 @@ class SpikeDetector:
         for kind, value in values.items():
             if value is None or not abs(value) <= LARGEST or (kind == "gradient_norm" and value <= 0):
                 continue
-            series, flagged, ended = _observed(getattr(self, kind), kind, step, float(value), self.threshold)
-            changed[kind] = series
+            changed[kind], flagged, ended = _observed(getattr(self, kind), kind, step, float(value), self.threshold)
             closed += ended
-            if flagged:
-                flags.append(kind)
-        if known:
-            flags.extend(["nonfinite"] if broken else [])
+            flags += [kind] * flagged
+        if known and (broken or self.nonfinite is not None):
+            flags += ["nonfinite"] * broken
             changed["nonfinite"], changed["finite"], ended = _nonfinite(self.nonfinite, self.finite, step, broken)
             closed += ended
         return dataclasses.replace(self, flags=tuple(flags), closed=(*self.closed, *closed), **changed)
@@ -132,217 +143,229 @@ class SpikeDetector:
     def under_way(self) -> tuple[Event, ...]:
         """Those that are not back."""
         own = (excursion.event for series in (self.loss, self.gradient_norm) for excursion in series.open)
-        return (*own, *([self.nonfinite] if self.nonfinite else []))
+        return (*own, *([self.nonfinite] if self.nonfinite is not None else []))
+
+    @property
+    def up(self) -> tuple[Event, ...]:
+        """Of those the ones that the last row belongs to: what is up, and has not settled on another level."""
+        own = (series.open[-1].event for series in (self.loss, self.gradient_norm) if series.up)
+        return (*own, *([self.nonfinite] if self.nonfinite is not None else []))
 
     @property
     def events(self) -> tuple[Event, ...]:
         """All of them, in the order of their onsets."""
         return tuple(sorted((*self.closed, *self.under_way), key=lambda event: event.onset))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Strict JSON: no NaN, and every float comes back as the same bits."""
+        data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SpikeDetector:
+        """The detector that ``to_dict`` was called on."""
+        return cls(
+            threshold=data["threshold"],
+            flags=tuple(data["flags"]),
+            closed=tuple(Event(**event) for event in data["closed"]),
+            loss=_series(data["loss"]),
+            gradient_norm=_series(data["gradient_norm"]),
+            nonfinite=data["nonfinite"] and Event(**data["nonfinite"]),
+            finite=data["finite"],
+        )
+
+
+def news(before: SpikeDetector, after: SpikeDetector) -> tuple[Event, ...]:
+    """Events that opened or came back from one state to a later one, as they then stood."""
+    known = {(event.kind, event.onset) for event in before.under_way}
+    opened = (event for event in after.under_way if (event.kind, event.onset) not in known)
+    return (*after.closed[len(before.closed) :], *opened)
+
+
+def _series(data: dict[str, Any]) -> Series:
+    scales = (
+        Scale(tuple(s["values"]), tuple(s["begins"]), s["noise"], s["near"], s["age"], s["half"] and tuple(s["half"]),
+              s["level"])
+        for s in data["baseline"]
+    )
+    excursions = (Excursion(**{**e, "event": Event(**e["event"])}) for e in data["open"])
+    recent = tuple((step, x) for step, x in data["recent"])
+    return Series(tuple(scales), tuple(excursions), recent, data["digit"])
+
 
 def _nonfinite(event: Event | None, finite: int, step: int, broken: bool) -> tuple[Event | None, int, list[Event]]:
+    """The stretch under way, the finite rows since, and the stretch that has ended."""
     if broken:
         if event is None:
             return Event("nonfinite", step, step), 0, []
-        return dataclasses.replace(event, duration=event.duration + finite + 1), 0, []
-    if event is None:
-        return None, 0, []
-    if event.back is None or not finite:
-        event = dataclasses.replace(event, back=step)
-    if finite + 1 < BACK:
-        return dataclasses.replace(event, back=event.back), finite + 1, []
-    return None, 0, [event]
+        return dataclasses.replace(event, duration=event.duration + finite + 1, back=None), 0, []
+    assert event is not None
+    event = event if finite else dataclasses.replace(event, back=step)
+    return (event, finite + 1, []) if finite + 1 < BACK else (None, 0, [event])
 
 
 def _observed(
     series: Series, kind: EventKind, step: int, value: float, limit: float
 ) -> tuple[Series, bool, list[Event]]:
-    """The series after a row, whether the row is flagged, and the events that have ended with it."""
+    """The series after a row, whether the row is flagged, and the events that are back."""
     x = math.log(value) if kind == "gradient_norm" else value
     recent = (*series.recent, (step, x))[-SETTLED:]
     digit = series.digit and min(series.digit, print_step(value))
     unit = digit / value if kind == "gradient_norm" else digit
-    scales = series.scales or tuple(Scale() for _ in SCALES[kind])
+    baseline = series.baseline or (Scale(),) * _SCALES[kind]
     if not series.open:
-        found, scales = _judged(scales, kind, step, x, unit, limit, recent)
-        return Series(scales, (found,) if found else (), recent, digit), found is not None, []
+        found, baseline = _judged(baseline, kind, recent, unit, limit)
+        return Series(baseline, (found,) if found else (), recent, digit), found is not None, []
 
-    up, closed, still = series.up, [], []
-    for excursion in series.open:
-        after, event = _followed(excursion, kind, step, x, value, recent)
-        if event is not None:
-            closed.append(event)
-        else:
-            still.append(after)
-    if closed:  # what began within it is over with it
-        outer = min(event.onset for event in closed)
-        closed += [dataclasses.replace(e.event, back=closed[0].back) for e in still if e.event.onset > outer]
-        still = [e for e in still if e.event.onset <= outer]
-    if not up:
-        found, scales = _judged(scales, kind, step, x, unit, limit, recent)
-        if found is None:
-            return Series(scales, tuple(still), recent, digit), False, closed
-        opened = _continued(still[-1], found) if still and _belongs(still[-1], found) else None
-        still = [*still[:-1], opened] if opened else [*still, found]
-        return Series(scales, tuple(still), recent, digit), True, closed
+    still, ended = _followed(series.open, kind, value, recent)
+    if not series.up:
+        found, baseline = _judged(baseline, kind, recent, unit, limit)
+        if found is not None:
+            still = [*still[:-1], _joined(still[-1], found)] if still and _belongs(found, still[-1]) else [*still, found]
+        return Series(baseline, tuple(still), recent, digit), found is not None, ended
     if len(still) < len(series.open):
         for at, old in recent[-BACK:]:
-            scales = _grown(scales, old, at)
-        return Series(scales, tuple(still), recent, digit), False, closed
-    last = still[-1]
-    unit = max(scales[0].noise, unit, RESOLUTION * (abs(last.level) if kind == "loss" else 1.0))
-    flagged = x > last.level + threshold(len(scales[0].values), limit) * unit
-    if last.since >= max(SETTLED, last.event.over):
-        scales = _moved(scales, recent)
+            baseline = grown(baseline, old, at)
+        return Series(baseline, tuple(still), recent, digit), False, ended
+    last, finest = still[-1], baseline[0]
+    unit = max(finest.noise, _floor(kind, last.level, unit))
+    flagged = x > last.level + threshold(max(len(finest.values), WARMUP), limit) * unit
+    if last.since >= max(SETTLED, last.event.over) and _calm(recent, unit):
+        baseline = moved(baseline, recent)
         still[-1] = dataclasses.replace(last, settled=1)
-    return Series(scales, tuple(still), recent, digit), flagged, closed
+    return Series(baseline, tuple(still), recent, digit), flagged, ended
+
+
+def _floor(kind: EventKind, at: float, digit: float) -> float:
+    """The least unit there."""
+    return max(digit, RESOLUTION * (abs(at) if kind == "loss" else 1.0))
+
+
+def _calm(recent: tuple[Row, ...], unit: float) -> bool:
+    return noise([x for _, x in recent]) <= _CALM * unit
 
 
 def _judged(
-    scales: tuple[Scale, ...], kind: EventKind, step: int, x: float, digit: float, limit: float,
-    recent: tuple[tuple[int, float], ...],
-) -> tuple[Excursion | None, tuple[Scale, ...]]:  # fmt: skip
-    """The excursion that a row opens, by itself or as the last one of a mean; else the baseline with it."""
-    finest = scales[0].values
-    for scale, k in zip(scales, SCALES[kind], strict=True):
-        if k > SLIDING or len(scale.values) < (WARMUP if k > 1 else 0):
+    baseline: Baseline, kind: EventKind, recent: tuple[Row, ...], digit: float, limit: float
+) -> tuple[Excursion | None, Baseline]:
+    """The excursion that the last row opens, by itself or as the last one of a mean; else the baseline with it."""
+    (step, x), finest = recent[-1], baseline[0]
+    if len(finest.values) < WARMUP:
+        first = finest.values[0] if finest.values else math.inf
+        if kind == "loss" and x > EXPLODED * first > 0:
+            return _excursion(kind, recent, 1, step, first, RESOLUTION * first, RESOLUTION * first, 1), baseline
+        return None, grown(baseline, x, step)
+    for i, scale in enumerate(baseline):
+        k = 2**i
+        if k > SLIDING or len(scale.values) < WARMUP:
             break
-        y, begins = (x, step) if k == 1 else ((math.fsum(finest[1 - k :]) + x) / k, recent[-k][0])
-        found = _opened(scales, kind, k, begins, y, digit, limit, recent)
+        mean = x if k == 1 else (math.fsum(finest.values[1 - k :]) + x) / k
+        found = _opened(baseline, kind, i, mean, recent[-k][0], recent, digit, limit)
         if found is not None:
-            return found, scales
-    grown, y, begins = list(scales), x, step
-    for i, k in enumerate(SCALES[kind]):
-        scale = grown[i]
-        if i:
-            if scale.half is None:
-                grown[i] = dataclasses.replace(scale, half=(y, begins))
-                break
-            y, begins = (scale.half[0] + y) / 2, scale.half[1]
-        if k > SLIDING:
-            found = _opened(tuple(grown), kind, k, begins, y, digit, limit, recent)
-            if found is not None:
-                return found, tuple(grown)
-        grown[i] = scale.then(y, begins)
-    return None, tuple(grown)
+            return found, baseline
+    opened: list[Excursion] = []
 
+    def judge(at: Baseline, i: int, mean: float, begins: int) -> bool:
+        if 2**i > SLIDING and len(at[i].values) >= WARMUP:
+            found = _opened(at, kind, i, mean, begins, recent, digit, limit)
+            opened.extend([found] if found is not None else [])
+        return not opened
 
-def _reach(scales: tuple[Scale, ...], kind: EventKind, k: int, floor: float, limit: float) -> tuple[float, float]:
-    """How far above the level a value is an event, and the noise."""
-    wide = near = 0.0
-    for scale, size in zip(scales, SCALES[kind], strict=True):
-        wide, near = max(scale.noise, wide / math.sqrt(2)), max(scale.near, near / math.sqrt(2))
-        if size == k:
-            break
-    wide, near = max(wide, floor), max(near, floor)
-    count = min(len(scales[0].values), FEW * len(scale.values))
-    return min(threshold(count, limit) * wide, threshold(min(count, NEAR), limit) * near), wide
+    baseline = grown(baseline, x, step, judge)
+    return (opened[0] if opened else None), baseline
 
 
 def _opened(
-    scales: tuple[Scale, ...], kind: EventKind, k: int, begins: int, y: float, digit: float, limit: float,
-    recent: tuple[tuple[int, float], ...],
+    baseline: Baseline, kind: EventKind, i: int, mean: float, begins: int, recent: tuple[Row, ...], digit: float,
+    limit: float,
 ) -> Excursion | None:  # fmt: skip
-    scale, rows = scales[SCALES[kind].index(k)], scales[0]
-    values, n = scale.values, len(scale.values)
-    step, x = recent[-1]
-    if n < WARMUP:
-        first = values[0] if values else math.inf
-        if k > 1 or kind != "loss" or not x > EXPLODED * first > 0:
-            return None
-        unit = RESOLUTION * first
-        event = Event(kind, step, step, x, first, min((x - first) / unit, LARGEST))
-        return Excursion(event, first, x, BAND * unit, rows=1)
-    at = level(values)
-    if y <= at:
+    """The excursion that a mean of 2^i rows opens."""
+    scale, k = baseline[i], 2**i
+    at = scale.level
+    if mean - at <= limit * min(scale.noise, scale.near):  # no more than a part of the distance below
         return None
-    floor = max(digit, RESOLUTION * (abs(at) if kind == "loss" else 1.0))
-    reach, unit = _reach(scales, kind, k, floor, limit)
-    if not y - at > reach:
+    floor = _floor(kind, at, digit)
+    distance, unit = reach(baseline, i, floor, limit)
+    if not mean - at > distance:
         return None
-    back = 0  # values before this one that belong to it
-    while k > 1 and back < len(scale.begins) - 1 and values[-1 - back] > at + 3 * unit:
-        back += 1
-    if back:
-        at = min(at, level(values[:-back]))
-    onset = min(scale.begins[-back], begins) if back else begins
-    if k <= SLIDING:
-        high = [row for row in recent[-k:] if row[1] > at + 2 * max(rows.noise, floor)]
-        if not back and high:
-            onset = high[0][0]
+    before = 0  # values of this scale that belong to it already
+    while k > 1 and before < len(scale.begins) - 1 and scale.values[-1 - before] > at + BAND * unit:
+        before += 1
+    if before:
+        at = min(at, level(scale.values[:-before]))
+        begins = min(begins, scale.begins[-before])
+    elif k <= SLIDING:
+        high = [step for step, x in recent[-k:] if x > at + BAND * max(baseline[0].noise, floor)]
+        begins = high[0] if high else begins
+    return _excursion(kind, recent, k, begins, at, unit, max(baseline[0].noise, floor), (before + 1) * k)
+
+
+def _excursion(
+    kind: EventKind, recent: tuple[Row, ...], k: int, onset: int, at: float, unit: float, of_rows: float, rows: int
+) -> Excursion:
     peak, top = max(recent[-k:], key=lambda row: row[1])
-    score = min((top - at) / max(rows.noise, floor), LARGEST) if floor or rows.noise else LARGEST
-    raw = (math.exp(top), math.exp(at)) if kind == "gradient_norm" else (top, at)
-    event = Event(kind, onset, peak, *raw, score, k, (back + 1) * k)
-    return Excursion(event, at, top, BAND * unit, rows=(back + 1) * k)
+    score = min((top - at) / of_rows, LARGEST) if of_rows else LARGEST
+    value, base = (math.exp(top), math.exp(at)) if kind == "gradient_norm" else (top, at)
+    return Excursion(Event(kind, onset, peak, value, base, score, k, rows), at, top, BAND * unit, rows)
 
 
 def _followed(
-    e: Excursion, kind: EventKind, step: int, x: float, value: float, recent: tuple[tuple[int, float], ...]
-) -> tuple[Excursion, Event | None]:
-    """The excursion after one more row, and its event if it is over."""
-    event, k = e.event, e.event.over
-    rows, since = e.rows + 1, e.since + 1
-    if x > e.top and e.settled < WINDOW:
-        score = event.score * (x - e.level) / (e.top - e.level) if e.top > e.level else event.score
-        event, since = dataclasses.replace(event, peak=step, value=value, score=min(score, LARGEST)), 0
-    event = dataclasses.replace(event, duration=rows)
+    open_: tuple[Excursion, ...], kind: EventKind, value: float, recent: tuple[Row, ...]
+) -> tuple[list[Excursion], list[Event]]:
+    """Those that are not back after one more row, and the events of those that are."""
+    still: list[Excursion] = []
+    ended: list[Event] = []
+    for excursion in open_:
+        after, event = _followed_one(excursion, value, recent)
+        if ended and event is None:  # what began within an excursion is over with it
+            event = dataclasses.replace(after.event, back=ended[0].back)
+        if event is None:
+            still.append(after)
+        else:
+            ended.append(event)
+    return still, ended
+
+
+def _followed_one(e: Excursion, value: float, recent: tuple[Row, ...]) -> tuple[Excursion, Event | None]:
+    """The excursion after one more row, and its event if it is back."""
+    (step, x), k = recent[-1], e.event.over
+    event = dataclasses.replace(e.event, duration=e.rows + 1)
     settled = e.settled + 1 if e.settled else 0
-    e = dataclasses.replace(e, event=event, top=max(e.top, x) if e.settled < WINDOW else e.top, rows=rows, since=since, settled=settled)
+    e = dataclasses.replace(e, event=event, rows=e.rows + 1, since=e.since + 1, settled=settled)
+    if x > e.top and settled < WINDOW:
+        e = _higher(e, step, value, x)
+        event = e.event
     if k == 1:
-        last = recent[-min(BACK, rows) :]
-        if rows <= BACK - 1 or median([v for _, v in last]) > e.level + e.band:
+        last = recent[-BACK:]
+        if e.rows <= BACK or median([v for _, v in last]) > e.level + e.band:
             return e, None
-        low = 0
-        while low < len(last) and last[-1 - low][1] <= e.level + 2 * e.band:
+        low = 1
+        while low < BACK and last[-1 - low][1] <= e.level + 2 * e.band:
             low += 1
-        low = max(low, 1)
-        return e, dataclasses.replace(event, back=last[-low][0], duration=max(rows - low, 1))
-    count, total = e.count + 1, e.total + x
-    begins = step if count == 1 and not e.low else e.begins
-    if count < k:
-        return dataclasses.replace(e, count=count, total=total, begins=begins), None
-    low = e.low + 1 if total / k <= e.level + e.band else 0
-    e = dataclasses.replace(e, count=0, total=0.0, low=low, begins=begins)
-    if low < 2:
+        return e, dataclasses.replace(event, back=last[-low][0], duration=max(e.rows - low, 1))
+    begins = step if not e.count and not e.low else e.begins
+    e = dataclasses.replace(e, count=e.count + 1, total=e.total + x, begins=begins)
+    if e.count < k:
         return e, None
-    return e, dataclasses.replace(event, back=begins, duration=max(rows - 2 * k, 1))
+    low = e.low + 1 if e.total / k <= e.level + e.band else 0
+    back = dataclasses.replace(event, back=begins, duration=max(e.rows - 2 * k, 1)) if low == 2 else None
+    return dataclasses.replace(e, count=0, total=0.0, low=low), back
 
 
-def _belongs(outer: Excursion, found: Excursion) -> bool:
-    """Whether the series goes on where it left: it had not come half way back, nor been there for long."""
+def _higher(e: Excursion, step: int, value: float, x: float) -> Excursion:
+    """With a new peak."""
+    height = e.top - e.level
+    score = (e.event.score or 0.0) * (x - e.level) / height if height > 0 else LARGEST
+    event = dataclasses.replace(e.event, peak=step, value=value, score=min(score, LARGEST))
+    return dataclasses.replace(e, event=event, top=x, since=0)
+
+
+def _belongs(found: Excursion, outer: Excursion) -> bool:
+    """Whether the series had not come half way back, nor been elsewhere for long."""
     return outer.settled < WINDOW and found.level > outer.level + (outer.top - outer.level) / 2
 
 
-def _continued(outer: Excursion, found: Excursion) -> Excursion:
-    event = outer.event
-    if found.top > outer.top:
-        new = found.event
-        score = event.score * (found.top - outer.level) / (outer.top - outer.level)
-        event = dataclasses.replace(event, peak=new.peak, value=new.value, score=min(score, LARGEST))
-    return dataclasses.replace(outer, event=event, top=max(outer.top, found.top), since=0, settled=0)
-
-
-def _grown(scales: tuple[Scale, ...], x: float, step: int) -> tuple[Scale, ...]:
-    """The baseline with one more row, unjudged."""
-    grown, y, begins = list(scales), x, step
-    for i, scale in enumerate(grown):
-        if i:
-            if scale.half is None:
-                grown[i] = dataclasses.replace(scale, half=(y, begins))
-                break
-            y, begins = (scale.half[0] + y) / 2, scale.half[1]
-        grown[i] = scale.then(y, begins)
-    return tuple(grown)
-
-
-def _moved(scales: tuple[Scale, ...], recent: tuple[tuple[int, float], ...]) -> tuple[Scale, ...]:
-    """The baseline at the level of the last rows, which it takes in: its differences stay, and so does its noise."""
-    if scales[0].values:
-        by = level([x for _, x in recent]) - level(scales[0].values)
-        scales = tuple(
-            dataclasses.replace(s, values=tuple(v + by for v in s.values), half=None) for s in scales
-        )
-    for step, x in recent:
-        scales = _grown(scales, x, step)
-    return scales
+def _joined(outer: Excursion, found: Excursion) -> Excursion:
+    outer = dataclasses.replace(outer, settled=0, since=0)
+    value = found.event.value
+    return _higher(outer, found.event.peak, value or 0.0, found.top) if found.top > outer.top else outer

@@ -1,0 +1,239 @@
+"""The events of a whole curve: the detector's, refined by what came after, and named."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from spikepatch.spikes.detector import SpikeDetector
+from spikepatch.spikes.events import BAND, Event, Form
+from spikepatch.spikes.statistic import LAGS, LARGEST, LEVEL_OF, RESOLUTION, WINDOW
+
+Array = npt.NDArray[np.float64]
+
+#: An excursion is two events where it has come back by so much of the lower one of two peaks between them.
+_VALLEY = 0.75
+
+#: Units above the levels before and after that a faint event has.
+_FAINT = 5.0
+
+#: Faint events are believed where there are so many of them for each stretch that lies as far below, and one more.
+_BELIEVED = 10
+
+#: Rows in which a loss rises at once, and after which a spike is a long one.
+_AT_ONCE, _LONG = 8, WINDOW
+
+#: Rows after the last one of an event of the gradient norm in which an event of the loss is its trace: Adam's momentum
+#: (beta1 = 0.9) carries one gradient for 1 / (1 - 0.9) of them.
+_ECHO = 10
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A curve to be judged; None for a value that is not known, NaN for one that is not finite."""
+
+    steps: Sequence[int]
+    losses: Sequence[float | None]
+    norms: Sequence[float | None]
+
+
+def with_hindsight(rows: Rows) -> tuple[Event, ...]:
+    """All events of a curve, in the order of their onsets, each with its form.
+
+    Where this differs from what the detector said row by row:
+
+    - an event that only means of several rows could show begins at its first row, not at a mean's;
+    - an excursion with a valley between two peaks, more than three quarters of the way back from the lower one, is two
+      events, and the first one is back in the valley;
+    - rows that stand 5 units above the levels on both sides of them are events too, where the curve has ten of them for
+      each stretch that lies as far below its levels, and one more: noise falls as often as it rises, so that at most a
+      tenth of them is noise (the target-decoy estimate; Barber and Candes 2015, arXiv 1404.5609).
+    """
+    detector = SpikeDetector()
+    for step, loss, norm in zip(rows.steps, rows.losses, rows.norms, strict=True):
+        detector = detector.observe(step, loss, norm)
+    where = [i for i, loss in enumerate(rows.losses) if loss is not None and abs(loss) <= LARGEST]
+    curve = _Curve(np.array([rows.losses[i] for i in where], dtype=float), np.array([rows.steps[i] for i in where]))
+    losses = [part for e in detector.events if e.kind == "loss" for part in _parts(curve, _placed(curve, e))]
+    losses += _faint(curve, losses)
+    losses = [_named(curve, e) for e in losses]
+    norms = [_traced(e, losses, rows.steps) for e in detector.events if e.kind == "gradient_norm"]
+    broken = [dataclasses.replace(e, form="non-finite") for e in detector.events if e.kind == "nonfinite"]
+    found = [*losses, *norms, *broken]
+    return tuple(sorted(found, key=lambda e: (e.onset, e.kind)))
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """The finite losses, and their steps."""
+
+    x: Array
+    steps: npt.NDArray[np.int64]
+
+    def row(self, step: int) -> int:
+        """The first row of that step or of a later one."""
+        return int(np.searchsorted(self.steps, step))
+
+    def span(self, event: Event) -> tuple[int, int]:
+        """Its rows: the first one, and the one after the last."""
+        first = self.row(event.onset)
+        return first, max(first + 1, len(self.x) if event.back is None else self.row(event.back))
+
+
+def _unit(event: Event) -> float:
+    """The noise of single rows that its height was counted in."""
+    return (event.height or 0.0) / event.score if event.score else 0.0
+
+
+def _placed(curve: _Curve, event: Event) -> Event:
+    """From its first row that is above the level, with the peak that its rows have."""
+    first, end = curve.span(event)
+    assert event.baseline is not None
+    high = event.baseline + BAND * _unit(event)
+    if event.over > 1:
+        reach = max(0, first - 2 * event.over)
+        while first > reach and curve.x[first - 1] > high:
+            first -= 1
+    while first + 1 < end and curve.x[first] <= high:
+        first += 1
+    return _between(curve, event, first, end, event.back)
+
+
+def _between(curve: _Curve, event: Event, first: int, end: int, back: int | None) -> Event:
+    """The part of the event that is these rows."""
+    unit, base = _unit(event), event.baseline or 0.0
+    peak = first + int(np.argmax(curve.x[first:end]))
+    value = float(curve.x[peak])
+    score = min((value - base) / unit, LARGEST) if unit else event.score
+    return dataclasses.replace(
+        event, onset=int(curve.steps[first]), peak=int(curve.steps[peak]), value=value, score=score,
+        duration=end - first, back=back,
+    )  # fmt: skip
+
+
+def _parts(curve: _Curve, event: Event) -> Iterator[Event]:
+    """The event, or the ones that it is cut into at its valleys."""
+    first, end = curve.span(event)
+    base = event.baseline or 0.0
+    least = max(7 * _unit(event), RESOLUTION * abs(base))
+    cuts, peak, valley, low = [], -math.inf, math.inf, first
+    for i in range(first, end):
+        excess = float(curve.x[i]) - base
+        if excess > peak and valley == math.inf:
+            peak = excess
+        elif excess < valley:
+            valley, low = excess, i
+        lower = min(peak, excess)
+        if low > first and lower - valley > max(_VALLEY * lower, least):
+            cuts.append(low)
+            peak, valley = excess, math.inf
+        elif excess >= peak:  # a higher peak without a valley worth a cut
+            peak, valley = excess, math.inf
+    for begin, cut in zip([first, *cuts], [*cuts, end], strict=True):
+        last = cut == end
+        inner = begin if begin == first else begin + 1
+        yield _between(curve, event, min(inner, cut - 1), cut, event.back if last else int(curve.steps[cut]))
+
+
+def _faint(curve: _Curve, found: Sequence[Event]) -> list[Event]:
+    """Single rows and what follows them, too low for the detector, where they recur."""
+    taken = np.zeros(len(curve.x), dtype=bool)
+    for event in found:
+        first, end = curve.span(event)
+        taken[max(0, first - 1) : end + 1] = True
+    up, level, unit = _apart(curve.x)
+    down = _apart(-curve.x)[0]
+    rows = _groups(np.flatnonzero(up))
+    if len(rows) < _BELIEVED * (1 + len(_groups(np.flatnonzero(down)))):
+        return []
+    events = []
+    for first, last in rows:
+        if taken[first : last + 1].any():
+            continue
+        end = last + 1
+        while end < len(curve.x) and not taken[end] and curve.x[end] > level[first] + 2 * BAND * unit[first]:
+            end += 1
+        back = int(curve.steps[end]) if end < len(curve.x) else None
+        value, base = float(curve.x[first]), float(level[first])
+        event = Event("loss", int(curve.steps[first]), int(curve.steps[first]), value, base, (value - base) / unit[first])
+        events.append(_between(curve, event, first, end, back))
+    return events
+
+
+def _apart(x: Array) -> tuple[npt.NDArray[np.bool_], Array, Array]:
+    """Rows that stand out upwards; the level that each one stands on, and the unit there.
+
+    The level is the higher one of the medians of the 8 rows before and of the 8 after; the noise that of the 64 rows
+    before and the 64 after, estimated for 8 rows together.
+    """
+    n = len(x)
+    out, level, unit = np.zeros(n, dtype=bool), np.full(n, np.inf), np.ones(n)
+    if n < 2 * WINDOW:
+        return out, level, unit
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(x, LEVEL_OF), axis=1)
+    inner = slice(LEVEL_OF, n - LEVEL_OF)
+    level[inner] = np.maximum(medians[: n - 2 * LEVEL_OF], medians[LEVEL_OF + 1 :])
+    centres = np.arange(0, n, LEVEL_OF)
+    starts = np.clip(centres - WINDOW, 0, n - 2 * WINDOW)
+    noise = np.zeros(len(centres))
+    for some in range(0, len(centres), 4096):
+        windows = np.lib.stride_tricks.sliding_window_view(x, 2 * WINDOW)[starts[some : some + 4096]]
+        for lag in LAGS:
+            d = windows[:, lag:] - windows[:, :-lag]
+            d = np.abs(d - np.median(d, axis=1, keepdims=True))
+            at = slice(some, some + len(windows))
+            noise[at] = np.maximum(noise[at], 1.4826 / math.sqrt(2) * np.median(d, axis=1))
+    unit = np.maximum(np.repeat(noise, LEVEL_OF)[:n], RESOLUTION * np.abs(x))
+    out[inner] = (x - level)[inner] > _FAINT * unit[inner]
+    return out, level, unit
+
+
+def _groups(rows: Iterable[int]) -> list[tuple[int, int]]:
+    """Neighbours together: the first and the last row of each group."""
+    groups: list[tuple[int, int]] = []
+    for row in map(int, rows):
+        if groups and row - groups[-1][1] <= 2:
+            groups[-1] = groups[-1][0], row
+        else:
+            groups.append((row, row))
+    return groups
+
+
+def _named(curve: _Curve, event: Event) -> Event:
+    """With its form and its area."""
+    first, end = curve.span(event)
+    excess = curve.x[first:end] - (event.baseline or 0.0)
+    steps = np.diff(curve.steps[first : end + 1]) if end < len(curve.x) else np.diff(curve.steps[first:end])
+    width = np.append(steps, [1] * (end - first - len(steps)))
+    area = float(np.sum(np.maximum(excess, 0.0) * width))
+    return dataclasses.replace(event, form=_form(event, excess), area=area)
+
+
+def _form(event: Event, excess: Array) -> Form:
+    rows, back = len(excess), event.back is not None
+    height = float(excess.max())
+    if back and int(np.sum(excess > 2 * BAND * _unit(event))) <= 1 and rows <= LEVEL_OF:
+        return "blip"
+    rise = int(np.argmax(excess > 0.75 * height)) + 1
+    at_once = rise <= _AT_ONCE or (back and 3 * rise <= rows)
+    if not at_once:
+        return "hump" if back else "slow rise"
+    if rows >= 2 * _AT_ONCE and float(np.median(excess[rows // 2 :])) > height / 2:
+        return "level shift"
+    if not back:
+        return "not back"
+    return "spike" if rows <= _LONG else "long spike"
+
+
+def _traced(event: Event, losses: Sequence[Event], steps: Sequence[int]) -> Event:
+    """Whether an event of the loss is beside it."""
+    rows = np.asarray(steps)
+    last = min(int(np.searchsorted(rows, event.onset)) + event.duration - 1 + _ECHO, len(rows) - 1)
+    end = int(rows[last])
+    beside = any(e.onset <= end and (e.back is None or e.back >= event.onset) for e in losses)
+    return dataclasses.replace(event, trace=beside, form="blip" if event.duration == 1 else "spike")
