@@ -60,6 +60,7 @@ def with_hindsight(rows: Rows) -> tuple[Event, ...]:
     where = [i for i, loss in enumerate(rows.losses) if loss is not None and abs(loss) <= LARGEST]
     curve = _Curve(np.array([rows.losses[i] for i in where], dtype=float), np.array([rows.steps[i] for i in where]))
     losses = [part for e in detector.events if e.kind == "loss" for part in _parts(curve, _placed(curve, e))]
+    losses = [e for e in losses if not any(_within(curve, e, other) for other in losses)]
     losses += _faint(curve, losses)
     losses = [_named(curve, e) for e in losses]
     norms = [_traced(e, losses, rows.steps) for e in detector.events if e.kind == "gradient_norm"]
@@ -111,7 +112,7 @@ def _between(curve: _Curve, event: Event, first: int, end: int, back: int | None
     value = float(curve.x[peak])
     score = min((value - base) / unit, LARGEST) if unit else event.score
     return dataclasses.replace(
-        event, onset=int(curve.steps[first]), peak=int(curve.steps[peak]), value=value, score=score,
+        event, onset=int(curve.steps[first]), peak=int(curve.steps[peak]), value=value, score=score and float(score),
         duration=end - first, back=back,
     )  # fmt: skip
 
@@ -140,6 +141,12 @@ def _parts(curve: _Curve, event: Event) -> Iterator[Event]:
         yield _between(curve, event, min(inner, cut - 1), cut, event.back if last else int(curve.steps[cut]))
 
 
+def _within(curve: _Curve, event: Event, other: Event) -> bool:
+    """Whether it is a peak of the other one, which is no long one."""
+    (first, end), (begin, stop) = curve.span(event), curve.span(other)
+    return (first, end) != (begin, stop) and begin <= first and end <= stop and stop - begin <= _LONG
+
+
 def _faint(curve: _Curve, found: Sequence[Event]) -> list[Event]:
     """Single rows and what follows them, too low for the detector, where they recur."""
     taken = np.zeros(len(curve.x), dtype=bool)
@@ -160,7 +167,7 @@ def _faint(curve: _Curve, found: Sequence[Event]) -> list[Event]:
             end += 1
         back = int(curve.steps[end]) if end < len(curve.x) else None
         value, base = float(curve.x[first]), float(level[first])
-        event = Event("loss", int(curve.steps[first]), int(curve.steps[first]), value, base, (value - base) / unit[first])
+        event = Event("loss", int(curve.steps[first]), int(curve.steps[first]), value, base, (value - base) / float(unit[first]))
         events.append(_between(curve, event, first, end, back))
     return events
 
