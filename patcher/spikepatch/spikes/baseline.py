@@ -98,12 +98,14 @@ def grown(
 
 def moved(baseline: Baseline, recent: tuple[Row, ...]) -> Baseline:
     """At the level of the last rows, which it takes in: its differences stay, and so does its noise."""
-    if baseline[0].values:
-        by = level([x for _, x in recent]) - baseline[0].level
-        baseline = tuple(
-            dataclasses.replace(s, values=tuple(v + by for v in s.values), half=None, level=s.level + by)
-            for s in baseline
-        )
+    at = level([x for _, x in recent])
+    baseline = tuple(_at(scale, at) for scale in baseline)
     for step, x in recent:
         baseline = grown(baseline, x, step)
     return baseline
+
+
+def _at(scale: Scale, at: float) -> Scale:
+    """With this level."""
+    by = at - scale.level
+    return dataclasses.replace(scale, values=tuple(v + by for v in scale.values), half=None, level=at)

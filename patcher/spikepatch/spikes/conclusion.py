@@ -53,15 +53,13 @@ def conclude(rows: Rows, events: Sequence[Event], *, after: int = 0, shortest: i
         after: steps of a warm-up; fewer than 32 judged rows after them are too few to say that there is no spike.
         shortest: steps of the shortest spike that the log can show.
     """
-    finite = [
-        (step, x) for step, x in zip(rows.steps, rows.losses, strict=True) if x is not None and abs(x) <= LARGEST
-    ]
+    finite = [(step, x) for step, x in zip(rows.steps, rows.losses, strict=True) if x is not None and abs(x) <= LARGEST]
     judged = finite[WARMUP:]
     span = (judged[0][0], judged[-1][0]) if judged else None
     seen = [e for e in events if e.kind != "gradient_norm"]
     largest, at = _largest(finite, seen)
     verdict, text = _verdict(seen, rows, span, sum(step > after for step, _ in judged), after, shortest)
-    if verdict in PASSED and largest is not None:
+    if verdict in PASSED and largest:
         text += f"; largest excess {largest:.3g} at step {at}"
     return Conclusion(verdict, text, span, len(judged), largest, at)
 

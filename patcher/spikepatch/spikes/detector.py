@@ -184,8 +184,15 @@ def news(before: SpikeDetector, after: SpikeDetector) -> tuple[Event, ...]:
 
 def _series(data: dict[str, Any]) -> Series:
     scales = (
-        Scale(tuple(s["values"]), tuple(s["begins"]), s["noise"], s["near"], s["age"], s["half"] and tuple(s["half"]),
-              s["level"])
+        Scale(
+            tuple(s["values"]),
+            tuple(s["begins"]),
+            s["noise"],
+            s["near"],
+            s["age"],
+            s["half"] and tuple(s["half"]),
+            s["level"],
+        )
         for s in data["baseline"]
     )
     excursions = (Excursion(**{**e, "event": Event(**e["event"])}) for e in data["open"])
@@ -221,7 +228,8 @@ def _observed(
     if not series.up:
         found, baseline = _judged(baseline, kind, recent, unit, limit)
         if found is not None:
-            still = [*still[:-1], _joined(still[-1], found)] if still and _belongs(found, still[-1]) else [*still, found]
+            goes_on = bool(still) and _belongs(found, still[-1], baseline[0].level)
+            still = [*still[:-1], _joined(still[-1], found)] if goes_on else [*still, found]
         return Series(baseline, tuple(still), recent, digit), found is not None, ended
     if len(still) < len(series.open):
         for at, old in recent[-BACK:]:
@@ -336,11 +344,12 @@ def _followed_one(e: Excursion, value: float, recent: tuple[Row, ...]) -> tuple[
         e = _higher(e, step, value, x)
         event = e.event
     if k == 1:
-        last = recent[-BACK:]
-        if e.rows <= BACK or median([v for _, v in last]) > e.level + e.band:
+        count = min(max(BACK, e.rows // 4), SETTLED)
+        last = recent[-count:]
+        if e.rows <= count or median([v for _, v in last]) > e.level + e.band:
             return e, None
         low = 1
-        while low < BACK and last[-1 - low][1] <= e.level + 2 * e.band:
+        while low < count and last[-1 - low][1] <= e.level + 2 * e.band:
             low += 1
         return e, dataclasses.replace(event, back=last[-low][0], duration=max(e.rows - low, 1))
     begins = step if not e.count and not e.low else e.begins
@@ -360,9 +369,11 @@ def _higher(e: Excursion, step: int, value: float, x: float) -> Excursion:
     return dataclasses.replace(e, event=event, top=x, since=0)
 
 
-def _belongs(found: Excursion, outer: Excursion) -> bool:
-    """Whether the series had not come half way back, nor been elsewhere for long."""
-    return outer.settled < WINDOW and found.level > outer.level + (outer.top - outer.level) / 2
+def _belongs(found: Excursion, outer: Excursion, now: float) -> bool:
+    """Whether it goes on with ``outer``: the series, at the level ``now``, had not come half way back, nor been
+    elsewhere for long, in rows of what shows it."""
+    long = max(WINDOW, 2 * SETTLED * found.event.over)
+    return outer.settled < long and now > outer.level + (outer.top - outer.level) / 2
 
 
 def _joined(outer: Excursion, found: Excursion) -> Excursion:

@@ -22,8 +22,8 @@ writes: of a norm printed as 0.23, one hundredth; 2^-9 is bfloat16's rounding. A
 Before there are 8 values a loss of more than twice the first one is an event (``KillLossSpike`` of llm-foundry).
 
 **An event** has a level (frozen at the onset), a peak, a height above the level in nats and in units, and it is *back*
-when the median of 5 rows (of an event that only means of k rows could show: two means of k in a row) is within 2 units
-of that level. Until then it lasts, for as long as that takes. Its rows never enter a baseline. When 16 rows have gone
+when the median of 5 rows (after an event of more than 20, of a quarter of its rows, up to 16; of one that only means
+of k rows could show, two means of k in a row) is within 2 units of that level. Until then it lasts, for as long as that takes. Its rows never enter a baseline. When 16 rows have gone
 without a new peak, and calmly, the baseline goes on at the level that the series has by then, so that further events
 are seen; one that begins before the series has come half way back is the same event.
 
@@ -58,7 +58,7 @@ from typing import Literal
 EventKind = Literal["loss", "gradient_norm", "nonfinite"]
 Form = Literal["blip", "spike", "long spike", "hump", "slow rise", "level shift", "not back", "non-finite"]
 
-#: Rows whose median says that a series is back.
+#: Rows whose median says that a series is back, at least.
 BACK = 5
 
 #: Units above the level that are still at the level.

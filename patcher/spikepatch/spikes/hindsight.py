@@ -167,7 +167,9 @@ def _faint(curve: _Curve, found: Sequence[Event]) -> list[Event]:
             end += 1
         back = int(curve.steps[end]) if end < len(curve.x) else None
         value, base = float(curve.x[first]), float(level[first])
-        event = Event("loss", int(curve.steps[first]), int(curve.steps[first]), value, base, (value - base) / float(unit[first]))
+        event = Event(
+            "loss", int(curve.steps[first]), int(curve.steps[first]), value, base, (value - base) / float(unit[first])
+        )
         events.append(_between(curve, event, first, end, back))
     return events
 

@@ -107,12 +107,16 @@ def _json_error(text: str) -> str:
 def _own(records: Sequence[Mapping[str, Any]]) -> Raw:
     """``log.jsonl`` of ``spikepatch train``: null is not finite, and a rewind takes steps back."""
     rows = [
-        (int(r["step"]), *(math.nan if r[key] is None else float(r[key]) for key in ("loss", "gradient_norm")))
+        (int(r["step"]), _or_nan(r["loss"]), None if "overflow" in r["flags"] else _or_nan(r["gradient_norm"]))
         for r in records
         if r.get("type") == "step"
     ]
     evals = sum(r.get("type") == "eval" for r in records)
     return Raw("spikepatch's log.jsonl", "one step", tuple(rows), evals)
+
+
+def _or_nan(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _trainer_state(path: Path, document: Mapping[str, Any], keys: Keys) -> Raw:
@@ -126,7 +130,9 @@ def _golden(path: Path, document: Mapping[str, Any], keys: Keys) -> Raw:
     series = {name: v["values"] for name, v in document.items() if isinstance(v, Mapping) and "values" in v}
     loss, norm = _chosen(path, series, keys)
     values, norms = series[loss], series[norm] if norm else {}
-    found = {int(step): (_number(value), _number(norms.get(step))) for step, value in values.items() if step.isdecimal()}
+    found = {
+        int(step): (_number(value), _number(norms.get(step))) for step, value in values.items() if step.isdecimal()
+    }
     rows = tuple((step, *found[step]) for step in sorted(found))
     return Raw("Megatron-LM's golden values", "one step", rows)
 
@@ -171,7 +177,9 @@ def _lines(lines: list[str]) -> Raw:
     without = sum(loss is None for _, loss, _ in rows)
     if without:
         notes.append(f"{without:,} rows have no loss (skipped by the loss scaler, for example)")
-    return Raw(form.name, form.loss_of, tuple((s if form.step else None, x, n) for s, x, n in rows), evals, tuple(notes))
+    return Raw(
+        form.name, form.loss_of, tuple((s if form.step else None, x, n) for s, x, n in rows), evals, tuple(notes)
+    )
 
 
 def _table(path: Path, text: str, keys: Keys) -> Raw:
@@ -224,7 +232,9 @@ def _tensorboard(path: Path, events: Sequence[Path], keys: Keys) -> Raw:
         for tag in reader.Tags()["scalars"]:
             series.setdefault(tag, {}).update({e.step: e.value for e in reader.Scalars(tag)})
         for tag in reader.Tags()["tensors"]:
-            found = {e.step: e.tensor_proto.float_val[0] for e in reader.Tensors(tag) if len(e.tensor_proto.float_val) == 1}
+            found = {
+                e.step: e.tensor_proto.float_val[0] for e in reader.Tensors(tag) if len(e.tensor_proto.float_val) == 1
+            }
             if found:
                 series.setdefault(tag, {}).update(found)
     loss, norm = _chosen(path, series, keys)

@@ -80,7 +80,11 @@ class TrainingLog:
             yield f"{irregular:,} times rows are not {every} apart; the longest gap is {gap} steps after step {at}"
         broken = sum(x is not None and not math.isfinite(x) for x in self.losses)
         absent = sum(x is None for x in self.losses)
-        counts = ((self.evals, "evaluations left out"), (broken, "losses that are not finite"), (absent, "rows without a loss"))
+        counts = (
+            (self.evals, "evaluations left out"),
+            (broken, "losses that are not finite"),
+            (absent, "rows without a loss"),
+        )
         if any(count for count, _ in counts):
             yield "; ".join(f"{count:,} {what}" for count, what in counts if count)
         yield from self.notes
@@ -188,7 +192,9 @@ def _in_order(rows: Sequence[_Row]) -> tuple[list[_Row], list[str]]:
         if anew and _goes_on(last, stretch, starts[0]):
             offset = last[-1][0] - stretch[0][0] + apart
             last += [(step + offset, x, norm) for step, x, norm in stretch]
-            notes.append(f"the counter begins anew at step {stretch[0][0]} (an epoch): it is counted on as {last[-len(stretch)][0]}")
+            notes.append(
+                f"the counter begins anew at step {stretch[0][0]} (an epoch): it is counted on as {last[-len(stretch)][0]}"
+            )
         elif anew:
             starts.append(stretch)
         else:

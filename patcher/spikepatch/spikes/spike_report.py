@@ -44,9 +44,11 @@ class SpikeReport:
 
     def lines(self) -> Iterator[str]:
         """The verdict, the gradient norm's line, the twin's."""
-        yield f"{self.verdict}: {self.conclusion.text}" if not self.conclusion.text.startswith(
-            self.verdict
-        ) else self.conclusion.text
+        yield (
+            f"{self.verdict}: {self.conclusion.text}"
+            if not self.conclusion.text.startswith(self.verdict)
+            else self.conclusion.text
+        )
         norm = norm_line(self.events)
         if norm is not None:
             yield norm

@@ -11,7 +11,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from spikepatch.errors import Refused
-from spikepatch.training.spikes import Event, SpikeDetector, news
+from spikepatch.spikes.detector import SpikeDetector, news
+from spikepatch.spikes.events import Event
+from spikepatch.spikes.statistic import WARMUP
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
         """What was seen, a line for each event."""
         events = self.events
         count = f"{len(events)} event{'' if len(events) == 1 else 's'}" if events else "no spike"
-        lines = [f"{count} in {self._seen:,} steps, the first {self.detector.warmup} of which only make the baseline"]
+        lines = [f"{count} in {self._seen:,} steps, the first {WARMUP} of which only make the baseline"]
         lines += [f"  {_line(event)}" for event in events]
         if self._missed:
             lines.append(f"  not seen: {self._missed:,} steps whose loss was not logged")
@@ -174,8 +176,12 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 
 def _line(event: Event) -> str:
+    """An event as it stands, online: whether it is a spike or a rise is known when it is over."""
     at = f"step {event.onset}: {_PLACES[event.kind]}"
     rose = (
         "" if event.value is None else f" rose from {event.baseline:.4g} to {event.value:.4g} (score {event.score:.3g})"
     )
-    return f"{at}{rose}, {event.duration} step{'' if event.duration == 1 else 's'}, {event.outcome}"
+    rows = f"{event.duration} step{'' if event.duration == 1 else 's'}"
+    return f"{at}{rose}, " + (
+        f"up for {rows}, not back yet" if event.back is None else f"{rows}, back at step {event.back}"
+    )

@@ -77,8 +77,9 @@ class _State:
             case "event" if (spike := (record["kind"], record["onset"])) not in self.spikes:
                 self.spikes.add(spike)
                 return _opened(record)
-            case "event" if record["outcome"] != "ongoing":
-                return f"step {record['step']}: the event of step {record['onset']} has {record['outcome']}"
+            case "event" if record["back"] is not None:
+                rows = f"{record['duration']} step{'' if record['duration'] == 1 else 's'}"
+                return f"step {record['step']}: the event of step {record['onset']} is over, back after {rows}"
             case "rewind":
                 self.recent.clear()
                 return f"step {record['step']}: back to the checkpoint of step {record['to']}"

@@ -32,12 +32,12 @@ from transformers import PreTrainedModel, get_scheduler
 from spikepatch.apply.values.draw import narrow
 from spikepatch.plans.optimiser import param_groups
 from spikepatch.quiet import quiet
+from spikepatch.spikes.detector import SpikeDetector, news
 from spikepatch.training import checkpoints
 from spikepatch.training.batches import Tokens, batch, held_out_batches
 from spikepatch.training.log import Reporter, open_log, read
 from spikepatch.training.points import Points, gradient_norms, watching, whole
 from spikepatch.training.settings import Settings
-from spikepatch.training.spikes import SpikeDetector, news
 
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -232,7 +232,7 @@ def train(
             elif flagged and settings.on_spike == "rewind" and at.rewinds == MAX_REWINDS:
                 stop = f"a spike after {MAX_REWINDS} rewinds"
             elif flagged and settings.on_spike == "rewind":
-                onset = min(event.onset for event in detector.events if event not in detector.closed)
+                onset = min(event.onset for event in detector.up)
                 good = checkpoints.latest(store, before=onset)
                 assert good is not None, "there is one at step 0"
                 to, detector, _ = _restored(checkpoints.load(good, model, optimizer), scaler)
