@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from spikepatch.spikes.detector import SpikeDetector
 from spikepatch.spikes.events import Event
-from spikepatch.spikes.hindsight import Rows, with_hindsight
+from spikepatch.spikes.hindsight import Curve, with_hindsight
 
 Array = npt.NDArray[np.float64]
 
@@ -51,9 +51,9 @@ def observed(losses: Sequence[float | None] | Array, norms: Sequence[float | Non
     return detector
 
 
-def rows_of(losses: Sequence[float | None] | Array, every: int = 1) -> Rows:
+def rows_of(losses: Sequence[float | None] | Array, every: int = 1) -> Curve:
     values = losses.tolist() if isinstance(losses, np.ndarray) else list(losses)
-    return Rows(range(every, every * len(values) + 1, every), values, [None] * len(values))
+    return Curve(range(every, every * len(values) + 1, every), values, [None] * len(values))
 
 
 def events(losses: Sequence[float | None] | Array) -> tuple[Event, ...]:

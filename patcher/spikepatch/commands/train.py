@@ -172,9 +172,9 @@ def train_command(
         spikepatch train arch:gpt2 arch:gpt2@scaled-embed --data builtin:stdlib --out runs/x --steps 2000 --lr 5e-4
         accelerate launch -m spikepatch train ...      # on several GPUs; with --use_fsdp, sharded
 
-    Exit code 0: every patched model (every model, if none is patched) is healthy at --lr, or has blips of one step only.
-    1: the loss of one of them spikes, is unstable, or is not back, or the run is too short to tell. 2: refused, or bad
-    input. 3: a bug. Recipes that leave one of the paper's two conditions out, such as vanilla, are baselines.
+    Exit code 0: every patched model (every model, if none is patched) is healthy at --lr, or has blips of one step.
+    1: the loss of one of them spikes, is unstable, or is not back, or the run is too short to tell. 2: refused, or
+    bad input. 3: a bug. Recipes that leave one of the paper's two conditions out, such as vanilla, are baselines.
     """
     import json
 

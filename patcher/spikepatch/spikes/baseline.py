@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from spikepatch.spikes.statistic import WARMUP, WINDOW, level, noise, threshold
 
 #: Step and value.
-Row = tuple[int, float]
+StepValue = tuple[int, float]
 
 #: Means of up to so many rows are judged at every row, longer ones as each is complete.
 SLIDING = 8
@@ -89,14 +89,14 @@ def grown(
                 scales[i] = dataclasses.replace(scale, half=(mean, begins))
                 break
             mean, begins = (scale.half[0] + mean) / 2, scale.half[1]
-            scales[i] = scale = dataclasses.replace(scale, half=None)
+            scales[i] = dataclasses.replace(scale, half=None)
             if not judge(tuple(scales), i, mean, begins):
                 break
-        scales[i] = scale.then(mean, begins)
+        scales[i] = scales[i].then(mean, begins)
     return tuple(scales)
 
 
-def moved(baseline: Baseline, recent: tuple[Row, ...]) -> Baseline:
+def moved(baseline: Baseline, recent: tuple[StepValue, ...]) -> Baseline:
     """At the level of the last rows, which it takes in: its differences stay, and so does its noise."""
     at = level([x for _, x in recent])
     baseline = tuple(_at(scale, at) for scale in baseline)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spikepatch.spikes.events import Event
-from spikepatch.spikes.hindsight import Rows
+from spikepatch.spikes.hindsight import Curve
 from spikepatch.spikes.statistic import LARGEST, LEVEL_OF, WARMUP, median
 
 CurveVerdict = Literal["healthy", "blips only", "spikes", "unstable", "not back", "cannot tell"]
@@ -45,7 +45,7 @@ class Conclusion:
     at: int | None
 
 
-def conclude(rows: Rows, events: Sequence[Event], *, after: int = 0, shortest: int = 1) -> Conclusion:
+def conclude(rows: Curve, events: Sequence[Event], *, after: int = 0, shortest: int = 1) -> Conclusion:
     """The verdict, by the loss and by rows that are not finite; the gradient norm has a line of its own, ``norm_line``.
 
     Args:
@@ -77,7 +77,7 @@ def norm_line(events: Sequence[Event]) -> str | None:
 
 
 def _verdict(
-    seen: Sequence[Event], rows: Rows, span: tuple[int, int] | None, judged: int, after: int, shortest: int
+    seen: Sequence[Event], rows: Curve, span: tuple[int, int] | None, judged: int, after: int, shortest: int
 ) -> tuple[CurveVerdict, str]:
     last = rows.steps[-1] if rows.steps else 0
     gone = [e for e in seen if e.back is None]
@@ -97,9 +97,8 @@ def _verdict(
     if spikes:
         return "spikes", "; ".join(beside)
     if span is None or judged < LEAST_ROWS:
-        behind = " after the warm-up" if after else ""
-        told = f"cannot tell: {_count(judged, 'row')}{behind} {'is' if judged == 1 else 'are'} judged, {LEAST_ROWS} are needed"
-        return "cannot tell", told
+        behind, verb = " after the warm-up" if after else "", "is" if judged == 1 else "are"
+        return "cannot tell", f"cannot tell: {_count(judged, 'row')}{behind} {verb} judged, {LEAST_ROWS} are needed"
     of = f" of {shortest} steps or more" if shortest > 1 else ""
     none = f"no spike{of} in steps {span[0]} to {span[1]}"
     if blips:
@@ -127,7 +126,7 @@ def _highest(event: Event) -> str:
     return f"highest +{event.height:.3g} nats at step {event.peak}"
 
 
-def _not_back(event: Event, rows: Rows) -> str:
+def _not_back(event: Event, rows: Curve) -> str:
     count = sum(step >= event.onset for step in rows.steps)
     if event.kind == "nonfinite":
         return f"not back since step {event.onset}: not finite, {_count(count, 'row')}"
@@ -164,10 +163,10 @@ def _end(event: Event, last: int) -> int:
 
 def _largest(finite: Sequence[tuple[int, float]], events: Sequence[Event]) -> tuple[float | None, int | None]:
     """The largest height of an event; without any, of a row above the median of the 8 before it."""
-    heights = [(e.height, e.peak) for e in events if e.height is not None]
     values = [x for _, x in finite]
-    for i in [] if heights else range(WARMUP, len(finite)):
-        heights.append((max(values[i] - median(values[i - LEVEL_OF : i]), 0.0), finite[i][0]))
+    heights = [(e.height, e.peak) for e in events if e.height is not None] or [
+        (max(values[i] - median(values[i - LEVEL_OF : i]), 0.0), finite[i][0]) for i in range(WARMUP, len(finite))
+    ]
     return max(heights, default=(None, None), key=lambda pair: pair[0] or 0.0)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spikepatch.errors import Refused
-from spikepatch.spikes.baseline import SLIDING, Baseline, Row, Scale, grown, moved, reach
+from spikepatch.spikes.baseline import SLIDING, Baseline, StepValue, Scale, grown, moved, reach
 from spikepatch.spikes.events import BACK, BAND, EXPLODED, SETTLED, Event, EventKind
 from spikepatch.spikes.statistic import (
     LARGEST,
@@ -63,7 +63,7 @@ class Series:
 
     baseline: Baseline = ()
     open: tuple[Excursion, ...] = ()
-    recent: tuple[Row, ...] = ()
+    recent: tuple[StepValue, ...] = ()
     digit: float = 1.0
 
     @property
@@ -249,12 +249,12 @@ def _floor(kind: EventKind, at: float, digit: float) -> float:
     return max(digit, RESOLUTION * (abs(at) if kind == "loss" else 1.0))
 
 
-def _calm(recent: tuple[Row, ...], unit: float) -> bool:
+def _calm(recent: tuple[StepValue, ...], unit: float) -> bool:
     return noise([x for _, x in recent]) <= _CALM * unit
 
 
 def _judged(
-    baseline: Baseline, kind: EventKind, recent: tuple[Row, ...], digit: float, limit: float
+    baseline: Baseline, kind: EventKind, recent: tuple[StepValue, ...], digit: float, limit: float
 ) -> tuple[Excursion | None, Baseline]:
     """The excursion that the last row opens, by itself or as the last one of a mean; else the baseline with it."""
     (step, x), finest = recent[-1], baseline[0]
@@ -284,7 +284,7 @@ def _judged(
 
 
 def _opened(
-    baseline: Baseline, kind: EventKind, i: int, mean: float, begins: int, recent: tuple[Row, ...], digit: float,
+    baseline: Baseline, kind: EventKind, i: int, mean: float, begins: int, recent: tuple[StepValue, ...], digit: float,
     limit: float,
 ) -> Excursion | None:  # fmt: skip
     """The excursion that a mean of 2^i rows opens."""
@@ -309,7 +309,14 @@ def _opened(
 
 
 def _excursion(
-    kind: EventKind, recent: tuple[Row, ...], k: int, onset: int, at: float, unit: float, of_rows: float, rows: int
+    kind: EventKind,
+    recent: tuple[StepValue, ...],
+    k: int,
+    onset: int,
+    at: float,
+    unit: float,
+    of_rows: float,
+    rows: int,
 ) -> Excursion:
     peak, top = max(recent[-k:], key=lambda row: row[1])
     score = min((top - at) / of_rows, LARGEST) if of_rows else LARGEST
@@ -318,7 +325,7 @@ def _excursion(
 
 
 def _followed(
-    open_: tuple[Excursion, ...], kind: EventKind, value: float, recent: tuple[Row, ...]
+    open_: tuple[Excursion, ...], kind: EventKind, value: float, recent: tuple[StepValue, ...]
 ) -> tuple[list[Excursion], list[Event]]:
     """Those that are not back after one more row, and the events of those that are."""
     still: list[Excursion] = []
@@ -334,7 +341,7 @@ def _followed(
     return still, ended
 
 
-def _followed_one(e: Excursion, value: float, recent: tuple[Row, ...]) -> tuple[Excursion, Event | None]:
+def _followed_one(e: Excursion, value: float, recent: tuple[StepValue, ...]) -> tuple[Excursion, Event | None]:
     """The excursion after one more row, and its event if it is back."""
     (step, x), k = recent[-1], e.event.over
     event = dataclasses.replace(e.event, duration=e.rows + 1)

@@ -4,15 +4,16 @@
 **Rows and steps.** A row is one logged value; a step is its name. Rows are judged, steps are printed: of a log of every
 tenth step the detector sees every tenth, and says so.
 
-**Scales.** A baseline is kept of single rows, of means of two, of four ... of 128 rows: up to 64 values at each scale.
-So a value twenty deviations high and a rise of half a deviation over a thousand rows are the same thing at different
-scales. A loss is judged at all of them (means of up to 8 rows at every row, longer ones as each is complete), a gradient
-norm row by row, by its logarithm: by Eq. 7 of Takase et al. (arXiv 2312.16903) its size is a product over sub-layers.
+**Scales.** A baseline is kept of single rows, of means of two, of four ... of 128 rows: up to 64 values at each scale,
+so that a value twenty deviations high and a rise of half a deviation over a thousand rows are the same thing at
+different scales. A loss is judged at all of them (means of up to 8 rows at every row, longer ones as each is complete),
+a gradient norm row by row, by its logarithm: by Eq. 7 of Takase et al. (arXiv 2312.16903) its size is a product over
+sub-layers.
 
     level(x)  median of the last 8 values                                                (``statistic.py``)
     noise(x)  max over lags 1, 2, 4 of 1.4826 / sqrt(2) median |d - median d|,  d = x[i] - x[i - lag]
     unit      max(noise, one print step, 2^-9 of the level)
-    onset     when a value lies threshold(n) units above the level,  threshold(n) = 7 (1 + (16 / n)^2)
+    onset     where a value lies threshold(n) units above it,  threshold(n) = 7 (1 + (16 / n)^2)
 
 The level is near, so the fall of early training hides little; the noise comes from neighbours' differences, so neither a
 trend nor a level that changed enters it, and what drifts from row to row does, through the larger lags. At coarser
@@ -22,10 +23,11 @@ writes: of a norm printed as 0.23, one hundredth; 2^-9 is bfloat16's rounding. A
 Before there are 8 values a loss of more than twice the first one is an event (``KillLossSpike`` of llm-foundry).
 
 **An event** has a level (frozen at the onset), a peak, a height above the level in nats and in units, and it is *back*
-when the median of 5 rows (after an event of more than 20, of a quarter of its rows, up to 16; of one that only means
-of k rows could show, two means of k in a row) is within 2 units of that level. Until then it lasts, for as long as that takes. Its rows never enter a baseline. When 16 rows have gone
-without a new peak, and calmly, the baseline goes on at the level that the series has by then, so that further events
-are seen; one that begins before the series has come half way back is the same event.
+when the median of 5 rows is within 2 units of that level (after more than 20 rows, of a quarter of them, up to 16; of an
+event that only means of k rows could show, two means of k in a row). Until then it lasts, for as long as that takes. Its
+rows never enter a baseline. When 16 rows have gone without a new peak, and calmly, the baseline goes on at the level
+that the series has by then, so that further events are seen; one that begins before the series has come half way back is
+the same event.
 
 **Kinds**, named with hindsight:
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from spikepatch.spikes.detector import SpikeDetector
 from spikepatch.spikes.events import BAND, Event, Form
-from spikepatch.spikes.statistic import LAGS, LARGEST, LEVEL_OF, RESOLUTION, WINDOW
+from spikepatch.spikes.statistic import LAGS, LARGEST, LEVEL_OF, RESOLUTION, WINDOW, noise
 
 Array = npt.NDArray[np.float64]
 
@@ -25,6 +25,9 @@ _FAINT = 5.0
 #: Faint events are believed where there are so many of them for each stretch that lies as far below, and one more.
 _BELIEVED = 10
 
+#: Units that medians of 8 rows may lie above the lowest one before without an event.
+_CREPT = 10.0
+
 #: Rows in which a loss rises at once, and after which a spike is a long one.
 _AT_ONCE, _LONG = 8, WINDOW
 
@@ -34,7 +37,7 @@ _ECHO = 10
 
 
 @dataclass(frozen=True)
-class Rows:
+class Curve:
     """A curve to be judged; None for a value that is not known, NaN for one that is not finite."""
 
     steps: Sequence[int]
@@ -42,7 +45,7 @@ class Rows:
     norms: Sequence[float | None]
 
 
-def with_hindsight(rows: Rows) -> tuple[Event, ...]:
+def with_hindsight(rows: Curve) -> tuple[Event, ...]:
     """All events of a curve, in the order of their onsets, each with its form.
 
     Where this differs from what the detector said row by row:
@@ -50,6 +53,8 @@ def with_hindsight(rows: Rows) -> tuple[Event, ...]:
     - an event that only means of several rows could show begins at its first row, not at a mean's;
     - an excursion with a valley between two peaks, more than three quarters of the way back from the lower one, is two
       events, and the first one is back in the valley;
+    - what crept up so slowly, or within so few rows, that the baseline went with it is an event: medians of 8 rows more
+      than 10 units above the lowest one before;
     - rows that stand 5 units above the levels on both sides of them are events too, where the curve has ten of them for
       each stretch that lies as far below its levels, and one more: noise falls as often as it rises, so that at most a
       tenth of them is noise (the target-decoy estimate; Barber and Candes 2015, arXiv 1404.5609).
@@ -58,10 +63,11 @@ def with_hindsight(rows: Rows) -> tuple[Event, ...]:
     for step, loss, norm in zip(rows.steps, rows.losses, rows.norms, strict=True):
         detector = detector.observe(step, loss, norm)
     where = [i for i, loss in enumerate(rows.losses) if loss is not None and abs(loss) <= LARGEST]
-    curve = _Curve(np.array([rows.losses[i] for i in where], dtype=float), np.array([rows.steps[i] for i in where]))
+    curve = _Finite(np.array([rows.losses[i] for i in where], dtype=float), np.array([rows.steps[i] for i in where]))
     losses = [part for e in detector.events if e.kind == "loss" for part in _parts(curve, _placed(curve, e))]
     losses = [e for e in losses if not any(_within(curve, e, other) for other in losses)]
     losses += _faint(curve, losses)
+    losses += _crept(curve, losses)
     losses = [_named(curve, e) for e in losses]
     norms = [_traced(e, losses, rows.steps) for e in detector.events if e.kind == "gradient_norm"]
     broken = [dataclasses.replace(e, form="non-finite") for e in detector.events if e.kind == "nonfinite"]
@@ -70,7 +76,7 @@ def with_hindsight(rows: Rows) -> tuple[Event, ...]:
 
 
 @dataclass(frozen=True)
-class _Curve:
+class _Finite:
     """The finite losses, and their steps."""
 
     x: Array
@@ -91,7 +97,7 @@ def _unit(event: Event) -> float:
     return (event.height or 0.0) / event.score if event.score else 0.0
 
 
-def _placed(curve: _Curve, event: Event) -> Event:
+def _placed(curve: _Finite, event: Event) -> Event:
     """From its first row that is above the level, with the peak that its rows have."""
     first, end = curve.span(event)
     assert event.baseline is not None
@@ -105,7 +111,7 @@ def _placed(curve: _Curve, event: Event) -> Event:
     return _between(curve, event, first, end, event.back)
 
 
-def _between(curve: _Curve, event: Event, first: int, end: int, back: int | None) -> Event:
+def _between(curve: _Finite, event: Event, first: int, end: int, back: int | None) -> Event:
     """The part of the event that is these rows."""
     unit, base = _unit(event), event.baseline or 0.0
     peak = first + int(np.argmax(curve.x[first:end]))
@@ -117,7 +123,7 @@ def _between(curve: _Curve, event: Event, first: int, end: int, back: int | None
     )  # fmt: skip
 
 
-def _parts(curve: _Curve, event: Event) -> Iterator[Event]:
+def _parts(curve: _Finite, event: Event) -> Iterator[Event]:
     """The event, or the ones that it is cut into at its valleys."""
     first, end = curve.span(event)
     base = event.baseline or 0.0
@@ -141,13 +147,42 @@ def _parts(curve: _Curve, event: Event) -> Iterator[Event]:
         yield _between(curve, event, min(inner, cut - 1), cut, event.back if last else int(curve.steps[cut]))
 
 
-def _within(curve: _Curve, event: Event, other: Event) -> bool:
+def _crept(curve: _Finite, found: Sequence[Event]) -> Iterator[Event]:
+    """What crept up so slowly, or so early, that the baseline went with it: medians of 8 rows far above the lowest one
+    before."""
+    taken = np.zeros(len(curve.x), dtype=bool)
+    for event in found:
+        taken[slice(*curve.span(event))] = True
+    count = len(curve.x) // LEVEL_OF
+    medians = np.median(curve.x[: count * LEVEL_OF].reshape(count, LEVEL_OF), axis=1)
+    at, unit, i = 0, math.inf, 1
+    while i < count:
+        if medians[i] < medians[at] or unit == math.inf:
+            at = i if medians[i] < medians[at] else at
+            rows = curve.x[max(0, (at + 1) * LEVEL_OF - WINDOW) : (at + 1) * LEVEL_OF]
+            unit = max(noise(rows.tolist()), RESOLUTION * abs(medians[at]))
+        level = float(medians[at])
+        if medians[i] - level > _CREPT * unit and not taken[i * LEVEL_OF : (i + 1) * LEVEL_OF].any():
+            first = i * LEVEL_OF
+            while curve.x[first - 1] > level + BAND * unit:
+                first -= 1
+            after = np.flatnonzero(medians[i:] <= level + BAND * unit)
+            end = (i + int(after[0])) * LEVEL_OF if len(after) else len(curve.x)
+            back = int(curve.steps[end]) if end < len(curve.x) else None
+            top = float(curve.x[first:end].max())
+            event = Event("loss", 0, 0, top, level, (top - level) / unit, LEVEL_OF)
+            yield _between(curve, event, first, end, back)
+            i = end // LEVEL_OF
+        i += 1
+
+
+def _within(curve: _Finite, event: Event, other: Event) -> bool:
     """Whether it is a peak of the other one, which is no long one."""
     (first, end), (begin, stop) = curve.span(event), curve.span(other)
     return (first, end) != (begin, stop) and begin <= first and end <= stop and stop - begin <= _LONG
 
 
-def _faint(curve: _Curve, found: Sequence[Event]) -> list[Event]:
+def _faint(curve: _Finite, found: Sequence[Event]) -> list[Event]:
     """Single rows and what follows them, too low for the detector, where they recur."""
     taken = np.zeros(len(curve.x), dtype=bool)
     for event in found:
@@ -213,7 +248,7 @@ def _groups(rows: Iterable[int]) -> list[tuple[int, int]]:
     return groups
 
 
-def _named(curve: _Curve, event: Event) -> Event:
+def _named(curve: _Finite, event: Event) -> Event:
     """With its form and its area."""
     first, end = curve.span(event)
     excess = curve.x[first:end] - (event.baseline or 0.0)

@@ -20,7 +20,7 @@ _Row = tuple[int, float | None, float | None]
 #: Rows whose median is the loss at the end of a stretch of a log, or at its beginning.
 _ENDS = 5
 
-#: The loss of a row is an average if it differs so little from the last one, against one two rows away.
+#: Share of differences with the sign of the one before, trend aside, that only a moving average has: noise has 1/3.
 _SMOOTH = 0.8
 
 
@@ -162,9 +162,9 @@ def _last_of_each(rows: Sequence[_Row]) -> tuple[list[_Row], list[str]]:
 def _in_order(rows: Sequence[_Row]) -> tuple[list[_Row], list[str]]:
     """Rows by increasing step.
 
-    The same step again, next to it: a row that was written twice, the last one is kept. A step back to the first ones: a
-    counter that begins anew with each epoch if the loss goes on where it was, which is counted on; or another start of
-    the run, of which the one with the most rows is judged. A step back to elsewhere: a resume; the later rows count.
+    The same step again, next to it: a row that was written twice, the last one is kept. Back to the first steps: a
+    counter that begins anew with each epoch, if the loss goes on where it was, which is counted on; else another start
+    of the run, of which the one with the most rows is judged. Back to other steps: a resume; the later rows count.
     """
     notes: list[str] = []
     once: list[_Row] = []
@@ -205,8 +205,8 @@ def _in_order(rows: Sequence[_Row]) -> tuple[list[_Row], list[str]]:
     if len(starts) > 1:
         others = len(once) - sum(len(start) for start in starts if start is longest)
         notes.append(
-            f"{len(starts)} starts are in one file: the longest is judged, of {len(longest):,} rows, and {others:,} rows of"
-            " the others are not"
+            f"{len(starts)} starts are in one file: the longest is judged, of {len(longest):,} rows, and"
+            f" {others:,} rows of the others are not"
         )
     return longest, notes
 
@@ -240,7 +240,7 @@ def _averaged_nan(rows: list[_Row], loss_of: LossOf | None) -> tuple[list[_Row],
 
 
 def _is_smooth(losses: Sequence[float | None]) -> bool:
-    """Whether neighbours are as alike as in a moving average: |x[i] - x[i+1]| against |x[i] - x[i+2]|, without trend."""
+    """Whether it goes on in one direction as a moving average does: most differences have the sign of the one before."""
     x = [v for v in losses if v is not None and math.isfinite(v)][-1000:]
     if len(x) < 100:
         return False

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
-
+from spikepatch.spikes.hindsight import Array
 
 #: Windows that are looked at together: bounds the memory, 33 MB at a window of 1,000.
 _CHUNK = 4096

@@ -11,7 +11,7 @@ from typing import Any
 
 from spikepatch.spikes.conclusion import PASSED, Conclusion, conclude, norm_line
 from spikepatch.spikes.events import Event
-from spikepatch.spikes.hindsight import Rows, with_hindsight
+from spikepatch.spikes.hindsight import Curve, with_hindsight
 from spikepatch.spikes.read_log import TrainingLog, read_log
 from spikepatch.spikes.twin import Twin, twin_of
 
@@ -111,8 +111,8 @@ def judge(
     return SpikeReport(log, events, conclusion, twin_of(rows, events, _rows(other), other.name))
 
 
-def _rows(log: TrainingLog) -> Rows:
-    return Rows(log.steps, log.losses, log.norms)
+def _rows(log: TrainingLog) -> Curve:
+    return Curve(log.steps, log.losses, log.norms)
 
 
 def _twin_line(twin: Twin) -> str:

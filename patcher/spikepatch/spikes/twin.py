@@ -14,13 +14,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from spikepatch.spikes.events import Event
-from spikepatch.spikes.hindsight import Rows
+from spikepatch.spikes.hindsight import Array, Curve
 from spikepatch.spikes.statistic import LARGEST
-
-Array = npt.NDArray[np.float64]
 
 #: Of two runs on the same batches at least so much; of others the largest by chance is 5 / sqrt(rows).
 _SAME = 0.5
@@ -53,7 +50,7 @@ class Twin:
         return self.correlation is not None and self.correlation >= _SAME
 
 
-def twin_of(rows: Rows, events: Sequence[Event], other: Rows, name: str) -> Twin:
+def twin_of(rows: Curve, events: Sequence[Event], other: Curve, name: str) -> Twin:
     """What ``other``, another run, says of the events of the loss of ``rows``."""
     theirs = {s: x for s, x in zip(other.steps, other.losses, strict=True) if x is not None and abs(x) <= LARGEST}
     both = [

@@ -11,7 +11,7 @@ from typing import Any
 
 from spikepatch.spikes.conclusion import PASSED, CurveVerdict, conclude
 from spikepatch.spikes.events import Event, Form
-from spikepatch.spikes.hindsight import Rows, with_hindsight
+from spikepatch.spikes.hindsight import Curve, with_hindsight
 from spikepatch.spikes.scores import scores
 from spikepatch.training.log import RunLog
 
@@ -204,12 +204,12 @@ def losses_by_rate(runs: Sequence[RunResult]) -> dict[float, tuple[float, ...]]:
     return by_rate
 
 
-def rows_of(log: RunLog) -> Rows:
+def rows_of(log: RunLog) -> Curve:
     """The steps that no rewind took back. Where the loss scaler of fp16 was at work the norm says nothing."""
     norms = [
         None if "overflow" in s.flags else math.nan if s.gradient_norm is None else s.gradient_norm for s in log.kept
     ]
-    return Rows([s.step for s in log.kept], [math.nan if s.loss is None else s.loss for s in log.kept], norms)
+    return Curve([s.step for s in log.kept], [math.nan if s.loss is None else s.loss for s in log.kept], norms)
 
 
 def _taken_back(log: RunLog, found: Sequence[Event]) -> Iterator[Event]:
