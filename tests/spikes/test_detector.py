@@ -136,7 +136,7 @@ def test_rounded_noise_raises_no_alarm() -> None:
 def test_a_loss_rounded_to_bfloat16_has_ties() -> None:
     """Steps of one unit in the last place, seldom enough for the noise to be 0."""
     draw = np.random.default_rng(0)
-    losses = 2.5 + (draw.random(2000) < 0.1) * 2.0**-6  # between 2 and 4 bfloat16 counts in 1/64
+    losses = np.asarray(2.5 + (draw.random(2000) < 0.1) * 2.0**-6, dtype=np.float64)  # there bfloat16 counts in 1/64
     assert noise(losses[:64].tolist()) == 0
     assert observed(losses).events == ()
     losses[1000] = 3

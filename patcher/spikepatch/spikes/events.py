@@ -59,6 +59,7 @@ from typing import Literal
 
 EventKind = Literal["loss", "gradient_norm", "nonfinite"]
 Form = Literal["blip", "spike", "long spike", "hump", "slow rise", "level shift", "not back", "non-finite"]
+Origin = Literal["data", "run"]
 
 #: Rows whose median says that a series is back, at least.
 BACK = 5
@@ -89,6 +90,8 @@ class Event:
         form: what it is called, with hindsight; None while it is under way.
         area: sum over its rows of loss minus level, times the steps that a row stands for, in nats; with hindsight.
         trace: whether an event of the gradient norm has one of the loss beside it; with hindsight.
+        batch: the index of the batch of its peak, where that is known.
+        origin: whether a twin on the same batches has it too ("data") or not ("run"); None without one.
     """
 
     kind: EventKind
@@ -103,6 +106,8 @@ class Event:
     form: Form | None = None
     area: float | None = None
     trace: bool | None = None
+    batch: int | None = None
+    origin: Origin | None = None
 
     @property
     def height(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -240,12 +241,12 @@ def _averaged_nan(rows: list[_Row], loss_of: LossOf | None) -> tuple[list[_Row],
 
 
 def _is_smooth(losses: Sequence[float | None]) -> bool:
-    """Whether it goes on in one direction as a moving average does: most differences have the sign of the one before."""
+    """Whether it goes on in one direction as a moving average does: most differences have the sign of the last one."""
     x = [v for v in losses if v is not None and math.isfinite(v)][-1000:]
     if len(x) < 100:
         return False
-    one = [b - a for a, b in zip(x, x[1:], strict=False)]
-    pairs = [(a, b) for a, b in zip(one, one[1:], strict=False) if a or b]
+    one = [b - a for a, b in itertools.pairwise(x)]
+    pairs = [(a, b) for a, b in itertools.pairwise(one) if a or b]
     middle = statistics.median(one)
     alike = sum((a - middle) * (b - middle) > 0 for a, b in pairs)
     return len(pairs) > 50 and alike > _SMOOTH * len(pairs)

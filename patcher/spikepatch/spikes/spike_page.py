@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from spikepatch.report.document import Badge, Chart, Line, Mark, Page, Section, Shape, Table, Tone, number
 from spikepatch.spikes.conclusion import CurveVerdict
-from spikepatch.spikes.events import Event
+from spikepatch.spikes.events import Event, Origin
 from spikepatch.spikes.spike_report import SpikeReport
 from spikepatch.spikes.statistic import LEVEL_OF, median
 
@@ -16,6 +16,9 @@ TONES: dict[CurveVerdict, Tone] = {
     "healthy": "good", "blips only": "good", "cannot tell": "neutral", "spikes": "warning", "unstable": "bad",
     "not back": "bad",
 }  # fmt: skip
+
+#: Where an event is from, by a twin on the same batches.
+ORIGINS: dict[Origin | None, str] = {"data": "in both: the data", "run": "in this run only", None: "-"}
 
 #: Events that are drawn from near; the table has all.
 _DRAWN = 24
@@ -49,7 +52,7 @@ def event_table(report: SpikeReport) -> Table:
             str(e.duration),
             "-" if e.back is None else str(e.back),
             number(e.area),
-            *([{"data": "both: the data", "run": "this run only"}.get(report.origin(e) or "", "-")] if twin else []),
+            *([ORIGINS[e.origin]] if twin else []),
         )
         for i, e in enumerate(report.events, start=1)
     ]

@@ -69,8 +69,7 @@ class SpikeReport:
             **{key: value for key, value in dataclasses.asdict(self.conclusion).items() if key != "verdict"},
             "gradient_norm": norm_line(self.events),
             "events": [
-                {**dataclasses.asdict(event), "height": event.height, "origin": self.origin(event)}
-                for event in self.events
+                {**dataclasses.asdict(event), "height": event.height} for event in self.events
             ],
             "twin": None
             if self.twin is None
@@ -79,10 +78,6 @@ class SpikeReport:
                 "quieter": self.twin.quieter if math.isfinite(self.twin.quieter or 0.0) else None,
             },
         }  # fmt: skip
-
-    def origin(self, event: Event) -> str | None:
-        """ "data" for an event that the twin has at the same step, "run" for one that it has not; None if unknown."""
-        return None if self.twin is None or event.kind != "loss" else self.twin.origins.get(event.onset)
 
 
 def judge(
@@ -108,7 +103,9 @@ def judge(
     if against is None:
         return SpikeReport(log, events, conclusion)
     other = against if isinstance(against, TrainingLog) else read_log(against)
-    return SpikeReport(log, events, conclusion, twin_of(rows, events, _rows(other), other.name))
+    twin = twin_of(rows, events, _rows(other), other.name)
+    events = tuple(dataclasses.replace(e, origin=twin.origins.get(e.onset)) if e.kind == "loss" else e for e in events)
+    return SpikeReport(log, events, conclusion, twin)
 
 
 def _rows(log: TrainingLog) -> Curve:
@@ -126,6 +123,6 @@ def _twin_line(twin: Twin) -> str:
     data = sum(origin == "data" for origin in twin.origins.values())
     return (
         f"against {twin.name}, on the same batches (correlation {twin.correlation:.3f}, their difference"
-        f" {twin.quieter:.3g} times quieter): {data} of {len(twin.origins)} events of the loss are in both, so the data's;"
-        f" {len(twin.origins) - data} in this run only"
+        f" {twin.quieter:.3g} times quieter): of {len(twin.origins)} events of the loss {data} are in both, so the"
+        f" data's, and {len(twin.origins) - data} in this run only"
     )

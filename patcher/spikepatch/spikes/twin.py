@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from spikepatch.spikes.events import Event
+from spikepatch.spikes.events import Event, Origin
 from spikepatch.spikes.hindsight import Array, Curve
 from spikepatch.spikes.statistic import LARGEST
 
@@ -37,13 +36,13 @@ class Twin:
         name: of the other one.
         correlation: of what the trend leaves; None for too few rows.
         quieter: how many times quieter the difference of the two is than the loss; None without a correlation.
-        origins: for each event of the loss, by its onset: "data" or "run".
+        origins: for each event of the loss, by its onset.
     """
 
     name: str
     correlation: float | None
     quieter: float | None
-    origins: dict[int, Literal["data", "run"]]
+    origins: dict[int, Origin]
 
     @property
     def same_batches(self) -> bool:
@@ -67,7 +66,7 @@ def twin_of(rows: Curve, events: Sequence[Event], other: Curve, name: str) -> Tw
     quieter = _size(ours) / _size(difference) if _size(difference) > 0 else math.inf
     if correlation < max(_SAME, 5 / math.sqrt(len(both))):
         return Twin(name, correlation, None, {})
-    origins: dict[int, Literal["data", "run"]] = {}
+    origins: dict[int, Origin] = {}
     for event in events:
         at = int(np.searchsorted(steps, event.peak))
         if event.kind == "loss" and at < len(steps) and steps[at] == event.peak and event.height is not None:

@@ -35,7 +35,7 @@ from spikepatch.training.points import Points, points_of
 from spikepatch.training.settings import Settings
 from spikepatch.training.tokenizing import BYTES, Tokenizing
 from spikepatch.training.trackers import check_installed, tracking
-from spikepatch.training.verdict import Verdict, judge_run, summarise
+from spikepatch.training.verdict import Verdict, compared, judge_run, rows_of, summarise
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def run_all(
             write_record(out, wanted, command)
         launch.accelerator.wait_for_everyone()
 
-        results, points = [], dict[str, Points]()
+        results, curves, points = [], [], dict[str, Points]()
         for run in (Run(e, sources[e.name], m, lr * m, seed) for m in multipliers for seed in seeds for e in entries):
             folder = out / run.name
             if (folder / "result.json").exists():
@@ -138,10 +138,12 @@ def run_all(
                 _run(run, model, tokens, settings, folder, launch, points[run.entry.name], log_with, command, progress)
                 del model
             launch.accelerator.wait_for_everyone()
-            results.append(judge_run(read(folder / "log.jsonl")))
+            log = read(folder / "log.jsonl")
+            results.append(judge_run(log))
+            curves.append(rows_of(log))
             if main:
                 write_json(folder / "result.json", results[-1].to_dict())
-        verdict = summarise(results)
+        verdict = summarise(compared(results, curves))
         if main:
             write_json(out / "verdict.json", verdict.to_dict())
         return verdict

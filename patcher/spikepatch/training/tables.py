@@ -12,6 +12,7 @@ from spikepatch.report.terminal import print_table
 from spikepatch.spikes.conclusion import norm_line
 from spikepatch.spikes.events import Event
 from spikepatch.spikes.scores import LEAST
+from spikepatch.spikes.spike_page import ORIGINS
 from spikepatch.training.verdict import RunResult, Verdict
 
 #: Events that are printed; the page has all.
@@ -82,6 +83,8 @@ def numbered_events(verdict: Verdict) -> Iterator[tuple[int, RunResult, Event]]:
 
 
 def event_table(verdict: Verdict) -> Table:
+    """A row for each event; where other runs have seen the same batches, with what they say of it."""
+    twins = any(event.origin is not None for run in verdict.runs for event in run.events)
     rows = [
         (
             str(i),
@@ -95,11 +98,13 @@ def event_table(verdict: Verdict) -> Table:
             str(event.duration),
             event.form or "-",
             "-" if event.back is None else str(event.back),
+            "-" if event.batch is None else str(event.batch),
+            *([ORIGINS[event.origin]] if twins else []),
         )
         for i, run, event in numbered_events(verdict)
     ]
-    kinds = ("seen in", "onset", "peak", "at the peak", "level", "score", "steps", "kind", "back at")
-    return Table("Events", ("#", "model", "lr", "x", "seed", *kinds), tuple(rows))
+    kinds = ("seen in", "onset", "peak", "at the peak", "level", "score", "steps", "kind", "back at", "batch")
+    return Table("Events", ("#", "model", "lr", "x", "seed", *kinds, *(["origin"] if twins else [])), tuple(rows))
 
 
 def print_verdict(verdict: Verdict) -> None:

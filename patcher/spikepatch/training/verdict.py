@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from spikepatch.spikes.conclusion import PASSED, CurveVerdict, conclude
-from spikepatch.spikes.events import Event, Form
+from spikepatch.spikes.events import Event, Form, Origin
 from spikepatch.spikes.hindsight import Curve, with_hindsight
 from spikepatch.spikes.scores import scores
+from spikepatch.spikes.twin import twin_of
 from spikepatch.training.log import RunLog
 
 #: Applied steps whose mean is a level of the loss.
@@ -120,6 +121,8 @@ def judge_run(log: RunLog) -> RunResult:
     done = steps[-1].step if steps else 0
     rows = rows_of(log)
     found = with_hindsight(rows)
+    batches = {s.step: s.batch for s in steps}
+    found = tuple(dataclasses.replace(event, batch=batches.get(event.peak)) for event in found)
     events = tuple(sorted([*found, *_taken_back(log, found)], key=lambda event: event.onset))
     concluded = conclude(rows, events, after=run.warmup_steps)
     ended = f"; it stopped at step {log.stop.step} of {run.steps}: {log.stop.why}" if log.stop else ""
@@ -147,6 +150,29 @@ def judge_run(log: RunLog) -> RunResult:
         tokens=steps[-1].tokens if steps else 0,
         seconds=math.fsum(s.seconds for s in log.steps),
     )
+
+
+def compared(runs: Sequence[RunResult], curves: Sequence[Curve]) -> tuple[RunResult, ...]:
+    """The runs with the origin of their events: runs of one learning rate and seed have seen the same batches, so an
+    event that most of the others have at the same step is the data's (``spikes/twin.py``)."""
+    found = []
+    for i, run in enumerate(runs):
+        others = [
+            twin_of(curves[i], run.events, curves[j], other.name).origins
+            for j, other in enumerate(runs)
+            if j != i and (other.lr, other.seed) == (run.lr, run.seed) and run.events
+        ]
+        events = tuple(
+            _with_origin(event, [own[event.onset] for own in others if event.onset in own]) for event in run.events
+        )
+        found.append(dataclasses.replace(run, events=events))
+    return tuple(found)
+
+
+def _with_origin(event: Event, told: Sequence[Origin]) -> Event:
+    if event.kind != "loss" or not told:
+        return event
+    return dataclasses.replace(event, origin="data" if 2 * told.count("data") >= len(told) else "run")
 
 
 def summarise(results: Iterable[RunResult]) -> Verdict:
