@@ -51,14 +51,14 @@ def observed(losses: Sequence[float | None] | Array, norms: Sequence[float | Non
     return detector
 
 
-def rows_of(losses: Sequence[float | None] | Array, every: int = 1) -> Curve:
+def curve_of(losses: Sequence[float | None] | Array, every: int = 1) -> Curve:
     values = losses.tolist() if isinstance(losses, np.ndarray) else list(losses)
     return Curve(range(every, every * len(values) + 1, every), values, [None] * len(values))
 
 
 def events(losses: Sequence[float | None] | Array) -> tuple[Event, ...]:
     """With hindsight."""
-    return with_hindsight(rows_of(losses))
+    return with_hindsight(curve_of(losses))
 
 
 def edge_of_stability(seed: int = 0, rows: int = 2150) -> Array:

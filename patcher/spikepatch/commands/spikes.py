@@ -103,7 +103,7 @@ def _print(report: object, *, first: bool) -> None:
         for line in report.log.limits():
             click.echo(f"cannot be judged: {line}")
         if report.events:
-            table = event_table(report)
+            table = event_table(report, narrow=True)
             shown = dataclasses.replace(table, rows=table.rows[:_PRINTED])
             console = Console(highlight=False)
             print_table(shown, console if console.is_terminal else Console(highlight=False, width=120))

@@ -19,7 +19,7 @@ SLIDING = 8
 _NEAR = 16
 
 #: Values after which the noise is estimated anew, where there are many.
-_AGE = 8
+_AGE = 16
 
 #: Steps that are remembered at each scale.
 _BEGINS = 5
@@ -75,7 +75,7 @@ def reach(baseline: Baseline, i: int, floor: float, limit: float) -> tuple[float
 
 
 def grown(
-    baseline: Baseline, x: float, step: int, judge: Callable[[Baseline, int, float, int], bool] = lambda *_: True
+    baseline: Baseline, x: float, step: int, judge: Callable[[Baseline, int, float, int], bool] | None = None
 ) -> Baseline:
     """With one more row, and every mean that it completes; up to the one that ``judge`` does not let in.
 
@@ -86,14 +86,19 @@ def grown(
     for i, scale in enumerate(scales):
         if i:
             if scale.half is None:
-                scales[i] = dataclasses.replace(scale, half=(mean, begins))
+                scales[i] = Scale(*_of(scale), (mean, begins), scale.level)
                 break
             mean, begins = (scale.half[0] + mean) / 2, scale.half[1]
-            scales[i] = dataclasses.replace(scale, half=None)
-            if not judge(tuple(scales), i, mean, begins):
-                break
+            if judge is not None:
+                scales[i] = Scale(*_of(scale), None, scale.level)
+                if not judge(tuple(scales), i, mean, begins):
+                    break
         scales[i] = scales[i].then(mean, begins)
     return tuple(scales)
+
+
+def _of(scale: Scale) -> tuple[tuple[float, ...], tuple[int, ...], float, float, int]:
+    return scale.values, scale.begins, scale.noise, scale.near, scale.age
 
 
 def moved(baseline: Baseline, recent: tuple[StepValue, ...]) -> Baseline:

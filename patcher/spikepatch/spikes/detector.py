@@ -208,8 +208,9 @@ def _observed(
             still = [*still[:-1], joined(still[-1], found)] if goes_on else [*still, found]
         return Series(baseline, tuple(still), recent, digit), found is not None, ended
     if len(still) < len(series.open):
-        for at, old in recent[-BACK:]:
-            baseline = grown(baseline, old, at)
+        for at, old in recent:
+            if at >= (ended[-1].back or 0):
+                baseline = grown(baseline, old, at)
         return Series(baseline, tuple(still), recent, digit), False, ended
     last, finest = still[-1], baseline[0]
     unit = max(finest.noise, _floor(kind, last.level, unit))
@@ -243,7 +244,9 @@ def _judged(
         k = 2**i
         if k > SLIDING or len(scale.values) < WARMUP:
             break
-        mean = x if k == 1 else (math.fsum(finest.values[1 - k :]) + x) / k
+        mean = x if k == 1 else (sum(finest.values[1 - k :]) + x) / k
+        if mean - scale.level <= limit * min(scale.noise, scale.near):  # no more than a part of the distance
+            continue
         found = _opened(baseline, kind, i, mean, recent[-k][0], recent, digit, limit)
         if found is not None:
             return found, baseline
@@ -266,7 +269,7 @@ def _opened(
     """The excursion that a mean of 2^i rows opens."""
     scale, k = baseline[i], 2**i
     at = scale.level
-    if mean - at <= limit * min(scale.noise, scale.near):  # no more than a part of the distance below
+    if mean <= at:
         return None
     floor = _floor(kind, at, digit)
     distance, unit = reach(baseline, i, floor, limit)

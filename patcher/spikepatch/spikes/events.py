@@ -15,25 +15,25 @@ sub-layers.
     unit      max(noise, one print step, 2^-9 of the level)
     onset     where a value lies threshold(n) units above it,  threshold(n) = 7 (1 + (16 / n)^2)
 
-The level is near, so the fall of early training hides little; the noise comes from neighbours' differences, so neither a
-trend nor a level that changed enters it, and what drifts from row to row does, through the larger lags. At coarser
-scales the noise is at least that of the finer one over sqrt(2). The smaller of two distances counts: 64 values with
-their threshold, and the last 16 with theirs, which is twice as high. A print step is the last digit that the log
+The level is near, so the fall of early training hides little; the noise comes from neighbours' differences, so that
+neither a trend nor a level that changed enters it, and what drifts from row to row does, through the larger lags. At
+coarser scales the noise is at least that of the finer one over sqrt(2). The smaller of two distances counts: 64 values
+with their threshold, and the last 16 with theirs, which is twice as high. A print step is the last digit that the log
 writes: of a norm printed as 0.23, one hundredth; 2^-9 is bfloat16's rounding. A series that never rises has no event.
 Before there are 8 values a loss of more than twice the first one is an event (``KillLossSpike`` of llm-foundry).
 
 **An event** has a level (frozen at the onset), a peak, a height above the level in nats and in units, and it is *back*
-when the median of 5 rows is within 2 units of that level (after more than 20 rows, of a quarter of them, up to 16; of an
-event that only means of k rows could show, two means of k in a row). Until then it lasts, for as long as that takes. Its
-rows never enter a baseline. When 16 rows have gone without a new peak, and calmly, the baseline goes on at the level
-that the series has by then, so that further events are seen; one that begins before the series has come half way back is
-the same event.
+when the median of 5 rows is within 2 units of that level (after more than 20 rows, of a quarter of them, up to 16; of
+an event that only means of k rows could show, two means of k in a row). Until then it lasts, for as long as that takes.
+Its rows never enter a baseline. When 16 rows have gone without a new peak, and calmly, the baseline goes on at the
+level that the series has by then, so that further events are seen; one that begins before the series has come half way
+back is the same event.
 
 **Kinds**, named with hindsight:
 
     blip         one row, back
-    spike        up within 8 rows or a third of its time, back within 64 rows;  long spike: later
-    level shift  the same, but it stays near its peak: the second half of its rows is above half of its height
+    spike        up within 8 rows or a fifth of its time, back within 64 rows;  long spike: later
+    level shift  the same, but it stays near its peak: the median of its first half is above 0.72 of its height
     hump         rises slowly, comes back;  slow rise: rises slowly, is not back
     not back     rose at once, and the log ends before it is back
     non-finite   NaN, infinite, or larger than float32

@@ -63,7 +63,8 @@ def with_hindsight(rows: Curve) -> tuple[Event, ...]:
     for step, loss, norm in zip(rows.steps, rows.losses, rows.norms, strict=True):
         detector = detector.observe(step, loss, norm)
     where = [i for i, loss in enumerate(rows.losses) if loss is not None and abs(loss) <= LARGEST]
-    curve = _Finite(np.array([rows.losses[i] for i in where], dtype=float), np.array([rows.steps[i] for i in where]))
+    x, steps = np.array([rows.losses[i] for i in where], dtype=float), np.array([rows.steps[i] for i in where])
+    curve = _FiniteRows(x, steps)
     losses = [part for e in detector.events if e.kind == "loss" for part in _parts(curve, _placed(curve, e))]
     losses = [e for e in losses if not any(_within(curve, e, other) for other in losses)]
     losses += _faint(curve, losses)
@@ -76,7 +77,7 @@ def with_hindsight(rows: Curve) -> tuple[Event, ...]:
 
 
 @dataclass(frozen=True)
-class _Finite:
+class _FiniteRows:
     """The finite losses, and their steps."""
 
     x: Array
@@ -97,7 +98,7 @@ def _unit(event: Event) -> float:
     return (event.height or 0.0) / event.score if event.score else 0.0
 
 
-def _placed(curve: _Finite, event: Event) -> Event:
+def _placed(curve: _FiniteRows, event: Event) -> Event:
     """From its first row that is above the level, with the peak that its rows have."""
     first, end = curve.span(event)
     assert event.baseline is not None
@@ -111,7 +112,7 @@ def _placed(curve: _Finite, event: Event) -> Event:
     return _between(curve, event, first, end, event.back)
 
 
-def _between(curve: _Finite, event: Event, first: int, end: int, back: int | None) -> Event:
+def _between(curve: _FiniteRows, event: Event, first: int, end: int, back: int | None) -> Event:
     """The part of the event that is these rows."""
     unit, base = _unit(event), event.baseline or 0.0
     peak = first + int(np.argmax(curve.x[first:end]))
@@ -123,7 +124,7 @@ def _between(curve: _Finite, event: Event, first: int, end: int, back: int | Non
     )  # fmt: skip
 
 
-def _parts(curve: _Finite, event: Event) -> Iterator[Event]:
+def _parts(curve: _FiniteRows, event: Event) -> Iterator[Event]:
     """The event, or the ones that it is cut into at its valleys."""
     first, end = curve.span(event)
     base = event.baseline or 0.0
@@ -147,7 +148,7 @@ def _parts(curve: _Finite, event: Event) -> Iterator[Event]:
         yield _between(curve, event, min(inner, cut - 1), cut, event.back if last else int(curve.steps[cut]))
 
 
-def _crept(curve: _Finite, found: Sequence[Event]) -> Iterator[Event]:
+def _crept(curve: _FiniteRows, found: Sequence[Event]) -> Iterator[Event]:
     """What crept up so slowly, or so early, that the baseline went with it: medians of 8 rows far above the lowest one
     before."""
     taken = np.zeros(len(curve.x), dtype=bool)
@@ -176,13 +177,13 @@ def _crept(curve: _Finite, found: Sequence[Event]) -> Iterator[Event]:
         i += 1
 
 
-def _within(curve: _Finite, event: Event, other: Event) -> bool:
+def _within(curve: _FiniteRows, event: Event, other: Event) -> bool:
     """Whether it is a peak of the other one, which is no long one."""
     (first, end), (begin, stop) = curve.span(event), curve.span(other)
     return (first, end) != (begin, stop) and begin <= first and end <= stop and stop - begin <= _LONG
 
 
-def _faint(curve: _Finite, found: Sequence[Event]) -> list[Event]:
+def _faint(curve: _FiniteRows, found: Sequence[Event]) -> list[Event]:
     """Single rows and what follows them, too low for the detector, where they recur."""
     taken = np.zeros(len(curve.x), dtype=bool)
     for event in found:
@@ -248,7 +249,7 @@ def _groups(rows: Iterable[int]) -> list[tuple[int, int]]:
     return groups
 
 
-def _named(curve: _Finite, event: Event) -> Event:
+def _named(curve: _FiniteRows, event: Event) -> Event:
     """With its form and its area."""
     first, end = curve.span(event)
     excess = curve.x[first:end] - (event.baseline or 0.0)
@@ -264,10 +265,10 @@ def _form(event: Event, excess: Array) -> Form:
     if back and int(np.sum(excess > 2 * BAND * _unit(event))) <= 1 and rows <= LEVEL_OF:
         return "blip"
     rise = int(np.argmax(excess > 0.75 * height)) + 1
-    at_once = rise <= _AT_ONCE or (back and 3 * rise <= rows)
-    if not at_once:
+    if rise > _AT_ONCE and not (back and 5 * rise <= rows):
         return "hump" if back else "slow rise"
-    if rows >= 2 * _AT_ONCE and float(np.median(excess[rows // 2 :])) > height / 2:
+    highest = float(np.median(np.sort(excess)[-max(1, rows // 20) :]))
+    if rows >= 2 * _AT_ONCE and float(np.median(excess[: rows // 2])) > 0.72 * highest:
         return "level shift"
     if not back:
         return "not back"

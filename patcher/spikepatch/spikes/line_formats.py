@@ -20,7 +20,8 @@ class LineFormat:
     Attributes:
         name: as it is told.
         step, loss, norm: a pattern with a group for each; a row begins at a line with ``step``, and the others are
-            looked for in that line and, where ``lines``, in those up to the next row. Without ``step`` rows are counted.
+            looked for in that line and, where ``lines``, in those up to the next row. Without ``step`` rows are
+            counted.
         loss_of: what the loss is of. The norm is before clipping in all of them.
         evals: lines of evaluations, which are counted and left out.
         seen_in: the writer, or where a log was seen.

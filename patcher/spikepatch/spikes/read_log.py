@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import statistics
@@ -21,8 +20,8 @@ _Row = tuple[int, float | None, float | None]
 #: Rows whose median is the loss at the end of a stretch of a log, or at its beginning.
 _ENDS = 5
 
-#: Share of differences with the sign of the one before, trend aside, that only a moving average has: noise has 1/3.
-_SMOOTH = 0.8
+#: How much less neighbours differ than rows so far apart, in a moving average: in noise as much, in a walk 0.35 of it.
+_SMOOTH, _FAR = 0.5, 8
 
 
 @dataclass(frozen=True)
@@ -193,9 +192,8 @@ def _in_order(rows: Sequence[_Row]) -> tuple[list[_Row], list[str]]:
         if anew and _goes_on(last, stretch, starts[0]):
             offset = last[-1][0] - stretch[0][0] + apart
             last += [(step + offset, x, norm) for step, x, norm in stretch]
-            notes.append(
-                f"the counter begins anew at step {stretch[0][0]} (an epoch): it is counted on as {last[-len(stretch)][0]}"
-            )
+            on = last[-len(stretch)][0]
+            notes.append(f"the counter begins anew at {stretch[0][0]} (an epoch): it is counted on as {on}")
         elif anew:
             starts.append(stretch)
         else:
@@ -241,15 +239,16 @@ def _averaged_nan(rows: list[_Row], loss_of: LossOf | None) -> tuple[list[_Row],
 
 
 def _is_smooth(losses: Sequence[float | None]) -> bool:
-    """Whether it goes on in one direction as a moving average does: most differences have the sign of the last one."""
+    """Whether rows eight apart differ much more than neighbours do, as in an average that moves; by second differences,
+    so that the fall of a loss does not count."""
     x = [v for v in losses if v is not None and math.isfinite(v)][-1000:]
     if len(x) < 100:
         return False
-    one = [b - a for a, b in itertools.pairwise(x)]
-    pairs = [(a, b) for a, b in itertools.pairwise(one) if a or b]
-    middle = statistics.median(one)
-    alike = sum((a - middle) * (b - middle) > 0 for a, b in pairs)
-    return len(pairs) > 50 and alike > _SMOOTH * len(pairs)
+    near, far = (
+        statistics.median(abs(a - 2 * b + c) for a, b, c in zip(x, x[lag:], x[2 * lag :], strict=False))
+        for lag in (1, _FAR)
+    )
+    return near < _SMOOTH * far
 
 
 def _digits(value: float) -> int:

@@ -18,7 +18,7 @@ TONES: dict[CurveVerdict, Tone] = {
 }  # fmt: skip
 
 #: Where an event is from, by a twin on the same batches.
-ORIGINS: dict[Origin | None, str] = {"data": "in both: the data", "run": "in this run only", None: "-"}
+ORIGINS: dict[Origin | None, str] = {"data": "both: data", "run": "this run only", None: "-"}
 
 #: Events that are drawn from near; the table has all.
 _DRAWN = 24
@@ -35,8 +35,8 @@ _FOOTER = (
 )
 
 
-def event_table(report: SpikeReport) -> Table:
-    """A row for each event."""
+def event_table(report: SpikeReport, *, narrow: bool = False) -> Table:
+    """A row for each event; ``narrow``: what fits a terminal of 80 columns."""
     twin = report.twin is not None and report.twin.same_batches
     rows = [
         (
@@ -56,21 +56,11 @@ def event_table(report: SpikeReport) -> Table:
         )
         for i, e in enumerate(report.events, start=1)
     ]
-    headers = (
-        "#",
-        "in",
-        "kind",
-        "onset",
-        "peak",
-        "level",
-        "value",
-        "height",
-        "units",
-        "rows",
-        "back at",
-        "nats x steps",
-    )
-    return Table("Events", (*headers, *(["twin"] if twin else [])), tuple(rows))
+    if narrow:
+        short = ("#", "in", "kind", "onset", "peak", "value", "height", "rows", "back at", *(["twin"] if twin else []))
+        return Table("", short, tuple((*row[:5], *row[6:8], *row[9:11], *row[12:]) for row in rows))
+    units = ("level", "value", "height", "units", "rows", "back at", "nats x steps")
+    return Table("Events", ("#", "in", "kind", "onset", "peak", *units, *(["twin"] if twin else [])), tuple(rows))
 
 
 def spike_page(reports: Sequence[SpikeReport]) -> Page:
