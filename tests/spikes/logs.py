@@ -27,9 +27,9 @@ LINES: dict[str, tuple[Writer, str]] = {
     ),
     "Megatron-LM's output": (
         lambda s, x, n: (
-            f" [2026-01-02 03:04:05] iteration {s:8d}/   10000 | consumed samples:       638144 | elapsed time per"
-            f" iteration (ms): 10215.3 | learning rate: 1.000187E-05 | global batch size:    64 | lm loss: {x:.6E} |"
-            f" loss scale: 1.0 | grad norm: {n:.3f} | number of skipped iterations:   0 | number of nan iterations:   0 |"
+            f" [2026-01-02 03:04:05] iteration {s:8d}/   10000 | consumed samples: 638144 | elapsed time per iteration"
+            f" (ms): 10215.3 | learning rate: 1.000187E-05 | global batch size:    64 | lm loss: {x:.6E} | loss scale:"
+            f" 1.0 | grad norm: {n:.3f} | number of skipped iterations:   0 | number of nan iterations:   0 |"
         ),
         "validation loss at iteration 1000 | lm loss value: 2.8E+00 | lm loss PPL: 1.6E+01 |",
     ),

@@ -26,13 +26,14 @@ Label = dict[str, Any]
 
 def found(label: Label, events: list[Event], interval: int) -> bool:
     """Whether an event begins where the label does: within the rows of its rise and three more, or five."""
-    near = max(5 * interval, label["peak"] - label["first"] + 3 * interval)
+    near: int = max(5 * interval, label["peak"] - label["first"] + 3 * interval)
     return any(abs(e.onset - label["first"]) <= near for e in events if _overlap(label, e, interval))
 
 
 def _overlap(label: Label, event: Event, interval: int) -> bool:
     back = event.back if event.back is not None else 10**12
-    return event.onset <= label["back"] + 2 * interval and back >= label["first"] - 2 * interval
+    first, last = int(label["first"]), int(label["back"])
+    return event.onset <= last + 2 * interval and back >= first - 2 * interval
 
 
 def outside(report: SpikeReport, labels: list[Label]) -> list[Event]:
@@ -52,7 +53,7 @@ def main(folder: Path) -> None:
         return
     labels = json.loads((folder / "labels.json").read_text())
     kinds, seen, alarms, gone = Counter[str](), Counter[str](), Counter[str](), []
-    click.echo(f"{'curve':30} {'rows':>6}  {'labels found':26} {'outside: rows 1 / more':>22}  verdict")
+    click.echo(f"{'curve':30} {'rows':>6}  {'labels found':32} {'outside':>11}  verdict")
     for path in sorted(folder.glob("*.csv")):
         own: list[Label] = labels[path.stem]["loss"]
         report = judge(read(path))
@@ -66,9 +67,8 @@ def main(folder: Path) -> None:
         if here["gone"]:
             gone.append(report.verdict)
         told = ", ".join(f"{hits[kind]}/{n} {kind}" for kind, n in here.items()) or "healthy"
-        click.echo(
-            f"{path.stem:30} {len(report.log.steps):>6}  {told:26} {len(extra) - several:>18} / {several}  {report.verdict}"
-        )
+        line = f"{path.stem:30} {len(report.log.steps):>6}  {told:32} {len(extra) - several:>7} / {several}"
+        click.echo(f"{line}  {report.verdict}")
     for kind, count in kinds.items():
         click.echo(f"{kind}: {seen[kind]} of {count}")
     click.echo(f"verdicts of the {len(gone)} that are gone: {', '.join(gone)}")

@@ -44,7 +44,9 @@ def test_a_level_that_changed_hardly_enters_the_noise() -> None:
 
 def test_the_print_step() -> None:
     assert [print_step(x) for x in (0.23, 2.5, 3.0, 0.1234)] == [0.01, 0.1, 0.1, 1e-4]
-    assert print_step(0.12345) == print_step(1e-7) == print_step(1 / 3) == 0
+    assert print_step(0.12345) == print_step(1 / 3) == print_step(1.2345e-7) == 0
+    assert print_step(float(np.float32(0.23))) == 0.01
+    assert print_step(3 + 3 * 0.05) == 0.01
 
 
 @settings(max_examples=40)
@@ -59,9 +61,9 @@ def test_every_planted_spike_above_the_threshold_is_found_at_its_onset(
     seed: int, at: int, length: int, sigma: float, kind: str
 ) -> None:
     """One that is 1 % above what the longest baseline could ask for is found. The noise that the detector knows is up
-    to 8 rows old."""
+    to 16 rows old."""
     curve = flat(300, 3.0, sigma, seed)
-    known = [curve[max(0, at - 64 - age) : at - age] for age in range(8)]
+    known = [curve[max(0, at - 64 - age) : at - age] for age in range(16)]
     scale = max(*(noise(window.tolist()) for window in known), 2.0**-9 * 3.1)
     spiked = curve.copy()
     spiked[at : at + length] = level(curve[:at].tolist()) + 1.01 * threshold(len(known[-1])) * scale
@@ -143,7 +145,7 @@ def test_a_loss_rounded_to_bfloat16_has_ties() -> None:
     assert [e.onset for e in observed(losses).events] == [1001]
 
 
-@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize("name", [name for name in SERIES if name != "walk alone"])  # which has no level to be at
 def test_series_without_events_have_none_of_several_rows(name: str) -> None:
     """Those that the threshold was fixed by, other draws of them."""
     values = SERIES[name](np.random.default_rng(11), 6_000)

@@ -238,7 +238,8 @@ def test_a_nan_that_stays_in_an_average(tmp_path: Path) -> None:
 def test_irregular_steps_and_a_moving_average_are_told(tmp_path: Path) -> None:
     log = TrainingLog(tuple(s for s in range(1, 121) if not 50 < s < 90), tuple(LOSSES[:50] + LOSSES[89:]), name="x")
     assert "1 times rows are not 1 apart; the longest gap is 40 steps after step 50" in list(log.describe())
-    average, smooth = 8.0, []
+    average = 8.0
+    smooth: list[dict[str, Any]] = []
     for loss in [float(x) for x in fall(2000, 0.3)]:
         average = 0.99 * average + 0.01 * loss
         smooth.append({"step": len(smooth), "loss": average})

@@ -102,12 +102,13 @@ def _of(scale: Scale) -> tuple[tuple[float, ...], tuple[int, ...], float, float,
 
 
 def moved(baseline: Baseline, recent: tuple[StepValue, ...]) -> Baseline:
-    """At the level of the last rows, which it takes in: its differences stay, and so does its noise."""
+    """At the level of the last rows, which it takes in: its differences stay, and so does its noise. Means that are to
+    be judged begin after them."""
     at = level([x for _, x in recent])
     baseline = tuple(_at(scale, at) for scale in baseline)
     for step, x in recent:
         baseline = grown(baseline, x, step)
-    return baseline
+    return tuple(Scale(*_of(scale), None, scale.level) for scale in baseline)
 
 
 def _at(scale: Scale, at: float) -> Scale:

@@ -223,7 +223,7 @@ def _tensorboard(path: Path, events: Sequence[Path], keys: Keys) -> Raw:
             "TensorBoard's event files cannot be read here",
             where=str(path),
             why="tensorboard is not installed",
-            remedy="pip install tensorboard, or export the run as CSV",
+            remedy="pip install 'spikepatch[logs]', or export the run as CSV",
         ) from error
     series: dict[str, dict[int, float]] = {}
     for file in events:

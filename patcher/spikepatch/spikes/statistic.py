@@ -51,9 +51,11 @@ def threshold(count: int, limit: float = THRESHOLD) -> float:
 
 
 def print_step(value: float) -> float:
-    """The last digit that a value was printed with, 10^-d; 0 for more than four digits behind the point."""
-    digits = repr(float(value)).partition(".")[2]
-    return 10.0 ** -len(digits) if len(digits) <= 4 and digits.isdigit() else 0.0
+    """The last digit that a value was printed with, 10^-d with d from 1 to 4; 0 for more digits behind the point. In
+    the digits that float32 keeps, so that it is the same after a way through TensorBoard."""
+    text = f"{value:.7g}"
+    digits = len(text.partition(".")[2])
+    return 10.0 ** -max(digits, 1) if digits <= 4 and "e" not in text else 0.0
 
 
 def median(values: Sequence[float]) -> float:
