@@ -32,7 +32,7 @@ def test_it_says_what_it_read_and_what_cannot_be_judged(tmp_path: Path) -> None:
     assert lines[0].endswith("llm.c's output; 300 rows, steps 1 to 300, every step")
     assert lines[1] == "loss: of one step each, 6 digits behind the point; gradient norm: logged"
     assert lines[2] == "cannot be judged: the first 8 rows, to step 8, only make the baseline"
-    assert re.fullmatch(r"healthy: no spike in steps 9 to 300; largest excess 0\.\d+ at step \d+", lines[3])
+    assert re.fullmatch(r"healthy: no spike in steps 9 to 300; largest excess 0\.\d+ nats at step \d+", lines[3])
     assert len(lines) == 4
 
 

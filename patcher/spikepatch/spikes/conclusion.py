@@ -60,7 +60,7 @@ def conclude(rows: Curve, events: Sequence[Event], *, after: int = 0, shortest: 
     largest, at = _largest(finite, seen)
     verdict, text = _verdict(seen, rows, span, sum(step > after for step, _ in judged), after, shortest)
     if verdict in PASSED and largest:
-        text += f"; largest excess {largest:.3g} at step {at}"
+        text += f"; largest excess {largest:.3g} nats at step {at}"
     return Conclusion(verdict, text, span, len(judged), largest, at)
 
 

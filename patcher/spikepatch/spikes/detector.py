@@ -66,7 +66,8 @@ class SpikeDetector:
         flags: kinds of which the very last row opened an event, or is as high as a row that opens one.
         closed: events that are back, in the order in which they came back.
         loss, gradient_norm: the state of each.
-        nonfinite: the stretch of rows under way that are not finite. finite: rows since its last one.
+        nonfinite: the stretch of rows under way that are not finite.
+        finite: rows since its last one.
 
     Raises:
         Refused: the threshold is not positive.

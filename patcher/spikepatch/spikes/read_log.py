@@ -33,7 +33,8 @@ class TrainingLog:
         losses, norms: of the same rows; None where a row has none, NaN where it was not finite. Norms before clipping.
         name, format: where it is from, and what it was read as.
         loss_of: whether a row's loss is of one step, a mean over those since the row before, or a moving average.
-        evals: evaluations that were left out. notes: what else was done on reading it.
+        evals: evaluations that were left out.
+        notes: what else was done on reading it.
     """
 
     steps: tuple[int, ...]
