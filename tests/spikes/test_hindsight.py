@@ -24,6 +24,7 @@ from tests.spikes.curves import (
     spike,
     thinned,
 )
+from tests.spikes.simulate import smooth
 
 
 def concluded(losses: Array | list[float], every: int = 1, **more: int) -> Conclusion:
@@ -203,6 +204,23 @@ def test_where_hindsight_and_the_detector_differ() -> None:
     plain = fall(600) + spike(600, 300, 3.0, 8.0, rise=3)
     (first,), (second,) = observed(plain).events, events(plain)
     assert (first.onset, first.peak, first.back) == (second.onset, second.peak, second.back)
+
+
+def test_at_the_end_of_the_log() -> None:
+    """A row that is up at the very end may be a blip; two are not back; a row at the level after them is enough."""
+    for last, verdict in (([2.0], "blips only"), ([2.0, 2.0], "not back"), ([2.0, 2.0, 0.0], "spikes")):
+        losses = fall(300)
+        losses[-len(last) :] += last
+        assert concluded(losses).verdict == verdict
+        assert observed(losses).up
+    dips = fall(300) + 3.0 * (np.arange(300) >= 200)
+    dips[-1] -= 3.0
+    assert concluded(dips).verdict == "not back"
+
+
+def test_a_series_that_wanders_is_no_rise() -> None:
+    values = smooth(np.random.default_rng(9), 8_000, 0.9)
+    assert [e for e in events(3 + 0.05 * values) if e.over > 1] == []
 
 
 def test_faint_events_need_a_mirror_without_any() -> None:

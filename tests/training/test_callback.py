@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from spikepatch import Refused, SpikeMonitor
+from tests.spikes.curves import flat, ramp
 
 pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
 
@@ -101,6 +110,20 @@ def test_stop(tmp_path: Path) -> None:
     run.train()
     assert run.state.global_step == BAD
     assert {e.onset for e in monitor.events} == {BAD}
+
+
+@pytest.mark.parametrize("height", [3.0, 11.0])
+def test_a_slow_rise_stops_the_training(height: float, tmp_path: Path) -> None:
+    """By what Trainer would log, over 800 steps."""
+    monitor, control = SpikeMonitor(on_spike="stop"), TrainerControl()
+    state, arguments = TrainerState(), TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    for step, loss in enumerate((flat(1500) + ramp(1500, 500, 800, height)).tolist(), start=1):
+        state.global_step = step
+        monitor.on_log(arguments, state, control, {"loss": loss, "grad_norm": 1.0})
+        if control.should_training_stop:
+            break
+    assert 500 < step < 700
+    assert "not back yet" in monitor.report()
 
 
 def test_a_nan_that_breaks_the_weights(tmp_path: Path) -> None:

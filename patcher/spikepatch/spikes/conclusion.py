@@ -80,7 +80,7 @@ def _verdict(
     seen: Sequence[Event], rows: Curve, span: tuple[int, int] | None, judged: int, after: int, shortest: int
 ) -> tuple[CurveVerdict, str]:
     last = rows.steps[-1] if rows.steps else 0
-    gone = [e for e in seen if e.back is None]
+    gone = [e for e in seen if e.back is None and e.form != "blip"]
     spikes = [e for e in seen if e.back is not None and e.form not in ("blip", None)]
     blips = [e for e in seen if e.form == "blip"]
     stretch = _stretch([e for e in seen if e.form != "blip"], last)

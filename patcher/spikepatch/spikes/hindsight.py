@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from spikepatch.spikes.detector import SpikeDetector
-from spikepatch.spikes.events import BAND, Event, Form
-from spikepatch.spikes.statistic import LAGS, LARGEST, LEVEL_OF, RESOLUTION, WINDOW, noise
+from spikepatch.spikes.events import BACK, BAND, Event, Form
+from spikepatch.spikes.statistic import LAGS, LARGEST, LEVEL_OF, RESOLUTION, WARMUP, WINDOW, noise
 
 Array = npt.NDArray[np.float64]
 
@@ -53,6 +53,7 @@ def with_hindsight(rows: Curve) -> tuple[Event, ...]:
     - an event that only means of several rows could show begins at its first row, not at a mean's;
     - an excursion with a valley between two peaks, more than three quarters of the way back from the lower one, is two
       events, and the first one is back in the valley;
+    - at the end of the log fewer rows at the level are enough for it to be back;
     - what crept up so slowly, or within so few rows, that the baseline went with it is an event: medians of 8 rows more
       than 10 units above the lowest one before;
     - rows that stand 5 units above the levels on both sides of them are events too, where the curve has ten of them for
@@ -109,7 +110,15 @@ def _placed(curve: _FiniteRows, event: Event) -> Event:
             first -= 1
     while first + 1 < end and curve.x[first] <= high:
         first += 1
-    return _between(curve, event, first, end, event.back)
+    back = event.back
+    if back is None and event.over == 1:  # rows at the level at the end of the log are too few for the detector
+        low = 0
+        while end - low - 1 > first and curve.x[end - low - 1] <= event.baseline + 2 * BAND * _unit(event):
+            low += 1
+        if low > (0 if end - low - first < BACK else BACK // 2):
+            end -= low
+            back = int(curve.steps[end])
+    return _between(curve, event, first, end, back)
 
 
 def _between(curve: _FiniteRows, event: Event, first: int, end: int, back: int | None) -> Event:
@@ -161,7 +170,9 @@ def _crept(curve: _FiniteRows, found: Sequence[Event]) -> Iterator[Event]:
         if medians[i] < medians[at] or unit == math.inf:
             at = i if medians[i] < medians[at] else at
             rows = curve.x[max(0, (at + 1) * LEVEL_OF - WINDOW) : (at + 1) * LEVEL_OF]
-            unit = max(noise(rows.tolist()), RESOLUTION * abs(medians[at]))
+            blocks = medians[max(0, at + 1 - WINDOW) : at + 1]
+            wander = noise(blocks.tolist()) if len(blocks) >= WARMUP else 0.0
+            unit = max(noise(rows.tolist()), wander, RESOLUTION * abs(medians[at]))
         level = float(medians[at])
         if medians[i] - level > _CREPT * unit and not taken[i * LEVEL_OF : (i + 1) * LEVEL_OF].any():
             first = i * LEVEL_OF
@@ -262,13 +273,13 @@ def _named(curve: _FiniteRows, event: Event) -> Event:
 def _form(event: Event, excess: Array) -> Form:
     rows, back = len(excess), event.back is not None
     height = float(excess.max())
-    if back and int(np.sum(excess > 2 * BAND * _unit(event))) <= 1 and rows <= LEVEL_OF:
+    if (back or rows == 1) and int(np.sum(excess > 2 * BAND * _unit(event))) <= 1 and rows <= LEVEL_OF:
         return "blip"
     rise = int(np.argmax(excess > 0.75 * height)) + 1
     if rise > _AT_ONCE and not (back and 5 * rise <= rows):
         return "hump" if back else "slow rise"
     highest = float(np.median(np.sort(excess)[-max(1, rows // 20) :]))
-    if rows >= 2 * _AT_ONCE and float(np.median(excess[: rows // 2])) > 0.72 * highest:
+    if rows >= 4 * _AT_ONCE and float(np.median(excess[: rows // 2])) > 0.72 * highest:
         return "level shift"
     if not back:
         return "not back"
