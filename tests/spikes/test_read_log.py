@@ -106,6 +106,16 @@ def test_csv(tmp_path: Path) -> None:
     assert "one step in 50 is logged: a spike shorter than 100 steps may be invisible" in list(log.limits())
 
 
+def test_a_file_that_lightning_wrote() -> None:
+    """By CSVLogger of Lightning 2.6.6, from a tiny model whose batches 70 to 72 had random targets, in two epochs."""
+    log = read_log(Path(__file__).parent / "files/lightning_metrics.csv")
+    assert log.format == "Lightning's metrics.csv, 'train_loss_step' by 'step'"
+    assert (log.steps, log.evals) == (tuple(range(120)), 2)
+    report = judge(log)
+    assert [(e.onset, e.back) for e in report.events if e.form != "blip"] == [(70, 73)]
+    assert report.verdict == "spikes"
+
+
 def test_an_export_with_several_runs_asks_which(tmp_path: Path) -> None:
     path = tmp_path / "wandb.csv"
     lines = ['"Step","a - train/loss","a - train/loss__MIN","b - train/loss"']

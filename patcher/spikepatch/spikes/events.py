@@ -33,8 +33,8 @@ back is the same event.
 
     blip         one row, back
     spike        up within 8 rows or a fifth of its time, back within 64 rows;  long spike: later
-    level shift  the same, but 32 rows or more, and it stays near its peak: the median of its first half is above 0.72 of
-                 its height
+    level shift  the same, but 32 rows or more, and it stays near its peak: the median of its first half is above 0.72
+                 of its height
     hump         rises slowly, comes back;  slow rise: rises slowly, is not back
     not back     rose at once, and the log ends before it is back
     non-finite   NaN, infinite, or larger than float32
