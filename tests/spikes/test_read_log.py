@@ -124,6 +124,10 @@ def test_an_export_with_several_runs_asks_which(tmp_path: Path) -> None:
         read_log(path)
     log = read_log(path, loss="b - train/loss")
     assert log.losses == tuple(x + 1 for x in LOSSES)
+    thin = read_log(jsonl(tmp_path / "thin.jsonl", [{**r, "step": 10 * r["step"]} for r in rows()]))
+    assert any(
+        note.startswith("the format does not say whether a loss is of one step or a mean") for note in thin.notes
+    )
     assert "Step counts calls of the logger, which may not be steps of the optimiser" in log.notes
 
 
@@ -149,6 +153,8 @@ def test_our_own(tmp_path: Path) -> None:
 
     made = folder(tmp_path, ("a",), curve=lambda m, lr, s, n: math.nan if n == 100 else LOSSES[0] / n + 2, steps=200)
     run = next(made.glob("a/*"))
+    with pytest.raises(Refused, match="it is the folder of a whole training"):
+        read_log(made)
     for path in (run, run / "log.jsonl"):
         log = read_log(path)
         assert (log.format, len(log.steps), log.evals) == ("spikepatch's log.jsonl", 200, 1)
@@ -168,10 +174,16 @@ def test_tensorboard(tmp_path: Path) -> None:
         file.add_event(Event(step=step, summary=Summary(value=scalars)))
     file.close()
     log = read_log(tmp_path / "run")
+    assert read_log(tmp_path).losses == log.losses
     assert log.format == "TensorBoard's events, 'train/loss'"
     assert [x for x in log.losses if x is not None] == pytest.approx(LOSSES, rel=1e-6)
     assert [n for n in log.norms if n is not None] == pytest.approx(NORMS, rel=1e-6)
     assert log.steps == tuple(range(1, 121))
+    other = writer.EventFileWriter(str(tmp_path / "other"))
+    other.close()
+    with pytest.raises(Refused, match="it has the event files of 2 runs") as error:
+        read_log(tmp_path)
+    assert "they are in other, run" in str(error.value)
 
 
 @pytest.mark.slow

@@ -122,7 +122,8 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
     default="log",
     show_default=True,
     help="log: train on. skip: drop the step's gradients. rewind: go back to the last checkpoint before it, and leave"
-    " out the batches since. stop: end the run. Gradients that are not finite are always dropped.",
+    " out the batches since. stop: end the run. A gradient norm alone makes skip act, and no other. Gradients that are"
+    " not finite are always dropped.",
 )
 @click.option("--eval-data", multiple=True, metavar="DATA", help="Held out.  [default: the last 5 % of --data]")
 @click.option(

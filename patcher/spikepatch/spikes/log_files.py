@@ -53,10 +53,22 @@ def raw_rows(path: Path, keys: Keys) -> Raw:
     """Raises BadSource where the file cannot be read, Refused where it is no log that is known."""
     if path.is_dir():
         events = sorted(path.rglob("events.out.tfevents.*"))
+        folders = sorted({str(event.parent.relative_to(path)) for event in events})
+        if len(folders) > 1:
+            raise Refused(
+                f"it has the event files of {len(folders)} runs",
+                where=str(path),
+                why=f"they are in {', '.join(folders[:10])}",
+                remedy=f"give one of these folders, such as {path / folders[0]}",
+            )
         if events:
             return _tensorboard(path, events, keys)
         if (path / "log.jsonl").is_file():
             return raw_rows(path / "log.jsonl", keys)
+        if (path / "run.json").is_file():
+            raise _unknown(
+                path, "it is the folder of a whole training: give that of one run in it, or `spikepatch report`"
+            )
         raise _unknown(path, "the folder has neither TensorBoard's events nor a log.jsonl")
     if "tfevents" in path.name:
         return _tensorboard(path, [path], keys)

@@ -63,8 +63,7 @@ class TrainingLog:
     @property
     def interval(self) -> int:
         """Steps from one row to the next, mostly."""
-        apart = Counter(b - a for a, b in zip(self.steps, self.steps[1:], strict=False))
-        return apart.most_common(1)[0][0] if apart else 1
+        return _interval(self.steps)
 
     def describe(self) -> Iterator[str]:
         """What was read, line by line."""
@@ -108,6 +107,11 @@ class TrainingLog:
         return any(norm is not None for norm in self.norms)
 
 
+def _interval(steps: Sequence[int]) -> int:
+    apart = Counter(b - a for a, b in zip(steps, steps[1:], strict=False))
+    return apart.most_common(1)[0][0] if apart else 1
+
+
 _OF: dict[LossOf, str] = {
     "one step": "of one step each", "mean": "means since the row before", "moving average": "a moving average",
 }  # fmt: skip
@@ -141,6 +145,8 @@ def read_log(
         )
     rows, more = _averaged_nan(rows, raw.loss_of)
     loss_of = raw.loss_of or ("moving average" if _is_smooth([x for _, x, _ in rows]) else "one step")
+    if raw.loss_of is None and loss_of == "one step" and _interval([at for at, _, _ in rows]) > 1:
+        more.append("the format does not say whether a loss is of one step or a mean: it is taken to be of one step")
     steps, losses, norms = zip(*rows, strict=True)
     return TrainingLog(
         steps, losses, norms, name=str(path), format=raw.format, loss_of=loss_of, evals=raw.evals,

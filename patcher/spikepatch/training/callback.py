@@ -43,7 +43,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
     take it from ``trainer.callback_handler.callbacks``.) ``monitor.detector`` is the state after the last step.
 
     Args:
-        on_spike: ``log`` a warning, or also ``stop`` the training after that step.
+        on_spike: ``log`` a warning, or also ``stop`` the training after that step. The gradient norm alone is logged.
 
     Raises:
         Refused: ``on_spike`` is neither; a checkpoint holds the states of several monitors.
@@ -128,7 +128,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
         for event in news(before, self.detector):
             if state.is_world_process_zero:
                 _log.warning("%s", _line(event))
-        if self.detector.flags and self.on_spike == "stop":
+        if self.on_spike == "stop" and set(self.detector.flags) - {"gradient_norm"}:
             control.should_training_stop = True
         return control
 

@@ -104,7 +104,7 @@ class _State:
             rate = (self.recent[-1][0] - self.recent[0][0]) / timed if timed > 0 else 0.0
             left = (self.steps - self.step["step"]) * seconds / len(self.recent)
             parts += [f"{rate:,.0f} tokens/s", f"{timedelta(seconds=round(left))} left"]
-        count = len(self.spikes)
+        count = sum(kind != "gradient_norm" for kind, _ in self.spikes)
         return ", ".join([*parts, f"{count} spike{'' if count == 1 else 's'}" if count else "no spikes"])
 
 

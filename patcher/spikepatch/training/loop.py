@@ -197,7 +197,9 @@ def train(
             finite = math.isfinite(value) and math.isfinite(norm)
             overflow = scaler is not None and math.isfinite(value) and not finite
             before, detector = detector, detector.observe(step, value, None if overflow else norm)
-            flagged = bool(detector.flags)
+            # Most events of the gradient norm leave no trace in the loss: one step less is all that they are worth.
+            decisive = detector.flags if settings.on_spike == "skip" else {*detector.flags} - {"gradient_norm"}
+            flagged = bool(decisive)
             applied = finite and not (flagged and settings.on_spike != "log")
             if watched:
                 layers = gradient_norms(model, points)
@@ -232,7 +234,7 @@ def train(
             elif flagged and settings.on_spike == "rewind" and at.rewinds == MAX_REWINDS:
                 stop = f"a spike after {MAX_REWINDS} rewinds"
             elif flagged and settings.on_spike == "rewind":
-                onset = min(event.onset for event in detector.up)
+                onset = min(event.onset for event in detector.up if event.kind != "gradient_norm")
                 good = checkpoints.latest(store, before=onset)
                 assert good is not None, "there is one at step 0"
                 to, detector, _ = _restored(checkpoints.load(good, model, optimizer), scaler)
