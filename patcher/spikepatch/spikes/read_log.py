@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -50,7 +51,7 @@ class TrainingLog:
         if self.norms == ():
             object.__setattr__(self, "norms", (None,) * len(self.steps))
         sizes = {len(self.steps), len(self.losses), len(self.norms)}
-        if len(sizes) > 1 or any(b <= a for a, b in zip(self.steps, self.steps[1:], strict=False)):
+        if len(sizes) > 1 or any(b <= a for a, b in itertools.pairwise(self.steps)):
             raise Refused(
                 "these are not the rows of a log",
                 where=self.name or "TrainingLog",
@@ -74,9 +75,9 @@ class TrainingLog:
         digits = max((_digits(x) for x in self.losses[:1000] if x is not None), default=0)
         printed = f"{digits} digit{'s' * (digits != 1)} behind the point" if 0 < digits <= 6 else "in full"
         yield f"loss: {_OF[self.loss_of]}, {printed}; gradient norm: {'logged' if self._has_norm else 'not logged'}"
-        irregular = sum(b - a != every for a, b in zip(self.steps, self.steps[1:], strict=False))
+        irregular = sum(b - a != every for a, b in itertools.pairwise(self.steps))
         if irregular:
-            gap, at = max((b - a, a) for a, b in zip(self.steps, self.steps[1:], strict=False))
+            gap, at = max((b - a, a) for a, b in itertools.pairwise(self.steps))
             yield f"{irregular:,} times rows are not {every} apart; the longest gap is {gap} steps after step {at}"
         broken = sum(x is not None and not math.isfinite(x) for x in self.losses)
         absent = sum(x is None for x in self.losses)
@@ -108,7 +109,7 @@ class TrainingLog:
 
 
 def _interval(steps: Sequence[int]) -> int:
-    apart = Counter(b - a for a, b in zip(steps, steps[1:], strict=False))
+    apart = Counter(b - a for a, b in itertools.pairwise(steps))
     return apart.most_common(1)[0][0] if apart else 1
 
 
