@@ -41,7 +41,7 @@ back is the same event.
 
 **Simulated** by ``python -m tests.spikes.simulate``; the threshold before any real curve was looked at. In 120,000 rows
 each of eleven kinds of series without events, 7 leaves events of several rows in three: one in an autoregression of
-0.9, five in a random walk without noise and five in an exponential average of 0.99 (with 6 it is 50 in five). None in
+0.9, four in a random walk without noise and five in an exponential average of 0.99 (with 6 it is 49 in five). None in
 Gaussian, Laplace and Student's noise, in rounded noise, an autoregression of 0.5, a walk with noise, means over ten, a
 deviation that doubles. Chance of a false alarm per row, single rows:
 

@@ -115,7 +115,8 @@ def _placed(curve: _FiniteRows, event: Event) -> Event:
         low = 0
         while end - low - 1 > first and curve.x[end - low - 1] <= event.baseline + 2 * BAND * _unit(event):
             low += 1
-        if low > (0 if end - low - first < BACK else BACK // 2):
+        enough = low > (0 if end - low - first < BACK else BACK // 2)
+        if enough and float(np.median(curve.x[end - low : end])) <= high:
             end -= low
             back = int(curve.steps[end])
     return _between(curve, event, first, end, back)
