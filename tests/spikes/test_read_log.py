@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from spikepatch import BadSource, Refused, TrainingLog, judge, read_log
+from spikepatch import BadSource, Refused, SpikepatchError, TrainingLog, judge, read_log
 from spikepatch.spikes.line_formats import LINE_FORMATS
 from tests.spikes.curves import fall, spike
 from tests.spikes.logs import LINES, text
@@ -51,6 +53,16 @@ def test_lines(form: str, tmp_path: Path) -> None:
     else:
         assert set(log.norms) == {None}
     assert any(e.kind == "loss" and e.onset == 81 for e in judge(log).events)
+
+
+@pytest.mark.parametrize("rank", ["[rank0]:", "[default0]:[2026-01-02 03:04:05] ", "0: "])
+def test_lines_of_a_rank_and_of_windows(rank: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    for form in LINES:
+        lines = text(form, LOSSES, NORMS).splitlines()
+        path.write_text("".join(f"{rank}{line}\n" for line in lines), encoding="utf-16")
+        log = read_log(path)
+        assert (log.format, len(log.steps)) == (form, 120)
 
 
 def test_lines_with_nan_and_without_a_loss(tmp_path: Path) -> None:
@@ -278,7 +290,9 @@ def test_irregular_steps_and_a_moving_average_are_told(tmp_path: Path) -> None:
         ("", "the file is empty"),
         ("hello\nworld\n", "no line of it is in a format that is known"),
         ('{"log_history": [', "it begins as JSON and is not whole"),
-        ("\x00\x01\x02", "no line of it is in a format"),
+        ("\x00\x01\x00\x00", "it is no text"),
+        ("\ufffd" * 50 + "a" * 500, "it is no text"),
+        ("a,b\n" + "x" * 200_000 + ",1\n", "as a table it is broken"),
         ("step,loss\n", "it has no columns"),
     ],
 )
@@ -297,6 +311,40 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         read_log(tmp_path)
     with pytest.raises(Refused, match="it has no losses"):
         read_log(jsonl(tmp_path / "a.jsonl", [{"step": 1, "loss": None}]))
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_damaged_logs_are_read_or_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever stands in it: an error of ours, or rows that can be judged."""
+    form = data.draw(st.sampled_from([*LINES, "jsonl", "csv", "state", "own"]))
+    if form == "jsonl":
+        whole = "".join(json.dumps(row) + "\n" for row in rows())
+    elif form == "csv":
+        whole = "step,loss,norm\n" + "".join(f"{r['step']},{r['loss']},{r['grad_norm']}\n" for r in rows())
+    elif form == "state":
+        whole = json.dumps({"log_history": rows()})
+    elif form == "own":
+        whole = "".join(json.dumps({"type": "step", "flags": [], "gradient_norm": 1.0, **r}) + "\n" for r in rows())
+        whole = json.dumps({"type": "run"}) + "\n" + whole
+    else:
+        whole = text(form, LOSSES, NORMS)
+    damaged = whole.encode()
+    for _ in range(data.draw(st.integers(1, 6))):
+        at, cut = data.draw(st.integers(0, len(damaged))), data.draw(st.integers(0, 200))
+        piece = data.draw(
+            st.sampled_from(
+                [b"", b"nan", b"1e999", b"9" * 400, b"null", b'"x"', b"[" * 3000, b"\n", b"\x00", b"{}", b"-"]
+            )
+        )
+        damaged = damaged[:at] + piece + damaged[at + cut :]
+    path = tmp_path_factory.mktemp("damaged") / "log"
+    path.write_bytes(damaged)
+    try:
+        log = read_log(path)
+    except SpikepatchError:
+        return
+    json.dumps(judge(log).to_dict(), allow_nan=False)
 
 
 def test_rows_by_hand() -> None:

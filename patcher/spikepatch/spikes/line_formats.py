@@ -72,6 +72,9 @@ LINE_FORMATS: tuple[LineFormat, ...] = (
 #: What a colour on a terminal is written as.
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
+#: What launchers write before a line of a rank: [rank0]:, [default0]:, 0:
+_RANK = re.compile(r"^(?:\s*(?:\[[^\]=]*\]:?|\d+:)\s?)+")
+
 
 def rows_of(form: LineFormat, lines: list[str]) -> tuple[list[tuple[int, float | None, float | None]], int]:
     """Step, loss and norm of each row; None where a line has none. And the number of evaluations left out."""
@@ -80,13 +83,13 @@ def rows_of(form: LineFormat, lines: list[str]) -> tuple[list[tuple[int, float |
     rows: list[tuple[int, float | None, float | None]] = []
     evals, begun = 0, False
     for raw in lines:
-        line = _COLOUR.sub("", raw).strip("\r\n ")
+        line = _RANK.sub("", _COLOUR.sub("", raw).strip("\r\n "))
         if eval_at and eval_at.search(line):
             evals, begun = evals + 1, False
             continue
         found = step_at.search(line) if step_at else loss_at.search(line)
         if found is not None:
-            rows.append((int(found[1]) if step_at else len(rows) + 1, None, None))
+            rows.append((int(found[1][:15]) if step_at else len(rows) + 1, None, None))
             begun = True
         if begun and (found is not None or form.lines):
             step, loss, norm = rows[-1]

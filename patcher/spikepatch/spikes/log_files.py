@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikepatch.errors import BadSource, Refused, did_you_mean
+from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line
 from spikepatch.spikes.line_formats import LINE_FORMATS, LossOf, rows_of
 
 #: Keys by which a log calls its step, its loss and the norm of its gradient; the first that is there.
@@ -73,11 +74,16 @@ def raw_rows(path: Path, keys: Keys) -> Raw:
     if "tfevents" in path.name:
         return _tensorboard(path, [path], keys)
     try:
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        content = path.read_bytes()
     except OSError as error:
         raise BadSource(
             "the log cannot be read", where=str(path), why=str(error.strerror), remedy="give the file of a log"
         ) from error
+    wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what a shell of Windows redirects to a file
+    text = content.decode("utf-16" if wide else "utf-8", errors="replace")
+    if text.count("\0") > len(text) / 2 or text.count("\ufffd") > len(text) / 20:
+        raise _unknown(path, "it is no text")
+    text = text.replace("\0", "")  # what a crash leaves at the end of a file
     if not text.strip():
         raise _unknown(path, "the file is empty")
     document = _document(text)
@@ -104,31 +110,42 @@ def raw_rows(path: Path, keys: Keys) -> Raw:
 def _document(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
 def _json_error(text: str) -> str:
     try:
         json.loads(text)
-    except ValueError as error:
-        return str(error)
+    except (ValueError, RecursionError) as error:
+        return on_one_line(error, 80)
     return "it holds no rows"
 
 
 def _own(records: Sequence[Mapping[str, Any]]) -> Raw:
     """``log.jsonl`` of ``spikepatch train``: null is not finite, and a rewind takes steps back."""
     rows = [
-        (int(r["step"]), _or_nan(r["loss"]), None if "overflow" in r["flags"] else _or_nan(r["gradient_norm"]))
+        (
+            step,
+            _or_nan(r.get("loss")),
+            None if "overflow" in (r.get("flags") or ()) else _or_nan(r.get("gradient_norm")),
+        )
         for r in records
-        if r.get("type") == "step"
+        if r.get("type") == "step" and (step := _step(r.get("step"))) is not None
     ]
     evals = sum(r.get("type") == "eval" for r in records)
     return Raw("spikepatch's log.jsonl", "one step", tuple(rows), evals)
 
 
 def _or_nan(value: Any) -> float:
-    return math.nan if value is None else float(value)
+    number = _number(value)
+    return math.nan if number is None else number
+
+
+def _step(value: Any) -> int | None:
+    """The number of a step, if it is one."""
+    number = _number(value)
+    return int(number) if number is not None and abs(number) < 2**53 else None
 
 
 def _trainer_state(path: Path, document: Mapping[str, Any], keys: Keys) -> Raw:
@@ -154,14 +171,18 @@ def _records(path: Path, name: str, records: Sequence[Mapping[str, Any]], keys: 
     here = dict.fromkeys(key for record in records[:_LINES] for key in record)
     loss, norm = _chosen(path, here, keys)
     step = _key(path, "--step", keys.step, STEP_KEYS, here, needed=False)
-    rows, evals, last = [], 0, None
+    rows, evals = [], 0
     for record in records:
         if record.get(loss) in (None, ""):
             evals += any("val" in key and value not in (None, "") for key, value in record.items())
             continue
-        at = _number(record.get(step)) if step else None
-        last = int(at) if at is not None and math.isfinite(at) else None
-        rows.append((last, _number(record[loss]), _number(record.get(norm)) if norm else None))
+        rows.append(
+            (
+                _step(record.get(step)) if step else None,
+                _number(record[loss]),
+                _number(record.get(norm)) if norm else None,
+            )
+        )
     factory = "current_steps" in here
     notes = [] if step else ["it has no steps: rows are counted"]
     if step in ("Step", "_step"):
@@ -199,7 +220,10 @@ def _table(path: Path, text: str, keys: Keys) -> Raw:
     head = text.lstrip("\ufeff").splitlines()[0]
     delimiter = max(",;\t", key=head.count)
     table = csv.DictReader(io.StringIO(text.lstrip("\ufeff")), delimiter=delimiter)
-    rows = [{name: _cell(cell) for name, cell in row.items() if name} for row in table]
+    try:
+        rows = [{name: _cell(cell) for name, cell in row.items() if name} for row in table]
+    except csv.Error as error:
+        raise _unknown(path, f"as a table it is broken: {error}") from error
     if delimiter not in head or not rows:
         raise _unknown(path, "no line of it is in a format that is known, and it has no columns")
     header = list(rows[0])
@@ -267,7 +291,7 @@ def _key(
     path: Path, option: str, wanted: str | None, known: Sequence[str], here: Iterable[str], *, needed: bool
 ) -> str | None:
     names = list(here)
-    listed = ", ".join(sorted(map(str, names))[:40]) or "none"
+    listed = ", ".join(str(name)[:60] for name in sorted(names)[:40]) or "none"
     if wanted is not None:
         if wanted in names:
             return wanted
@@ -289,7 +313,7 @@ def _key(
         "its loss is not found" if not ending else f"{len(set(ending))} columns may be its loss",
         where=str(path),
         why=f"its keys are {listed}",
-        remedy=f'{option} with one of these, such as {option} "{(ending or names or ["loss"])[0]}"',
+        remedy=f'{option} with one of these, such as {option} "{(ending or names or ["loss"])[0][:60]}"',
     )
 
 
@@ -298,7 +322,7 @@ def _number(value: Any) -> float | None:
     if value is None or value == "" or isinstance(value, bool):
         return None
     if isinstance(value, (int, float)):
-        return float(value)
+        return float(value) if abs(value) < 10**300 or isinstance(value, float) else math.inf
     if str(value).strip().lower() == "nan":
         return None
     return _cell(str(value))
