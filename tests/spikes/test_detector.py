@@ -148,7 +148,7 @@ def test_a_loss_rounded_to_bfloat16_has_ties() -> None:
 @pytest.mark.parametrize("name", [name for name in SERIES if name != "walk alone"])  # which has no level to be at
 def test_series_without_events_have_none_of_several_rows(name: str) -> None:
     """Those that the threshold was fixed by, other draws of them."""
-    values = SERIES[name](np.random.default_rng(11), 6_000)
+    values = SERIES[name](np.random.default_rng(11), 4_000)
     found = detected(values).events
     assert [e for e in found if e.duration > 1] == []
     assert len(found) <= 4

@@ -313,7 +313,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         read_log(jsonl(tmp_path / "a.jsonl", [{"step": 1, "loss": None}]))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damaged_logs_are_read_or_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Whatever stands in it: an error of ours, or rows that can be judged."""
