@@ -82,13 +82,13 @@ def preflight(models: Sequence[str], seeds: Sequence[int], tokens: int) -> dict[
 
 
 def outcome(run: RunResult) -> float:
-    """Held-out loss; a run that diverged is worse than any."""
-    return math.inf if run.verdict == "diverged" or run.eval_loss is None else run.eval_loss
+    """Held-out loss; a run whose loss is not back is worse than any."""
+    return math.inf if run.verdict == "not back" or run.eval_loss is None else run.eval_loss
 
 
 def show(verdict: Verdict, before: dict[str, dict[str, object]]) -> None:
     rates = sorted({run.lr for run in verdict.runs})
-    click.echo("\nheld-out loss, mean over seeds (diverged runs / spikes)")
+    click.echo("\nheld-out loss, mean over seeds (runs not back / events of the loss)")
     click.echo(
         f"{'':16}" + "".join(f"{f'lr {rate:g}':>20}" for rate in rates) + f"{'sensitivity':>14}{'stable lr':>11}"
     )
@@ -98,8 +98,9 @@ def show(verdict: Verdict, before: dict[str, dict[str, object]]) -> None:
             runs = [run for run in verdict.runs if run.name == model.name and run.lr == rate]
             losses = [run.eval_loss for run in runs if run.eval_loss is not None]
             mean = f"{statistics.fmean(losses):.3f}" if losses else "-"
-            diverged, events = sum(r.verdict == "diverged" for r in runs), sum(len(r.events) for r in runs)
-            cells.append(f"{f'{mean} ({diverged}/{events})':>20}")
+            gone = sum(r.verdict == "not back" for r in runs)
+            events = sum(e.kind != "gradient_norm" for r in runs for e in r.events)
+            cells.append(f"{f'{mean} ({gone}/{events})':>20}")
         sensitivity = "n/a" if model.sensitivity is None else f"{model.sensitivity:.4f}"
         stable = "none" if model.stable_lr is None else f"{model.stable_lr:g}"
         click.echo(f"{model.name:16}" + "".join(cells) + f"{sensitivity:>14}{stable:>11}")

@@ -116,5 +116,6 @@ def test_no_architecture_is_named() -> None:
         if module == "spikepatch.apply.folder.hosts":  # the table of them, and nothing else
             assert not [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.If, ast.IfExp))]
             continue
-        assert not types.intersection(strings), module
+        words = {"blip"} if module.startswith("spikepatch.spikes.") else set()  # one row of a curve, not the model
+        assert not types.intersection(strings) - words, module
     assert checked > 1000

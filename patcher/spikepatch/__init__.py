@@ -20,9 +20,10 @@ Before training, whether it is at risk, measured:
 
     report   = spikepatch.check(model, recipes=["scaled-embed"])
 
-And while it trains, loss spikes in any training loop:
+While it trains, loss spikes in any training loop; and in a log of anybody's:
 
     detector = spikepatch.SpikeDetector()
+    report   = spikepatch.judge("log.txt")                           # or of spikepatch.read_log("log.txt", loss="ce")
 
 What cannot be done, or not safely, raises a SpikepatchError: BadSource, BadTarget or Refused. Each says what is wrong,
 where, why, and what to do, and nothing has been written or changed. Widths are in elements, stds those of the elements,
@@ -52,8 +53,10 @@ if TYPE_CHECKING:
     from spikepatch.recipes.plan_of import plan
     from spikepatch.residual.inspect import inspect
     from spikepatch.residual.map import ResidualMap
+    from spikepatch.spikes.detector import SpikeDetector
+    from spikepatch.spikes.read_log import TrainingLog, read_log
+    from spikepatch.spikes.spike_report import SpikeReport, judge
     from spikepatch.training.callback import SpikeMonitor
-    from spikepatch.training.spikes import SpikeDetector
 
 _HOME = {
     "inspect": "spikepatch.residual.inspect",
@@ -74,7 +77,11 @@ _HOME = {
     "fold": "spikepatch.apply.folder.fold",
     "Folded": "spikepatch.apply.folder.fold",
     "verify": "spikepatch.apply.disk.verify",
-    "SpikeDetector": "spikepatch.training.spikes",
+    "SpikeDetector": "spikepatch.spikes.detector",
+    "read_log": "spikepatch.spikes.read_log",
+    "TrainingLog": "spikepatch.spikes.read_log",
+    "judge": "spikepatch.spikes.spike_report",
+    "SpikeReport": "spikepatch.spikes.spike_report",
     "SpikeMonitor": "spikepatch.training.callback",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
@@ -94,17 +101,21 @@ __all__ = [
     "ResidualMap",
     "SpikeDetector",
     "SpikeMonitor",
+    "SpikeReport",
     "SpikepatchError",
     "StabilityReport",
+    "TrainingLog",
     "check",
     "codemod",
     "convert",
     "fold",
     "initialize",
     "inspect",
+    "judge",
     "param_groups",
     "patch",
     "plan",
+    "read_log",
     "save",
     "verify",
 ]

@@ -20,6 +20,7 @@ from spikepatch.commands.fold import fold_command
 from spikepatch.commands.inspect import inspect_command
 from spikepatch.commands.recipes import recipes_command
 from spikepatch.commands.report import report_command
+from spikepatch.commands.spikes import spikes_command
 from spikepatch.commands.train import train_command
 from spikepatch.commands.verify import verify_command
 from spikepatch.errors import SpikepatchError, check_platform, first_line
@@ -80,6 +81,7 @@ def main() -> None:
         spikepatch convert arch:gpt2 out/     a fresh, patched GPT-2
         spikepatch train gpt2 out/ ...        trained on the same batches: which stays free of spikes
         spikepatch report runs/x              what became of it, as a page
+        spikepatch spikes log.txt             the spikes in anybody's training log
         spikepatch fold trained/ plain/       after training: the plain architecture again
         spikepatch inspect gpt2               what its residual stream is made of
         spikepatch recipes                    what can be put into it
@@ -103,6 +105,7 @@ main.add_command(verify_command)
 main.add_command(check_command)
 main.add_command(train_command)
 main.add_command(report_command)
+main.add_command(spikes_command)
 main.add_command(codemod_command)
 main.add_command(recipes_command)
 main.add_command(architectures_command)

@@ -274,7 +274,7 @@ def detector_seconds() -> float:
     """Median time of one observation, once its window is full."""
     import random
 
-    from spikepatch.training.spikes import SpikeDetector
+    from spikepatch.spikes.detector import SpikeDetector
 
     noise, detector, found = random.Random(0), SpikeDetector(), []
     for step in range(1, 601):

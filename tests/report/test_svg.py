@@ -180,3 +180,16 @@ def test_learning_rates_on_a_logarithmic_axis() -> None:
     assert LEFT < x0 < x2 < WIDTH - RIGHT
     assert {"0.0001", "0.001", "0.01"} <= {text.text for text in root.iter("text")}
     assert len(circles(drawn(Chart("t", "lr", "loss", (Line("a", points[:1]),), log_x=True)))) == 1
+
+
+def test_spans_are_shaded_behind_everything() -> None:
+    """At least a pixel wide, cut off at the axis, and none outside of it."""
+    line = Line("a", tuple((float(x), float(x)) for x in range(101)))
+    root = drawn(Chart("t", "x", "y", (line,), spans=((20, 60), (50, 50), (90, 500), (200, 300))))
+    spans = [r for r in root.iter("rect") if r.get("class") == "span"]
+    widths = [float(r.get("width") or 0) for r in spans]
+    assert len(widths) == 3
+    assert widths[1] == 1
+    assert widths[0] == pytest.approx(4 * widths[2], rel=0.01)
+    order = [element.tag for element in root]
+    assert order.index("rect") < order.index("line")

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spikepatch.spikes.detector import SpikeDetector, news
 from spikepatch.training.folder import run_folder
 from spikepatch.training.log import open_log
-from spikepatch.training.spikes import SpikeDetector, news
 
 #: (model, learning rate, seed, step) -> loss; None ends the log there, as a kill does.
 Curve = Callable[[str, float, int, int], float | None]

@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from spikepatch import Refused, SpikeMonitor
+from tests.spikes.curves import flat, ramp
 
 pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
 
@@ -87,11 +96,12 @@ def test_a_run_without_one_is_free_of_events(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING, logger="spikepatch"):
         run.train()
     assert monitor.events == ()
-    assert monitor.report() == f"no spike in {STEPS} steps, the first 32 of which only make the baseline"
+    assert monitor.report() == f"no spike in {STEPS} steps, the first 8 of which only make the baseline"
     assert "SpikeMonitor" not in caplog.text
-    assert len(monitor.detector.loss.baseline) == len(monitor.detector.gradient_norm.baseline) == STEPS
+    state = monitor.detector
+    assert len(state.loss.baseline[0].values) == len(state.gradient_norm.baseline[0].values) == STEPS
     run.train()  # anew
-    assert len(monitor.detector.loss.baseline) == STEPS
+    assert len(monitor.detector.loss.baseline[0].values) == STEPS
 
 
 def test_stop(tmp_path: Path) -> None:
@@ -102,13 +112,27 @@ def test_stop(tmp_path: Path) -> None:
     assert {e.onset for e in monitor.events} == {BAD}
 
 
+@pytest.mark.parametrize("height", [3.0, 11.0])
+def test_a_slow_rise_stops_the_training(height: float, tmp_path: Path) -> None:
+    """By what Trainer would log, over 800 steps."""
+    monitor, control = SpikeMonitor(on_spike="stop"), TrainerControl()
+    state, arguments = TrainerState(), TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    for step, loss in enumerate((flat(1500) + ramp(1500, 500, 800, height)).tolist(), start=1):
+        state.global_step = step
+        monitor.on_log(arguments, state, control, {"loss": loss, "grad_norm": 1.0})
+        if control.should_training_stop:
+            break
+    assert 500 < step < 700
+    assert "not back yet" in monitor.report()
+
+
 def test_a_nan_that_breaks_the_weights(tmp_path: Path) -> None:
     monitor = SpikeMonitor()
     trainer(tmp_path, "", monitor, Breaking()).train()
     (event,) = monitor.events
-    assert (event.kind, event.onset, event.outcome) == ("nonfinite", BAD, "diverged")
+    assert (event.kind, event.onset, event.back) == ("nonfinite", BAD, None)
     assert event.duration == STEPS - BAD + 1
-    assert monitor.detector.diverged
+    assert f"up for {event.duration} steps, not back yet" in monitor.report()
 
 
 def test_a_nan_that_the_run_survives(tmp_path: Path) -> None:
@@ -119,7 +143,7 @@ def test_a_nan_that_the_run_survives(tmp_path: Path) -> None:
     assert math.isnan(run.state.log_history[-2]["loss"])
     assert all(p.isfinite().all() for p in run.model.parameters())
     (event,) = monitor.events
-    assert (event.kind, event.onset, event.duration, event.outcome) == ("nonfinite", BAD, 1, "recovered")
+    assert (event.kind, event.onset, event.duration, event.back) == ("nonfinite", BAD, 1, BAD + 1)
     assert f"losses after step {BAD} are not known" in monitor.report()
 
 

@@ -23,10 +23,10 @@ def step(number: int, loss: float | None = 2.5, seconds: float = 0.5) -> dict[st
     }  # fmt: skip
 
 
-def event(number: int, kind: str = "loss", outcome: str = "ongoing", onset: int = 7) -> dict[str, Any]:
+def event(number: int, kind: str = "loss", back: int | None = None, onset: int = 7) -> dict[str, Any]:
     return {
         "type": "event", "step": number, "kind": kind, "onset": onset, "value": 9.0, "baseline": 2.5,
-        "outcome": outcome,
+        "back": back, "duration": number - onset,
     }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_figures() -> None:
 
 def test_what_happens_is_said_at_once() -> None:
     told = lines(
-        run(), step(1), event(7), event(7, "nonfinite"), event(9, outcome="recovered"), step(100),
+        run(), step(1), event(7), event(7, "nonfinite"), event(9, back=9), step(100),
         {"type": "rewind", "step": 100, "to": 50, "skipped": [50, 99]},
         {"type": "stop", "step": 100, "why": "enough"},
         {"type": "evaluating", "step": 100, "done": 0, "total": 2048}, {"type": "eval", "step": 100, "loss": 2.25},
@@ -77,7 +77,7 @@ def test_what_happens_is_said_at_once() -> None:
         "  step 7: a spike of the loss, 9 where 2.5 was expected",
         "  step 7: the loss or a gradient is not finite",
     ]
-    assert told[4] == "  step 9: the event of step 7 has recovered"
+    assert told[4] == "  step 9: the event of step 7 is over, back after 2 steps"
     assert told[5].endswith("2 spikes")
     assert told[6:] == [
         "  step 100: back to the checkpoint of step 50",

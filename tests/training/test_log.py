@@ -29,10 +29,10 @@ def step(number: int, loss: float = 2.0, norm: float = 1.0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def event(number: int, onset: int, outcome: str = "ongoing", kind: str = "loss") -> dict[str, Any]:
+def event(number: int, onset: int, back: int | None = None, kind: str = "loss") -> dict[str, Any]:
     return {
         "type": "event", "step": number, "kind": kind, "onset": onset, "peak": onset, "value": 5.0, "baseline": 2.0,
-        "score": 9.0, "duration": number - onset + 1, "outcome": outcome,
+        "score": 9.0, "duration": number - onset + 1, "back": back,
     }  # fmt: skip
 
 
@@ -175,13 +175,13 @@ def test_rewinds_take_steps_back(tmp_path: Path) -> None:
         RUN, *(step(n) for n in range(1, 5)), event(4, onset=4),
         {"type": "rewind", "step": 4, "to": 2, "skipped": [2, 3]},
         *(step(n, loss=1.0) for n in range(3, 5)), event(4, onset=4, kind="gradient_norm"), event(4, onset=4),
-        event(5, onset=4, outcome="recovered"),
+        event(5, onset=4, back=5),
     )  # fmt: skip
     log = read(path)
     assert [s.step for s in log.steps] == [1, 2, 3, 4, 3, 4]
     assert [(s.step, s.loss) for s in log.kept] == [(1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0)]
-    assert [(e.kind, e.outcome) for e in log.events] == [
-        ("loss", "ongoing"), ("gradient_norm", "ongoing"), ("loss", "recovered"),
+    assert [(e.kind, e.back) for e in log.events] == [
+        ("loss", None), ("gradient_norm", None), ("loss", 5),
     ]  # fmt: skip
     assert log.rewinds[0].skipped == (2, 3)
 

@@ -311,7 +311,7 @@ def test_a_run_ends_where_nothing_changes_any_more(tokens: Tokens, tmp_path: Pat
     assert log.stop.step == 5 + loop.MAX_IDLE
     assert "did not change the weights" in log.stop.why
     assert not log.evals
-    assert [e.outcome for e in log.events] == ["diverged"]
+    assert [e.back for e in log.events] == [None]
 
 
 def spiked(

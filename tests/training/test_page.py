@@ -45,7 +45,7 @@ def test_every_run_and_every_event(tmp_path: Path) -> None:
     assert titles[:4] == ["Runs", "Loss and gradient norm", "Over the learning rate", "Events"]
     assert titles[-1] == "How it was run"
     assert [(badge.label, badge.value, badge.tone) for badge in found.badges] == [
-        ("vanilla", "spikes", "warning"), ("patched", "spike-free", "good"),
+        ("vanilla", "spikes", "warning"), ("patched", "healthy", "good"),
     ]  # fmt: skip
     runs, curves, rates, events = found.sections[:4]
     table, models, scores = runs.tables
@@ -63,7 +63,7 @@ def test_every_run_and_every_event(tmp_path: Path) -> None:
     assert len(numbers) >= 2 * (2 + 2 + 2)
     (chart,) = rates.charts
     assert [[x for x, _ in series.points] for series in chart.series] == [[1e-3, 2e-3, 4e-3]] * 2
-    assert {event.kind for event in chart.series[0].events} == {"one seed", "diverged"}
+    assert {event.kind for event in chart.series[0].events} == {"one seed", "not back"}
     assert {event.kind for event in chart.series[1].events} == {"one seed"}
 
 
@@ -77,7 +77,7 @@ def test_an_event_lies_on_its_curve(tmp_path: Path) -> None:
                 checked += 1
     assert checked == 2
     losses = found.sections[1].charts[0]
-    assert losses.series[0].events[0].kind == "spike of the loss"
+    assert losses.series[0].events[0].kind == "event of the loss"
     assert 120 <= losses.series[0].events[0].x < 123
 
 
@@ -205,7 +205,7 @@ def test_the_command(tmp_path: Path) -> None:
     path = folder(tmp_path / "x", curve=spiky)
     done = run(str(path))
     assert done.exit_code == 0
-    for words in ("spike-free", "held-out loss", "gradient norm", f"page: {path / 'report.html'}"):
+    for words in ("healthy", "held-out loss", "gradient norm", f"page: {path / 'report.html'}"):
         assert words in done.stdout
     assert (path / "report.html").read_text() == render(page(path))
     other = tmp_path / "other.html"
@@ -213,7 +213,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert other.read_text() == render(page(path))
     verdict = Verdict.from_dict(json.loads(done.stdout))
-    assert [(r.name, r.verdict) for r in verdict.runs] == [("vanilla", "spikes"), ("patched", "spike-free")]
+    assert [(r.name, r.verdict) for r in verdict.runs] == [("vanilla", "spikes"), ("patched", "healthy")]
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_a_real_training(tmp_path: Path) -> None:
     more = "--steps 5 --lr 3e-3 --batch-tokens 256 --seq-len 32 --watch-every 2".split()
     done = CliRunner().invoke(main, [*words, *more, "--out", str(out)])
     assert done.exit_code == 1, done.output
-    assert "too short to tell" in done.stdout
+    assert "cannot tell" in done.stdout
     found = page(out)
     assert (out / "report.html").read_text() == render(found)
     losses, norms = found.sections[1].charts

@@ -75,7 +75,7 @@ def test_what_a_folder_holds(pair: Path) -> None:
         assert {"log.jsonl", "model", "result.json"} <= {path.name for path in (pair / name).iterdir()}
         log = read(pair / name / "log.jsonl")
         assert len(log.steps) == 6
-        assert json.loads((pair / name / "result.json").read_text())["verdict"] == "too short to tell"
+        assert json.loads((pair / name / "result.json").read_text())["verdict"] == "cannot tell"
     whole = json.loads((pair / "run.json").read_text())
     assert whole["commands"][0].startswith("spikepatch")
     assert {"torch", "transformers", "spikepatch"} <= set(whole["versions"])
@@ -145,7 +145,7 @@ def test_done_runs_are_not_run_again(pair: Path, inputs: Path) -> None:
 def test_exit_code_0(inputs: Path, tmp_path: Path) -> None:
     result = run(inputs, tmp_path / "x", "--warmup", "2", "--json", models=("llama",), steps=66, code=0)
     verdict = json.loads(result.stdout)
-    assert [r["verdict"] for r in verdict["runs"]] == ["spike-free"]
+    assert [r["verdict"] for r in verdict["runs"]] == ["healthy"]
     assert verdict == json.loads((tmp_path / "x/verdict.json").read_text())
 
 
@@ -228,7 +228,7 @@ def test_what_is_said_before_the_first_step(inputs: Path, tmp_path: Path) -> Non
     assert re.fullmatch(
         r"[\d,]+ tokens of 1 document \(bytes, since no model has a tokenizer\); [\d,]+ of them .*", data
     )
-    assert "2 steps after warm-up will be too short to tell: 64 are needed for a verdict" in said
+    assert "2 steps after warm-up will be too few to tell: 32 are needed for a verdict" in said
     assert said.index(data) < next(i for i, line in enumerate(said) if line.startswith("run 1 of 1"))
     assert any("evaluating on" in line for line in said)
 
@@ -296,7 +296,7 @@ def test_the_verdict_comes_before_the_page(place: str, inputs: Path, tmp_path: P
     elif Path("/dev/full").exists():
         page.symlink_to("/dev/full")
     done = run(inputs, out, "--resume", steps=1, code=2)
-    assert "too short to tell" in done.stdout
+    assert "cannot tell" in done.stdout
     assert "its verdict stands" in done.stderr
     remedy = re.search(r"remedy: spikepatch (report .*) --out PAGE.html", done.stderr)
     assert remedy is not None
@@ -305,7 +305,7 @@ def test_the_verdict_comes_before_the_page(place: str, inputs: Path, tmp_path: P
     assert (tmp_path / "page.html").exists()
     shown = CliRunner().invoke(main, ["report", str(out)])
     assert shown.exit_code == 2
-    assert "too short to tell" in shown.stdout
+    assert "cannot tell" in shown.stdout
 
 
 def test_the_record(tmp_path: Path) -> None:

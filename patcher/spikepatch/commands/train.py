@@ -122,7 +122,8 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
     default="log",
     show_default=True,
     help="log: train on. skip: drop the step's gradients. rewind: go back to the last checkpoint before it, and leave"
-    " out the batches since. stop: end the run. Gradients that are not finite are always dropped.",
+    " out the batches since. stop: end the run. A gradient norm alone makes skip act, and no other. Gradients that are"
+    " not finite are always dropped.",
 )
 @click.option("--eval-data", multiple=True, metavar="DATA", help="Held out.  [default: the last 5 % of --data]")
 @click.option(
@@ -172,9 +173,9 @@ def train_command(
         spikepatch train arch:gpt2 arch:gpt2@scaled-embed --data builtin:stdlib --out runs/x --steps 2000 --lr 5e-4
         accelerate launch -m spikepatch train ...      # on several GPUs; with --use_fsdp, sharded
 
-    Exit code 0: every patched model (every model, if none is patched) is spike-free at --lr. 1: one of them spikes,
-    diverges, or the run is too short to tell. 2: refused, or bad input. 3: a bug. Recipes that leave one of the paper's
-    two conditions out, such as vanilla, are baselines.
+    Exit code 0: every patched model (every model, if none is patched) is healthy at --lr, or has blips of one step.
+    1: the loss of one of them spikes, is unstable, or is not back, or the run is too short to tell. 2: refused, or
+    bad input. 3: a bug. Recipes that leave one of the paper's two conditions out, such as vanilla, are baselines.
     """
     import json
 

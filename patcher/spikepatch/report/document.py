@@ -57,7 +57,7 @@ class Line:
 class Chart:
     """Lines; ``log``, ``log_x``: that axis is logarithmic, and only what is positive there is drawn.
 
-    ``marks`` are labelled horizontal lines, such as a threshold.
+    ``marks`` are labelled horizontal lines, such as a threshold; ``spans`` are shaded, each from one x to another.
     """
 
     title: str
@@ -67,6 +67,7 @@ class Chart:
     log: bool = False
     log_x: bool = False
     marks: tuple[tuple[str, float], ...] = ()
+    spans: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def svg(chart: Chart) -> Markup:
     peaks = [e.y for own in events for e in own if e.y is not None and _fits(e.y, chart.log)]
     x_axis = horizontal([*(x for x, _ in points), *(e.x for own in events for e in own)], log=chart.log_x)
     y_axis = vertical([*(y for _, y in points), *(y for _, y in marks), *peaks], log=chart.log)
-    parts = [opening(chart.title), *_grid(x_axis, y_axis), *names(chart.x, chart.y)]
+    parts = [opening(chart.title), *_shades(chart.spans, x_axis), *_grid(x_axis, y_axis), *names(chart.x, chart.y)]
     parts += [_mark(label, y, y_axis) for label, y in marks]
     for i, (series, line) in enumerate(zip(chart.series, lines, strict=True)):
         parts.append(f'<g class="series s{i % STYLES}" data-name="{escape(series.name)}">')
@@ -134,6 +134,15 @@ def _events(events: Sequence[Sequence[Mark]], x_axis: Axis, y_axis: Axis) -> Ite
             if event.label and all(abs(x - at) > reach or abs(y - height) > 12 for at, height in labelled):
                 labelled.append((x, y))
                 yield f'<text class="label" x="{x + 7:.1f}" y="{y + 4:.1f}">{escape(event.label)}</text>'
+
+
+def _shades(spans: Iterable[tuple[float, float]], axis: Axis) -> Iterable[str]:
+    """At least a pixel wide; what lies outside the axis is left out."""
+    for begin, end in spans:
+        left, right = axis(max(begin, axis.low)), axis(min(end, axis.high))
+        if right >= left:
+            size = f'width="{max(right - left, 1):.1f}" height="{HEIGHT - BOTTOM - TOP}"'
+            yield f'<rect class="span" x="{left:.1f}" y="{TOP}" {size}/>'
 
 
 def _mark(label: str, y: float, axis: Axis) -> str:

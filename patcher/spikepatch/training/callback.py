@@ -11,7 +11,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from spikepatch.errors import Refused
-from spikepatch.training.spikes import Event, SpikeDetector, news
+from spikepatch.spikes.detector import SpikeDetector, news
+from spikepatch.spikes.events import Event
+from spikepatch.spikes.statistic import WARMUP
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
     take it from ``trainer.callback_handler.callbacks``.) ``monitor.detector`` is the state after the last step.
 
     Args:
-        on_spike: ``log`` a warning, or also ``stop`` the training after that step.
+        on_spike: ``log`` a warning, or also ``stop`` the training after that step. The gradient norm alone is logged.
 
     Raises:
         Refused: ``on_spike`` is neither; a checkpoint holds the states of several monitors.
@@ -74,7 +76,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
         """What was seen, a line for each event."""
         events = self.events
         count = f"{len(events)} event{'' if len(events) == 1 else 's'}" if events else "no spike"
-        lines = [f"{count} in {self._seen:,} steps, the first {self.detector.warmup} of which only make the baseline"]
+        lines = [f"{count} in {self._seen:,} steps, the first {WARMUP} of which only make the baseline"]
         lines += [f"  {_line(event)}" for event in events]
         if self._missed:
             lines.append(f"  not seen: {self._missed:,} steps whose loss was not logged")
@@ -126,7 +128,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
         for event in news(before, self.detector):
             if state.is_world_process_zero:
                 _log.warning("%s", _line(event))
-        if self.detector.flags and self.on_spike == "stop":
+        if self.on_spike == "stop" and set(self.detector.flags) - {"gradient_norm"}:
             control.should_training_stop = True
         return control
 
@@ -174,8 +176,12 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 
 def _line(event: Event) -> str:
+    """An event as it stands, online: whether it is a spike or a rise is known when it is over."""
     at = f"step {event.onset}: {_PLACES[event.kind]}"
     rose = (
         "" if event.value is None else f" rose from {event.baseline:.4g} to {event.value:.4g} (score {event.score:.3g})"
     )
-    return f"{at}{rose}, {event.duration} step{'' if event.duration == 1 else 's'}, {event.outcome}"
+    rows = f"{event.duration} step{'' if event.duration == 1 else 's'}"
+    return f"{at}{rose}, " + (
+        f"up for {rows}, not back yet" if event.back is None else f"{rows}, back at step {event.back}"
+    )

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from spikepatch.report.document import Chart, HeatMap, Line, Mark, Shape, number
-from spikepatch.training import spikes
+from spikepatch.spikes.events import Event
 from spikepatch.training.log import Layers, RunLog, Step
 from spikepatch.training.tables import KINDS, numbered_events
 from spikepatch.training.verdict import RunResult, Verdict, losses_by_rate
@@ -64,15 +64,14 @@ def _points(steps: Iterable[Step], field: str) -> Iterator[tuple[float, float | 
         before = step.step
 
 
-def _marks(log: RunLog, events: Iterable[tuple[int, spikes.Event]], field: str) -> Iterator[Mark]:
+def _marks(log: RunLog, events: Iterable[tuple[int, Event]], field: str) -> Iterator[Mark]:
     for i, event in events:
         if event.kind in (field, "nonfinite"):
-            diverged = event.outcome == "diverged"
-            kind = "not finite" if event.kind == "nonfinite" else f"spike of the {KINDS[event.kind]}"
-            text = f"{i}: {log.run.name}, {kind} from step {event.onset}, {event.outcome}"
+            kind = "not finite" if event.kind == "nonfinite" else f"event of the {KINDS[event.kind]}"
+            text = f"{i}: {log.run.name}, {KINDS[event.kind]}, {event.form} from step {event.onset}, {event.status}"
             if event.value is not None:
-                text += f"; {number(event.value, 4)} at step {event.peak}, baseline {number(event.baseline, 4)}"
-            label = f"{i} diverged" if diverged else str(i)
+                text += f"; {number(event.value, 4)} at step {event.peak}, level {number(event.baseline, 4)}"
+            label = f"{i} not back" if event.back is None and event.kind != "gradient_norm" else str(i)
             yield Mark(event.peak, event.value, _SHAPES[event.kind], kind, label, text)
     for rewind in log.rewinds:
         text = f"{log.run.name}: at step {rewind.step} back to step {rewind.to}"
@@ -93,9 +92,9 @@ def rates(verdict: Verdict) -> Chart | None:
         losses = losses_by_rate(runs)
         means = tuple((lr, statistics.fmean(own)) for lr, own in sorted(losses.items()))
         seeds = [Mark(lr, x, "ring", "one seed") for lr, own in losses.items() if len(own) > 1 for x in own]
-        gone = {run.lr: run for run in runs if run.verdict == "diverged" and run.lr in losses}
+        gone = {run.lr: run for run in runs if run.verdict == "not back" and run.lr in losses}
         crosses = [
-            Mark(lr, max(losses[lr]), "cross", "diverged", text=f"{run.name}: {run.text}") for lr, run in gone.items()
+            Mark(lr, max(losses[lr]), "cross", "not back", text=f"{run.name}: {run.text}") for lr, run in gone.items()
         ]
         series.append(Line(model.name, means, (*seeds, *crosses)))
     if len({run.lr for run in verdict.runs}) < 2:

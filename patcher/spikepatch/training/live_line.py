@@ -77,8 +77,9 @@ class _State:
             case "event" if (spike := (record["kind"], record["onset"])) not in self.spikes:
                 self.spikes.add(spike)
                 return _opened(record)
-            case "event" if record["outcome"] != "ongoing":
-                return f"step {record['step']}: the event of step {record['onset']} has {record['outcome']}"
+            case "event" if record["back"] is not None:
+                rows = f"{record['duration']} step{'' if record['duration'] == 1 else 's'}"
+                return f"step {record['step']}: the event of step {record['onset']} is over, back after {rows}"
             case "rewind":
                 self.recent.clear()
                 return f"step {record['step']}: back to the checkpoint of step {record['to']}"
@@ -103,7 +104,7 @@ class _State:
             rate = (self.recent[-1][0] - self.recent[0][0]) / timed if timed > 0 else 0.0
             left = (self.steps - self.step["step"]) * seconds / len(self.recent)
             parts += [f"{rate:,.0f} tokens/s", f"{timedelta(seconds=round(left))} left"]
-        count = len(self.spikes)
+        count = sum(kind != "gradient_norm" for kind, _ in self.spikes)
         return ", ".join([*parts, f"{count} spike{'' if count == 1 else 's'}" if count else "no spikes"])
 
 

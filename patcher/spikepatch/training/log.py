@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from spikepatch.errors import BadSource
-from spikepatch.training.spikes import Event
+from spikepatch.spikes.events import Event
 
 #: Told every record of a run, as it is written to the log.
 Reporter = Callable[[Mapping[str, Any]], None]
@@ -121,7 +121,7 @@ class RunLog:
     steps: tuple[Step, ...]
     kept: tuple[Step, ...]  # those that no rewind took back: each number once
     layers: tuple[Layers, ...]
-    events: tuple[Event, ...]  # each as it last stood; one that a rewind cut short stays ongoing
+    events: tuple[Event, ...]  # each as it last stood; one that a rewind cut short is never back
     rewinds: tuple[Rewind, ...]
     evals: tuple[Eval, ...]
     stop: Stop | None

@@ -32,12 +32,12 @@ from transformers import PreTrainedModel, get_scheduler
 from spikepatch.apply.values.draw import narrow
 from spikepatch.plans.optimiser import param_groups
 from spikepatch.quiet import quiet
+from spikepatch.spikes.detector import SpikeDetector, news
 from spikepatch.training import checkpoints
 from spikepatch.training.batches import Tokens, batch, held_out_batches
 from spikepatch.training.log import Reporter, open_log, read
 from spikepatch.training.points import Points, gradient_norms, watching, whole
 from spikepatch.training.settings import Settings
-from spikepatch.training.spikes import SpikeDetector, news
 
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -197,7 +197,9 @@ def train(
             finite = math.isfinite(value) and math.isfinite(norm)
             overflow = scaler is not None and math.isfinite(value) and not finite
             before, detector = detector, detector.observe(step, value, None if overflow else norm)
-            flagged = bool(detector.flags)
+            # Most events of the gradient norm leave no trace in the loss: one step less is all that they are worth.
+            decisive = detector.flags if settings.on_spike == "skip" else {*detector.flags} - {"gradient_norm"}
+            flagged = bool(decisive)
             applied = finite and not (flagged and settings.on_spike != "log")
             if watched:
                 layers = gradient_norms(model, points)
@@ -232,7 +234,7 @@ def train(
             elif flagged and settings.on_spike == "rewind" and at.rewinds == MAX_REWINDS:
                 stop = f"a spike after {MAX_REWINDS} rewinds"
             elif flagged and settings.on_spike == "rewind":
-                onset = min(event.onset for event in detector.events if event not in detector.closed)
+                onset = min(event.onset for event in detector.up if event.kind != "gradient_norm")
                 good = checkpoints.latest(store, before=onset)
                 assert good is not None, "there is one at step 0"
                 to, detector, _ = _restored(checkpoints.load(good, model, optimizer), scaler)

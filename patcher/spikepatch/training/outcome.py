@@ -12,7 +12,7 @@ from typing import Any
 from spikepatch.errors import BadSource
 from spikepatch.training.folder import RECORD, run_folder
 from spikepatch.training.log import RunLog, begun, read
-from spikepatch.training.verdict import Verdict, judge, summarise
+from spikepatch.training.verdict import Verdict, compared, judge_run, rows_of, summarise
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def outcome(folder: str | os.PathLike[str]) -> Outcome:
         raise _no_training(folder, f"{RECORD} has no {', '.join(missing)}")
     here = [name for name in names if begun(folder / name / "log.jsonl")]
     logs = tuple(read(folder / name / "log.jsonl") for name in here)
-    return Outcome(record, logs, summarise([judge(log) for log in logs]), tuple(n for n in names if n not in here))
+    results = compared([judge_run(log) for log in logs], [rows_of(log) for log in logs])
+    return Outcome(record, logs, summarise(results), tuple(n for n in names if n not in here))
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -7,17 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spikepatch.report.document import Badge, Page, Section, Table, Tone
+from spikepatch.report.document import Badge, Page, Section, Table
+from spikepatch.spikes.conclusion import norm_line
+from spikepatch.spikes.spike_page import TONES
+from spikepatch.spikes.statistic import WARMUP
 from spikepatch.training.curves import Pair, curves, heat_maps, pairs, rates, which
 from spikepatch.training.outcome import Outcome, outcome
-from spikepatch.training.spikes import SpikeDetector
-from spikepatch.training.tables import event_table, model_table, run_table, score_table
-from spikepatch.training.verdict import LEVEL, RunVerdict, Verdict
-
-#: From good to bad.
-_TONES: dict[RunVerdict, Tone] = {
-    "spike-free": "good", "too short to tell": "neutral", "spikes": "warning", "diverged": "bad",
-}  # fmt: skip
+from spikepatch.training.tables import event_table, model_table, run_table, score_notes, score_table
+from spikepatch.training.verdict import LEVEL, Verdict
 
 _FOOTER = (
     f"Final loss: mean of the last {LEVEL} steps that were applied. Sensitivity to the learning rate: Wortsman et al.,"
@@ -43,7 +40,7 @@ def page_of(found: Outcome) -> Page:
     sections = [
         Section(
             "Runs",
-            tuple(_state(found)),
+            (*_state(found), *_norms(verdict), *score_notes(verdict)),
             (run_table(verdict, in_words=True), model_table(verdict), score_table(verdict)),
         )
     ]
@@ -69,12 +66,12 @@ def _data(record: Mapping[str, Any]) -> str:
 
 def _badges(names: list[str], verdict: Verdict) -> Iterator[Badge]:
     """The worst verdict of each model where its learning rate is not multiplied, which is what counts."""
-    order = list(_TONES)
+    order = list(TONES)
     for name in names:
         verdicts = [run.verdict for run in verdict.runs if run.name == name and run.multiplier == 1]
         if verdicts:
             worst = max(verdicts, key=order.index)
-            yield Badge(name, worst, _TONES[worst])
+            yield Badge(name, worst, TONES[worst])
         else:
             yield Badge(name, "no run at x 1 yet")
 
@@ -90,9 +87,16 @@ def _state(found: Outcome) -> Iterator[str]:
     yield from dict.fromkeys(f"{log.run.name}: {note}." for log in found.logs for note in log.run.notes)
 
 
+def _norms(verdict: Verdict) -> Iterator[str]:
+    """The gradient norm's line of each run that has events of it."""
+    for run in verdict.runs:
+        if (line := norm_line(run.events)) is not None:
+            yield f"{run.name}, lr {run.lr:g}, seed {run.seed}: {line}."
+
+
 def _no_events(verdict: Verdict) -> Iterator[str]:
     if not any(run.events for run in verdict.runs):
-        yield f"None. A step is judged as soon as {SpikeDetector().warmup} steps before it are known."
+        yield f"None. A step is judged as soon as {WARMUP} steps before it are known."
 
 
 def _event_tables(found: Outcome) -> tuple[Table, ...]:

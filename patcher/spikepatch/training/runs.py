@@ -24,6 +24,7 @@ from spikepatch.errors import BadTarget, Refused
 from spikepatch.progress import Progress, silent
 from spikepatch.source.open import Source, open_source
 from spikepatch.source.tokenizer import has_tokenizer, source_tokenizer
+from spikepatch.spikes.conclusion import LEAST_ROWS
 from spikepatch.training import checkpoints
 from spikepatch.training.batches import Tokens, check_enough, prepare
 from spikepatch.training.entries import Entry, build, check_causal, parse_entries, tokenizer_of
@@ -35,7 +36,7 @@ from spikepatch.training.points import Points, points_of
 from spikepatch.training.settings import Settings
 from spikepatch.training.tokenizing import BYTES, Tokenizing
 from spikepatch.training.trackers import check_installed, tracking
-from spikepatch.training.verdict import LEAST_STEPS, Verdict, judge, summarise
+from spikepatch.training.verdict import Verdict, compared, judge_run, rows_of, summarise
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def run_all(
             write_record(out, wanted, command)
         launch.accelerator.wait_for_everyone()
 
-        results, points = [], dict[str, Points]()
+        results, curves, points = [], [], dict[str, Points]()
         for run in (Run(e, sources[e.name], m, lr * m, seed) for m in multipliers for seed in seeds for e in entries):
             folder = out / run.name
             if (folder / "result.json").exists():
@@ -138,10 +139,12 @@ def run_all(
                 _run(run, model, tokens, settings, folder, launch, points[run.entry.name], log_with, command, progress)
                 del model
             launch.accelerator.wait_for_everyone()
-            results.append(judge(read(folder / "log.jsonl")))
+            log = read(folder / "log.jsonl")
+            results.append(judge_run(log))
+            curves.append(rows_of(log))
             if main:
                 write_json(folder / "result.json", results[-1].to_dict())
-        verdict = summarise(results)
+        verdict = summarise(compared(results, curves))
         if main:
             write_json(out / "verdict.json", verdict.to_dict())
         return verdict
@@ -167,8 +170,8 @@ def _notes(tokens: Tokens, tokenizing: Tokenizing, settings: Settings) -> Iterat
         f" {tokens.held_out:,} of them are held out for evaluation"
     )
     after = settings.steps - settings.warmup_steps
-    if after < LEAST_STEPS:
-        yield f"{after} steps after warm-up will be too short to tell: {LEAST_STEPS} are needed for a verdict"
+    if after < LEAST_ROWS:
+        yield f"{after} steps after warm-up will be too few to tell: {LEAST_ROWS} are needed for a verdict"
 
 
 def _run(

@@ -9,7 +9,10 @@ from rich.console import Console
 
 from spikepatch.report.document import Table, number
 from spikepatch.report.terminal import print_table
-from spikepatch.training.spikes import Event
+from spikepatch.spikes.conclusion import norm_line
+from spikepatch.spikes.events import Event
+from spikepatch.spikes.scores import LEAST
+from spikepatch.spikes.spike_page import ORIGINS
 from spikepatch.training.verdict import RunResult, Verdict
 
 #: Events that are printed; the page has all.
@@ -21,11 +24,15 @@ KINDS = {"loss": "loss", "gradient_norm": "gradient norm", "nonfinite": "non-fin
 
 def run_table(verdict: Verdict, *, in_words: bool = False) -> Table:
     """A row for each run; ``in_words``: the verdict as a sentence."""
-    headers = ("model", "lr", "x", "seed", "verdict", "final loss", "held-out loss", "perplexity", "events", "steps")
+    headers = (
+        "model", "lr", "x", "seed", "verdict", "largest excess", "final loss", "held-out loss", "perplexity", "events",
+        "steps",
+    )  # fmt: skip
     rows = [
         (
             *_which(run),
             run.text if in_words else run.verdict,
+            number(run.largest_excess),
             number(run.final_loss, 4),
             number(run.eval_loss, 4),
             number(run.perplexity, 4),
@@ -42,6 +49,14 @@ def score_table(verdict: Verdict) -> Table:
     scores = tuple(dict.fromkeys(score for run in verdict.runs for score in run.scores))
     rows = [(*_which(run), *(_score(run.scores[score]) for score in scores)) for run in verdict.runs]
     return Table("Published scores, which decide nothing", ("model", "lr", "x", "seed", *scores), tuple(rows))
+
+
+def score_notes(verdict: Verdict) -> Iterator[str]:
+    """Which scores say nothing of runs as short as these."""
+    done = max((run.done for run in verdict.runs), default=0)
+    silent = [f"{name} (from {least:,} steps on)" for name, least in LEAST.items() if done < least]
+    if silent:
+        yield f"Of runs of {done:,} steps these say nothing: {', '.join(silent)}."
 
 
 def model_table(verdict: Verdict) -> Table:
@@ -68,6 +83,8 @@ def numbered_events(verdict: Verdict) -> Iterator[tuple[int, RunResult, Event]]:
 
 
 def event_table(verdict: Verdict) -> Table:
+    """A row for each event; where other runs have seen the same batches, with what they say of it."""
+    twins = any(event.origin is not None for run in verdict.runs for event in run.events)
     rows = [
         (
             str(i),
@@ -79,12 +96,15 @@ def event_table(verdict: Verdict) -> Table:
             number(event.baseline, 4),
             number(event.score),
             str(event.duration),
-            event.outcome,
+            event.form or "-",
+            "-" if event.back is None else str(event.back),
+            "-" if event.batch is None else str(event.batch),
+            *([ORIGINS[event.origin]] if twins else []),
         )
         for i, run, event in numbered_events(verdict)
     ]
-    kinds = ("seen in", "onset", "peak", "at the peak", "baseline", "score", "steps", "outcome")
-    return Table("Events", ("#", "model", "lr", "x", "seed", *kinds), tuple(rows))
+    kinds = ("seen in", "onset", "peak", "at the peak", "level", "score", "steps", "kind", "back at", "batch")
+    return Table("Events", ("#", "model", "lr", "x", "seed", *kinds, *(["origin"] if twins else [])), tuple(rows))
 
 
 def print_verdict(verdict: Verdict) -> None:
@@ -97,13 +117,17 @@ def print_verdict(verdict: Verdict) -> None:
         print_table(model_table(verdict), console)
     if any(value is not None for run in verdict.runs for value in run.scores.values()):
         print_table(score_table(verdict), console)
+        for line in score_notes(verdict):
+            console.print(line, markup=False, soft_wrap=True)
     if any(run.events for run in verdict.runs):
         table = event_table(verdict)
         print_table(dataclasses.replace(table, rows=table.rows[:_PRINTED]), console)
         if more := len(table.rows[_PRINTED:]):
             console.print(f"and {more} more, on the page")
     for run in verdict.runs:
-        console.print(f"{run.name}, seed {run.seed}: {run.text}", markup=False, soft_wrap=True)
+        console.print(f"{run.name}, lr {run.lr:g}, seed {run.seed}: {run.text}", markup=False, soft_wrap=True)
+        if (norms := norm_line(run.events)) is not None:
+            console.print(f"  {norms}", markup=False, soft_wrap=True)
 
 
 def _which(run: RunResult) -> tuple[str, str, str, str]:

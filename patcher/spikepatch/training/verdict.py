@@ -7,23 +7,14 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from spikepatch.training.log import RunLog, Step
-from spikepatch.training.spikes import Event, SpikeDetector, noise
-
-RunVerdict = Literal["spike-free", "spikes", "diverged", "too short to tell"]
-
-#: Steps after warm-up that a run must have before the absence of spikes says anything: twice what the detector needs
-#: for a baseline, so that half of them are judged whatever came before.
-LEAST_STEPS = 64
-
-#: A loss this many times the initial one, within the steps that the detector needs for its baseline, is a spike: the
-#: factor of llm-foundry's ``KillLossSpike``. A fresh model starts near log V, a learned one below.
-EXPLODED = 2.0
+from spikepatch.spikes.conclusion import PASSED, CurveVerdict, conclude
+from spikepatch.spikes.events import Event, Form, Origin
+from spikepatch.spikes.hindsight import Curve, with_hindsight
+from spikepatch.spikes.scores import scores
+from spikepatch.spikes.twin import twin_of
+from spikepatch.training.log import RunLog
 
 #: Applied steps whose mean is a level of the loss.
 LEVEL = 50
@@ -36,12 +27,10 @@ class RunResult:
     Attributes:
         name, source, recipe, patched, lr, multiplier, seed, steps, warmup_steps: as in the log's first record.
         done: steps in the log that no rewind took back.
-        verdict: ``diverged`` where the loss rose and did not come back, or steps stayed non-finite; ``spikes`` where
-            the detector saw an event of any kind, one that was rewound or skipped too, or where the loss was more than
-            twice the initial one before the detector had a baseline; ``too short to tell`` with fewer than 64 steps
-            after warm-up; else ``spike-free``.
-        text: the verdict as a sentence.
-        events: in the order of their onsets.
+        verdict, text: of ``spikes/conclusion.py``, by the loss, and as a line; what a rewind took back counts too.
+        judged: the first and the last step that were judged.
+        largest_excess: of the loss over its level, in nats.
+        events: in the order of their onsets, with hindsight; those of the gradient norm decide nothing.
         scores: published ones, by name; None is "n/a".
         initial_loss: of the first step, before any update.
         final_loss: mean of the last 50 applied steps; None where none was applied.
@@ -59,8 +48,10 @@ class RunResult:
     steps: int
     warmup_steps: int
     done: int
-    verdict: RunVerdict
+    verdict: CurveVerdict
     text: str
+    judged: tuple[int, int] | None
+    largest_excess: float | None
     events: tuple[Event, ...]
     scores: dict[str, float | None]
     initial_loss: float | None
@@ -76,7 +67,8 @@ class RunResult:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunResult:
-        return cls(**{**data, "events": tuple(Event(**event) for event in data["events"])})
+        judged = data["judged"] and tuple(data["judged"])
+        return cls(**{**data, "judged": judged, "events": tuple(Event(**event) for event in data["events"])})
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,8 @@ class ModelResult:
     """One model over its runs.
 
     Attributes:
-        stable_lr: the largest learning rate at which the runs of all seeds are spike-free; None where there is none.
+        stable_lr: the largest learning rate such that at it, and at all smaller ones that were run, the runs of all
+            seeds are healthy or have blips only; None where there is none.
         sensitivity: to the learning rate, see ``sensitivity``; None for fewer than two rates.
     """
 
@@ -100,7 +93,7 @@ class ModelResult:
 @dataclass(frozen=True)
 class Verdict:
     """All runs, all models, and the exit code: 0 if every patched model, or where none is patched every model, is
-    spike-free at multiplier 1 for every seed; else 1. Other multipliers do not count."""
+    healthy, or has blips only, at multiplier 1 for every seed; else 1. Other multipliers do not count."""
 
     runs: tuple[RunResult, ...]
     models: tuple[ModelResult, ...]
@@ -120,14 +113,19 @@ class Verdict:
         return cls(runs, tuple(ModelResult(**model) for model in data["models"]), data["exit_code"])
 
 
-def judge(log: RunLog) -> RunResult:
+def judge_run(log: RunLog) -> RunResult:
     """The result of a run, of one in progress too. Pure: the same log gives the same result."""
     run, steps = log.run, log.kept
     applied = [s.loss for s in steps if s.applied and s.loss is not None]
     eval_loss = log.evals[-1].loss if log.evals else None
     done = steps[-1].step if steps else 0
-    events = tuple(sorted(log.events, key=lambda event: event.onset))
-    verdict, text = _verdict(log, events, done)
+    rows = rows_of(log)
+    found = with_hindsight(rows)
+    batches = {s.step: s.batch for s in steps}
+    found = tuple(dataclasses.replace(event, batch=batches.get(event.peak)) for event in found)
+    events = tuple(sorted([*found, *_taken_back(log, found)], key=lambda event: event.onset))
+    concluded = conclude(rows, events, after=run.warmup_steps)
+    ended = f"; it stopped at step {log.stop.step} of {run.steps}: {log.stop.why}" if log.stop else ""
     return RunResult(
         name=run.name,
         source=run.source,
@@ -139,8 +137,10 @@ def judge(log: RunLog) -> RunResult:
         steps=run.steps,
         warmup_steps=run.warmup_steps,
         done=done,
-        verdict=verdict,
-        text=text,
+        verdict=concluded.verdict,
+        text=concluded.text + ended,
+        judged=concluded.judged,
+        largest_excess=concluded.largest,
         events=events,
         scores=scores([s.loss for s in log.steps], [s.gradient_norm for s in log.steps]),
         initial_loss=steps[0].loss if steps else None,
@@ -150,6 +150,29 @@ def judge(log: RunLog) -> RunResult:
         tokens=steps[-1].tokens if steps else 0,
         seconds=math.fsum(s.seconds for s in log.steps),
     )
+
+
+def compared(runs: Sequence[RunResult], curves: Sequence[Curve]) -> tuple[RunResult, ...]:
+    """The runs with the origin of their events: runs of one learning rate and seed have seen the same batches, so an
+    event that most of the others have at the same step is the data's (``spikes/twin.py``)."""
+    found = []
+    for i, run in enumerate(runs):
+        others = [
+            twin_of(curves[i], run.events, curves[j], other.name).origins
+            for j, other in enumerate(runs)
+            if j != i and (other.lr, other.seed) == (run.lr, run.seed) and run.events
+        ]
+        events = tuple(
+            _with_origin(event, [own[event.onset] for own in others if event.onset in own]) for event in run.events
+        )
+        found.append(dataclasses.replace(run, events=events))
+    return tuple(found)
+
+
+def _with_origin(event: Event, told: Sequence[Origin]) -> Event:
+    if event.kind != "loss" or not told:
+        return event
+    return dataclasses.replace(event, origin="data" if 2 * told.count("data") >= len(told) else "run")
 
 
 def summarise(results: Iterable[RunResult]) -> Verdict:
@@ -172,7 +195,7 @@ def summarise(results: Iterable[RunResult]) -> Verdict:
     )
     judged_names = {m.name for m in models if m.patched} or set(by_name)
     at_one = [run for run in runs if run.name in judged_names and run.multiplier == 1]
-    passed = {run.name for run in at_one} == judged_names != set() and all(r.verdict == "spike-free" for r in at_one)
+    passed = {run.name for run in at_one} == judged_names != set() and all(r.verdict in PASSED for r in at_one)
     return Verdict(runs, models, 0 if passed else 1)
 
 
@@ -201,145 +224,34 @@ def losses_by_rate(runs: Sequence[RunResult]) -> dict[float, tuple[float, ...]]:
         if run.initial_loss is None:
             return {}
         loss = run.eval_loss if held_out else run.final_loss
-        broken = loss is None or any(e.kind == "nonfinite" and e.outcome == "diverged" for e in run.events)
+        broken = loss is None or any(e.kind == "nonfinite" and e.back is None for e in run.events)
         capped = run.initial_loss if broken or loss is None else min(loss, run.initial_loss)
         by_rate[run.lr] = (*by_rate.get(run.lr, ()), capped)
     return by_rate
 
 
+def rows_of(log: RunLog) -> Curve:
+    """The steps that no rewind took back. Where the loss scaler of fp16 was at work the norm says nothing."""
+    norms = [
+        None if "overflow" in s.flags else math.nan if s.gradient_norm is None else s.gradient_norm for s in log.kept
+    ]
+    return Curve([s.step for s in log.kept], [math.nan if s.loss is None else s.loss for s in log.kept], norms)
+
+
+def _taken_back(log: RunLog, found: Sequence[Event]) -> Iterator[Event]:
+    """Events that a rewind took back, as they then stood: over with the rewind."""
+    here = {(event.kind, event.onset) for event in found}
+    for event in log.events:
+        rewind = next((r for r in log.rewinds if r.to < event.onset <= r.step), None)
+        if rewind is not None and event.back is None and (event.kind, event.onset) not in here:
+            form: Form = "non-finite" if event.kind == "nonfinite" else "spike"
+            yield dataclasses.replace(event, back=rewind.step + 1, form=form)
+
+
 def _stable_lr(runs: Sequence[RunResult]) -> float | None:
-    unstable = {run.lr for run in runs if run.verdict != "spike-free"}
-    return max({run.lr for run in runs} - unstable, default=None)
-
-
-def _verdict(log: RunLog, events: Sequence[Event], done: int) -> tuple[RunVerdict, str]:
-    run = log.run
-    where = f"over {_steps(done)} at lr {run.lr:g}"
-    ended = f"; it stopped at step {log.stop.step} of {run.steps}: {log.stop.why}" if log.stop else ""
-    gone = next((e for e in events if e.outcome == "diverged" and e.kind != "gradient_norm"), None)
-    if gone is not None:
-        what = "non-finite" if gone.kind == "nonfinite" else "the loss rose and did not come back"
-        return "diverged", f"diverged at step {gone.onset}, lr {run.lr:g}: {what}{ended}"
-    risen = _risen([s for s in log.kept if s.step > run.warmup_steps])
-    if risen is not None:
-        return "diverged", f"diverged slowly {where}: the loss ends {risen:.3g} above its lowest level{ended}"
-    if events:
-        kinds = {"loss": "in the loss", "gradient_norm": "in the gradient norm", "nonfinite": "non-finite"}
-        counts = {text: sum(e.kind == kind for e in events) for kind, text in kinds.items()}
-        told = ", ".join(f"{count} {text}" for text, count in counts.items() if count)
-        return "spikes", f"spikes {where}: {told}{ended}"
-    exploded = _exploded(log.steps[: SpikeDetector().warmup])
-    if exploded is not None:
-        loss, step = exploded
-        return "spikes", f"spikes {where}: the loss went to {loss:.3g} at step {step}{ended}"
-    after = done - run.warmup_steps
-    if after < LEAST_STEPS:
-        return (
-            "too short to tell",
-            f"too short to tell: {_steps(max(after, 0))} after warm-up, {LEAST_STEPS} are needed",
-        )
-    return "spike-free", f"spike-free {where}{ended}"
-
-
-def _steps(count: int) -> str:
-    return f"{count:,} step{'' if count == 1 else 's'}"
-
-
-def _exploded(steps: Sequence[Step]) -> tuple[float, int] | None:
-    """The highest loss and its step, where that is more than ``EXPLODED`` times the first one."""
-    losses = [(s.loss, s.step) for s in steps if s.loss is not None]
-    highest = max(losses, default=None)
-    return highest if highest is not None and highest[0] > EXPLODED * losses[0][0] > 0 else None
-
-
-def _risen(steps: Sequence[Step]) -> float | None:
-    """How far the loss ends above its lowest level, where one value as far above would be a spike: a divergence that
-    was too slow to be one. Levels are medians of 50 steps, the noise is that of the last ``window`` ones."""
-    losses = [s.loss for s in steps if s.applied and s.loss is not None]
-    if len(losses) < 2 * LEVEL:
-        return None
-    levels = [statistics.median(losses[i : i + LEVEL]) for i in range(len(losses) % LEVEL, len(losses), LEVEL)]
-    risen, detector = levels[-1] - min(levels), SpikeDetector()
-    return risen if risen > detector.threshold * noise(losses[-detector.window :]) else None
-
-
-Array = npt.NDArray[np.float64]
-
-
-#: Windows that are looked at together: bounds the memory, 33 MB at a window of 1,000.
-_CHUNK = 4096
-
-
-def scores(losses: Sequence[float | None], gradient_norms: Sequence[float | None]) -> dict[str, float | None]:
-    """All of them, by name; None in a series stands for a value that was not finite."""
-    loss, norm = _finite(losses), _finite(gradient_norms)
-    return {
-        "spike score, loss": spike_score(loss),
-        "spike score, gradient norm": spike_score(norm),
-        "steps 0.1 above the median, per 10k": above_median(loss),
-        "losses twice the mean, stretches": loss_doubled(loss),
-    }
-
-
-def spike_score(values: Array, *, window: int = 1000, deviations: float = 7.0) -> float | None:
-    """OLMo 2's spike score: the percentage of values that are at least seven standard deviations away from the rolling
-    average of the last 1,000 values (arXiv 2501.00656). Used there on training loss and gradient norm.
-
-    "Last" is read as the ones before the value: a value that is part of its own window of n is never more than
-    (n - 1) / sqrt(n) deviations away. Both directions count, as "away" says. The deviation is the window's own, with
-    divisor n; a window of equal values has none, and judges nothing. Percentage of the values that have a full window
-    before them.
-
-    On noise alone it fires 0 times in 200,000 values for Gaussian noise, 9 for Laplace, 64 for Student's t(5).
-    """
-    if len(values) <= window:
-        return None
-    found = 0
-    for windows, value in _windows(values[:-1], values[window:], window):
-        deviation = windows.std(axis=1)
-        found += int(np.sum((np.abs(value - windows.mean(axis=1)) >= deviations * deviation) & (deviation > 0)))
-    return 100.0 * found / (len(values) - window)
-
-
-def above_median(losses: Array, *, window: int = 201, margin: float = 0.1) -> float | None:
-    """Steps whose loss is more than 0.1 above the rolling median of 201 steps, per 10,000 steps (Qwen team).
-
-    The window ends with the step itself, whose own loss moves a median of 201 by one rank at most. Per step that has a
-    full window.
-    """
-    if len(losses) < window:
-        return None
-    found = 0
-    for windows, value in _windows(losses, losses[window - 1 :], window):
-        found += int(np.sum(value > np.median(windows, axis=1) + margin))
-    return 10_000.0 * found / (len(losses) - window + 1)
-
-
-def loss_doubled(losses: Array, *, window: int = 100, factor: float = 2.0, patience: int = 4) -> float | None:
-    """Stretches of more than 4 steps in a row whose loss is at least twice the mean of the 100 before it: how often
-    ``KillLossSpike`` of llm-foundry would have ended the run.
-
-    Outliers enter the mean, as there. The window has 100 steps, its least; llm-foundry widens it to a twentieth of a
-    run of more than 2,000 steps.
-    """
-    if len(losses) <= window:
-        return None
-    outlier = np.concatenate(
-        [value >= factor * windows.mean(axis=1) for windows, value in _windows(losses[:-1], losses[window:], window)]
-    )
-    edges = np.diff(np.concatenate([[0], outlier.astype(np.int8), [0]]))
-    lengths = np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)
-    return float(np.sum(lengths > patience))
-
-
-def _finite(values: Sequence[float | None]) -> Array:
-    array = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
-    return array[np.isfinite(array)]
-
-
-def _windows(values: Array, judged: Array, window: int) -> Iterator[tuple[Array, Array]]:
-    """Windows of ``values`` as rows, beside the value that each one judges, a chunk at a time."""
-    windows = np.lib.stride_tricks.sliding_window_view(values, window)
-    assert len(windows) == len(judged)
-    for start in range(0, len(windows), _CHUNK):
-        yield windows[start : start + _CHUNK], judged[start : start + _CHUNK]
+    stable = None
+    for rate in sorted({run.lr for run in runs}):
+        if not all(run.verdict in PASSED for run in runs if run.lr == rate):
+            break
+        stable = rate
+    return stable

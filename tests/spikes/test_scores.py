@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from spikepatch.training.verdict import above_median, loss_doubled, scores, spike_score
+from spikepatch.spikes.scores import above_median, loss_doubled, scores, spike_score
 
 Array = npt.NDArray[np.float64]
 
