@@ -1,0 +1,98 @@
+"""All rules, in their order: what is broken before what is odd, and each parameter's first reason only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from spikepatch.auditing.broken import broken, copies
+from spikepatch.auditing.contents import Contents
+from spikepatch.auditing.depth import depth, has_reason, sense
+from spikepatch.auditing.fault import Audit, Fault, sorted_faults
+from spikepatch.auditing.groups import Evidence, Group, evidence
+from spikepatch.auditing.laws import Scheme, schemes
+from spikepatch.auditing.outputs import buffers, head, tables, tie
+from spikepatch.auditing.roles import roles
+from spikepatch.auditing.spread import left_at_default, other_groups, other_layers, sizes, wrong_formulas
+from spikepatch.auditing.vectors import vectors
+from spikepatch.residual.map import ResidualMap
+from spikepatch.residual.stream import Stream
+
+
+def examine(
+    contents: Mapping[str, Contents],
+    *,
+    source: str,
+    architecture: str,
+    weights: str,
+    residual: ResidualMap | None,
+    stream: Stream | None,
+    vocabulary: int | None = None,
+    tied: bool = False,
+    live_buffers: Mapping[str, torch.Tensor],
+    built_buffers: Mapping[str, torch.Tensor],
+    not_said: Iterable[str] = (),
+) -> Audit:
+    """Every rule on one model.
+
+    Args:
+        contents: of every float parameter.
+        residual, stream: the proven map and the stream that feeds the output; None where there is none.
+        vocabulary: number of tokens, where the output holds logits.
+        tied: the config promises that head and embedding are one.
+        live_buffers: the model's; ``built_buffers``: those that its constructor makes.
+    """
+    known = evidence(residual, contents, roles(stream.facts) if stream is not None else {})
+    found: list[Fault] = [*broken(known), *copies(known), *tie(known, tied), *buffers(live_buffers, built_buffers)]
+    claimed = {name for f in found if f.name not in {"copies", "copied-blocks", "tie"} for name in f.parameters}
+    sound = known.without(claimed)
+    found += vectors(sound)
+    scheme: Scheme | None = None
+    if not known.learned:
+        if stream is not None:
+            found += head(sound, stream, vocabulary)
+        found += tables(sound)
+        found += _of_stds(sound)
+        scheme = best_scheme(sound)
+    return Audit(
+        source=source,
+        architecture=architecture,
+        weights=weights,
+        learned=known.learned,
+        scheme=scheme.text if scheme is not None else "",
+        findings=sorted_faults(found),
+        not_said=tuple(not_said),
+    )
+
+
+def best_scheme(sound: Evidence) -> Scheme | None:
+    """Of the schemes that explain most matrices, the one that makes most sense of the residual projections."""
+    found = schemes(sound)
+    if not found:
+        return None
+    most = len(found[0].followers)
+    return max((s for s in found if len(s.followers) == most), key=lambda s: sense(sound, s))
+
+
+def _of_stds(sound: Evidence) -> Iterator[Fault]:
+    left = list(left_at_default(sound))
+    yield from left
+    sound = sound.without({name for f in left for name in f.parameters})
+    wrong = list(wrong_formulas(sound, best_scheme(sound)))
+    yield from wrong
+    sound = sound.without({name for f in wrong if f.severity != "note" for name in f.parameters})
+    large = list(sizes(sound))
+    yield from large
+    sound = sound.without({name for f in large for name in f.parameters})
+    yield from other_layers(sound)
+    scheme = best_scheme(sound)
+    if scheme is None:
+        return
+    reasons = has_reason(sound, scheme)
+
+    def factor(group: Group, ratio: float) -> str:
+        return reasons.get(group.pattern, "")
+
+    yield from depth(sound, scheme)
+    yield from other_groups(sound, scheme, factor)
