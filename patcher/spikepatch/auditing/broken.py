@@ -130,7 +130,9 @@ def _parts(group: Group, members: list[Member], learned: bool) -> Iterator[Fault
     found = []
     for member in members:
         c = member.contents
-        if c.is_zero or c.is_constant or min(c.rows, c.columns) < 8:
+        if c.is_zero or c.is_constant or min(c.rows, c.columns) < 8 or _is_computed(c):
+            continue
+        if group.part in {"table", "head"} and c.zero_rows == 1:  # the padding token's
             continue
         rows = c.zero_rows + (c.weak_rows if c.columns >= 16 else 0)
         columns = c.zero_columns + (c.weak_columns if c.rows >= 16 else 0)
@@ -152,6 +154,11 @@ def _parts(group: Group, members: list[Member], learned: bool) -> Iterator[Fault
     )
 
 
+def _is_computed(contents: Contents) -> bool:
+    """Sinusoids, and what else has rows of exactly one size."""
+    return contents.row_spread < 0.1 and contents.column_spread > 2
+
+
 def _counts(contents: Contents, rows: int, columns: int) -> Iterator[tuple[int, str]]:
     if rows:
         yield rows, f"{contents.rows} rows"
@@ -167,7 +174,7 @@ def copies(evidence: Evidence) -> Iterator[Fault]:
     for group in evidence.of(*_DRAWN):
         for member in group.members:
             c = member.contents
-            repeat = c.repeat
+            repeat = None if _is_computed(c) else c.repeat
             if repeat is None or (group.part == "table" and repeat.shift == 1):  # rows for tokens that were added
                 continue
             count = c.rows if repeat.axis == 0 else c.columns
@@ -187,11 +194,12 @@ def copies(evidence: Evidence) -> Iterator[Fault]:
         )
     by_prefix: dict[int, list[Member]] = {}
     for group in evidence.groups:
-        if group.part in {"norm", "decay", "step"}:
+        if group.part not in _DRAWN and not _is_matrix(group):
             continue
         for member in group.members:
-            if member.contents.prefix is not None and not member.contents.is_constant:
-                by_prefix.setdefault(member.contents.prefix, []).append(member)
+            c = member.contents
+            if c.prefix is not None and not c.is_constant and not _is_computed(c):
+                by_prefix.setdefault(c.prefix, []).append(member)
     sets = [tuple(m.name for m in members) for members in by_prefix.values() if len(members) > 1]
     if sets:
         names = tuple(name for each in sets for name in each)

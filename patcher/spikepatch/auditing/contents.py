@@ -36,6 +36,9 @@ _BITS = {
     torch.float64: (torch.int64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
 }
 
+#: Rows and columns of independent draws differ by 1, in units of their sampling error; of trained matrices by more.
+LEARNED_SPREAD = 1.6
+
 
 @dataclass(frozen=True)
 class Repeat:
@@ -104,6 +107,11 @@ class Contents:
     def is_constant(self) -> bool:
         """All sampled elements are equal."""
         return self.edges[0] == self.edges[1]
+
+    @property
+    def is_drawn(self) -> bool:
+        """Rows and columns differ as those of independent draws do: neither trained, nor computed (sinusoids)."""
+        return all(0.25 < spread < LEARNED_SPREAD for spread in (self.row_spread, self.column_spread))
 
     @property
     def is_zero(self) -> bool:

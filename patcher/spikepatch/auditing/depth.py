@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from spikepatch.auditing.fault import Fault
 from spikepatch.auditing.groups import Evidence, Group
 from spikepatch.auditing.laws import Scheme, close, inner, law_of
+from spikepatch.auditing.spread import of_queries
 from spikepatch.residual.map import ResidualMap
 
 
@@ -142,6 +143,8 @@ def _on_others(evidence: Evidence, scheme: Scheme, stream: ResidualMap) -> list[
             continue
         ratio = law.std / scheme.std(group)
         name = factor_name(ratio, law.power, law.std, group.error, stream)
+        if of_queries(group, ratio):
+            continue
         if name in {"1/sqrt(S)", "1/S", "1/sqrt(2(l+1))", "1/sqrt(l+1)"}:
             found.append(Scaled(group, ratio, name))
     return found

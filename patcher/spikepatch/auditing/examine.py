@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
+from spikepatch.auditing.attention import attention
 from spikepatch.auditing.broken import broken, copies
 from spikepatch.auditing.contents import Contents
 from spikepatch.auditing.depth import depth, has_reason, sense
 from spikepatch.auditing.fault import Audit, Fault, sorted_faults
 from spikepatch.auditing.groups import Evidence, Group, evidence
-from spikepatch.auditing.laws import Scheme, schemes
+from spikepatch.auditing.laws import Scheme, schemes, torch_default
 from spikepatch.auditing.outputs import buffers, head, tables, tie
 from spikepatch.auditing.roles import roles
 from spikepatch.auditing.spread import left_at_default, other_groups, other_layers, sizes, wrong_formulas
@@ -52,6 +53,7 @@ def examine(
     if not known.learned:
         if stream is not None:
             found += head(sound, stream, vocabulary)
+            found += attention(sound, stream)
         found += tables(sound)
         found += _of_stds(sound)
         scheme = best_scheme(sound)
@@ -88,6 +90,9 @@ def _of_stds(sound: Evidence) -> Iterator[Fault]:
     yield from other_layers(sound)
     scheme = best_scheme(sound)
     if scheme is None:
+        by_default = torch_default(sound)
+        if by_default is not None:
+            yield from depth(sound, by_default)
         return
     reasons = has_reason(sound, scheme)
 

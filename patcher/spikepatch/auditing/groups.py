@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from spikepatch.auditing.contents import Contents
+from spikepatch.auditing.contents import LEARNED_SPREAD, Contents
 from spikepatch.auditing.roles import VectorRole
 from spikepatch.residual.map import Embedding, Matrix, ResidualMap, ResidualProjection, pattern
 
-Part = Literal["matrix", "projection", "table", "head", "norm", "step", "decay", "bias", "gain", "other"]
+Part = Literal["matrix", "projection", "table", "head", "norm", "step", "rate", "decay", "bias", "gain", "other"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def evidence(
     parts: dict[str, Part] = dict(roles)
     parts |= {n.parameter: "norm" for stream in streams for n in stream.norms if n.parameter is not None}
     parts |= {n.bias: "bias" for stream in streams for n in stream.norms if n.bias is not None}
-    parts |= dict.fromkeys(matrices, "matrix")
+    parts |= {name: "matrix" for name in matrices if roles.get(name) != "rate"}
     parts |= dict.fromkeys(projections, "projection")
     parts |= {stream.head.parameter: "head" for stream in streams if stream.head is not None}
     parts |= {e.parameter: "table" for stream in streams for e in stream.embeddings}
@@ -144,10 +144,6 @@ def _layers(names: list[str]) -> list[int]:
     return [row[0] if row else 0 for row in numbers]
 
 
-#: Rows and columns of independent draws differ by 1, in units of their sampling error; of trained matrices by more.
-_LEARNED_SPREAD = 1.6
-
-
 def _learned(groups: tuple[Group, ...]) -> bool:
     """Most matrices are not as independent draws are: their rows, or their columns, differ by far more."""
     each = [
@@ -157,4 +153,4 @@ def _learned(groups: tuple[Group, ...]) -> bool:
         for m in group.members
         if min(m.contents.rows, m.contents.columns) >= 16 and m.contents.std > 0
     ]
-    return 2 * sum(spread > _LEARNED_SPREAD for spread in each) > len(each) > 0
+    return 2 * sum(spread > LEARNED_SPREAD for spread in each) > len(each) > 0

@@ -129,6 +129,14 @@ def schemes(evidence: Evidence) -> tuple[Scheme, ...]:
     return tuple(sorted(found, key=lambda s: -len(s.followers)))
 
 
+def torch_default(evidence: Evidence) -> Scheme | None:
+    """Where there is no scheme and all residual projections are uniform: torch's 1/sqrt(3 in), before any factor."""
+    found = evidence.of("projection")
+    if found and all(m.contents.kurtosis < 2.1 and m.contents.std > 0 for g in found for m in g.members):
+        return Scheme("std c / sqrt(in)", 3**-0.5, lambda g: fan_in(g) ** -0.5, frozenset())
+    return None
+
+
 def inner(groups: Iterable[Group]) -> tuple[Group, ...]:
     """Matrices that vote: not residual projections, nor what a mixer keeps inside, whose scale is part of its design."""
     return tuple(

@@ -111,7 +111,8 @@ def tables(evidence: Evidence) -> Iterator[Fault]:
             continue
         largest = max(size for _, size in tokens)
         for e, size in sized.values():
-            if e.kind == "position" and size > _DROWNED * largest:
+            computed = evidence.contents[e.parameter].row_spread < 0.1  # sinusoids
+            if e.kind == "position" and not computed and size > _DROWNED * largest:
                 yield Fault(
                     "positions",
                     "at-risk",

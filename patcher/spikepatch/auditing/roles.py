@@ -2,6 +2,7 @@
 
     step    a bias that reaches a softplus: a state-space model's step is softplus(x + b)
     decay   a parameter w of which the graph takes -exp(w): the rate at which a state decays
+    rate    a matrix whose product reaches the softplus too: what makes steps of the input
     bias    it is added to what depends on the tokens
     gain    it is multiplied with what depends on the tokens
 """
@@ -17,7 +18,7 @@ from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts
 from spikepatch.residual.ops import op, operands
 
-VectorRole = Literal["step", "decay", "bias", "gain"]
+VectorRole = Literal["step", "rate", "decay", "bias", "gain"]
 
 #: Seen through on the way to a softplus.
 _ON_THE_WAY = ops.VIEWS | {"clamp", "clamp_min"}
@@ -48,6 +49,8 @@ def _uses(facts: Facts, node: Node) -> Iterator[VectorRole]:
             yield "step" if _is_step(user) else "bias"
         elif _is_bias(user, before):
             yield "step" if _is_step(user) else "bias"
+        elif name in ops.MATMULS and (_is_step(user) or any(_is_step(u) for u, _ in _consumers(user) if op(u) in ops.ADDS)):
+            yield "rate"
         elif name in ops.PRODUCTS and any(a in facts.varies for a in operands(user)):
             yield "gain"
 

@@ -13,6 +13,8 @@ from spikepatch.plans.plan import small_std
 
 #: A product of a unit input and a matrix has a std of sigma sqrt(in): torch's default 0.58, Xavier about 1, GPT-2 0.55.
 _LARGE, _SMALL = 5.0, 0.01
+#: Sizes of a head.
+_HEADS = frozenset((8, *range(16, 513, 16)))
 #: Constants that initialisers use: none of them is a variance by mistake.
 _USUAL = (0.02, 0.01, 0.006)
 
@@ -40,9 +42,10 @@ def left_at_default(evidence: Evidence) -> Iterator[Fault]:
 
 
 def _fans(group: Group, member: Member) -> tuple[int, ...]:
+    if group.matrix is not None:
+        return (group.matrix.fan_in,)
     shape = member.contents.shape
-    own = math.prod(shape[1:]) if len(shape) > 1 else 1
-    return (own, group.matrix.fan_in) if group.matrix is not None else (own,)
+    return (math.prod(shape[1:]) if len(shape) > 1 else 1,)
 
 
 def wrong_formulas(evidence: Evidence, scheme: Scheme | None) -> Iterator[Fault]:
@@ -170,7 +173,7 @@ def other_groups(evidence: Evidence, scheme: Scheme, factor: Callable[[Group, fl
             continue
         expected = scheme.std(group)
         ratio = law.std / expected
-        if close(ratio, 1.0, group.error) or factor(group, ratio) or _of_queries(group, ratio):
+        if close(ratio, 1.0, group.error) or factor(group, ratio) or of_queries(group, ratio):
             continue
         yield Fault(
             "group",
@@ -183,11 +186,11 @@ def other_groups(evidence: Evidence, scheme: Scheme, factor: Callable[[Group, fl
         )
 
 
-def _of_queries(group: Group, ratio: float) -> bool:
+def of_queries(group: Group, ratio: float) -> bool:
     """1/sqrt(size of a head) in the weight of the queries, in place of a factor in the attention (T5)."""
     size = round(ratio**-2) if ratio < 1 else 0
     reads = group.matrix is not None and group.matrix.reads_stream
-    return "attention" in group.kind and reads and 8 <= size <= 512 and close(ratio, size**-0.5, group.error)
+    return "attention" in group.kind and reads and size in _HEADS and close(ratio, size**-0.5, group.error)
 
 
 def sizes(evidence: Evidence) -> Iterator[Fault]:

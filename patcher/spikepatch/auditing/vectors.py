@@ -129,11 +129,12 @@ def _drawn_bias(group: Group, drawn: list[Member], matrices: dict[str, Member], 
     size = math.hypot(first.contents.std, first.contents.mean)
     weight = matrices.get(module)
     usual = weight.contents.std * math.sqrt(fans[module]) if weight is not None else 1.0
-    large = size > usual > 0
+    gate = abs(first.contents.mean) > first.contents.std / 2  # forget gates begin open
+    large = size > usual > 0 and weight is not None and not gate
     constant = f"{first.contents.mean:.3g} everywhere" if first.contents.is_constant else f"a std of {first.contents.std:.3g}"
     return Fault(
         "bias",
-        "at-risk" if large and not first.contents.is_constant else "note",
+        "at-risk" if large else "note",
         tuple(m.name for m in drawn),
         "the bias is not 0" + (": it is larger than what it is added to" if large else ""),
         "a bias of 0",
