@@ -16,7 +16,11 @@ CASES: list[museum.Case] = []
 
 
 def case(
-    start: Callable[[], nn.Module], severity: str, must: tuple[str, ...], words: tuple[str, ...], may: tuple[str, ...] = ()
+    start: Callable[[], nn.Module],
+    severity: str,
+    must: tuple[str, ...],
+    words: tuple[str, ...],
+    may: tuple[str, ...] = (),
 ) -> Callable[[Callable[[nn.Module], None]], Callable[[nn.Module], None]]:
     def register(breaks: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
         CASES.append(museum.Case(breaks.__name__, start, breaks, severity, must, "", words, "", may))
@@ -109,7 +113,13 @@ def depth_scaling_of_another_depth(model):
         w.mul_((12 / 64) ** 0.5)
 
 
-@case(lambda: museum.torchtitan_like(), "at-risk", ("*.3.*.o_proj.weight", "*.4.*.down_proj.weight"), ("layers 3, 4, 5",), ("*.3.*", "*.4.*", "*.5.*"))
+@case(
+    lambda: museum.torchtitan_like(),
+    "at-risk",
+    ("*.3.*.o_proj.weight", "*.4.*.down_proj.weight"),
+    ("layers 3, 4, 5",),
+    ("*.3.*", "*.4.*", "*.5.*"),
+)
 def index_restarts_on_the_second_stage(model):
     for name, w in [*matrices(model, "o_proj.weight", "down_proj.weight", "up_proj.weight")]:
         if layer_of(name) >= 3:
@@ -149,7 +159,13 @@ def decays_drawn_as_weights(model):
             p.normal_(0, 0.02)
 
 
-@case(lambda: healthy(llama), "at-risk", ("model.rotary_emb.inv_freq",), ("buffer",), ("model.rotary_emb.original_inv_freq",))
+@case(
+    lambda: healthy(llama),
+    "at-risk",
+    ("model.rotary_emb.inv_freq",),
+    ("buffer",),
+    ("model.rotary_emb.original_inv_freq",),
+)
 def rotary_frequencies_erased(model):
     model.model.rotary_emb.inv_freq.zero_()
 
@@ -202,5 +218,3 @@ def one_group_is_larger(model):
 def default_rule_of_the_stack(model):
     for _, w in matrices(model, "experts.down_proj"):
         nn.init.kaiming_uniform_(w, a=math.sqrt(5))
-
-

@@ -1,6 +1,6 @@
 """How large the first attention logits are, in closed form: queries and keys are products of a normed stream.
 
-    std(q . k) = std(W_Q) sqrt(in) std(W_K) sqrt(in) sqrt(h) a     h: size of a head, a: the attention's own factor
+std(q . k) = std(W_Q) sqrt(in) std(W_K) sqrt(in) sqrt(h) a     h: size of a head, a: the attention's own factor
 """
 
 from __future__ import annotations
@@ -48,16 +48,27 @@ def attention(evidence: Evidence, stream: Stream) -> Iterator[Fault]:
         names = tuple(n for name in sorted(guilty) for n in groups[name].names)
         found.setdefault(names, (size, scores.factor))
     for names, (size, factor) in found.items():
-        missing = ", and the attention does not divide by sqrt(h): a factor is missing in the queries" if math.isclose(abs(factor), 1) else ""
+        missing = (
+            ", and the attention does not divide by sqrt(h): a factor is missing in the queries"
+            if math.isclose(abs(factor), 1)
+            else ""
+        )
         yield Fault(
             "attention",
             "at-risk",
             names,
-            f"the std is too large: attention logits begin with a std of {size:.3g}, which saturates the softmax{missing}",
+            f"the std is too large: attention logits begin at a std of {size:.3g}, which saturates the softmax{missing}",
             "logits with a std of about 1 or less",
             f"{size:.3g}",
             "draw queries and keys smaller" + (", the queries by 1/sqrt(h)" if missing else ""),
         )
+
+
+def unscaled_queries(stream: Stream) -> frozenset[str]:
+    """Matrices of queries whose attention does not divide by the root of a head's size: they carry that factor."""
+    facts = stream.facts
+    found = (_weight(facts, s.query) for s in _scores(facts) if math.isclose(abs(s.factor), 1))
+    return frozenset(name for name in found if name is not None)
 
 
 def _size(group: Group) -> float:
@@ -96,7 +107,8 @@ def _product_behind(facts: Facts, softmax: Node) -> _Scores | None:
 def _own_factors(facts: Facts, data: list[Node]) -> float:
     """Constants that queries or keys are multiplied with before their product."""
     factor = 1.0
-    for node in data:
+    for first in data:
+        node = first
         while len(before := facts.data(node)) == 1 and op(node) in ops.VIEWS | ops.PRODUCTS:
             number = _number(facts, node) if op(node) in ops.PRODUCTS else None
             if number is not None:

@@ -62,7 +62,10 @@ def _zero(evidence: Evidence, group: Group, members: list[Member]) -> Iterator[F
     elif group.part == "table" and kinds.get(names[0]) == "token":
         severity, what, remedy = "at-risk", "is zero: all tokens are the same", _REDRAW
     elif group.part == "table":
-        what, remedy = f"is zero: no {kinds.get(names[0])} is told from another at the start", "draw it, if it was not meant"
+        what, remedy = (
+            f"is zero: no {kinds.get(names[0])} is told from another at the start",
+            "draw it, if it was not meant",
+        )
     elif group.part == "matrix" and group.kind != "attention" and _projection_is_zero(evidence, group):
         severity, what = "at-risk", "is zero, and so is the projection behind it: neither gets a gradient"
         remedy = "draw one of the two"

@@ -1,9 +1,9 @@
 """Residual projections against the factors for depth that initialisers use.
 
-    1             none                       1/S                 applied twice
-    1/sqrt(S)     GPT-2, S sub-layers        1/sqrt(k)           for another number of sub-layers
-    1/sqrt(2(l+1)), 1/sqrt(l+1)  Mitchell, by the layer's own index
-    2/(N sqrt(d)) Wang, N layers             0                   projections that begin at zero
+1             none                       1/S                 applied twice
+1/sqrt(S)     GPT-2, S sub-layers        1/sqrt(k)           for another number of sub-layers
+1/sqrt(2(l+1)), 1/sqrt(l+1)  Mitchell, by the layer's own index
+2/(N sqrt(d)) Wang, N layers             0                   projections that begin at zero
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from spikepatch.auditing.fault import Fault
 from spikepatch.auditing.groups import Evidence, Group
-from spikepatch.auditing.laws import Scheme, close, inner, law_of
-from spikepatch.auditing.spread import of_queries
+from spikepatch.auditing.laws import Scheme, close, inner, law_of, schemes
+from spikepatch.auditing.spread import carries_head_size, odd_group
+from spikepatch.plans.plan import small_std
 from spikepatch.residual.map import ResidualMap
 
 
@@ -45,7 +46,8 @@ def factor_name(ratio: float, power: float, std: float, error: float, stream: Re
     for name, value in known:
         if close(ratio, value, error):
             return name
-    if close(std, 2 / (layers * math.sqrt(stream.width)), error):
+    small = close(std / ratio, small_std(stream.width), error)
+    if small and close(std, 2 / (layers * math.sqrt(stream.width)), error):
         return "wang"
     k = round(ratio**-2) if 0 < ratio < 0.9 else 0
     return f"1/sqrt({k})" if 2 <= k <= 1000 and close(ratio, k**-0.5) and k * 0.05 < 1.5 else ""
@@ -72,13 +74,37 @@ def scaled(evidence: Evidence, scheme: Scheme, stream: ResidualMap) -> list[Scal
     return found
 
 
-def sense(evidence: Evidence, scheme: Scheme) -> float:
-    """How much sense a scheme makes of the projections: known factors, and the same for all."""
-    score = 0.0
+def best_scheme(evidence: Evidence) -> Scheme | None:
+    """The scheme that explains most: groups that follow it, and projections with a factor for depth that has a name.
+
+    None where it explains fewer than two groups, or not most of them.
+    """
+    groups = len({g.pattern for g in inner(evidence.groups)})
+    tables = [(g.std, g.error) for g in evidence.of("table", "head") if g.std > 0]
+    best: tuple[float, Scheme] | None = None
+    for scheme in schemes(evidence):
+        explained, of = _explained(evidence, scheme)
+        explained += len(scheme.followers)
+        total = groups + of
+        if explained < 1.7 or 2 * explained <= total:
+            continue
+        constant = scheme.name == "std c"
+        score = explained + 0.1 * any(constant and close(std, scheme.c, error) for std, error in tables)
+        if best is None or score > best[0] + 1e-9:
+            best = score, scheme
+    return best[1] if best is not None else None
+
+
+def _explained(evidence: Evidence, scheme: Scheme) -> tuple[float, int]:
+    """How many projections have a factor with a name, the same for all; and how many there are."""
+    score, count = 0.0, 0
     for stream in evidence.streams:
-        names = [s.name for s in scaled(evidence, scheme, stream)]
-        score += sum(bool(n) - 0.5 * _is_number(n) - 0.5 * (n == _BY_INDEX) for n in names) - 0.25 * len(set(names))
-    return score
+        names = [s.name for s in scaled(evidence, scheme, stream) if s.name != "0"]
+        weak = {name for name in names if _is_number(name) or name in {_BY_INDEX, "1/sqrt(N)"}}
+        score += sum(0.3 if name in weak else 1.0 for name in names if name)
+        score -= 0.1 * max(len(set(names)) - 1, 0)
+        count += len(names)
+    return score, count
 
 
 def _is_number(name: str) -> bool:
@@ -88,7 +114,8 @@ def _is_number(name: str) -> bool:
 def depth(evidence: Evidence, scheme: Scheme) -> Iterator[Fault]:
     """What is wrong with the factors for depth."""
     for stream in evidence.streams:
-        if stream.sublayers < 3 or stream.placement == "post-norm":
+        yield from _behind_norms(evidence, scheme, stream)
+        if not _applies(stream):
             continue
         found = scaled(evidence, scheme, stream)
         elsewhere = _on_others(evidence, scheme, stream)
@@ -143,16 +170,38 @@ def _on_others(evidence: Evidence, scheme: Scheme, stream: ResidualMap) -> list[
             continue
         ratio = law.std / scheme.std(group)
         name = factor_name(ratio, law.power, law.std, group.error, stream)
-        if of_queries(group, ratio):
+        if carries_head_size(evidence, group, ratio):
             continue
         if name in {"1/sqrt(S)", "1/S", "1/sqrt(2(l+1))", "1/sqrt(l+1)"}:
             found.append(Scaled(group, ratio, name))
     return found
 
 
-def has_reason(evidence: Evidence, scheme: Scheme) -> dict[str, str]:
-    """Pattern of each matrix, not a projection, that carries a factor for depth -> its name."""
-    return {s.group.pattern: s.name for stream in evidence.streams for s in _on_others(evidence, scheme, stream)}
+def scaled_on_purpose(evidence: Evidence, scheme: Scheme) -> set[str]:
+    """Patterns of matrices, not projections, that carry a factor for depth, where that has a meaning."""
+    streams = [stream for stream in evidence.streams if _applies(stream)]
+    return {s.group.pattern for stream in streams for s in _on_others(evidence, scheme, stream)}
+
+
+def _applies(stream: ResidualMap) -> bool:
+    """Norms on the stream divide by its size, so that depth scaling has no reason."""
+    return stream.sublayers >= 3 and stream.placement != "post-norm"
+
+
+def _behind_norms(evidence: Evidence, scheme: Scheme, stream: ResidualMap) -> Iterator[Fault]:
+    """Projections that a norm follows, on the branch or on the stream, are as other matrices are."""
+    own = {p.parameter: p for p in stream.residual_projections}
+    for group in evidence.of("projection"):
+        projection = own.get(group.members[0].name)
+        law = law_of(group)
+        if projection is None or group.matrix is None or law is None:
+            continue
+        if projection.branch_norm is None and _applies(stream):
+            continue
+        ratio = law.std / scheme.std(group)
+        error = group.error / math.sqrt(len(group.members))
+        if factor_name(ratio, law.power, law.std, error, stream) not in {"1", "1/sqrt(S)", "wang"}:
+            yield odd_group(group, scheme, law.std)
 
 
 def _fault(severity: str, groups: list[Scaled], what: str, expected: str) -> Fault:

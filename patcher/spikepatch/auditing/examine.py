@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
-from spikepatch.auditing.attention import attention
+from spikepatch.auditing.attention import attention, unscaled_queries
 from spikepatch.auditing.broken import broken, copies
 from spikepatch.auditing.contents import Contents
-from spikepatch.auditing.depth import depth, has_reason, sense
+from spikepatch.auditing.depth import best_scheme, depth, scaled_on_purpose
+from spikepatch.auditing.expected import expected
 from spikepatch.auditing.fault import Audit, Fault, sorted_faults
-from spikepatch.auditing.groups import Evidence, Group, evidence
-from spikepatch.auditing.laws import Scheme, schemes, torch_default
+from spikepatch.auditing.groups import Evidence, evidence
+from spikepatch.auditing.laws import Scheme, torch_default
 from spikepatch.auditing.outputs import buffers, head, tables, tie
 from spikepatch.auditing.roles import roles
 from spikepatch.auditing.spread import left_at_default, other_groups, other_layers, sizes, wrong_formulas
 from spikepatch.auditing.vectors import vectors
+from spikepatch.plans.plan import Plan
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.stream import Stream
 
@@ -30,10 +32,11 @@ def examine(
     residual: ResidualMap | None,
     stream: Stream | None,
     vocabulary: int | None = None,
-    tied: bool = False,
+    tied: Callable[[str], bool],
     live_buffers: Mapping[str, torch.Tensor],
     built_buffers: Mapping[str, torch.Tensor],
     not_said: Iterable[str] = (),
+    planned: tuple[Plan, bool] | None = None,
 ) -> Audit:
     """Every rule on one model.
 
@@ -41,10 +44,16 @@ def examine(
         contents: of every float parameter.
         residual, stream: the proven map and the stream that feeds the output; None where there is none.
         vocabulary: number of tokens, where the output holds logits.
-        tied: the config promises that head and embedding are one.
+        tied: the config promises that the head of this name is the embedding.
+        planned: what it is to be like, and whether that plan takes out a factor of the model's own.
         live_buffers: the model's; ``built_buffers``: those that its constructor makes.
     """
-    known = evidence(residual, contents, roles(stream.facts) if stream is not None else {})
+    known = evidence(
+        residual,
+        contents,
+        roles(stream.facts) if stream is not None else {},
+        unscaled_queries(stream) if stream is not None else frozenset(),
+    )
     found: list[Fault] = [*broken(known), *copies(known), *tie(known, tied), *buffers(live_buffers, built_buffers)]
     claimed = {name for f in found if f.name not in {"copies", "copied-blocks", "tie"} for name in f.parameters}
     sound = known.without(claimed)
@@ -57,6 +66,8 @@ def examine(
         found += tables(sound)
         found += _of_stds(sound)
         scheme = best_scheme(sound)
+    if planned is not None:
+        found += expected(known, planned[0], replaced=planned[1])
     return Audit(
         source=source,
         architecture=architecture,
@@ -66,15 +77,6 @@ def examine(
         findings=sorted_faults(found),
         not_said=tuple(not_said),
     )
-
-
-def best_scheme(sound: Evidence) -> Scheme | None:
-    """Of the schemes that explain most matrices, the one that makes most sense of the residual projections."""
-    found = schemes(sound)
-    if not found:
-        return None
-    most = len(found[0].followers)
-    return max((s for s in found if len(s.followers) == most), key=lambda s: sense(sound, s))
 
 
 def _of_stds(sound: Evidence) -> Iterator[Fault]:
@@ -94,10 +96,5 @@ def _of_stds(sound: Evidence) -> Iterator[Fault]:
         if by_default is not None:
             yield from depth(sound, by_default)
         return
-    reasons = has_reason(sound, scheme)
-
-    def factor(group: Group, ratio: float) -> str:
-        return reasons.get(group.pattern, "")
-
     yield from depth(sound, scheme)
-    yield from other_groups(sound, scheme, factor)
+    yield from other_groups(sound, scheme, scaled_on_purpose(sound, scheme))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class Evidence:
         contents: of every float parameter.
         roles: of vectors and small tensors, by the graph.
         groups: of all parameters.
+        queries: matrices of queries whose attention does not divide by the size of a head.
         learned: the weights have been trained.
     """
 
@@ -76,6 +78,7 @@ class Evidence:
     contents: Mapping[str, Contents]
     roles: Mapping[str, VectorRole]
     groups: tuple[Group, ...]
+    queries: frozenset[str]
     learned: bool
 
     @property
@@ -100,11 +103,14 @@ class Evidence:
             members = tuple(m for m in group.members if m.name not in names)
             if members:
                 kept.append(Group(group.pattern, group.part, group.matrix, group.projection, members))
-        return Evidence(self.residual, self.contents, self.roles, tuple(kept), self.learned)
+        return dataclasses.replace(self, groups=tuple(kept))
 
 
 def evidence(
-    residual: ResidualMap | None, contents: Mapping[str, Contents], roles: Mapping[str, VectorRole]
+    residual: ResidualMap | None,
+    contents: Mapping[str, Contents],
+    roles: Mapping[str, VectorRole],
+    queries: frozenset[str],
 ) -> Evidence:
     """Put every parameter into its group."""
     streams = (residual, *residual.streams) if residual is not None else ()
@@ -132,7 +138,7 @@ def evidence(
         )
         for names in found.values()
     )
-    return Evidence(residual, contents, roles, groups, _learned(groups))
+    return Evidence(residual, contents, roles, groups, queries, _learned(groups))
 
 
 def _layers(names: list[str]) -> list[int]:

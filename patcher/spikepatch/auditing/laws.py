@@ -115,18 +115,23 @@ _SCHEMES: tuple[tuple[str, Callable[[Group], float]], ...] = (
 
 
 def schemes(evidence: Evidence) -> tuple[Scheme, ...]:
-    """The schemes that explain most groups of inner matrices, and at least two, the best first."""
+    """Every rule with the c of every group of inner matrices, each with those that follow it."""
     laws = {g.names: law for g in inner(evidence.groups) if (law := law_of(g)) is not None}
     groups = [g for g in inner(evidence.groups) if g.names in laws]
     found = []
-    for name, shape in _SCHEMES if len(groups) > 1 else ():
+    for name, shape in _SCHEMES:
         values = [laws[g.names].std / shape(g) for g in groups]
         errors = [g.error / math.sqrt(len(g.members)) for g in groups]
-        c = mode(values, errors)
-        followers = [g for g, v, e in zip(groups, values, errors, strict=True) if close(v, c, e, e)]
-        if len(followers) >= 2 and 2 * len(followers) > len(groups):
+        centres: list[float] = []
+        for value, error in zip(values, errors, strict=True):
+            near = [v for v, e in zip(values, errors, strict=True) if close(v, value, error, e)]
+            centre = statistics.median(near)
+            if centre not in centres:
+                centres.append(centre)
+        for c in centres:
+            followers = [g for g, v, e in zip(groups, values, errors, strict=True) if close(v, c, e, e)]
             found.append(Scheme(name, c, shape, frozenset(g.pattern for g in followers)))
-    return tuple(sorted(found, key=lambda s: -len(s.followers)))
+    return tuple(found)
 
 
 def torch_default(evidence: Evidence) -> Scheme | None:

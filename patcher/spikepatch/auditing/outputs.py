@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch.fx import Node
@@ -124,13 +124,15 @@ def tables(evidence: Evidence) -> Iterator[Fault]:
                 )
 
 
-def tie(evidence: Evidence, promised: bool) -> Iterator[Fault]:
+def tie(evidence: Evidence, promised: Callable[[str], bool]) -> Iterator[Fault]:
     """The config says that head and embedding are one, and they are two."""
     residual = evidence.residual
     token = residual.token_embedding if residual is not None else None
-    if not promised or residual is None or residual.head is None or residual.head.tied or token is None:
+    if residual is None or residual.head is None or residual.head.tied or token is None:
         return
     name = residual.head.parameter
+    if not promised(name):
+        return
     first, second = evidence.contents.get(name), evidence.contents.get(token.parameter)
     if first is None or second is None or name == token.parameter or first.shape != second.shape:
         return

@@ -1,10 +1,10 @@
 """What a vector or a small tensor is for, by what the graph does with it: nothing is told from names.
 
-    step    a bias that reaches a softplus: a state-space model's step is softplus(x + b)
-    decay   a parameter w of which the graph takes -exp(w): the rate at which a state decays
-    rate    a matrix whose product reaches the softplus too: what makes steps of the input
-    bias    it is added to what depends on the tokens
-    gain    it is multiplied with what depends on the tokens
+step    a bias that reaches a softplus: a state-space model's step is softplus(x + b)
+decay   a parameter w of which the graph takes -exp(w): the rate at which a state decays
+rate    a matrix whose product reaches the softplus too: what makes steps of the input
+bias    it is added to what depends on the tokens
+gain    it is multiplied with what depends on the tokens
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def _uses(facts: Facts, node: Node) -> Iterator[VectorRole]:
             yield "step" if _is_step(user) else "bias"
         elif _is_bias(user, before):
             yield "step" if _is_step(user) else "bias"
-        elif name in ops.MATMULS and (_is_step(user) or any(_is_step(u) for u, _ in _consumers(user) if op(u) in ops.ADDS)):
+        elif name in ops.MATMULS and (
+            _is_step(user) or any(_is_step(u) for u, _ in _consumers(user) if op(u) in ops.ADDS)
+        ):
             yield "rate"
         elif name in ops.PRODUCTS and any(a in facts.varies for a in operands(user)):
             yield "gain"

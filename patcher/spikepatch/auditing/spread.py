@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from spikepatch.auditing.fault import Fault
 from spikepatch.auditing.groups import Evidence, Group, Member
@@ -13,8 +13,6 @@ from spikepatch.plans.plan import small_std
 
 #: A product of a unit input and a matrix has a std of sigma sqrt(in): torch's default 0.58, Xavier about 1, GPT-2 0.55.
 _LARGE, _SMALL = 5.0, 0.01
-#: Sizes of a head.
-_HEADS = frozenset((8, *range(16, 513, 16)))
 #: Constants that initialisers use: none of them is a variance by mistake.
 _USUAL = (0.02, 0.01, 0.006)
 
@@ -165,32 +163,37 @@ def other_layers(evidence: Evidence) -> Iterator[Fault]:
         )
 
 
-def other_groups(evidence: Evidence, scheme: Scheme, factor: Callable[[Group, float], str]) -> Iterator[Fault]:
-    """Groups that do not follow the scheme of most. ``factor`` names a ratio that has a reason, or is empty."""
+def other_groups(evidence: Evidence, scheme: Scheme, with_reason: set[str]) -> Iterator[Fault]:
+    """Groups that do not follow the scheme of most; not those whose patterns are ``with_reason``."""
     for group in inner(evidence.groups):
         law = law_of(group)
-        if law is None or group.pattern in scheme.followers:
+        if law is None or group.pattern in scheme.followers | with_reason:
             continue
         expected = scheme.std(group)
         ratio = law.std / expected
-        if close(ratio, 1.0, group.error) or factor(group, ratio) or of_queries(group, ratio):
+        if close(ratio, 1.0, group.error) or carries_head_size(evidence, group, ratio):
             continue
-        yield Fault(
-            "group",
-            "note",
-            group.names,
-            f"the std is {ratio:.3g} times what the scheme of the other matrices says ({scheme.text})",
-            f"a std of {expected:.3g}",
-            f"a std of {law.std:.3g}",
-            "right where it was meant so",
-        )
+        yield odd_group(group, scheme, law.std)
 
 
-def of_queries(group: Group, ratio: float) -> bool:
+def odd_group(group: Group, scheme: Scheme, std: float) -> Fault:
+    """It has another std than the scheme says."""
+    expected = scheme.std(group)
+    return Fault(
+        "group",
+        "note",
+        group.names,
+        f"the std is {std / expected:.3g} times what the scheme of the other matrices says ({scheme.text})",
+        f"a std of {expected:.3g}",
+        f"a std of {std:.3g}",
+        "right where it was meant so",
+    )
+
+
+def carries_head_size(evidence: Evidence, group: Group, ratio: float) -> bool:
     """1/sqrt(size of a head) in the weight of the queries, in place of a factor in the attention (T5)."""
     size = round(ratio**-2) if ratio < 1 else 0
-    reads = group.matrix is not None and group.matrix.reads_stream
-    return "attention" in group.kind and reads and size in _HEADS and close(ratio, size**-0.5, group.error)
+    return size > 1 and set(group.names) <= evidence.queries and close(ratio, size**-0.5, group.error)
 
 
 def sizes(evidence: Evidence) -> Iterator[Fault]:

@@ -55,7 +55,9 @@ def _gains(evidence: Evidence) -> Iterator[Fault]:
                 f"w has a mean of {drawn[0].contents.mean:.3g} and a std of {drawn[0].contents.std:.3g}",
                 "set w to " + neutral.split()[0],
             )
-        other = [m for m in sound if m.contents.is_constant and m not in silent and not _is_meant(evidence, norm, m, offset)]
+        other = [
+            m for m in sound if m.contents.is_constant and m not in silent and not _is_meant(evidence, norm, m, offset)
+        ]
         if other:
             value = other[0].contents.mean
             far = not 2 / 3 < abs(value + offset) < 1.5
@@ -131,7 +133,9 @@ def _drawn_bias(group: Group, drawn: list[Member], matrices: dict[str, Member], 
     usual = weight.contents.std * math.sqrt(fans[module]) if weight is not None else 1.0
     gate = abs(first.contents.mean) > first.contents.std / 2  # forget gates begin open
     large = size > usual > 0 and weight is not None and not gate
-    constant = f"{first.contents.mean:.3g} everywhere" if first.contents.is_constant else f"a std of {first.contents.std:.3g}"
+    constant = (
+        f"{first.contents.mean:.3g} everywhere" if first.contents.is_constant else f"a std of {first.contents.std:.3g}"
+    )
     return Fault(
         "bias",
         "at-risk" if large else "note",

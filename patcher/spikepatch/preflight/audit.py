@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import re
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +13,11 @@ from torch import nn
 from spikepatch.auditing.contents import Contents, merged, of_entry, of_tensor
 from spikepatch.auditing.examine import examine
 from spikepatch.auditing.fault import Audit
-from spikepatch.errors import SpikepatchError
+from spikepatch.errors import Refused, SpikepatchError
+from spikepatch.plans.plan import Plan, Recipe
 from spikepatch.preflight.subject import Subject, of_model, of_source, vocabulary_of
 from spikepatch.progress import Progress, silent
+from spikepatch.recipes.plan_of import plan
 from spikepatch.residual.inspect import map_of
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import shape
@@ -32,6 +36,7 @@ def audit(
     model: nn.Module | str,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     *,
+    expect: str | Recipe | None = None,
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -43,12 +48,14 @@ def audit(
         model: a loaded model, or a SOURCE: a hub id, a folder, ``arch:TYPE``. The weights of a folder are read once, a
             block at a time; without weights it is audited as its own initialiser makes it.
         example_inputs: keyword arguments of ``forward``; needed for a plain module.
+        expect: a recipe that the weights are to follow: what does not is at-risk.
         seed: of an initialiser that has to be run.
         revision, trust_remote_code: of a SOURCE.
         progress: told (step, done, total).
 
     Raises:
-        SpikepatchError: the model cannot be read. Where it cannot be mapped, the audit says so and reads the values.
+        SpikepatchError: the model cannot be read, or ``expect`` does not apply to it. Where it cannot be mapped, the
+            audit says so and reads the values.
     """
     tell = progress or silent
     if isinstance(model, str):
@@ -56,9 +63,24 @@ def audit(
 
         tell("reading the source", 0, 0)
         source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell)
-        return audit_subject(of_source(source, seed), source.name, source=source, progress=tell)
+        planned = _planned(model, expect, revision=revision, trust_remote_code=trust_remote_code)
+        return audit_subject(of_source(source, seed), source.name, source=source, planned=planned, progress=tell)
     check_module(model)
-    return audit_subject(of_model(model, seed), type(model).__name__, example_inputs=example_inputs, progress=tell)
+    subject, name = of_model(model, seed), type(model).__name__
+    planned = _planned(model, expect, example_inputs=example_inputs)
+    return audit_subject(subject, name, example_inputs=example_inputs, planned=planned, progress=tell)
+
+
+def _planned(model: nn.Module | str, recipe: str | Recipe | None, **options: Any) -> tuple[Plan, bool] | None:
+    """What the recipe makes of the model, and whether a factor that the model has had to be taken out first."""
+    if recipe is None:
+        return None
+    try:
+        return plan(model, recipe, reinit="all", **options), False
+    except Refused:
+        with contextlib.suppress(Refused):
+            return plan(model, recipe, reinit="all", replace=True, **options), True
+        raise
 
 
 def audit_subject(
@@ -67,6 +89,7 @@ def audit_subject(
     *,
     source: Source | None = None,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
+    planned: tuple[Plan, bool] | None = None,
     progress: Progress = silent,
 ) -> Audit:
     """The audit of what ``check`` measures, with the weights that it measures."""
@@ -90,6 +113,7 @@ def audit_subject(
         live_buffers=dict(model.named_buffers()),
         built_buffers=_built_buffers(model),
         not_said=not_said,
+        planned=planned,
     )
 
 
@@ -134,11 +158,11 @@ def _stored(source: Source, model: nn.Module) -> Callable[[str], Contents]:
     return of
 
 
-def _promises_tie(model: Any) -> bool:
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    own = getattr(model, "_tied_weights_keys", None)
-    return bool(own) and bool(getattr(text, "tie_word_embeddings", False))
+def _promises_tie(model: Any) -> Callable[[str], bool]:
+    """Whether transformers would tie the parameter of this name, by the model's config and class."""
+    keys = getattr(model, "_tied_weights_keys", None) or {}
+    promised = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    return lambda name: promised and any(name == key or re.fullmatch(key, name) for key in keys)
 
 
 def _built_buffers(model: Any) -> dict[str, torch.Tensor]:
@@ -149,5 +173,3 @@ def _built_buffers(model: Any) -> dict[str, torch.Tensor]:
         return dict(build_meta(type(model), model.config, where=type(model).__name__).named_buffers())
     except SpikepatchError:
         return {}
-
-
