@@ -51,6 +51,7 @@ RANKS = (
     ("apply.live",),
     ("apply.folder", "apply.own_file"),
     ("report",),
+    ("auditing",),
     ("preflight",),
     ("training",),
     ("commands",),

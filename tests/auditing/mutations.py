@@ -1,7 +1,7 @@
 """One group of parameters of a healthy model is broken; the audit has to name it, and nothing else.
 
-    python -m tests.auditing.mutations            all types
-    python -m tests.auditing.mutations llama t5   these
+python -m tests.auditing.mutations            all types
+python -m tests.auditing.mutations llama t5   these
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import click
 import torch
 from torch import nn
 
@@ -119,7 +120,9 @@ def outcomes(mapping: Mapping, model_type: str, *, count: int = 10, seed: int = 
         if name in inner | gains:
             groups.setdefault((pattern(name), p.shape), []).append(name)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    before = {(f.what, n) for f in spikepatch.audit(model).findings for n in f.parameters}
+    before = spikepatch.audit(model).findings
+    kinds = {(f.name, n) for f in before for n in f.parameters}
+    sentences = {(f.what, n) for f in before for n in f.parameters}
     makers = [(name, change, inner) for name, change in MATRICES.items()]
     makers += [(name, _every(change), gains) for name, change in GAINS.items()]
     done = 0
@@ -134,12 +137,13 @@ def outcomes(mapping: Mapping, model_type: str, *, count: int = 10, seed: int = 
         with torch.no_grad():
             torch.manual_seed(done)
             applies = change([model.get_parameter(n) for n in names])
-            found = {(f.what, n) for f in spikepatch.audit(model).findings for n in f.parameters} if applies else set()
+            found = spikepatch.audit(model).findings if applies else ()
             model.load_state_dict(state)
         if applies:
             done += 1
-            new = {n for f, n in found - before}
-            yield Outcome(model_type, name, names[0], bool(new & set(names)), tuple(sorted(new - set(names))))
+            new = {n for f in found for n in f.parameters if (f.what, n) not in sentences}
+            outside = {n for f in found for n in f.parameters if (f.name, n) not in kinds} - set(names)
+            yield Outcome(model_type, name, names[0], bool(new & set(names)), tuple(sorted(outside)))
 
 
 def _every(change: Callable[[nn.Parameter], object]) -> Break:
@@ -156,28 +160,31 @@ def build(mapping: Mapping, model_type: str) -> nn.Module:
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = tiny_config_for(model_type, mapping)
-        return from_config(model_class(model_type, mapping), config).eval().float()
+        model: nn.Module = from_config(model_class(model_type, mapping), config)
+        return model.eval().float()
 
 
 def main(wanted: list[str]) -> None:
     """Print every miss, and the share."""
     total = missed = outside = models = 0
     for mapping in ("causal", "seq2seq", "masked"):
-        for model_type in CLASSES[mapping]:  # type: ignore[index]
+        for model_type in CLASSES[mapping]:
             if wanted and model_type not in wanted:
                 continue
             try:
-                found = list(outcomes(mapping, model_type))  # type: ignore[arg-type]
+                found = list(outcomes(mapping, model_type))
             except Exception as error:
-                print(f"{model_type}: {type(error).__name__}: {str(error)[:80]}")
+                click.echo(f"{model_type}: {type(error).__name__}: {str(error)[:80]}")
                 continue
             models += bool(found)
             for each in found:
                 total, missed, outside = total + 1, missed + (not each.named), outside + bool(each.outside)
                 if not each.named or each.outside:
-                    print(f"{each.model}: {each.mutation} of {each.group}: named {each.named}, outside {each.outside[:3]}")
+                    click.echo(
+                        f"{each.model}: {each.mutation} of {each.group}: named {each.named}, outside {each.outside[:3]}"
+                    )
             sys.stdout.flush()
-    print(f"{models} types, {total} mutations: {missed} not named, {outside} named something else")
+    click.echo(f"{models} types, {total} mutations: {missed} not named, {outside} named something else")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def attention(evidence: Evidence, stream: Stream) -> Iterator[Fault]:
             "attention",
             "at-risk",
             names,
-            f"the std is too large: attention logits begin at a std of {size:.3g}, which saturates the softmax{missing}",
+            f"the std is too large: attention logits begin at {size:.3g}, which saturates the softmax{missing}",
             "logits with a std of about 1 or less",
             f"{size:.3g}",
             "draw queries and keys smaller" + (", the queries by 1/sqrt(h)" if missing else ""),

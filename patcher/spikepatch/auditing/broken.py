@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from spikepatch.auditing.contents import Contents
 from spikepatch.auditing.fault import Fault, FaultLevel
-from spikepatch.auditing.groups import Evidence, Group, Member
+from spikepatch.auditing.groups import Evidence, Group, Member, ParameterPart
 
 _REDRAW = "draw it again"
 #: Parts that are matrices, whose values are draws.
-_DRAWN = ("matrix", "projection", "table", "head")
+_DRAWN: tuple[ParameterPart, ...] = ("matrix", "projection", "table", "head")
 #: The largest of 10^12 normal draws is at 7 stds.
 _OUTLIER = 10.0
 #: A float32 that nobody wrote is as a rule denormal or huge.

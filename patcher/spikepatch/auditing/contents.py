@@ -163,7 +163,8 @@ def measure(blocks: Iterable[torch.Tensor], shape: tuple[int, ...], dtype: torch
     top: list[torch.Tensor] = []
     bad: list[int] = []
     nonfinite = seen = 0
-    for block in blocks:
+    for given in blocks:
+        block = given
         bits = block.view(integer) & mask
         if len(bits) and int(bits.max()) >= infinite:
             wrong = bits >= infinite

@@ -19,7 +19,6 @@ from spikepatch.auditing.spread import carries_head_size, odd_group
 from spikepatch.plans.plan import small_std
 from spikepatch.residual.map import ResidualMap
 
-
 _BY_INDEX = "by the layer's index"
 
 
@@ -121,6 +120,7 @@ def depth(evidence: Evidence, scheme: Scheme) -> Iterator[Fault]:
         elsewhere = _on_others(evidence, scheme, stream)
         plain = [s for s in found if s.name == "1"]
         rest = [s for s in found if s.name not in {"1", "0"}]
+        strong = [s for s in rest if s.name and not _is_number(s.name)]
         expected = f"a factor of 1/sqrt(S) = {stream.sublayers**-0.5:.3g} for S = {stream.sublayers} sub-layers"
         if plain and elsewhere:
             yield _fault(
@@ -130,11 +130,11 @@ def depth(evidence: Evidence, scheme: Scheme) -> Iterator[Fault]:
                 f" {elsewhere[0].name}, {plain[0].group.pattern} has none",
                 expected,
             )
-        elif plain and rest and any(s.name for s in rest):
+        elif plain and strong:
             yield _fault(
                 "at-risk",
                 plain,
-                f"depth scaling is missing here, {rest[0].group.pattern} has {rest[0].name or 'some'}",
+                f"depth scaling is missing here, {strong[0].group.pattern} has {strong[0].name}",
                 expected,
             )
         elif plain:

@@ -12,7 +12,9 @@ from spikepatch.auditing.contents import LEARNED_SPREAD, Contents
 from spikepatch.auditing.roles import VectorRole
 from spikepatch.residual.map import Embedding, Matrix, ResidualMap, ResidualProjection, pattern
 
-Part = Literal["matrix", "projection", "table", "head", "norm", "step", "rate", "decay", "bias", "gain", "other"]
+ParameterPart = Literal[
+    "matrix", "projection", "table", "head", "norm", "step", "rate", "decay", "bias", "gain", "other"
+]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Group:
     """
 
     pattern: str
-    part: Part
+    part: ParameterPart
     matrix: Matrix | None
     projection: ResidualProjection | None
     members: tuple[Member, ...]
@@ -92,7 +94,7 @@ class Evidence:
         found = {e.parameter: e for stream in reversed(self.streams) for e in reversed(stream.embeddings)}
         return tuple(reversed(found.values()))
 
-    def of(self, *parts: Part) -> tuple[Group, ...]:
+    def of(self, *parts: ParameterPart) -> tuple[Group, ...]:
         """The groups of these parts."""
         return tuple(group for group in self.groups if group.part in parts)
 
@@ -116,7 +118,7 @@ def evidence(
     streams = (residual, *residual.streams) if residual is not None else ()
     matrices = {m.parameter: m for stream in streams for m in stream.matrices}
     projections = {p.parameter: p for stream in streams for p in stream.residual_projections}
-    parts: dict[str, Part] = dict(roles)
+    parts: dict[str, ParameterPart] = dict(roles)
     parts |= {n.parameter: "norm" for stream in streams for n in stream.norms if n.parameter is not None}
     parts |= {n.bias: "bias" for stream in streams for n in stream.norms if n.bias is not None}
     parts |= {name: "matrix" for name in matrices if roles.get(name) != "rate"}

@@ -42,7 +42,7 @@ class Law:
 
     def at(self, layer: int) -> float:
         """What the law says of a layer."""
-        return self.std * (layer + 1) ** self.power
+        return self.std * math.pow(layer + 1, self.power)
 
 
 def law_of(group: Group) -> Law | None:
@@ -143,7 +143,7 @@ def torch_default(evidence: Evidence) -> Scheme | None:
 
 
 def inner(groups: Iterable[Group]) -> tuple[Group, ...]:
-    """Matrices that vote: not residual projections, nor what a mixer keeps inside, whose scale is part of its design."""
+    """Matrices that vote: no residual projections, nor what a mixer keeps inside, which is part of its design."""
     return tuple(
         g
         for g in groups

@@ -44,7 +44,8 @@ def head(evidence: Evidence, stream: Stream | None, vocabulary: int | None) -> I
         "head",
         "at-risk",
         (name,),
-        f"the head makes logits with a std of {size:.3g}{tied}: the first loss is about {loss:.3g}, log V is {uniform:.3g}",
+        f"the head makes logits with a std of {size:.3g}{tied}: the first loss is about {loss:.3g}, where log V is"
+        f" {uniform:.3g}",
         "logits with a std of about 1 or less",
         f"a std of {contents.std:.3g}, logits of {size:.3g}",
         f"draw it with a std of at most 1/sqrt(d) = {residual.width**-0.5:.3g}",
@@ -117,7 +118,7 @@ def tables(evidence: Evidence) -> Iterator[Fault]:
                     "positions",
                     "at-risk",
                     (e.parameter,),
-                    f"positions drown the tokens: their embedding enters the stream {size / largest:.3g} times as large",
+                    f"positions drown the tokens: what they add to the stream is {size / largest:.3g} times as large",
                     f"a std of at most that of the tokens, {largest / e.scale:.3g}",
                     f"a std of {evidence.contents[e.parameter].std:.3g}",
                     "draw it as the token embedding is",

@@ -45,9 +45,7 @@ def _uses(facts: Facts, node: Node) -> Iterator[VectorRole]:
         elif name == "neg":
             if any(op(u) == "exp" for u, _ in _consumers(user)):
                 yield "decay"
-        elif name in ops.ADDS and any(a in facts.varies for a in operands(user)):
-            yield "step" if _is_step(user) else "bias"
-        elif _is_bias(user, before):
+        elif (name in ops.ADDS and any(a in facts.varies for a in operands(user))) or _is_bias(user, before):
             yield "step" if _is_step(user) else "bias"
         elif name in ops.MATMULS and (
             _is_step(user) or any(_is_step(u) for u, _ in _consumers(user) if op(u) in ops.ADDS)

@@ -55,6 +55,17 @@ def _gains(evidence: Evidence) -> Iterator[Fault]:
                 f"w has a mean of {drawn[0].contents.mean:.3g} and a std of {drawn[0].contents.std:.3g}",
                 "set w to " + neutral.split()[0],
             )
+        uneven = [m for m in sound if not m.contents.is_constant and m not in drawn and m.contents.elements >= 4]
+        if uneven:
+            yield Fault(
+                "gain",
+                "note",
+                tuple(m.name for m in uneven),
+                "the gain of the norm differs from channel to channel, as after training, or drawn around its value",
+                f"a gain of 1, w = {neutral}",
+                f"w has a mean of {uneven[0].contents.mean:.3g} and a std of {uneven[0].contents.std:.3g}",
+                "set w to " + neutral.split()[0] + ", if the model is fresh",
+            )
         other = [
             m for m in sound if m.contents.is_constant and m not in silent and not _is_meant(evidence, norm, m, offset)
         ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ from spikepatch.residual.trace import trace
 from spikepatch.source.layout import layout
 from spikepatch.source.match import match_source
 from spikepatch.source.meta import build_meta, check_module, skeleton
-from spikepatch.source.private import is_transformers_model
+from spikepatch.source.private import is_transformers_model, promises_tie
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -109,7 +109,7 @@ def audit_subject(
         residual=residual,
         stream=stream,
         vocabulary=vocabulary if logits else None,
-        tied=_promises_tie(model),
+        tied=partial(promises_tie, model),
         live_buffers=dict(model.named_buffers()),
         built_buffers=_built_buffers(model),
         not_said=not_said,
@@ -156,13 +156,6 @@ def _stored(source: Source, model: nn.Module) -> Callable[[str], Contents]:
         return merged([of_entry(match.targets[part]) for part in parts[name]], shapes[name])
 
     return of
-
-
-def _promises_tie(model: Any) -> Callable[[str], bool]:
-    """Whether transformers would tie the parameter of this name, by the model's config and class."""
-    keys = getattr(model, "_tied_weights_keys", None) or {}
-    promised = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
-    return lambda name: promised and any(name == key or re.fullmatch(key, name) for key in keys)
 
 
 def _built_buffers(model: Any) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,13 @@ def fsdp_handles(module: Any) -> Iterator[tuple[nn.Module, str, object]]:
 
 
 # transformers: models and configs
+
+
+def promises_tie(model: nn.Module, name: str) -> bool:
+    """Transformers would make one tensor of this parameter and another, by the model's config and class."""
+    keys: Any = getattr(model, "_tied_weights_keys", None) or ()
+    promised = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    return promised and any(name == key or re.fullmatch(key, name) for key in keys)
 
 
 def is_transformers_model(model: object) -> bool:
