@@ -1,7 +1,8 @@
 """What an audit needs to know of one tensor, from one reading of it in blocks of rows.
 
-Every element is looked at by its bits: NaN, infinity, the largest of each row and column, copies. The moments come from
-whole rows spread evenly over the tensor, about a million elements: a std is known to 0.1 % by those.
+Every element is looked at by its bits: NaN, infinity, the largest of each row and column. Copies are found by the signs
+of the first 64 elements of each row and column. The moments come from whole rows spread evenly over the tensor, about
+260,000 elements: by those a std is known to 0.14 %.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Elements that the moments are taken of, at most about twice as many.
-_SAMPLE = 1 << 20
+_SAMPLE = 1 << 18
 #: Elements of a block that is read at a time.
 _BLOCK = 1 << 20
 #: Elements whose signs tell a row, a column or a tensor from all others.

@@ -33,7 +33,7 @@ class Scaled:
 
 def factor_name(ratio: float, power: float, std: float, error: float, stream: ResidualMap) -> str:
     """Which factor for depth a ratio is."""
-    count, layers = stream.sublayers, stream.layers
+    count, layers = stream.sublayers, stream.layers or stream.sublayers  # blocks that stand in no list
     if power == -0.5:
         for name, value in (("1/sqrt(2(l+1))", 2**-0.5), ("1/sqrt(l+1)", 1.0)):
             if close(ratio, value, error):
