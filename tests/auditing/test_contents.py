@@ -135,7 +135,7 @@ def test_parts_are_merged() -> None:
         assert getattr(found, field) == getattr(whole, field), field
     for field in ("mean", "std"):
         assert getattr(found, field) == pytest.approx(getattr(whole, field), rel=1e-6), field
-    # Each part's is about its own mean; those of 2,100 draws differ by 0.02 of a std, its square by 5e-4, six times that.
+    # Each part's is about its own mean; those of 2,100 draws differ by 0.02 of a std: six times its square.
     assert found.kurtosis == pytest.approx(whole.kurtosis, rel=6 * 5e-4)
     copied = merged([*parts[:3], dataclasses.replace(parts[0])], tuple(stack.shape))
     assert copied.repeat is not None

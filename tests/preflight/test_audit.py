@@ -6,12 +6,13 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spikepatch
 from spikepatch.cli import main
@@ -22,18 +23,19 @@ def run(*words: str) -> Result:
     return CliRunner().invoke(main, ["audit", *words])
 
 
-def broken(model_type: str) -> torch.nn.Module:
-    model = tiny_model(model_type)
+def broken(model_type: str) -> PreTrainedModel:
+    model: Any = tiny_model(model_type)
     with torch.no_grad():
         model.model.layers[1].self_attn.q_proj.weight.zero_()
         model.model.layers[2].input_layernorm.weight.fill_(0.0)
+    assert isinstance(model, PreTrainedModel)
     return model
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_a_folder_is_audited_as_the_loaded_model(model_type: str, tmp_path: Path) -> None:
     """Experts are stored apart, and fused in memory."""
-    broken(model_type).save_pretrained(tmp_path / "source")  # type: ignore[operator]
+    broken(model_type).save_pretrained(tmp_path / "source")
     stored = spikepatch.audit(str(tmp_path / "source"))
     loaded = spikepatch.audit(AutoModelForCausalLM.from_pretrained(tmp_path / "source"))
     assert {f.name for f in stored.at_least("at-risk")} == {"zero", "gain"}
@@ -74,7 +76,7 @@ def test_what_follows_a_recipe_is_as_expected(recipe: str) -> None:
 
 
 def test_one_layer_that_is_not_as_expected() -> None:
-    model = tiny_model("llama")
+    model: Any = tiny_model("llama")
     spikepatch.patch(model, "vanilla", reinit="all")
     assert [f for f in spikepatch.audit(model, expect="vanilla").findings if f.severity != "note"] == []
     with torch.no_grad():
@@ -87,7 +89,7 @@ def test_one_layer_that_is_not_as_expected() -> None:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("broken")
-    broken("llama").save_pretrained(folder)  # type: ignore[operator]
+    broken("llama").save_pretrained(folder)
     return str(folder)
 
 

@@ -64,11 +64,11 @@ def attention(evidence: Evidence, stream: Stream) -> Iterator[Fault]:
         )
 
 
-def unscaled_queries(stream: Stream) -> frozenset[str]:
-    """Matrices of queries whose attention does not divide by the root of a head's size: they carry that factor."""
+def unscaled_queries(stream: Stream) -> dict[str, int]:
+    """Matrices of queries whose attention does not divide by the root of a head's size: that size."""
     facts = stream.facts
-    found = (_weight(facts, s.query) for s in _scores(facts) if math.isclose(abs(s.factor), 1))
-    return frozenset(name for name in found if name is not None)
+    found = [(_weight(facts, s.query), s.query) for s in _scores(facts) if math.isclose(abs(s.factor), 1)]
+    return {name: ops.last(query) for name, query in found if name is not None}
 
 
 def _size(group: Group) -> float:

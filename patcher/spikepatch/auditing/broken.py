@@ -73,11 +73,10 @@ def _zero(evidence: Evidence, group: Group, members: list[Member]) -> Iterator[F
 
 
 def _projection_is_zero(evidence: Evidence, group: Group) -> bool:
-    assert group.matrix is not None
     behind = [
         m.contents.is_zero
         for other in evidence.of("projection")
-        if other.matrix is not None and other.matrix.sublayer == group.matrix.sublayer
+        if other.matrix is not None and group.matrix is not None and other.matrix.sublayer == group.matrix.sublayer
         for m in other.members
     ]
     return bool(behind) and all(behind)

@@ -52,7 +52,7 @@ def examine(
         residual,
         contents,
         roles(stream.facts) if stream is not None else {},
-        unscaled_queries(stream) if stream is not None else frozenset(),
+        unscaled_queries(stream) if stream is not None else {},
     )
     found: list[Fault] = [*broken(known), *copies(known), *tie(known, tied), *buffers(live_buffers, built_buffers)]
     claimed = {name for f in found if f.name not in {"copies", "copied-blocks", "tie"} for name in f.parameters}

@@ -72,7 +72,7 @@ class Evidence:
         contents: of every float parameter.
         roles: of vectors and small tensors, by the graph.
         groups: of all parameters.
-        queries: matrices of queries whose attention does not divide by the size of a head.
+        queries: matrices of queries whose attention does not divide by the root of a head's size -> that size.
         learned: the weights have been trained.
     """
 
@@ -80,7 +80,7 @@ class Evidence:
     contents: Mapping[str, Contents]
     roles: Mapping[str, VectorRole]
     groups: tuple[Group, ...]
-    queries: frozenset[str]
+    queries: Mapping[str, int]
     learned: bool
 
     @property
@@ -112,13 +112,15 @@ def evidence(
     residual: ResidualMap | None,
     contents: Mapping[str, Contents],
     roles: Mapping[str, VectorRole],
-    queries: frozenset[str],
+    queries: Mapping[str, int],
 ) -> Evidence:
     """Put every parameter into its group."""
     streams = (residual, *residual.streams) if residual is not None else ()
     matrices = {m.parameter: m for stream in streams for m in stream.matrices}
     projections = {p.parameter: p for stream in streams for p in stream.residual_projections}
     parts: dict[str, ParameterPart] = dict(roles)
+    if residual is None:  # what is broken shows without a map
+        parts = {name: "matrix" for name, c in contents.items() if min(c.rows, c.columns) >= 16}
     parts |= {n.parameter: "norm" for stream in streams for n in stream.norms if n.parameter is not None}
     parts |= {n.bias: "bias" for stream in streams for n in stream.norms if n.bias is not None}
     parts |= {name: "matrix" for name in matrices if roles.get(name) != "rate"}

@@ -22,6 +22,8 @@ VectorRole = Literal["step", "rate", "decay", "bias", "gain"]
 
 #: Seen through on the way to a softplus.
 _ON_THE_WAY = ops.VIEWS | {"clamp", "clamp_min"}
+#: Views of all of a value.
+_WHOLE = ops.VIEWS - frozenset("getitem split split_with_sizes chunk unbind slice select narrow".split())
 #: log(1 + exp(x)) is written out in a few models.
 _SOFTPLUS = frozenset(("softplus", "logaddexp"))
 
@@ -47,9 +49,7 @@ def _uses(facts: Facts, node: Node) -> Iterator[VectorRole]:
                 yield "decay"
         elif (name in ops.ADDS and any(a in facts.varies for a in operands(user))) or _is_bias(user, before):
             yield "step" if _is_step(user) else "bias"
-        elif name in ops.MATMULS and (
-            _is_step(user) or any(_is_step(u) for u, _ in _consumers(user) if op(u) in ops.ADDS)
-        ):
+        elif name in ops.MATMULS and _is_rate(user):
             yield "rate"
         elif name in ops.PRODUCTS and any(a in facts.varies for a in operands(user)):
             yield "gain"
@@ -75,3 +75,10 @@ def _is_bias(user: Node, operand: Node) -> bool:
 
 def _is_step(added: Node) -> bool:
     return any(op(user) in _SOFTPLUS for user, _ in _consumers(added, frozenset(_ON_THE_WAY)))
+
+
+def _is_rate(product: Node) -> bool:
+    """All of the product, with a bias or without, reaches a softplus."""
+    readers = [user for user, _ in _consumers(product, _WHOLE)]
+    added = [user for reader in readers if op(reader) in ops.ADDS for user, _ in _consumers(reader, _WHOLE)]
+    return any(op(user) in _SOFTPLUS for user in (*readers, *added))

@@ -192,8 +192,8 @@ def odd_group(group: Group, scheme: Scheme, std: float) -> Fault:
 
 def carries_head_size(evidence: Evidence, group: Group, ratio: float) -> bool:
     """1/sqrt(size of a head) in the weight of the queries, in place of a factor in the attention (T5)."""
-    size = round(ratio**-2) if ratio < 1 else 0
-    return size > 1 and set(group.names) <= evidence.queries and close(ratio, size**-0.5, group.error)
+    sizes = {evidence.queries.get(name, 0) for name in group.names}
+    return len(sizes) == 1 and 0 not in sizes and close(ratio, sizes.pop() ** -0.5, group.error)
 
 
 def sizes(evidence: Evidence) -> Iterator[Fault]:
