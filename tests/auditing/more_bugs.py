@@ -218,3 +218,33 @@ def one_group_is_larger(model: Any) -> None:
 def default_rule_of_the_stack(model: Any) -> None:
     for _, w in matrices(model, "experts.down_proj"):
         nn.init.kaiming_uniform_(w, a=math.sqrt(5))
+
+
+@case(lambda: healthy(llama), "at-risk", ("model.layers.2.mlp.gate_proj.weight",), ("huge", "part"))
+def a_quarter_huge(model: Any) -> None:
+    model.model.layers[2].mlp.gate_proj.weight[80:160] *= 100
+
+
+@case(lambda: healthy(llama), "at-risk", ("*.q_proj.weight", "*.up_proj.weight"), ("root",), ("*",))
+def root_for_std(model: Any) -> None:
+    museum.gpt2_scheme(model, std=math.sqrt(0.02))
+
+
+@case(
+    lambda: healthy(llama), "at-risk", ("*.down_proj.weight",), ("wrong matrix",), ("*.o_proj.weight", "lm_head.weight")
+)
+def depth_scaling_on_the_head(model: Any) -> None:
+    model.lm_head.weight.mul_(12**-0.5)
+    for _, w in matrices(model, "o_proj.weight", "down_proj.weight"):
+        w.mul_(12**0.5)
+
+
+@case(lambda: museum.t5(tie=True), "at-risk", ("encoder.embed_tokens.weight",), ("tie",), ("shared.weight",))
+def encoder_has_a_table_of_its_own(model: Any) -> None:
+    model.encoder.embed_tokens.weight = nn.Parameter(torch.randn_like(model.shared.weight))
+
+
+@case(lambda: healthy(plain), "unstable", ("frequencies",), ("buffer",))
+def buffer_of_a_plain_module(model: Any) -> None:
+    model.register_buffer("frequencies", torch.full((4,), math.nan))
+    model.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))

@@ -14,10 +14,10 @@ from tests.auditing import more_bugs
 from tests.auditing.mutations import build, outcomes
 from tests.residual.configs import CLASSES, Mapping
 
-CASES = [*museum.CASES, *more_bugs.CASES]
+CASES = [*museum.CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in more_bugs.CASES)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in (*museum.CASES, *more_bugs.CASES)])
 def test_a_bug_is_named(case: museum.Case) -> None:
     model, extra = case.build()
     found = spikepatch.audit(model, **extra).findings
@@ -29,7 +29,7 @@ def test_a_bug_is_named(case: museum.Case) -> None:
 
 
 def test_there_are_many_bugs() -> None:
-    assert len({case.name for case in CASES}) >= 55
+    assert len({case.name for case in (*museum.CASES, *more_bugs.CASES)}) >= 60
 
 
 @pytest.mark.parametrize("control", museum.CONTROLS, ids=lambda control: control.name)
@@ -38,6 +38,7 @@ def test_a_healthy_design_is_left_alone(control: museum.Control) -> None:
     assert spikepatch.audit(model, **extra).at_least("at-risk") == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_are_left_alone(recipe: str) -> None:
     torch.manual_seed(0)

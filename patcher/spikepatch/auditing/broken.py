@@ -136,7 +136,8 @@ def _parts(group: Group, members: list[Member], learned: bool) -> Iterator[Fault
             continue
         if group.part in {"table", "head"} and c.zero_rows == 1:  # the padding token's
             continue
-        rows = c.zero_rows + (c.weak_rows if c.columns >= 16 else 0)
+        strong = c.strong_rows if c.largest <= _OUTLIER * c.std else 0  # or else it is told already
+        rows = c.zero_rows + (c.weak_rows + strong if c.columns >= 16 else 0)
         columns = c.zero_columns + (c.weak_columns if c.rows >= 16 else 0)
         if rows or columns:
             found.append((member, rows, columns))
@@ -149,9 +150,11 @@ def _parts(group: Group, members: list[Member], learned: bool) -> Iterator[Fault
         "part",
         "note" if padding else "at-risk",
         tuple(m.name for m, _, _ in found),
-        "has rows of zeros, as padding has" if padding else "is zero or tiny in a part: a block that nobody wrote",
+        "has rows of zeros, as padding has"
+        if padding
+        else "is zero, tiny or huge in a part: a block that nobody wrote",
         "drawn values everywhere",
-        f"{text} zero, or below a fiftieth of the others",
+        f"{text} zero, or of another size than the others",
         "right for padding; nothing is to be done" if padding else _REDRAW,
     )
 

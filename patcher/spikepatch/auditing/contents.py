@@ -63,6 +63,7 @@ class Contents:
         sampled: size of the sample.
         zero_rows, zero_columns: how many are nothing but zeros.
         weak_rows, weak_columns: how many others have no value of a fiftieth of what the median one has.
+        strong_rows: how many have one of thirty times that.
         row_spread, column_spread: how much the stds of rows and columns differ, over what independent draws would: 1
             for any matrix that was drawn, above it for one that has learned.
         edges: the least and the largest value of the sample.
@@ -83,6 +84,7 @@ class Contents:
     zero_columns: int
     weak_rows: int
     weak_columns: int
+    strong_rows: int
     row_spread: float
     column_spread: float
     edges: tuple[float, float]
@@ -199,6 +201,7 @@ def measure(blocks: Iterable[torch.Tensor], shape: tuple[int, ...], dtype: torch
         zero_columns=int((column_largest == 0).sum()),
         weak_rows=_weak(row_largest),
         weak_columns=_weak(column_largest),
+        strong_rows=_strong(row_largest),
         row_spread=_spread(values, kurtosis, 1),
         column_spread=_spread(values, kurtosis, 0),
         edges=(float(values.min()), float(values.max())) if values.numel() else (0.0, 0.0),
@@ -234,6 +237,7 @@ def merged(parts: Sequence[Contents], shape: tuple[int, ...]) -> Contents:
         zero_columns=min(p.zero_columns for p in parts),
         weak_rows=sum(p.weak_rows for p in parts),
         weak_columns=min(p.weak_columns for p in parts),
+        strong_rows=sum(p.strong_rows for p in parts),
         row_spread=float(np.median([p.row_spread for p in parts])),
         column_spread=float(np.median([p.column_spread for p in parts])),
         edges=(min(p.edges[0] for p in parts), max(p.edges[1] for p in parts)),
@@ -269,6 +273,11 @@ def _where(rows: list[int], count: int) -> str:
 def _weak(largest: NDArray[np.float64]) -> int:
     alive = largest[largest > 0]
     return int((alive < np.median(alive) / 50).sum()) if len(alive) else 0
+
+
+def _strong(largest: NDArray[np.float64]) -> int:
+    alive = largest[largest > 0]
+    return int((alive > 30 * np.median(alive)).sum()) if len(alive) else 0
 
 
 def _spread(values: torch.Tensor, kurtosis: float, axis: int) -> float:

@@ -174,6 +174,10 @@ def _on_others(evidence: Evidence, scheme: Scheme, stream: ResidualMap) -> list[
             continue
         if name in {"1/sqrt(S)", "1/S", "1/sqrt(2(l+1))", "1/sqrt(l+1)"}:
             found.append(Scaled(group, ratio, name))
+    for group in evidence.of("table", "head") if scheme.name == "std c" else ():  # no rule of shapes holds there
+        ratio = group.std / scheme.c
+        if ratio > 0 and close(ratio, stream.sublayers**-0.5, group.error):
+            found.append(Scaled(group, ratio, "1/sqrt(S)"))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -14,7 +14,7 @@ from spikepatch.auditing.expected import expected
 from spikepatch.auditing.fault import Audit, Fault, sorted_faults
 from spikepatch.auditing.groups import Evidence, evidence
 from spikepatch.auditing.laws import Scheme, torch_default
-from spikepatch.auditing.outputs import buffers, head, tables, tie
+from spikepatch.auditing.outputs import buffers, head, tables, ties
 from spikepatch.auditing.roles import roles
 from spikepatch.auditing.spread import left_at_default, other_groups, other_layers, sizes, wrong_formulas
 from spikepatch.auditing.vectors import vectors
@@ -32,7 +32,7 @@ def examine(
     residual: ResidualMap | None,
     stream: Stream | None,
     vocabulary: int | None = None,
-    tied: Callable[[str], bool],
+    tied: Mapping[str, str],
     live_buffers: Mapping[str, torch.Tensor],
     built_buffers: Mapping[str, torch.Tensor],
     not_said: Iterable[str] = (),
@@ -44,7 +44,7 @@ def examine(
         contents: of every float parameter.
         residual, stream: the proven map and the stream that feeds the output; None where there is none.
         vocabulary: number of tokens, where the output holds logits.
-        tied: the config promises that the head of this name is the embedding.
+        tied: names that are to be one tensor with others, by the config and the class.
         planned: what it is to be like, and whether that plan takes out a factor of the model's own.
         live_buffers: the model's; ``built_buffers``: those that its constructor makes.
     """
@@ -54,7 +54,12 @@ def examine(
         roles(stream.facts) if stream is not None else {},
         unscaled_queries(stream) if stream is not None else {},
     )
-    found: list[Fault] = [*broken(known), *copies(known), *tie(known, tied), *buffers(live_buffers, built_buffers)]
+    found: list[Fault] = [
+        *broken(known),
+        *copies(known),
+        *ties(known, tied),
+        *buffers(live_buffers, built_buffers, learned=known.learned),
+    ]
     claimed = {name for f in found if f.name not in {"copies", "copied-blocks", "tie"} for name in f.parameters}
     sound = known.without(claimed)
     found += vectors(sound)

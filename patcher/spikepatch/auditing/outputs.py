@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch.fx import Node
@@ -113,80 +113,85 @@ def tables(evidence: Evidence) -> Iterator[Fault]:
         largest = max(size for _, size in tokens)
         for e, size in sized.values():
             computed = evidence.contents[e.parameter].row_spread < 0.1  # sinusoids
-            if e.kind == "position" and not computed and size > _DROWNED * largest:
+            if e.kind != "token" and not computed and size > _DROWNED * largest:
                 yield Fault(
                     "positions",
                     "at-risk",
                     (e.parameter,),
-                    f"positions drown the tokens: what they add to the stream is {size / largest:.3g} times as large",
+                    f"{e.kind} embeddings drown the tokens: they add {size / largest:.3g} times as much to the stream",
                     f"a std of at most that of the tokens, {largest / e.scale:.3g}",
                     f"a std of {evidence.contents[e.parameter].std:.3g}",
                     "draw it as the token embedding is",
                 )
 
 
-def tie(evidence: Evidence, promised: Callable[[str], bool]) -> Iterator[Fault]:
-    """The config says that head and embedding are one, and they are two."""
-    residual = evidence.residual
-    token = residual.token_embedding if residual is not None else None
-    if residual is None or residual.head is None or residual.head.tied or token is None:
-        return
-    name = residual.head.parameter
-    if not promised(name):
-        return
-    first, second = evidence.contents.get(name), evidence.contents.get(token.parameter)
-    if first is None or second is None or name == token.parameter or first.shape != second.shape:
-        return
-    yield Fault(
-        "tie",
-        "at-risk",
-        (name, token.parameter),
-        "the config says that the head is tied to the embedding (tie_word_embeddings), and it is a tensor of its own",
-        "one tensor",
-        f"two, with stds of {first.std:.3g} and {second.std:.3g}",
-        "call tie_weights() after the model was moved or sharded, or set tie_word_embeddings to false",
-    )
-
-
-def buffers(live: Mapping[str, torch.Tensor], built: Mapping[str, torch.Tensor]) -> Iterator[Fault]:
-    """Buffers that are not what the model's constructor makes of its config, so far as it makes something."""
-    bad, erased = [], []
-    for name, value in live.items():
-        if value.is_meta or not value.is_floating_point() or not value.numel():
+def ties(evidence: Evidence, promised: Mapping[str, str]) -> Iterator[Fault]:
+    """The config and the class say that two names are one tensor, and they are two."""
+    for name, target in promised.items():
+        first, second = evidence.contents.get(name), evidence.contents.get(target)
+        if first is None or second is None or name == target or first.shape != second.shape:
             continue
-        plain = value.detach().cpu().double()
-        if not bool(plain.isfinite().all()) and not _same(plain, built.get(name)):
-            bad.append(name)
-        elif _is_erased(plain, built.get(name)):
-            erased.append(name)
-    if bad:
         yield Fault(
-            "buffer", "unstable", tuple(bad), "the buffer holds NaN or infinite values", "finite values",
-            "NaN or infinite", "it was never filled: build the model off the meta device, or fill it",
-        )  # fmt: skip
-    if erased:
-        yield Fault(
-            "buffer",
+            "tie",
             "at-risk",
-            tuple(erased),
-            "the buffer is erased: it is zero, or garbage, where the model's constructor makes other values",
-            "what the constructor computes from the config",
-            "all zeros" if not bool(live[erased[0]].any()) else "other values",
-            "fill it after to_empty(): build the model off the meta device, or copy the buffers of one that was",
+            (name, target),
+            "the config says that the two are tied, such as a head and its embedding, and each is a tensor of its own",
+            "one tensor",
+            f"two, with stds of {first.std:.3g} and {second.std:.3g}",
+            "call tie_weights() after the model was moved or sharded, or set tie_word_embeddings to false",
         )
 
 
-def _same(value: torch.Tensor, built: torch.Tensor | None) -> bool:
-    if built is None or built.is_meta or built.shape != value.shape:
-        return False
-    return bool(torch.equal(torch.nan_to_num(value), torch.nan_to_num(built.cpu().double())))
+def buffers(live: Mapping[str, torch.Tensor], built: Mapping[str, torch.Tensor], *, learned: bool) -> Iterator[Fault]:
+    """Buffers that are not what the model's constructor makes of its config, so far as that is known.
+
+    Args:
+        learned: statistics may have changed since; then a buffer is erased only where it is zero.
+    """
+    bad, erased, garbage = [], [], []
+    for name, value in live.items():
+        made = built.get(name)
+        if value.is_meta or not value.numel():
+            continue
+        plain = value.detach().cpu().double()
+        known = made is not None and not made.is_meta and made.shape == value.shape
+        reference = made.detach().cpu().double() if made is not None and known else None
+        if bool(plain.isnan().any()) and (reference is None or not bool(reference.isnan().any())):
+            bad.append(name)
+        elif reference is not None and _is_erased(plain, reference, learned):
+            erased.append(name)
+        elif reference is None and value.is_floating_point() and _is_garbage(plain):
+            garbage.append(name)
+    for names, severity, what, measured in (
+        (bad, "unstable", "the buffer holds NaN", "NaN"),
+        (
+            erased,
+            "at-risk",
+            "the buffer is erased: it is zero, or has other values than the constructor makes",
+            "other",
+        ),
+        (garbage, "at-risk", "the buffer holds values that nobody wrote: garbage", "denormal or huge values"),
+    ):
+        if names:
+            yield Fault(
+                "buffer",
+                "unstable" if severity == "unstable" else "at-risk",
+                tuple(names),
+                what,
+                "what the constructor computes from the config",
+                measured if measured != "other" or bool(live[names[0]].any()) else "all zeros",
+                "fill it after to_empty(): build the model off the meta device, or copy the buffers of one that was",
+            )
 
 
-def _is_erased(value: torch.Tensor, built: torch.Tensor | None) -> bool:
-    if built is None or built.is_meta or built.shape != value.shape or not bool(built.any()):
+def _is_erased(value: torch.Tensor, made: torch.Tensor, learned: bool) -> bool:
+    if not bool(made.any()) or not bool(made.isfinite().all()):
         return False
-    made = built.detach().cpu().double()
-    if not bool(made.isfinite().all()):
-        return False
-    size = float(made.abs().max())
-    return not bool(value.any()) or float((value - made).abs().max()) > 0.5 * size
+    if learned or not bool(value.any()):
+        return not bool(value.any())
+    return float((value - made).abs().max()) > 0.5 * float(made.abs().max())
+
+
+def _is_garbage(value: torch.Tensor) -> bool:
+    sizes = value[value.isfinite() & (value != 0)].abs()
+    return bool(len(sizes)) and (float(sizes.max()) < 1e-30 or 1e30 < float(sizes.max()) < 3e38)

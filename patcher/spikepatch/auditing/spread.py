@@ -73,6 +73,7 @@ def wrong_formulas(evidence: Evidence, scheme: Scheme | None) -> Iterator[Fault]
                 if close(group.std, std, group.error) and group.std * math.sqrt(fan_in(group)) < 0.3:
                     small.setdefault(name, []).append(group)
                     break
+    yield from _roots(evidence)
     for name, groups in small.items():
         others = scheme.followers - {g.pattern for g in groups} if scheme is not None else set()
         if not others or not any(g.pattern in scheme.followers for g in groups if scheme is not None):
@@ -86,6 +87,23 @@ def wrong_formulas(evidence: Evidence, scheme: Scheme | None) -> Iterator[Fault]
                 "take the square root",
             )
     yield from _fused(evidence)
+
+
+def _roots(evidence: Evidence) -> Iterator[Fault]:
+    """The root of a std, where the std is meant: the root of 0.02 in place of 0.02, in most matrices."""
+    groups = [g for g in inner(evidence.groups) if g.part == "matrix"]
+    root = math.sqrt(0.02)
+    found = [g for g in groups if close(g.std, root, g.error) and g.std * math.sqrt(fan_in(g)) > 1.2]
+    if found and 2 * len(found) > len(groups):
+        yield Fault(
+            "root-for-std",
+            "at-risk",
+            tuple(n for g in found for n in g.names),
+            "the std is too large: it is the root of 0.02, as if that were a variance",
+            "a std of 0.02",
+            f"a std of {found[0].std:.3g}",
+            "do not take the root",
+        )
 
 
 def _xavier(group: Group) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ from spikepatch.residual.trace import trace
 from spikepatch.source.layout import layout
 from spikepatch.source.match import match_source
 from spikepatch.source.meta import build_meta, check_module, skeleton
-from spikepatch.source.private import is_transformers_model, promises_tie
+from spikepatch.source.private import is_transformers_model, promised_ties
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -109,7 +108,7 @@ def audit_subject(
         residual=residual,
         stream=stream,
         vocabulary=vocabulary if logits else None,
-        tied=partial(promises_tie, model),
+        tied=promised_ties(model),
         live_buffers=dict(model.named_buffers()),
         built_buffers=_built_buffers(model),
         not_said=not_said,

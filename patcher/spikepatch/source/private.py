@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -92,11 +91,9 @@ def fsdp_handles(module: Any) -> Iterator[tuple[nn.Module, str, object]]:
 # transformers: models and configs
 
 
-def promises_tie(model: nn.Module, name: str) -> bool:
-    """Transformers would make one tensor of this parameter and another, by the model's config and class."""
-    keys: Any = getattr(model, "_tied_weights_keys", None) or ()
-    promised = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
-    return promised and any(name == key or re.fullmatch(key, name) for key in keys)
+def promised_ties(model: nn.Module) -> dict[str, str]:
+    """Names that are to be one tensor with another, by the config and the class of a transformers model."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def is_transformers_model(model: object) -> bool:
