@@ -2,7 +2,7 @@
 
 Every element is looked at by its bits: NaN, infinity, the largest of each row and column. Copies are found by the signs
 of the first 64 elements of each row and column. The moments come from whole rows spread evenly over the tensor, about
-260,000 elements: by those a std is known to 0.14 %.
+130,000 elements: by those a std is known to 0.2 %.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Elements that the moments are taken of, at most about twice as many.
-_SAMPLE = 1 << 18
+_SAMPLE = 1 << 17
 #: Elements of a block that is read at a time.
 _BLOCK = 1 << 20
 #: Elements whose signs tell a row, a column or a tensor from all others.
@@ -162,20 +162,25 @@ def measure(blocks: Iterable[torch.Tensor], shape: tuple[int, ...], dtype: torch
     sample: list[torch.Tensor] = []
     row_bits: list[torch.Tensor] = []
     column_bits = torch.zeros(columns, dtype=integer)
+    scratch = torch.empty(0, columns, dtype=integer)  # memory that every block shares
     heads: list[NDArray[np.uint8]] = []
     top: list[torch.Tensor] = []
     bad: list[int] = []
     nonfinite = seen = 0
     for given in blocks:
         block = given
-        bits = block.view(integer) & mask
-        if len(bits) and int(bits.max()) >= infinite:
+        if len(scratch) < len(block):
+            scratch = torch.empty(block.shape, dtype=integer)
+        bits = torch.bitwise_and(block.view(integer), mask, out=scratch[: len(block)])
+        largest = bits.amax(1)
+        if len(bits) and int(largest.max()) >= infinite:
             wrong = bits >= infinite
             nonfinite += int(wrong.sum())
             bad += [seen + int(i) for i in wrong.any(1).nonzero()[:1000]]
             bits = bits.masked_fill(wrong, 0)
+            largest = bits.amax(1)
             block = block.masked_fill(wrong, 0)
-        row_bits.append(bits.amax(1))
+        row_bits.append(largest)
         column_bits = torch.maximum(column_bits, bits.amax(0))
         sample.append(block[-seen % stride :: stride].double())
         heads.append(_signs(block[:, :_SIGNS]))
@@ -310,10 +315,13 @@ def _repeat(keys: NDArray[np.uint8], largest: NDArray[np.float64], axis: int) ->
     kept = np.flatnonzero((largest > 0) & ~(plain & np.isin(keys[:, 0], (0, 255))))
     if len(kept) < 2:
         return None
-    packed = np.ascontiguousarray(keys[kept]).view(np.dtype((np.void, keys.shape[1])))[:, 0]
-    _, inverse = np.unique(packed, return_inverse=True)
-    order = np.argsort(inverse, kind="stable")
-    same = inverse[order][1:] == inverse[order][:-1]
+    rows = np.ascontiguousarray(keys[kept])
+    if keys.shape[1] == 8:
+        packed = rows.view(np.uint64)[:, 0]
+    else:
+        packed = np.unique(rows.view(np.dtype((np.void, keys.shape[1])))[:, 0], return_inverse=True)[1]
+    order = np.argsort(packed, kind="stable")
+    same = packed[order][1:] == packed[order][:-1]
     shifts = (kept[order][1:] - kept[order][:-1])[same]
     if not len(shifts):
         return None
