@@ -316,6 +316,7 @@ def _repeat(keys: NDArray[np.uint8], largest: NDArray[np.float64], axis: int) ->
     if len(kept) < 2:
         return None
     rows = np.ascontiguousarray(keys[kept])
+    packed: NDArray[np.generic]
     if keys.shape[1] == 8:
         packed = rows.view(np.uint64)[:, 0]
     else:

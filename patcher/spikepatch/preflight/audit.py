@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,13 @@ from spikepatch.preflight.subject import Subject, of_model, of_source, vocabular
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes.plan_of import plan
 from spikepatch.residual.inspect import map_of
-from spikepatch.residual.map import ResidualMap
+from spikepatch.residual.map import ResidualMap, pattern
 from spikepatch.residual.ops import shape
 from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.trace import trace
 from spikepatch.source.layout import layout
 from spikepatch.source.match import match_source
-from spikepatch.source.meta import build_meta, check_module, skeleton
+from spikepatch.source.meta import build_meta, check_module, on_meta, skeleton
 from spikepatch.source.private import is_transformers_model, promised_ties
 
 if TYPE_CHECKING:
@@ -97,7 +98,11 @@ def audit_subject(
     not_said: list[str] = []
     residual, stream = _mapped(model, name, example_inputs, not_said)
     stored = _stored(source, model) if source is not None and source.checkpoint is not None else None
-    contents = _contents(model, stored or (lambda each: of_tensor(subject.weights(each))), progress)
+    names = [each for each, p in model.named_parameters() if p.is_floating_point()]
+    if stored is None and on_meta(model) and sum(p.numel() for p in model.parameters()) > _WHOLE:
+        names = _first_layers(model, names)
+        not_said.append("layers from the fourth on: the architecture's own initialiser was run on the first three")
+    contents = _contents(names, stored or (lambda each: of_tensor(subject.weights(each))), progress)
     vocabulary = vocabulary_of(model)
     logits = stream is not None and vocabulary is not None and shape(stream.facts.trace.output)[-1:] >= (vocabulary,)
     return examine(
@@ -133,8 +138,25 @@ def _mapped(
     return residual, streams[0]
 
 
-def _contents(model: nn.Module, of: Callable[[str], Contents], progress: Progress) -> dict[str, Contents]:
-    names = [name for name, p in model.named_parameters() if p.is_floating_point()]
+#: Elements; of a larger model without weights, drawing all of it takes as long as the rest of a check.
+_WHOLE = 500_000_000
+#: Layers that tell whether a std goes with depth.
+_LAYERS = 3
+
+
+def _first_layers(model: nn.Module, names: list[str]) -> list[str]:
+    """Of each group of parameters the first few."""
+    count: Counter[tuple[str, torch.Size]] = Counter()
+    kept = []
+    for name in names:
+        key = pattern(name), model.get_parameter(name).shape
+        count[key] += 1
+        if count[key] <= _LAYERS:
+            kept.append(name)
+    return kept
+
+
+def _contents(names: list[str], of: Callable[[str], Contents], progress: Progress) -> dict[str, Contents]:
     found = {}
     for i, name in enumerate(names):
         progress("auditing the weights", i, len(names))
