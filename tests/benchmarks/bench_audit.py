@@ -56,7 +56,7 @@ def main(width: int = 1536, layers: int = 16) -> None:
         assert not found.at_least("at-risk")
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     click.echo(
-        f"{size / 1e9:.2f} GB: read {read:.2f} s, read for the audit {whole:.2f} s, {whole / read:.2f} times; rules {rules:.2f} s"
+        f"{size / 1e9:.2f} GB: read {read:.2f} s, audited {whole:.2f} s, {whole / read:.2f} times; rules {rules:.2f} s"
     )
     click.echo(f"peak memory {before / 1024:.0f} MiB before the second audit, {after / 1024:.0f} MiB after it")
 
