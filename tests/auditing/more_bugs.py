@@ -248,3 +248,26 @@ def encoder_has_a_table_of_its_own(model: Any) -> None:
 def buffer_of_a_plain_module(model: Any) -> None:
     model.register_buffer("frequencies", torch.full((4,), math.nan))
     model.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
+
+
+@case(
+    lambda: healthy(llama),
+    "at-risk",
+    ("model.layers.0.*.o_proj.weight", "model.layers.3.*.down_proj.weight"),
+    ("layers 0, 1, 2, 3",),
+    ("model.layers.[0-3].*",),
+)
+def depth_scaling_of_the_last_layers_only(model: Any) -> None:
+    for _, w in matrices(model, "o_proj.weight", "down_proj.weight", layers={0, 1, 2, 3}):
+        w.mul_(12**0.5)
+
+
+@case(lambda: healthy(llama), "at-risk", ("model.embed_tokens.weight",), ("small",))
+def table_below_eps(model: Any) -> None:
+    model.model.embed_tokens.weight.normal_(0, 1e-4)
+
+
+@case(lambda: museum.by_recipe(mixtral, "xavier"), "note", ("*.experts.gate_up_proj",), ("fused",))
+def fused_gate_and_up(model: Any) -> None:
+    for _, w in matrices(model, "experts.gate_up_proj"):
+        w.normal_(0, math.sqrt(2 / (64 + 320)))

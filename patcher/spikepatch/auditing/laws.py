@@ -50,6 +50,8 @@ def law_of(group: Group) -> Law | None:
     members = [m for m in group.members if m.contents.std > 0]
     if not members:
         return None
+    if group.part == "projection" and (scaled := _half_scaled(members)) is not None:
+        return scaled
     layers = {m.layer for m in members}
     best: Law | None = None
     for power in _POWERS if len(layers) > 2 else _POWERS[:1]:
@@ -64,6 +66,19 @@ def law_of(group: Group) -> Law | None:
     kept = len(members) - len(best.outliers)
     needed = 2 if len(members) < 4 else max(2, math.ceil(len(members) / 2))
     return best if not best.outliers or kept >= needed else None
+
+
+def _half_scaled(members: Sequence[Member]) -> Law | None:
+    """Two stds and no other, each of several layers: depth scaling reached the layers with the smaller one."""
+    small = min(members, key=lambda m: m.contents.std).contents
+    low = [m for m in members if close(m.contents.std, small.std, small.error, m.contents.error)]
+    high = [m for m in members if m not in low]
+    if len(low) < 2 or len(high) < 2:
+        return None
+    first = high[0].contents
+    if not all(close(m.contents.std, first.std, first.error, m.contents.error) for m in high):
+        return None
+    return Law(statistics.median(m.contents.std for m in low), 0.0, tuple(high))
 
 
 def mode(values: Sequence[float], errors: Sequence[float]) -> float:

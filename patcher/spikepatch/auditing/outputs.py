@@ -108,6 +108,19 @@ def tables(evidence: Evidence) -> Iterator[Fault]:
                     f"a std of {evidence.contents[e.parameter].std:.3g}",
                     "give the table the std that the model was made for, such as 0.02",
                 )
+        eps = max((n.eps for n in stream.norms if n.role == "pre"), default=0.0)
+        if lost := [(e, size) for e, size in tokens if size**2 < eps]:
+            e, size = lost[0]
+            yield Fault(
+                "embedding",
+                "at-risk",
+                (e.parameter,),
+                f"the embedding is too small: the stream starts with a std of {size:.3g}, and the first norm divides by"
+                f" the root of its eps, {eps:g}, instead",
+                f"a stream with a std far above sqrt(eps) = {math.sqrt(eps):.3g}",
+                f"a std of {evidence.contents[e.parameter].std:.3g}",
+                "give the table the std that the model was made for, such as 0.02",
+            )
         if not tokens:
             continue
         largest = max(size for _, size in tokens)

@@ -131,26 +131,31 @@ def _variances(group: Group, width: int) -> list[tuple[str, float]]:
 
 
 def _fused(evidence: Evidence) -> Iterator[Fault]:
-    """Xavier on q, k and v as one tensor: its fan-out is that of three."""
+    """Xavier on several matrices as one tensor, q, k and v or gate and up: its fan-out is that of all."""
     readers: dict[int, list[Group]] = {}
     for group in evidence.of("matrix"):
-        if group.kind == "attention" and group.matrix is not None and group.matrix.reads_stream:
+        if group.matrix is not None and group.matrix.reads_stream:
             readers.setdefault(group.matrix.sublayer, []).append(group)
-    for groups in readers.values():
-        group = groups[0]
-        if len(groups) > 1 or fan_out(group) < 1.2 * fan_in(group):
-            continue
-        if close(group.std, _xavier(group), group.error) and not close(group.std, small_std(fan_in(group))):
-            inputs = fan_in(group)
-            yield Fault(
-                "fused-fan",
-                "note",
-                group.names,
-                "Xavier's fan is that of the fused tensor: queries, keys and values are smaller than if drawn apart",
-                f"a std of {inputs**-0.5:.3g} (Xavier, of one square matrix)",
-                f"a std of {group.std:.3g} = sqrt(2 / ({inputs} + {fan_out(group)}))",
-                "draw the parts by themselves",
-            )
+    behind = {g.matrix.sublayer: fan_in(g) for g in evidence.of("projection") if g.matrix is not None}
+    for sublayer, groups in readers.items():
+        for group in groups:
+            inputs, outputs = fan_in(group), fan_out(group)
+            if group.kind == "attention" and len(groups) == 1 and outputs >= 1.2 * inputs:
+                what, own = "queries, keys and values", inputs**-0.5
+            elif group.kind in {"mlp", "moe"} and outputs == 2 * behind.get(sublayer, 0):
+                what, own = "gate and up", math.sqrt(2 / (inputs + outputs / 2))
+            else:
+                continue
+            if close(group.std, _xavier(group), group.error) and not close(group.std, small_std(inputs)):
+                yield Fault(
+                    "fused-fan",
+                    "note",
+                    group.names,
+                    f"Xavier's fan is that of the fused tensor: {what} are smaller than if drawn apart",
+                    f"a std of {own:.3g} (Xavier, of one matrix)",
+                    f"a std of {group.std:.3g} = sqrt(2 / ({inputs} + {outputs}))",
+                    "draw the parts by themselves",
+                )
 
 
 def other_layers(evidence: Evidence) -> Iterator[Fault]:
