@@ -115,10 +115,10 @@ def test_architectures_drawn_at_random_are_left_alone() -> None:
     ``nn.Embedding``'s N(0, 1) times sqrt(d) is what ``embedding`` is about, experts at N(0, 1) what ``size`` is.
     """
     rng, loud, checked = random.Random(0), [], 0
-    for _ in range(25):
+    for _ in range(12):
         model = Model(draw(rng)).eval()
         found = spikepatch.audit(model, example())
         checked += bool(found.scheme)
         loud += [f for f in found.at_least("at-risk") if f.name not in {"embedding", "size"}]
     assert loud == []
-    assert checked >= 5
+    assert checked >= 3

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import spikepatch
 from spikepatch.cli import main
@@ -58,6 +58,7 @@ def test_erased_buffers_of_a_checkpoint(save_tiny: Callable[..., Path]) -> None:
     assert spikepatch.audit(str(folder)).at_least("at-risk") == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["scaled-embed", "xavier", "embed-ln"])
 def test_what_follows_a_recipe_is_as_expected(recipe: str) -> None:
     model = spikepatch.patch(tiny_model("gpt2"), recipe, reinit="all", seed=3)
@@ -130,6 +131,7 @@ def test_exit_codes(source: str, words: list[str], code: int) -> None:
     assert run(source, *words).exit_code == code
 
 
+@pytest.mark.slow
 def test_it_is_the_first_part_of_a_check(source: str) -> None:
     done = CliRunner().invoke(main, ["check", source, "--tokens", "12", "--json"])
     data = json.loads(done.stdout)
@@ -137,3 +139,21 @@ def test_it_is_the_first_part_of_a_check(source: str) -> None:
     assert data["audit"]["findings"] == json.loads(run(source, "--json").stdout)["findings"]
     several = CliRunner().invoke(main, ["check", source, source, "--tokens", "12", "--json"])
     assert [each["verdict"] for each in json.loads(several.stdout)] == [data["verdict"]] * 2
+
+
+def test_of_a_large_model_without_weights_the_first_layers_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spikepatch.preflight.audit._WHOLE", 1000)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny_config("llama", num_hidden_layers=5))
+    found = spikepatch.audit(model)
+    assert "fourth" in found.not_said[0]
+    assert found.at_least("at-risk") == ()
+    assert found.scheme
+
+
+@pytest.mark.slow
+def test_trained_weights_are_left_alone(smollm2: Path, minilm: Path) -> None:
+    for folder in (smollm2, minilm):
+        found = spikepatch.audit(str(folder))
+        assert found.learned
+        assert found.findings == ()

@@ -45,6 +45,7 @@ class Group:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of its members."""
         return tuple(member.name for member in self.members)
 
     @property

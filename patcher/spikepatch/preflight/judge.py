@@ -178,7 +178,7 @@ def _stream(report: StabilityReport, residual: ResidualMap, limits: Thresholds) 
         "stream",
         "note",
         f"the stream enters the first layer with a std of {start:.3g}{of}:"
-        + (" a small shortcut, so the first sub-layers multiply the gradient" if small else " far above 1"),
+        + (" a small shortcut, whose gradient the first sub-layers may multiply" if small else " far above 1"),
         start / unit,
         limits.stream_low if small else limits.stream_high,
         "Eq. 14",
