@@ -115,12 +115,12 @@ def test_one_name_has_one_meaning() -> None:
         assert len({(option.name, option.help, str(option.default), option.metavar) for option in several[name]}) == 1
 
 
-@pytest.mark.parametrize("command", ["check", "codemod", "convert", "fold", "verify"])
+@pytest.mark.parametrize("command", ["audit", "check", "codemod", "convert", "fold", "verify"])
 def test_options_are_the_arguments_of_the_function(command: str) -> None:
     """The command and the Python API are twins: what one can be told, the other can."""
     parameters = set(inspect.signature(getattr(spikepatch, command)).parameters)
-    parameters |= {"source"} if "model" in parameters else {"out"} if "folder" in parameters else set()
-    only_printed = {"as_json", "verbose", "quiet", "report", "fail_on"}
+    parameters |= {"source", "sources"} if "model" in parameters else {"out"} if "folder" in parameters else set()
+    only_printed = {"as_json", "verbose", "quiet", "report", "fail_on", "style"}
     assert {p.name for p in main.commands[command].params} - only_printed <= parameters
 
 
@@ -485,6 +485,7 @@ def test_no_warning_of_a_dependency_is_shown(source: str, tmp_path: Path) -> Non
         ["verify", out],
         ["fold", out, plain],
         ["inspect", out],
+        ["audit", source],
         ["check", source, "--recipe", "embed-ln", "--tokens", "8", "--deep"],
         ["codemod", str(model), "--factory", "model:small"],
         ["recipes", "vanilla", "--for", "megatron", "--width", "64", "--layers", "2"],

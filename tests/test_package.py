@@ -52,6 +52,7 @@ RANKS = (
     ("apply.folder", "apply.own_file"),
     ("report",),
     ("spikes",),
+    ("auditing",),
     ("preflight",),
     ("training",),
     ("commands",),

@@ -16,8 +16,9 @@ The same from and to a folder, and in source code:
     spikepatch.fold("trained/", "plain/")                            # after training: the plain architecture again
     edit     = spikepatch.codemod("model.py", "build:small_model")
 
-Before training, whether it is at risk, measured:
+Before training, the parameters that were initialised wrongly, and whether it is at risk, measured:
 
+    audit    = spikepatch.audit(model)
     report   = spikepatch.check(model, recipes=["scaled-embed"])
 
 While it trains, loss spikes in any training loop; and in a log of anybody's:
@@ -45,9 +46,11 @@ if TYPE_CHECKING:
     from spikepatch.apply.live.patch import patch
     from spikepatch.apply.live.save import save
     from spikepatch.apply.own_file.codemod import Codemod, codemod
+    from spikepatch.auditing.fault import Audit
     from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
     from spikepatch.plans.optimiser import param_groups
     from spikepatch.plans.plan import Plan, Recipe
+    from spikepatch.preflight.audit import audit
     from spikepatch.preflight.check import check
     from spikepatch.preflight.result import StabilityReport
     from spikepatch.recipes.plan_of import plan
@@ -72,6 +75,8 @@ _HOME = {
     "param_groups": "spikepatch.plans.optimiser",
     "convert": "spikepatch.apply.folder.convert",
     "Conversion": "spikepatch.apply.folder.convert",
+    "audit": "spikepatch.preflight.audit",
+    "Audit": "spikepatch.auditing.fault",
     "check": "spikepatch.preflight.check",
     "StabilityReport": "spikepatch.preflight.result",
     "fold": "spikepatch.apply.folder.fold",
@@ -90,6 +95,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Audit",
     "BadSource",
     "BadTarget",
     "Codemod",
@@ -105,6 +111,7 @@ __all__ = [
     "SpikepatchError",
     "StabilityReport",
     "TrainingLog",
+    "audit",
     "check",
     "codemod",
     "convert",

@@ -12,6 +12,7 @@ import click
 
 from spikepatch._version import __version__
 from spikepatch.commands.architectures import architectures_command
+from spikepatch.commands.audit import audit_command
 from spikepatch.commands.check import check_command
 from spikepatch.commands.codemod import codemod_command
 from spikepatch.commands.console import level_options
@@ -77,6 +78,7 @@ def main() -> None:
     the residual stream by dataflow, proves that it found all of it, and writes a model that meets both.
 
     \b
+        spikepatch audit ./my-init            the parameters that were initialised wrongly, by name
         spikepatch check arch:gpt2            whether it is at risk, before it is trained
         spikepatch convert arch:gpt2 out/     a fresh, patched GPT-2
         spikepatch train gpt2 out/ ...        trained on the same batches: which stays free of spikes
@@ -102,6 +104,7 @@ main.add_command(convert_command)
 main.add_command(fold_command)
 main.add_command(inspect_command)
 main.add_command(verify_command)
+main.add_command(audit_command)
 main.add_command(check_command)
 main.add_command(train_command)
 main.add_command(report_command)

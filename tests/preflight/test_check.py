@@ -6,18 +6,23 @@ import copy
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from transformers import AutoModelForCausalLM, PegasusConfig, PegasusForConditionalGeneration
 
 import spikepatch
 from spikepatch import Refused, StabilityReport
+from spikepatch.cli import main
 from spikepatch.preflight.inputs import random_tokens
+from spikepatch.preflight.judge import Thresholds
+from spikepatch.preflight.present import summary_table
 from spikepatch.source.meta import build_meta
 from spikepatch.source.tokenizer import SAMPLE
 from tests.architectures import tiny_config, tiny_model
@@ -44,7 +49,7 @@ OTHERS: tuple[tuple[configs.Mapping, str], ...] = (
 #: What scripts rely on.
 KEYS = {
     "verdict", "findings", "embeddings", "layers", "initial_loss", "log_vocab", "gradient_ratio", "eq15_excess_layer1",
-    "eq15_excess_layer1_stream", "models",
+    "eq15_excess_layer1_stream", "models", "audit", "refused",
 }  # fmt: skip
 LAYER_KEYS = {"sigma_in", "sigma_branch", "bound_attention", "bound_mlp", "jacobian", "gradient_norm"}
 
@@ -108,7 +113,9 @@ def test_a_folder_is_checked_with_its_weights(save_tiny: Callable[..., Path]) ->
     folder = save_tiny("gpt2", n_embd=64, n_layer=3, n_head=4, vocab_size=500, bos_token_id=0, eos_token_id=0)
     model = AutoModelForCausalLM.from_pretrained(folder)
     stored, loaded = (spikepatch.check(m, recipes=["scaled-embed"], tokens=16, seed=5) for m in (str(folder), model))
-    assert "learned" in stored.weights
+    assert stored.weights == f"of {folder}"
+    assert stored.audit is not None
+    assert not stored.audit.learned
     assert _numbers(stored) == _numbers(loaded)
     assert _numbers(stored.models[0]) == _numbers(loaded.models[0])
     assert stored.gradient_ratio != stored.models[0].gradient_ratio
@@ -129,7 +136,7 @@ _LLAMA = {
 
 
 def _numbers(report: StabilityReport) -> dict[str, object]:
-    left_out = {"source", "architecture", "weights", "recipe", "findings", "models", "verdict"}
+    left_out = {"source", "architecture", "weights", "recipe", "findings", "models", "verdict", "audit"}
     return {k: v for k, v in dataclasses.asdict(report).items() if k not in left_out}
 
 
@@ -302,8 +309,10 @@ def test_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     text = tmp_path / "genesis.txt"
     text.write_text(SAMPLE)
     report = spikepatch.check(str(smollm2), text=text, tokens=200, batch=1)
-    assert report.verdict == "at-risk"
-    assert {"stream", "learned"} <= {finding.name for finding in report.findings}
+    assert report.verdict == "learned"
+    assert {finding.name for finding in report.findings} == {"learned"}
+    assert report.audit is not None
+    assert report.audit.findings == ()
     assert report.sigma_start == pytest.approx(0.11, rel=0.1)
     assert report.layers[1].sigma_in == pytest.approx(1.84, rel=0.2)
     assert report.layers[-1].sigma_in == pytest.approx(31.4, rel=0.2)
@@ -346,3 +355,36 @@ def test_a_patched_config_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "patched" / "model.safetensors").unlink()
     with pytest.raises(Refused, match="it is patched, and has no weights"):
         spikepatch.check(str(tmp_path / "patched"))
+
+
+def test_a_recipe_that_does_not_apply_is_a_column() -> None:
+    """Gemma 2 multiplies its embedding already; the other recipe is measured all the same."""
+    report = spikepatch.check(tiny_model("gemma2"), recipes=["scaled-embed", "vanilla"], tokens=12)
+    refused, vanilla = report.models
+    assert "already" in refused.refused
+    assert refused.verdict == "unknown"
+    assert vanilla.sigma_start is not None
+    assert not vanilla.refused
+    shown = {row[0]: row[1:] for row in summary_table(report, Thresholds()).rows}
+    assert shown["verdict"][1].startswith("refused: ")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "olmo2", "granite"])
+def test_every_remedy_that_is_printed_runs(model_type: str, tmp_path: Path) -> None:
+    """Of a folder: the commands. Of a loaded model: the calls. Each as it stands, but for the place of the output."""
+    strict = {"ratio_at_risk": 1e-3, "ratio_unstable": 1e6}
+    tiny_config(model_type, tie_word_embeddings=True, vocab_size=60).save_pretrained(tmp_path / "source")
+    source, model, ran = str(tmp_path / "source"), tiny_model(model_type), 0
+    for subject in (source, model):
+        report = spikepatch.check(subject, recipes=["vanilla", "embed-ln"], tokens=12, thresholds=strict)
+        assert any("spikepatch" in f.remedy for f in report.findings)
+        for remedy in {f.remedy for each in report.every for f in each.findings if f.remedy.startswith("spikepatch")}:
+            ran += 1
+            if subject is source:
+                words = shlex.split(remedy.replace(" OUT ", f" {tmp_path / f'out{ran}'} "))
+                assert words[0] == "spikepatch"
+                done = CliRunner().invoke(main, [*words[1:], *(["--tokens", "12"] if words[1] == "check" else [])])
+                assert done.exit_code == 0, (remedy, done.output)
+            else:
+                eval(remedy, {"spikepatch": spikepatch, "model": copy.deepcopy(model)})
+    assert ran >= 2

@@ -41,7 +41,7 @@ def test_the_table(source: str) -> None:
     ):
         assert words in done.stdout
     assert done.stdout.count(f"remedy: spikepatch convert {source} OUT --recipe scaled-embed") == 1
-    stream = r"at-risk: the stream enters .*: .* \(Eq\. 14; 0\.0\d+, the limit is 0\.5\)"
+    stream = r"note: the stream enters .*: .* \(Eq\. 14; 0\.0\d+, the limit is 0\.5\)"
     assert re.search(stream, done.stdout)
     assert "Not predicted: spikes" in done.stdout
     assert "mapping the residual stream ..." in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ _THRESHOLDS = (
 
 
 @click.command("check")
-@options.source
+@options.sources
 @click.option(
     "--recipe",
     "recipes",
@@ -63,16 +64,18 @@ _THRESHOLDS = (
 def check_command(
     ctx: click.Context,
     /,
-    source: str,
+    sources: tuple[str, ...],
     thresholds: tuple[str, ...],
     report: Path | None,
     as_json: bool,
     fail_on: Any,
     **options: Any,
 ) -> None:
-    """Measure whether SOURCE is at risk, before it is trained.
+    """Measure whether each SOURCE is at risk, before it is trained.
 
-    What is measured: the size of its residual stream, of its gradients through the layers, and the paper's bounds.
+    First its weights are audited, as by `spikepatch audit`. Then is measured: the size of its residual stream, of its
+    gradients through the layers, and the paper's bounds. Weights that have been trained get no verdict by limits that
+    hold for fresh ones: the audit, what was measured, and what continued training can do.
 
     SOURCE is a hub id (gpt2), a local folder (with or without weights), or arch:TYPE (arch:gpt2). Without weights it is
     checked as its own initialiser makes it. --reinit, --factor, --positions and --untie are of the recipes. -v prints
@@ -82,32 +85,42 @@ def check_command(
         spikepatch check arch:gpt2
         spikepatch check gpt2 --recipe scaled-embed --recipe embed-ln --report report.html
 
-    With --fail-on the exit code is 1 where any compared model is that bad; with recipes the source itself does not
-    count. 2: refused, or bad input. 3: a bug.
+    --json prints one object, for several sources a list. With --fail-on the exit code is 1 where any compared model is
+    that bad; with recipes the source itself does not count, and a recipe that does not apply does. 2: refused, or bad
+    input. 3: a bug.
     """
     from spikepatch.preflight.check import check
     from spikepatch.preflight.judge import Thresholds, at_or_above
 
     changes = _parse(thresholds)
+    limits = Thresholds.changed(changes)
     if report is not None:
-        _check_report(report)
+        _check_report(report, sources)
     with progress() as told:
-        found = check(source, thresholds=changes, progress=told, **options)
+        found = [check(source, thresholds=changes, progress=told, **options) for source in sources]
     if as_json:
-        click.echo(found.to_json())
-    else:
-        _print(found)
+        data = [each.to_dict() for each in found]
+        click.echo(json.dumps(data if data[1:] else data[0], indent=2, allow_nan=False))
+    for each in () if as_json else found:
+        _print(each, limits)
     if report is not None:
-        _write_report(found, report, Thresholds.changed(changes))
+        _write_report(found[0], report, limits)
         if not is_quiet():
             click.echo(f"wrote {report}", err=as_json)
-    judged = found.models or (found,)
+    judged = [model for each in found for model in each.models or (each,)]
     if fail_on is not None and any(at_or_above(model, fail_on) for model in judged):
         ctx.exit(1)
 
 
-def _check_report(path: Path) -> None:
+def _check_report(path: Path, sources: tuple[str, ...]) -> None:
     """Refuse before anything is measured what could not be written after it."""
+    if len(sources) > 1:
+        raise Refused(
+            what="one report cannot hold several sources",
+            where=f"--report {path}",
+            why=f"{len(sources)} sources were given",
+            remedy="run the command once for each, with a report of its own",
+        )
     if path.suffix.lower() not in _REPORTS:
         raise Refused(
             what="the report cannot be of this kind",
@@ -139,11 +152,11 @@ def _write_report(found: StabilityReport, path: Path, thresholds: Thresholds) ->
         ) from error
 
 
-def _print(report: StabilityReport) -> None:
+def _print(report: StabilityReport, limits: Thresholds) -> None:
     from rich.console import Console
 
     from spikepatch.preflight.judge import PROMISE
-    from spikepatch.preflight.present import embedding_table, findings, layer_table, summary_table
+    from spikepatch.preflight.present import embedding_table, findings, layer_table, not_covered, summary_table
     from spikepatch.report.terminal import print_table
 
     if is_quiet():
@@ -157,7 +170,7 @@ def _print(report: StabilityReport) -> None:
         f"{report.architecture}: {report.placement}, width d = {report.width}, S = {report.sublayers} sub-layers;"
         f" {report.batch} x {report.tokens} tokens, float32 on {report.device}"
     )
-    print_table(summary_table(report), console)
+    print_table(summary_table(report, limits, details=is_verbose()), console)
     for model in report.every if is_verbose() else ():
         print_table(embedding_table(model), console)
         print_table(layer_table(model), console)
@@ -165,6 +178,8 @@ def _print(report: StabilityReport) -> None:
         click.echo(f"{model.name}: {model.verdict}")
         for line in findings(model):
             click.echo(f"  {line}")
+    for line in not_covered(report):
+        click.echo(line)
     click.echo(PROMISE)
 
 

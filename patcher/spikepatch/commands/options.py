@@ -36,6 +36,9 @@ def _complete_dtype(context: click.Context, parameter: click.Parameter, incomple
 
 
 source: Decorator = click.argument("source", shell_complete=_complete_folder)
+sources: Decorator = click.argument(
+    "sources", metavar="SOURCE...", nargs=-1, required=True, shell_complete=_complete_folder
+)
 out: Decorator = click.argument("out", type=click.Path())
 recipe: Decorator = click.option(
     "--recipe",

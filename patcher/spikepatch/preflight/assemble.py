@@ -110,7 +110,7 @@ class View:
         if not reason and isinstance(pair, str):
             reason = pair
         if not reason and not self._gaussian(sublayer):
-            reason = "learned weights: ||W|| is not that of a Gaussian of its std"
+            reason = "||W|| is not that of a Gaussian of its std, as after training"
         if reason:
             return Bound(None, reason)
         size = 1 / self._norm_jacobian(sublayer, stats) * _inverse(projections[0].multiplier)

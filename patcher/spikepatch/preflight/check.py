@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from spikepatch.auditing.fault import Audit
 from spikepatch.errors import Refused, first_line
 from spikepatch.plans.plan import Part, Reinit
+from spikepatch.preflight.arguments import check_numbers, device_of
 from spikepatch.preflight.assemble import View, bound_product, growth
+from spikepatch.preflight.audit import audit_subject
 from spikepatch.preflight.forward import measure
 from spikepatch.preflight.inputs import random_tokens, text_tokens
 from spikepatch.preflight.judge import Thresholds, judged, worst
 from spikepatch.preflight.program import compile_program
+from spikepatch.preflight.remedies import of_a_model, of_a_source, of_a_tied_head
 from spikepatch.preflight.result import Finding, StabilityReport
 from spikepatch.preflight.steps import run_steps
 from spikepatch.preflight.subject import Subject, of_model, of_source, vocabulary_of, with_recipe
@@ -86,8 +91,8 @@ def check(
         SpikepatchError: the model cannot be read or mapped, or a recipe does not apply.
     """
     limits = Thresholds.changed(dict(thresholds or {}))
-    _check_numbers(tokens=tokens, batch=batch, seed=seed, steps=steps, lr=lr)
-    torch_device = _device(device)
+    check_numbers(tokens=tokens, batch=batch, seed=seed, steps=steps, lr=lr)
+    torch_device = device_of(device)
     tell = progress or silent
     source: Source | None = None
     plain: Subject | None = None
@@ -114,18 +119,30 @@ def check(
         "example_inputs": example_inputs,
         "trust_remote_code": trust_remote_code,
     }
-    subjects = [base]
+    subjects: list[Subject | StabilityReport] = [base]
     for recipe, shown in zip(recipes, _names(recipes), strict=True):
         tell(f"planning {shown}", 0, 0)  # whatever is refused is refused before anything is measured
-        subject = with_recipe(plain or base, recipe, source=source, reinit=reinit, seed=seed, options=options)
-        subjects.append(dataclasses.replace(subject, recipe=shown))
+        try:
+            subject = with_recipe(plain or base, recipe, source=source, reinit=reinit, seed=seed, options=options)
+            subjects.append(dataclasses.replace(subject, recipe=shown))
+        except Refused as error:
+            subjects.append(_refused(error, name, shown, base))
+    audit = audit_subject(base, name, source=source, example_inputs=example_inputs, progress=tell)
     setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
     found = []
     while subjects:  # one model's weights in memory at a time
-        subject = subjects.pop(0)
+        next_one = subjects.pop(0)
+        if isinstance(next_one, StabilityReport):
+            found.append(next_one)
+            continue
+        subject = next_one
+        own = audit if subject.recipe is None else None
+        learned = audit.learned and (own is not None or reinit != "all")
+
         about = _about(subject.recipe or "as it is", tell) if recipes else tell
         try:
-            found.append(_check(subject, setting, inputs, limits, about))
+            judge = _Judge(limits, own, learned, partial(_remedy, subject, source))
+            found.append(_check(subject, setting, inputs, judge, about))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -148,6 +165,48 @@ def _about(model: str, progress: Progress) -> Progress:
     return lambda step, done=0, total=0: progress(f"{model}: {step}", done, total)
 
 
+def _refused(error: Refused, source: str, recipe: str, base: Subject) -> StabilityReport:
+    """The column of a recipe that does not apply."""
+    return StabilityReport(
+        source=source,
+        recipe=recipe,
+        architecture=type(base.structure).__name__,
+        weights="-",
+        placement="-",
+        width=0,
+        sublayers=0,
+        device="-",
+        tokens=0,
+        batch=0,
+        seed=0,
+        refused=f"{error.what}: {error.why}",
+        findings=(Finding("refused", "note", f"refused: {error.what}: {error.why}", remedy=error.remedy),),
+    )
+
+
+def _remedy(subject: Subject, source: Source | None, whole: ResidualMap, *, untie: bool = False) -> str:
+    """What makes a fresh model of it that is not at risk; planned for it, and empty where nothing can be.
+
+    Args:
+        untie: the same recipe with a head of its own.
+    """
+    if untie:
+        return of_a_tied_head(subject.recipe, source, subject.structure, whole) if subject.recipe is not None else ""
+    if subject.recipe is not None or (source is not None and source.patched is not None):
+        return "another recipe: `spikepatch recipes` lists them"
+    return of_a_source(source) if source is not None else of_a_model(subject.structure, whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judge:
+    """What a measured model is judged by. ``remedy`` is asked where one is needed."""
+
+    limits: Thresholds
+    audit: Audit | None
+    learned: bool
+    remedy: Callable[..., str]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Setting:
     source: str
@@ -164,7 +223,7 @@ def _check(
     subject: Subject,
     setting: _Setting,
     inputs: Mapping[str, torch.Tensor] | None,
-    limits: Thresholds,
+    judge: _Judge,
     progress: Progress,
 ) -> StabilityReport:
     progress("mapping the residual stream", 0, 0)
@@ -184,7 +243,8 @@ def _check(
         source=setting.source,
         recipe=subject.recipe,
         architecture=residual.architecture,
-        weights=subject.about,
+        weights=subject.about + (", learned" if judge.learned else ""),
+        audit=judge.audit,
         placement=residual.placement,
         width=residual.width,
         sublayers=residual.sublayers,
@@ -196,7 +256,7 @@ def _check(
     streams = find(graph)
     assert not isinstance(streams, str)
     try:
-        return _measured_all(draft, subject, streams, residual, setting, limits, progress)
+        return _measured_all(draft, subject, streams, residual, setting, judge, progress)
     except (RuntimeError, NotImplementedError, IndexError) as error:  # an operation of the model
         if is_out_of_memory(error):
             raise
@@ -221,21 +281,22 @@ def _measured_all(
     streams: tuple[Stream, ...],
     residual: ResidualMap,
     setting: _Setting,
-    limits: Thresholds,
+    judge: _Judge,
     progress: Progress,
 ) -> StabilityReport:
     """The stream that feeds the output with all others; the verdict is the worst of them."""
     graph = streams[0].facts.trace
     vocabulary = _logits_over(subject.structure, graph) if residual.head is not None else None
-    main = _measured(draft, subject, streams[0], residual, setting, limits, progress, vocabulary)
+    judge = dataclasses.replace(judge, remedy=cache(partial(judge.remedy, whole=residual)))
+    main = _measured(draft, subject, streams[0], residual, setting, judge, progress, vocabulary)
     further = []
     for stream, part in zip(streams[1:], residual.streams, strict=True):
         blank = dataclasses.replace(
-            draft, stream="encoder", placement=part.placement, width=part.width, sublayers=part.sublayers
+            draft, stream="encoder", audit=None, placement=part.placement, width=part.width, sublayers=part.sublayers
         )
         once = dataclasses.replace(setting, steps=0)
         about = _about(blank.stream, progress)
-        found = _measured(blank, subject, stream, part, once, limits, about, vocabulary)
+        found = _measured(blank, subject, stream, part, once, judge, about, vocabulary)
         further.append(dataclasses.replace(found, initial_loss=None, log_vocab=None, gradients={}))  # the same
     return dataclasses.replace(main, streams=tuple(further), verdict=worst([main, *further]))
 
@@ -246,13 +307,13 @@ def _measured(
     stream: Stream,
     residual: ResidualMap,
     setting: _Setting,
-    limits: Thresholds,
+    judge: _Judge,
     progress: Progress,
     vocabulary: int | None,
 ) -> StabilityReport:
     program = compile_program(stream, setting.device)
     found = measure(program, residual, subject.weights, deep=setting.deep, vocabulary=vocabulary, progress=progress)
-    view = View(program, residual, found, limits)
+    view = View(program, residual, found, judge.limits)
     layers = view.layers()
     first, second = view.excesses()
     norms = [layer.gradient_norm for layer in layers]
@@ -281,7 +342,7 @@ def _measured(
         not_measured=tuple(found.problems),
     )
     finite = found.finite and all(w.finite for w in found.weights.values())
-    return judged(report, residual, limits, finite=finite)
+    return judged(report, residual, judge.limits, finite=finite, learned=judge.learned, remedy=judge.remedy)
 
 
 def _logits_over(model: nn.Module, graph: Trace) -> int | None:
@@ -289,31 +350,3 @@ def _logits_over(model: nn.Module, graph: Trace) -> int | None:
     vocabulary, width = vocabulary_of(model), shape(graph.output)[-1]
     tokens = any(not x.is_floating_point() for x in graph.inputs.values())
     return width if tokens and vocabulary is not None and width >= vocabulary else None
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise Refused(
-            what=f"no device {name!r}",
-            where="--device",
-            why=first_line(error),
-            remedy="leave it out for a GPU where there is one, else the CPU",
-        ) from error
-    return device
-
-
-def _check_numbers(**numbers: float) -> None:
-    least = {"tokens": 2, "batch": 1, "seed": 0, "steps": 0}
-    for name, value in numbers.items():
-        if (name == "lr" and not 0 < value < math.inf) or value < least.get(name, 0):
-            raise Refused(
-                what=f"{name} cannot be {value if isinstance(value, int) else format(value, 'g')}",
-                where=f"--{name}",
-                why="there is nothing to measure",
-                remedy=f"give {least.get(name, 'more than 0')} or more",
-            )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused, did_you_mean
@@ -18,10 +17,13 @@ PROMISE = (
 )
 
 
-_ORDER: tuple[Stability, ...] = ("stable", "at-risk", "unstable", "unknown")
+_ORDER: tuple[Stability, ...] = ("stable", "learned", "at-risk", "unstable", "unknown")
 
 #: Sub-layers of the models that the thresholds are calibrated on.
-_CALIBRATED = 48
+CALIBRATED = 48
+
+#: log V, from which a first loss is no matter of taste.
+_MANY_TIMES = 2.0
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,16 @@ class Thresholds:
     conditions unmet.
 
     Attributes:
-        stream_low, stream_high: sigma of the stream entering layer 1. The paper asks for "close to 1"; its two remedies
-            start at 0.632 = sqrt(2/5) and 1, Vanilla at 0.028. A factor of two either way, over units of the branch
-            where the architecture norms or multiplies that.
+        stream_low, stream_high: sigma of the stream entering layer 1; outside, a note. The paper asks for "close to
+            1"; its two remedies start at 0.632 = sqrt(2/5) and 1, Vanilla at 0.028. A factor of two either way, over
+            units of the branch where the architecture norms or multiplies that.
         excess: of Eq. 15 at layer 1, for 48 sub-layers. At 1 the sub-layer may change the gradient as much as the
             shortcut carries; the remedies have 0.52 and 0.82, Vanilla 26, Xavier 576. What S sub-layers add to the
             squared gradient goes with S excess^2, so at another depth the limit is this times sqrt(48 / S): it moves as
             the excess of every recipe with depth scaling does.
         ratio_at_risk: gradient norm, first over last layer: the remedies have 1.1 and 1.2, Vanilla 13; about their
             geometric mean.
-        ratio_unstable: between Vanilla (13), which the paper trains up to 1.7 billion parameters, and Xavier (122). Of
-            fresh weights only: in a learned model the stream has grown, and a gradient shrinks as its stream grows.
+        ratio_unstable: between Vanilla (13), which the paper trains up to 1.7 billion parameters, and Xavier (122).
         loss: initial loss over log V. A uniform guess has 1; logits of unit variance add 0.5 nats, 5 % of log V.
         gaussian: how far ||W|| may be from std (sqrt(in) + sqrt(out)): its fluctuation is a few n^(-2/3), 0.06 times a
             few at n = 64, and learned matrices are off by a factor.
@@ -74,29 +75,67 @@ class Thresholds:
         return cls(**changes)
 
 
-def judged(report: StabilityReport, residual: ResidualMap, thresholds: Thresholds, *, finite: bool) -> StabilityReport:
-    """The report with its findings and verdict."""
-    found = tuple(_findings(report, residual, thresholds, finite=finite))
-    verdict: Stability = "stable"
-    if any(f.severity == "at-risk" for f in found):
+def _no_remedy(*, untie: bool = False) -> str:
+    return ""
+
+
+def judged(
+    report: StabilityReport,
+    residual: ResidualMap,
+    thresholds: Thresholds,
+    *,
+    finite: bool,
+    learned: bool = False,
+    remedy: Callable[..., str] = _no_remedy,
+) -> StabilityReport:
+    """The report with its findings and verdict, the audit's included.
+
+    Args:
+        finite: all weights, values and gradients are.
+        learned: the audit says that the weights have been trained: no threshold of fresh weights holds for them.
+        remedy: what has been tried on this model; asked only where it is needed, with ``untie`` for a tied head.
+    """
+    found = tuple(_learned(report, finite) if learned else _findings(report, residual, thresholds, remedy, finite))
+    levels: set[str] = {f.severity for f in found}
+    if report.audit is not None:
+        levels |= {f.severity for f in report.audit.findings}
+    verdict: Stability = "learned" if learned else "stable"
+    if "at-risk" in levels:
         verdict = "at-risk"
-    if any(f.severity == "unstable" for f in found):
+    if "unstable" in levels:
         verdict = "unstable"
     return dataclasses.replace(report, findings=found, verdict=verdict)
 
 
-def _is_learned(report: StabilityReport, thresholds: Thresholds) -> bool:
-    """Most matrices are no Gaussians any more."""
-    measured = [w.gaussianity for layer in report.layers for s in layer.sublayers for w in s.weights if w.gaussianity]
-    return sum(abs(g - 1) > thresholds.gaussian for g in measured) * 2 > len(measured) > 0
+_NOT_FINITE = "a weight, a value of the stream or a gradient is NaN or infinite"
 
 
-def _findings(report: StabilityReport, residual: ResidualMap, limits: Thresholds, *, finite: bool) -> Iterator[Finding]:
-    learned = _is_learned(report, limits)
+def _learned(report: StabilityReport, finite: bool) -> Iterator[Finding]:
+    """Of trained weights: what was measured, and what continued training can do. Their stream has grown, and a gradient
+    shrinks as its stream grows; the limits of fresh weights say nothing of them.
+    """
     if not finite:
-        yield Finding("non-finite", "unstable", "a weight, a value of the stream or a gradient is NaN or infinite")
-    yield from _stream(report, residual, limits, learned)
-    excess, limit = report.eq15_excess_layer1, limits.excess * math.sqrt(_CALIBRATED / report.sublayers)
+        yield Finding("non-finite", "unstable", _NOT_FINITE)
+    ratio = report.gradient_ratio
+    profile = f"; the gradient is {ratio:.3g} times as large at the first layer as at the last" if ratio else ""
+    yield Finding(
+        "learned",
+        "note",
+        f"the weights are learned: limits for fresh weights do not hold, and there is no verdict by them{profile}",
+        ratio,
+        remedy="what keeps continued training stable: a warm-up to a smaller learning rate, Adam's beta2 of 0.95, a"
+        " gradient clipped at 1, a z-loss, skipping batches whose gradient is far off",
+    )
+    yield from _steps(report)
+
+
+def _findings(
+    report: StabilityReport, residual: ResidualMap, limits: Thresholds, remedy: Callable[..., str], finite: bool
+) -> Iterator[Finding]:
+    if not finite:
+        yield Finding("non-finite", "unstable", _NOT_FINITE)
+    yield from _stream(report, residual, limits)
+    excess, limit = report.eq15_excess_layer1, limits.excess * math.sqrt(CALIBRATED / report.sublayers)
     if excess is not None and excess >= limit:
         yield Finding(
             "eq15",
@@ -105,11 +144,11 @@ def _findings(report: StabilityReport, residual: ResidualMap, limits: Thresholds
             excess,
             limit,
             "Eq. 15",
-            _remedy(report, learned),
+            remedy(),
         )
     ratio = report.gradient_ratio
     if ratio is not None and ratio >= limits.ratio_at_risk:
-        unstable = ratio >= limits.ratio_unstable and not learned  # it has shown that it trains
+        unstable = ratio >= limits.ratio_unstable
         yield Finding(
             "gradient-ratio",
             "unstable" if unstable else "at-risk",
@@ -117,21 +156,14 @@ def _findings(report: StabilityReport, residual: ResidualMap, limits: Thresholds
             ratio,
             limits.ratio_unstable if unstable else limits.ratio_at_risk,
             "Eq. 7",
-            _remedy(report, learned),
+            remedy(),
         )
-    yield from _depth_scaling(report, residual, learned)
-    yield from _loss(report, residual, limits, learned)
+    yield from _loss(report, residual, limits, remedy)
     yield from _steps(report)
-    if learned:
-        yield Finding(
-            "learned",
-            "note",
-            "the weights are learned: they are no Gaussians, so the paper's closed forms do not hold and what counts"
-            " are the measurements; a changed embedding changes the learned function",
-        )
 
 
-def _stream(report: StabilityReport, residual: ResidualMap, limits: Thresholds, learned: bool) -> Iterator[Finding]:
+def _stream(report: StabilityReport, residual: ResidualMap, limits: Thresholds) -> Iterator[Finding]:
+    """A note: whether a small shortcut matters is what the gradient and the bound say."""
     start = report.sigma_start
     if start is None or not math.isfinite(start) or not residual.residual_projections:
         return
@@ -144,13 +176,13 @@ def _stream(report: StabilityReport, residual: ResidualMap, limits: Thresholds, 
     small = start / unit < limits.stream_low
     yield Finding(
         "stream",
-        "at-risk",
+        "note",
         f"the stream enters the first layer with a std of {start:.3g}{of}:"
-        + (" a small shortcut, so the first sub-layers multiply the gradient" if small else " far above 1"),
+        + (" a small shortcut, whose gradient the first sub-layers may multiply" if small else " far above 1"),
         start / unit,
         limits.stream_low if small else limits.stream_high,
         "Eq. 14",
-        _remedy(report, learned) if small else "give the embedding a std near 1",
+        "" if small else "give the embedding a std near 1",
     )
 
 
@@ -168,37 +200,14 @@ def _unit(report: StabilityReport, residual: ResidualMap) -> tuple[float, str]:
     return 1.0, ""
 
 
-def _depth_scaling(report: StabilityReport, residual: ResidualMap, learned: bool) -> Iterator[Finding]:
-    """Geometric mean, over sub-layers, of the residual projections' std over that of the other matrices."""
-    normed = residual.placement == "post-norm" or any(p.branch_norm is not None for p in residual.residual_projections)
-    if learned or normed or report.sublayers < 3:
-        return
-    factor = {p.parameter: abs(p.multiplier) for p in residual.residual_projections}
-    ratios = []
-    for sublayer in (s for layer in report.layers for s in layer.sublayers):
-        outputs = [w.std * factor.get(w.parameter, 1.0) for w in sublayer.weights if w.residual and w.std]
-        others = [w.std for w in sublayer.weights if not w.residual and w.std]
-        if outputs and others:
-            ratios.append(math.log(statistics.median(outputs) / statistics.median(others)))
-    if not ratios:
-        return
-    measured, expected = math.exp(statistics.fmean(ratios)), report.sublayers**-0.5
-    if measured > math.sqrt(expected):  # nearer to 1 than to 1/sqrt(S), in logarithms
-        yield Finding(
-            "depth-scaling",
-            "note",
-            f"depth scaling is missing: residual projections have {measured:.3g} times the std of the other matrices;"
-            f" 1/sqrt(S) is {expected:.3g}",
-            measured,
-            math.sqrt(expected),
-            "Eq. 15, Eq. 20",
-            f"spikepatch convert {report.source} OUT --recipe scaled-embed",
-        )
-
-
-def _loss(report: StabilityReport, residual: ResidualMap, limits: Thresholds, learned: bool) -> Iterator[Finding]:
+def _loss(
+    report: StabilityReport, residual: ResidualMap, limits: Thresholds, remedy: Callable[..., str]
+) -> Iterator[Finding]:
+    """At-risk where it is many times log V. A tied head predicts the current token once the shortcut is large, which
+    passes within steps; whether its table is too large as well, the audit says.
+    """
     loss, uniform = report.initial_loss, report.log_vocab
-    if loss is None or uniform is None or learned or not loss > limits.loss * uniform:
+    if loss is None or uniform is None or not loss > limits.loss * uniform:
         return
     tied = residual.head is not None and residual.head.tied
     why = (
@@ -208,11 +217,11 @@ def _loss(report: StabilityReport, residual: ResidualMap, limits: Thresholds, le
     )
     yield Finding(
         "initial-loss",
-        "note",
+        "at-risk" if loss > _MANY_TIMES * uniform and not tied else "note",
         f"the initial loss is {loss:.3g}, log V is {uniform:.3g}{why}",
         loss,
         limits.loss * uniform,
-        remedy="--untie gives the head a matrix of its own" if tied else "smaller head weights",
+        remedy=remedy(untie=True) if tied else "smaller head weights",
     )
 
 
@@ -232,13 +241,6 @@ def _steps(report: StabilityReport) -> Iterator[Finding]:
             first.loss,
             remedy="a smaller learning rate, a warm-up, or a recipe",
         )
-
-
-def _remedy(report: StabilityReport, learned: bool) -> str:
-    if report.recipe is not None:
-        return "another recipe: `spikepatch recipes` lists them"
-    command = f"spikepatch convert {report.source} OUT --recipe scaled-embed"
-    return f"{command}, a fresh model; --reinit none keeps what was learned" if learned else command
 
 
 def at_or_above(report: StabilityReport, severity: Severity) -> bool:

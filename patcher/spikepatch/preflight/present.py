@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from spikepatch.preflight.judge import PROMISE, Thresholds
+from spikepatch.auditing.words import named
+from spikepatch.preflight.judge import CALIBRATED, PROMISE, Thresholds
 from spikepatch.preflight.result import LayerReport, Stability, StabilityReport
 from spikepatch.report.document import Badge, Chart, Line, Page, Section, Table, Tone, number
 
-_TONES: dict[Stability, Tone] = {"stable": "good", "at-risk": "warning", "unstable": "bad", "unknown": "neutral"}
+_TONES: dict[Stability, Tone] = {
+    "stable": "good", "learned": "neutral", "at-risk": "warning", "unstable": "bad", "unknown": "neutral",
+}  # fmt: skip
+#: Rows that have a limit, or say what was measured: they come first.
+_SHOWN = 6
 
 
-def summary_table(report: StabilityReport) -> Table:
-    """One column per compared model."""
+def summary_table(report: StabilityReport, thresholds: Thresholds, *, details: bool = True) -> Table:
+    """One column per compared model; without ``details`` only what the verdict rests on."""
     models = report.every
+    excess = thresholds.excess * math.sqrt(CALIBRATED / max(report.sublayers, 1))
     rows: list[tuple[str, Callable[[StabilityReport], str]]] = [
-        ("verdict", lambda m: m.verdict),
+        ("verdict", _verdict),
         ("weights", lambda m: m.weights),
-        ("stream entering layer 1, std", lambda m: number(m.sigma_start)),
+        ("stream entering layer 1, std (near 1)", lambda m: number(m.sigma_start)),
+        (f"gradient, first over last (below {thresholds.ratio_at_risk:g})", lambda m: number(m.gradient_ratio)),
+        (f"Eq. 15 excess at layer 1 (below {excess:.2g})", lambda m: number(m.eq15_excess_layer1)),
+        ("initial loss (near log V)", lambda m: f"{number(m.initial_loss)} ({number(m.log_vocab)})"),
         ("stream after the last layer", lambda m: number(m.sigma_end)),
-        ("gradient, first over last layer", lambda m: number(m.gradient_ratio)),
-        ("Eq. 15 excess at layer 1", lambda m: number(m.eq15_excess_layer1)),
         ("Eq. 15 excess, by the stream there", lambda m: number(m.eq15_excess_layer1_stream)),
-        ("Eq. 7, product of the bounds", lambda m: number(m.bound_product)),
+        ("Eq. 7, product of the bounds (less is better)", lambda m: number(m.bound_product)),
         ("product of measured Jacobians", lambda m: number(m.jacobian_product)),
-        ("initial loss (log V)", lambda m: f"{number(m.initial_loss)} ({number(m.log_vocab)})"),
-        ("growth exponent, activations", lambda m: number(m.growth_activations)),
-        ("growth exponent, gradients", lambda m: number(m.growth_gradients)),
+        ("growth exponent, activations (near 0)", lambda m: number(m.growth_activations)),
+        ("growth exponent, gradients (near 0)", lambda m: number(m.growth_gradients)),
     ]
     groups = dict.fromkeys(name for m in models for name in m.gradients)
     rows += [(f"gradient of {group}", partial(_gradient, group)) for group in groups]
+    rows = rows if details else rows[:_SHOWN]
     if report.steps:
         last = f"after {len(report.steps) - 1} steps"
         rows += [
@@ -48,6 +56,10 @@ def _gradient(group: str, report: StabilityReport) -> str:
     return number(report.gradients.get(group))
 
 
+def _verdict(report: StabilityReport) -> str:
+    return f"refused: {report.refused}" if report.refused else report.verdict
+
+
 def layer_table(report: StabilityReport) -> Table:
     """One row per sub-layer."""
     rows = [
@@ -58,7 +70,7 @@ def layer_table(report: StabilityReport) -> Table:
             number(s.sigma_branch),
             number(s.ratio),
             number(s.gradient_norm),
-            number(s.bound) if s.bound is not None else "not covered",
+            number(s.bound),
             number(s.jacobian),
         )
         for layer in report.layers
@@ -84,23 +96,34 @@ def embedding_table(report: StabilityReport) -> Table:
 
 
 def findings(report: StabilityReport) -> Iterable[str]:
-    """One line each, with the limit; then remedies, and reasons for what is not covered, once each."""
+    """One line each, with the limit; then remedies, once each. The audit's come first."""
+    if report.audit is not None:
+        for fault in report.audit.findings:
+            yield f"{fault.severity}: {', '.join(named(fault)[:4])}: {fault.what} ({fault.measured})"
     for f in report.findings:
         compared = f"{number(f.measured)}, the limit is {number(f.limit)}" if f.limit is not None else ""
         rests_on = "; ".join(filter(None, (f.equation, compared)))
         yield f"{f.severity}: {f.what}" + (f" ({rests_on})" if rests_on else "")
     yield from (f"remedy: {remedy}" for remedy in dict.fromkeys(f.remedy for f in report.findings if f.remedy))
-    reasons = Counter(s.not_covered for layer in report.layers for s in layer.sublayers if s.not_covered)
-    for reason, count in reasons.items():
-        yield f"bound not covered in {count} of {report.sublayers} sub-layers: {reason}"
     yield from (f"not measured: {reason}" for reason in report.not_measured)
+
+
+def not_covered(report: StabilityReport) -> Iterable[str]:
+    """Why bounds are not given, each reason once for all compared models."""
+    reasons: dict[str, list[str]] = {}
+    for model in report.every:
+        found = Counter(s.not_covered for layer in model.layers for s in layer.sublayers if s.not_covered)
+        for reason, count in found.items():
+            reasons.setdefault(reason, []).append(f"{model.name} ({count} of {model.sublayers} sub-layers)")
+    for reason, models in reasons.items():
+        yield f"bounds not covered: {reason}: {', '.join(models)}"
 
 
 def page(report: StabilityReport, thresholds: Thresholds) -> Page:
     """The whole report, with per-layer curves of all compared models."""
     models = report.every
     badges = tuple(Badge(m.name, m.verdict, _TONES[m.verdict]) for m in models)
-    sections = [Section("Compared", (PROMISE,), (summary_table(report),))]
+    sections = [Section("Compared", (PROMISE, *not_covered(report)), (summary_table(report, thresholds),))]
     sections += [Section(f"Findings: {m.name}", tuple(findings(m)) or ("none",), (embedding_table(m),)) for m in models]
     sections.append(Section("Along the layers", charts=tuple(_layer_charts(models, thresholds))))
     if any(m.steps for m in models):

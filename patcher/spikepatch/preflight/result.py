@@ -8,7 +8,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Stability = Literal["stable", "at-risk", "unstable", "unknown"]
+from spikepatch.auditing.fault import Audit
+
+Stability = Literal["stable", "learned", "at-risk", "unstable", "unknown"]
 Severity = Literal["note", "at-risk", "unstable"]
 
 
@@ -119,7 +121,10 @@ class StabilityReport:
         weights: where they come from, in words.
         placement, width, sublayers: of the map; S counts the sub-layers.
         device, tokens, batch, seed: of the measurement.
-        verdict: ``stable``, ``at-risk``, ``unstable``; ``unknown`` where even the measurements failed.
+        verdict: ``stable``, ``at-risk``, ``unstable``; ``learned``: the weights have been trained, and nothing is wrong
+            with them; ``unknown`` where the measurements failed, or the recipe was refused.
+        refused: why the recipe does not apply; then nothing else is filled in.
+        audit: of the weights as they are; None for a recipe and for a further stream.
         findings: what it rests on.
         embeddings, layers: what was measured at each table, and at each sub-layer of each layer.
         sigma_start, sigma_end: of the stream entering the first sub-layer and after the last.
@@ -152,6 +157,8 @@ class StabilityReport:
     batch: int
     seed: int
     verdict: Stability = "unknown"
+    refused: str = ""
+    audit: Audit | None = None
     findings: tuple[Finding, ...] = ()
     embeddings: tuple[EmbeddingReport, ...] = ()
     layers: tuple[LayerReport, ...] = ()

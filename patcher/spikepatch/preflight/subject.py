@@ -81,7 +81,7 @@ def of_source(source: Source, seed: int, *, patched: bool = True) -> Subject:
     match = match_source(source, structure)
     source.fetch_weights()
     load_buffers(structure, match)
-    return Subject(structure, _kept(structure, stored(structure, match)), f"learned, of {source.name}")
+    return Subject(structure, _kept(structure, stored(structure, match)), f"of {source.name}")
 
 
 def with_recipe(

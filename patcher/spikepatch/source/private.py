@@ -91,6 +91,11 @@ def fsdp_handles(module: Any) -> Iterator[tuple[nn.Module, str, object]]:
 # transformers: models and configs
 
 
+def promised_ties(model: nn.Module) -> dict[str, str]:
+    """Names that are to be one tensor with another, by the config and the class of a transformers model."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def is_transformers_model(model: object) -> bool:
     """It can be built again from its config."""
     return hasattr(model, "_from_config")

@@ -1,0 +1,39 @@
+"""Arguments of ``check`` that make no sense are refused before anything is read."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from spikepatch.errors import Refused, first_line
+
+
+def device_of(name: str) -> torch.device:
+    """``auto`` is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(
+            what=f"no device {name!r}",
+            where="--device",
+            why=first_line(error),
+            remedy="leave it out for a GPU where there is one, else the CPU",
+        ) from error
+    return device
+
+
+def check_numbers(**numbers: float) -> None:
+    """Refuse what leaves nothing to measure."""
+    least = {"tokens": 2, "batch": 1, "seed": 0, "steps": 0}
+    for name, value in numbers.items():
+        if (name == "lr" and not 0 < value < math.inf) or value < least.get(name, 0):
+            raise Refused(
+                what=f"{name} cannot be {value if isinstance(value, int) else format(value, 'g')}",
+                where=f"--{name}",
+                why="there is nothing to measure",
+                remedy=f"give {least.get(name, 'more than 0')} or more",
+            )
