@@ -369,7 +369,9 @@ def test_a_recipe_that_does_not_apply_is_a_column() -> None:
     assert shown["verdict"][1].startswith("refused: ")
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "olmo2", "granite"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma2", *(pytest.param(t, marks=pytest.mark.slow) for t in ("gpt2", "olmo2", "granite"))]
+)
 def test_every_remedy_that_is_printed_runs(model_type: str, tmp_path: Path) -> None:
     """Of a folder: the commands. Of a loaded model: the calls. Each as it stands, but for the place of the output."""
     strict = {"ratio_at_risk": 1e-3, "ratio_unstable": 1e6}

@@ -39,7 +39,7 @@ def broken(evidence: Evidence) -> Iterator[Fault]:
         if group.part in _DRAWN:
             yield from _zero(evidence, group, sound)
             yield from _constant(group, sound)
-            yield from _parts(group, sound, evidence.learned)
+            yield from _parts(group, sound, evidence)
 
 
 def _is_matrix(group: Group) -> bool:
@@ -125,16 +125,17 @@ def _garbage(group: Group, members: list[Member], learned: bool) -> Iterator[Fau
         )
 
 
-def _parts(group: Group, members: list[Member], learned: bool) -> Iterator[Fault]:
+def _parts(group: Group, members: list[Member], evidence: Evidence) -> Iterator[Fault]:
     """Rows or columns that were left out. Trained weights may have died, and padded tables have rows of zeros."""
-    if learned:
+    if evidence.learned:
         return
+    may_be_table = group.part in {"table", "head"} or evidence.residual is None
     found = []
     for member in members:
         c = member.contents
         if c.is_zero or c.is_constant or min(c.rows, c.columns) < 8 or _is_computed(c):
             continue
-        if group.part in {"table", "head"} and c.zero_rows == 1:  # the padding token's
+        if may_be_table and c.zero_rows == 1:  # the padding token's
             continue
         strong = c.strong_rows if c.largest <= _OUTLIER * c.std else 0  # or else it is told already
         rows = c.zero_rows + (c.weak_rows + strong if c.columns >= 16 else 0)
@@ -144,7 +145,7 @@ def _parts(group: Group, members: list[Member], learned: bool) -> Iterator[Fault
     if not found:
         return
     member, rows, columns = found[0]
-    padding = group.part in {"table", "head"} and not columns
+    padding = may_be_table and not columns
     text = " and ".join(f"{n} of {m}" for n, m in _counts(member.contents, rows, columns))
     yield Fault(
         "part",

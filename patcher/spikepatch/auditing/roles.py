@@ -23,7 +23,7 @@ VectorRole = Literal["step", "rate", "decay", "bias", "gain"]
 #: Seen through on the way to a softplus.
 _ON_THE_WAY = ops.VIEWS | {"clamp", "clamp_min"}
 #: Views of all of a value.
-_WHOLE = ops.VIEWS - frozenset("getitem split split_with_sizes chunk unbind slice select narrow".split())
+_WHOLE = ops.VIEWS - frozenset("split split_with_sizes chunk slice narrow".split())
 #: log(1 + exp(x)) is written out in a few models.
 _SOFTPLUS = frozenset(("softplus", "logaddexp"))
 

@@ -79,4 +79,5 @@ def text_tokens(path: Path, source: Source | None, *, tokens: int, batch: int) -
 
 def _length(config: Any, tokens: int) -> int:
     """``tokens``, or as many as the model has positions for."""
-    return min(tokens, getattr(config, "max_position_embeddings", None) or tokens)
+    limit = getattr(config, "max_position_embeddings", None) or tokens
+    return min(tokens, limit) if limit > 0 else tokens  # XLNet has -1 for any length
