@@ -56,7 +56,7 @@ def expected(evidence: Evidence, plan: Plan, *, replaced: bool) -> Iterator[Faul
             f"it is not as {plan.recipe} makes it: {text}, and it has {entries[0][1]}",
             text,
             entries[0][1],
-            f"the plan has every number: spikepatch convert SOURCE OUT --recipe {plan.recipe} --dry-run",
+            "draw it as the plan says, which has every number (spikepatch.plan)",
         )
 
 
