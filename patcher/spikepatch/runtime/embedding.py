@@ -303,9 +303,10 @@ def replace_lookups(model: nn.Module, value: Any, put: Callable[[Any], object]) 
     lost = []
     for name, module in before.items():
         now: Any = model.get_submodule(name)
-        if now is module or (hasattr(module, "is_spikepatched") and hasattr(now, "is_spikepatched")):
+        same = getattr(now, "weight", None) is module.weight
+        if now is module or (hasattr(now, "is_spikepatched") and not same):
             continue
-        if getattr(now, "weight", None) is not module.weight:
+        if not same:
             lost.append(name)
         place, _, attribute = name.rpartition(".")
         module.num_embeddings = len(module.weight)

@@ -69,7 +69,8 @@ def test_embed_scale_kept_weights_start_at_std_one() -> None:
     spikepatch.patch(model, "scaled-embed", reinit="none")
     assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
     with torch.no_grad():
-        start = model(torch.arange(500)[None], output_hidden_states=True).hidden_states[0]
+        tokens = torch.arange(1, 500)[None]  # the first row is that of the padding token: zero, and no part of the std
+        start = model(tokens, output_hidden_states=True).hidden_states[0]
     assert float(start.double().std()) == pytest.approx(1, abs=64 * torch.finfo(torch.float32).eps)
 
 
