@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused
+from spikepatch.plans.entrances import enlarge_entrances
 from spikepatch.plans.plan import Context, Edit, Fill, Skip
 from spikepatch.residual.map import ResidualMap
-from spikepatch_transforms.entrances import enlarge_entrances
 
 #: std of the initial logits of a tied head that is refused.
 _LOGITS = 3.0

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused
+from spikepatch.plans.entrances import enlarge_entrances
 from spikepatch.plans.plan import Context, Edit, NormEmbedding, NormKind, Skip
 from spikepatch.residual.map import ResidualMap
 from spikepatch_transforms.embed_scale import check_shortcut, multiplied, token_embedding
-from spikepatch_transforms.entrances import enlarge_entrances
 
 
 @dataclass(frozen=True)

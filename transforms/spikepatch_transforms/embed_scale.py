@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spikepatch.errors import Refused
+from spikepatch.plans.entrances import enlarge_entrances
 from spikepatch.plans.plan import Context, Edit, ScaleEmbedding, Skip
 from spikepatch.residual.map import Embedding, ResidualMap
-from spikepatch_transforms.entrances import enlarge_entrances
 
 #: Factors in the map are rounded to six digits.
 _ROUNDED = 1e-5

@@ -24,7 +24,7 @@ NORM_NAMES: dict[NormKind, str] = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm
 
 
 #: A part of a model of several modalities.
-Part = Literal["language"]
+ModelPart = Literal["language"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Context:
     untied: bool = False
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stream: int = 0
-    part: Part | None = None
+    part: ModelPart | None = None
     feature_sizes: Mapping[str, float] = field(default_factory=dict)
 
 

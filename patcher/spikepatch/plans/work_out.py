@@ -14,8 +14,8 @@ from spikepatch.plans.plan import (
     DetachEmbedding,
     Edit,
     Fill,
+    ModelPart,
     NormEmbedding,
-    Part,
     Plan,
     Recipe,
     Reinit,
@@ -36,7 +36,7 @@ def make_plan(
     reinit: Reinit,
     seed: int,
     embedding_stds: Mapping[str, float] | None = None,
-    part: Part | None = None,
+    part: ModelPart | None = None,
     feature_sizes: Mapping[str, float] | None = None,
 ) -> Plan:
     """Work ``recipe`` out on ``residual``, for each of its streams. Pure: equal arguments give an equal plan.

@@ -14,7 +14,7 @@ from torch import nn
 
 from spikepatch.auditing.fault import Audit
 from spikepatch.errors import Refused, first_line
-from spikepatch.plans.plan import Part, Reinit
+from spikepatch.plans.plan import ModelPart, Reinit
 from spikepatch.preflight.arguments import check_numbers, device_of
 from spikepatch.preflight.assemble import View, bound_product, growth
 from spikepatch.preflight.audit import audit_subject
@@ -49,7 +49,7 @@ def check(
     factor: float | None = None,
     positions: bool = False,
     untie: bool = False,
-    part: Part | None = None,
+    part: ModelPart | None = None,
     tokens: int = 256,
     batch: int = 2,
     text: str | Path | None = None,
@@ -74,14 +74,14 @@ def check(
         model: a loaded model, or a SOURCE: a hub id, a folder, ``arch:TYPE``. Without weights (``arch:TYPE``, a model
             on the meta device) it is checked as its own initialiser makes it.
         recipes: to be compared with the model as it is.
-        reinit, factor, positions, untie: of the recipes; as in ``spikepatch.plan``.
+        reinit, factor, positions, untie, part: of the recipes; as in ``spikepatch.plan``.
         tokens, batch: length and number of the random sequences.
         text: a file to take the tokens from instead, by the source's tokenizer.
         seed: of random tokens and of every random weight.
         device: ``auto`` (a GPU where there is one) or as torch names it.
         deep: measure Jacobians.
         steps, lr: also run AdamW steps at this learning rate.
-        thresholds: instead of the defaults of ``preflight.verdict.Thresholds``, by name.
+        thresholds: instead of the defaults of ``preflight.judge.Thresholds``, by name.
         example_inputs: keyword arguments of ``forward`` in place of random tokens, as in ``spikepatch.inspect``; needed
             for a plain module.
         revision, trust_remote_code: of a SOURCE.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spikepatch.errors import BadSource, Refused
-from spikepatch.plans.plan import Part, Plan, Recipe, Reinit
+from spikepatch.plans.plan import ModelPart, Plan, Recipe, Reinit
 from spikepatch.plans.work_out import make_plan
 from spikepatch.recipes import built_in
 from spikepatch.residual.example import Given
@@ -35,7 +35,7 @@ def plan(
     positions: bool = False,
     replace: bool = False,
     untie: bool = False,
-    part: Part | None = None,
+    part: ModelPart | None = None,
     example_inputs: Given = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -88,7 +88,7 @@ def plan_on(
     reinit: Reinit,
     seed: int,
     stds: Mapping[str, float],
-    part: Part | None,
+    part: ModelPart | None,
     example: Given,
 ) -> Plan:
     """``make_plan``, with what it must know of the model beside its map."""

@@ -13,6 +13,10 @@ from torch import nn
 from spikepatch.residual.record import prepared, record
 from spikepatch.source.private import tree_leaves
 
+#: What transformers calls the method that makes features, and the config's token whose places they take.
+_IMAGE = ("get_image_features", ("image_token_id", "image_token_index"))
+_AUDIO = ("get_audio_features", ("audio_token_id", "audio_token_index"))
+
 
 class _Features(nn.Module):
     """What a model makes of an image or a sound, as a forward pass of its own."""
@@ -34,9 +38,8 @@ def with_features(model: nn.Module, example: Mapping[str, torch.Tensor]) -> Iter
     """
     config: Any = getattr(model, "config", None)
     found = dict(example)
-    for modality, forms in (("image", _images), ("audio", _sounds)):
-        method = f"get_{modality}_features"
-        token = _place_token(config, modality)
+    for method, tokens, forms in ((*_IMAGE, _images), (*_AUDIO, _sounds)):
+        token = _place_token(config, tokens)
         if not hasattr(model, method) or token is None or "input_ids" not in found:
             continue
         for inputs in forms(config):
@@ -52,13 +55,13 @@ def with_features(model: nn.Module, example: Mapping[str, torch.Tensor]) -> Iter
 
 def place_tokens(config: Any) -> list[int]:
     """The tokens whose places in a text are those of an image's or a sound's features."""
-    found = (_place_token(config, modality) for modality in ("image", "audio"))
+    found = (_place_token(config, names) for _, names in (_IMAGE, _AUDIO))
     return [token for token in found if token is not None]
 
 
-def _place_token(config: Any, modality: str) -> int | None:
-    token = getattr(config, f"{modality}_token_id", None) or getattr(config, f"{modality}_token_index", None)
-    return token if isinstance(token, int) else None
+def _place_token(config: Any, names: tuple[str, ...]) -> int | None:
+    found = (getattr(config, name, None) for name in names)
+    return next((token for token in found if isinstance(token, int)), None)
 
 
 def _places(model: nn.Module, method: str, inputs: Mapping[str, torch.Tensor]) -> int:

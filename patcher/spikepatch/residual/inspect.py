@@ -78,7 +78,9 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
     main, *others = (_Naming(model, stream).map(source) for stream in streams)
     whole = dataclasses.replace(main, streams=tuple(others))
     unread = _unread(model, graph)
-    whole = dataclasses.replace(whole, entrances=whole.entrances or tuple(_entrances_not_run(model, graph, unread)))
+    whole = dataclasses.replace(
+        whole, entrances=whole.entrances or tuple(_entrances_not_run(model, graph, whole, unread))
+    )
     strayed, unknown = _compared(model, graph, streams) if main.proven else ((), ())
     leaks = (*strayed, *main.leaks)
     return dataclasses.replace(
@@ -104,22 +106,32 @@ def _unread(model: nn.Module, graph: Trace) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_parameters() if name not in names)
 
 
-def _entrances_not_run(model: nn.Module, graph: Trace, unread: tuple[str, ...]) -> Iterator[Entrance]:
+def _entrances_not_run(
+    model: nn.Module, graph: Trace, found: ResidualMap, unread: tuple[str, ...]
+) -> Iterator[Entrance]:
     """Of a transformers model that says that it takes images or sounds, and read none in this pass."""
     takes = getattr(model, "input_modalities", "text")
     others = [each for each in ([takes] if isinstance(takes, str) else takes) if each not in {"text", "video"}]
     read = any(value.is_floating_point() for value in graph.example.values())
-    if others and not read and any(model.get_parameter(name).ndim > 1 for name in unread):
+    lists = _lists_of_blocks(model, found)
+    towers = [name for name in unread if not name.startswith(lists) and model.get_parameter(name).ndim > 1]
+    if others and not read and towers:
         yield Entrance(tuple(others), None, 0, normed=False, after=None)
+
+
+def _lists_of_blocks(model: nn.Module, found: ResidualMap) -> tuple[str, ...]:
+    """The paths of the lists that hold the streams' blocks, each with a dot behind it."""
+    projections = [p.parameter for each in (found, *found.streams) for p in each.residual_projections]
+    blocks = layers(model, list(dict.fromkeys(projections)))
+    return tuple(dict.fromkeys(f"{block.rpartition('.')[0]}." for block in blocks))
 
 
 def _parts_not_run(model: nn.Module, found: ResidualMap, unread: tuple[str, ...]) -> Iterator[str]:
     """Parts of the model's blocks that this pass did not run: their sub-layers are not in the map."""
-    projections = [p.parameter for each in (found, *found.streams) for p in each.residual_projections]
-    lists = {block.rpartition(".")[0] for block in layers(model, list(dict.fromkeys(projections)))}
+    lists = _lists_of_blocks(model, found)
     parts: dict[str, None] = {}
     for name in unread:
-        if model.get_parameter(name).ndim > 1 and any(name.startswith(f"{each}.") for each in lists):
+        if model.get_parameter(name).ndim > 1 and name.startswith(lists):
             parts[name.rpartition(".")[0]] = None
     if parts:
         names = [*parts]

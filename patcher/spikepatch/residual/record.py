@@ -20,7 +20,7 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from spikepatch.quiet import quiet
-from spikepatch.residual.told import Asked, Mode, Origin, Told, asking_line, told
+from spikepatch.residual.told import Asked, Mode, TakenFrom, Told, asking_line, told
 from spikepatch.source.meta import skeleton
 from spikepatch.source.private import TAKE_NUMBER, TO_COPY, TorchDispatchMode, memory, own_buffers, schema
 
@@ -86,7 +86,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if fed and (func in _ASK or (func is TAKE_NUMBER and args[0].dtype == torch.bool)):
             return self.asked.answer(True if as_data else func(*args, **kwargs))
         if func is TAKE_NUMBER and as_data:
-            return 1
+            return 1.0 if args[0].is_floating_point() else 1
         sized = fed and torch.Tag.dynamic_output_shape in func.tags and (func is not _INDEX or self._masks(args[1]))
         if sized:
             self.asked.values[asking_line()] = None
@@ -256,7 +256,7 @@ class _Numbers(TorchFunctionMode):
         return size if known else torch.Size(self._sized(n, by_values=by_values) for n in size)
 
 
-def _origin(tensor: torch.Tensor) -> Origin:
+def _origin(tensor: torch.Tensor) -> TakenFrom:
     return "data" if tensor.is_meta else "control"
 
 

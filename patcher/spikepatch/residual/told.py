@@ -23,7 +23,7 @@ Mode = Literal["example", "first", "all", "values", "zeros"]
 
 #: What a number is: computed from weights or embedded tokens, of which a trace has no values; from what the inputs
 #: hold; or a length of the inputs.
-Origin = Literal["data", "control", "length"]
+TakenFrom = Literal["data", "control", "length"]
 
 #: Lengths below the first are those of decoding; beyond the last nothing is tried.
 SHORTEST, LONGEST = 2, 4096
@@ -61,7 +61,7 @@ class Asked:
         self._turned.add((line, self.module))
         return holds != (self.mode == "all" or (self.mode == "first" and first))
 
-    def take(self, origin: Origin, inputs: frozenset[int] = frozenset()) -> None:
+    def take(self, origin: TakenFrom, inputs: frozenset[int] = frozenset()) -> None:
         """A number of such an origin, computed from these inputs, goes where it cannot be followed."""
         line = asking_line()
         if origin == "data":
@@ -75,7 +75,7 @@ class Told:
     """A told number's origin, and who is to be told."""
 
     asked: Asked
-    origin: Origin
+    origin: TakenFrom
     inputs: frozenset[int]
 
     def compared(self, holds: bool, other: object, *, equal: bool) -> bool:
@@ -98,7 +98,7 @@ class ToldFloat(float, Told):
     """A float that says when it is compared."""
 
 
-def told(number: Any, asked: Asked, origin: Origin, inputs: frozenset[int] = frozenset()) -> Any:
+def told(number: Any, asked: Asked, origin: TakenFrom, inputs: frozenset[int] = frozenset()) -> Any:
     """``number`` as a told one, computed from these inputs; anything but a plain int or float as it is."""
     if type(number) not in (int, float):
         return number

@@ -15,6 +15,7 @@ from spikepatch.residual import ops
 from spikepatch.residual.ops import behind_views, op, operands, shape
 from spikepatch.residual.told import Mode, is_ours
 from spikepatch.residual.trace import Trace, recorded
+from spikepatch.source.private import CHECKING
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _is_own(error: Exception) -> bool:
     """The model's own code raised it, by ``raise``, ``assert`` or ``torch._check``."""
     *_, last = traceback.extract_tb(error.__traceback__)
     meant = isinstance(error, (AssertionError, ValueError, NotImplementedError, RuntimeError))
-    return meant and (not is_ours(last.filename) or last.name.startswith("_check"))
+    return meant and (not is_ours(last.filename) or last.name.startswith(CHECKING))
 
 
 def _rows(found: Trace) -> dict[int, int]:

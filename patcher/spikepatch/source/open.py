@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from spikepatch.errors import BadSource
 from spikepatch.progress import Progress
 from spikepatch.source import hub
-from spikepatch.source.apart import untie_stored
 from spikepatch.source.checkpoint import Checkpoint, inside, read_checkpoint
 from spikepatch.source.config import Architecture, default_architecture, read_architecture
 from spikepatch.source.formats import (
@@ -147,6 +146,8 @@ def build_meta(source: Source) -> PreTrainedModel:
 
     model = meta.build_meta(source.model_class, source.config, where=source.name)
     if source.checkpoint is not None:
+        from spikepatch.source.apart import untie_stored  # imports torch
+
         untie_stored(model, source.checkpoint)
     return model
 

@@ -26,6 +26,9 @@ WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 #: A number, or a truth value, is taken out of a tensor.
 TAKE_NUMBER = torch.ops.aten._local_scalar_dense.default
 
+#: How the names of torch's functions begin that raise where a condition does not hold.
+CHECKING = "_check"
+
 #: The operation behind ``Tensor.to`` that makes a copy.
 TO_COPY = torch.ops.aten._to_copy.default
 

@@ -30,7 +30,7 @@ from spikepatch.apply.generated.patched_source import check_known, check_replace
 from spikepatch.apply.generated.structure import restructure
 from spikepatch.apply.values.loading import stable_settings
 from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
-from spikepatch.plans.plan import Part, Plan, Recipe, Reinit, ScaleEmbedding
+from spikepatch.plans.plan import ModelPart, Plan, Recipe, Reinit, ScaleEmbedding
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes import built_in
 from spikepatch.recipes.built_in import checked_recipe
@@ -97,7 +97,7 @@ def convert(
     positions: bool = False,
     replace: bool = False,
     untie: bool = False,
-    part: Part | None = None,
+    part: ModelPart | None = None,
     storage: Storage = "auto",
     seed: int = 0,
     dtype: str | None = None,
@@ -149,7 +149,7 @@ def _convert(
     positions: bool,
     replace: bool,
     untie: bool,
-    part: Part | None,
+    part: ModelPart | None,
     storage: Storage,
     seed: int,
     dtype: str | None,

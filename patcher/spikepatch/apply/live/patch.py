@@ -16,7 +16,7 @@ from spikepatch.apply.values.assign import values
 from spikepatch.apply.values.loading import stable_settings
 from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
 from spikepatch.errors import Refused
-from spikepatch.plans.plan import EmbeddingEdit, Part, Plan, Recipe, Reinit, Untie, ValueEdit
+from spikepatch.plans.plan import EmbeddingEdit, ModelPart, Plan, Recipe, Reinit, Untie, ValueEdit
 from spikepatch.recipes.plan_of import check_learned
 from spikepatch.recipes.plan_of import plan as make_plan
 from spikepatch.residual.example import Given
@@ -37,7 +37,7 @@ def patch(
     positions: bool = False,
     replace: bool = False,
     untie: bool = False,
-    part: Part | None = None,
+    part: ModelPart | None = None,
     example_inputs: Given = None,
 ) -> nn.Module:
     """Apply a plan, or a recipe, to ``model``, in place; the same bits as on disk.

@@ -1,11 +1,4 @@
-"""Images and sounds: features that enter the stream beside the tokens are to be as large as the tokens' embeddings.
-
-With fresh weights, W ~ N(0, 1 / (m r^2)) for the last matrix before the entrance, m its inputs and r their measured
-root mean square, so that its output has a std near 1.
-
-Refuses: where weights are kept, where the recipe makes the embedding large by a norm, and where there is no such
-matrix, unless told that only the language part is meant.
-"""
+"""Images and sounds: features that enter the stream beside the tokens are to be as large as the tokens' embeddings."""
 
 from __future__ import annotations
 
@@ -18,7 +11,11 @@ from spikepatch.residual.map import ResidualMap
 
 
 def enlarge_entrances(residual: ResidualMap, context: Context, *, drawn: bool = True) -> Iterator[Edit | Skip]:
-    """A ``Fill`` for each entrance of features, or the reason why it is left as it is.
+    """A ``Fill`` for each entrance of features, or the reason why it is left as it is; for transforms that make the
+    embedding large.
+
+    With fresh weights, W ~ N(0, 1 / (m r^2)) for the last matrix before the entrance, m its inputs and r their measured
+    root mean square, so that its output has a std near 1.
 
     Args:
         residual: the stream's map.
