@@ -149,8 +149,8 @@ def _converted(source: Path, out: Path) -> Any:
     """With a factor where the model has a use for one, else with new projections."""
     first = ""
     for options in (
-        {"reinit": "none", "factor": 3.0, "storage": "code"},
-        {"reinit": "none", "factor": 3.0, "storage": "code", "replace": True},
+        {"reinit": "none", "factor": 3.0, "storage": "code", "part": "language"},
+        {"reinit": "none", "factor": 3.0, "storage": "code", "part": "language", "replace": True},
         {"reinit": "residual", "recipe": "vanilla"},
     ):
         try:
