@@ -217,8 +217,10 @@ def _entrances(facts: Facts, spine: set[Node], later: Iterable[Node]) -> dict[No
         entering = [a for base in facts.carries[node][:1] for a in facts.entering(node, base)]
         if op(node) in ops.PUT_TOGETHER and entering:
             found[node] = tuple(entering)
-        added = [a for a in facts.data(node) if a in later and op(node) in ops.ADDS]
-        if features := [a for a in added if tokens and not facts.inputs.get(a, tokens) & tokens]:
+        added = [a for a in facts.data(node) if a in later and op(node) in ops.ADDS and tokens]
+        alien = [a for a in added if not facts.inputs.get(a, tokens) & tokens]
+        # What is added as it came in is a shift, whose size is the caller's.
+        if features := [a for a in alien if any(n in facts.trace.parameters for n in facts.behind([a]))]:
             found[node] = tuple(features)
     return found
 
