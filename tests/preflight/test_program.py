@@ -12,6 +12,7 @@ from packaging.version import Version
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+import spikepatch
 from spikepatch.errors import Refused
 from spikepatch.preflight.forward import Measurement, measure
 from spikepatch.preflight.program import NodeValues, Program, Weights, compile_program, run_piece
@@ -20,6 +21,7 @@ from spikepatch.residual.inspect import map_of
 from spikepatch.residual.stream import find
 from spikepatch.residual.trace import trace
 from tests.architectures import tiny_model
+from tests.residual import configs
 from tests.residual.maps import TYPES
 
 CPU = torch.device("cpu")
@@ -116,6 +118,14 @@ def test_gradients_and_sizes_along_the_stream(model_type: str, dtype: torch.dtyp
     if not model.config.tie_word_embeddings:  # a tied table's two gradients are two groups
         total = sum(float(w.pow(2).sum()) for w in weights) ** 0.5
         assert sum(g**2 for g in found.gradients.values()) ** 0.5 == pytest.approx(total, rel=10 * tolerance)
+
+
+@pytest.mark.parametrize(("mapping", "model_type"), [("causal", "git"), ("masked", "funnel")])
+def test_values_that_are_made_in_the_shape_of_earlier_ones(mapping: configs.Mapping, model_type: str) -> None:
+    """They are made anew in every piece, from values of other pieces."""
+    model = configs.model_class(model_type, mapping)(configs.tiny_config_for(model_type, mapping)).eval()
+    report = spikepatch.check(model, tokens=16, batch=1)
+    assert report.verdict in {"stable", "at-risk", "unstable"}
 
 
 def test_a_model_whose_output_is_the_end_of_its_stream() -> None:

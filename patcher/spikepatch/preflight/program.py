@@ -116,8 +116,6 @@ def compile_program(stream: Stream, device: torch.device) -> Program:
 
     ends = [facts.order[point] for point in points]
     piece_of = {node: bisect_left(ends, facts.order[node]) for node in data}
-    last_use = {node: max((piece_of[u] for u in node.users if u in piece_of), default=0) for node in data}
-    last_use[facts.trace.output] = len(points) + 1
     pieces = []
     for i, point in enumerate([*points, facts.trace.output]):
         own = [node for node in data if piece_of[node] == i]
@@ -135,7 +133,9 @@ def compile_program(stream: Stream, device: torch.device) -> Program:
                 writes=any(writes(node) for node in nodes),
             )
         )
-    alive = tuple(frozenset(n for n in data if piece_of[n] <= i < last_use[n]) for i in range(len(pieces)))
+    last_use = {node: i for i, piece in enumerate(pieces) for node in piece.needs}
+    last_use[facts.trace.output] = len(points) + 1
+    alive = tuple(frozenset(n for n in last_use if piece_of[n] <= i < last_use[n]) for i in range(len(pieces)))
     program = Program(stream, tuple(pieces), sublayers, alive, {}, device)
     static = [n for n in facts.nodes if n in cone and n not in weighted and n not in remade]
     values = _constants(program)
