@@ -7,6 +7,8 @@ Written by spikepatch, which need not be installed to use it:
 `from_config` draws fresh weights with the stds of the recorded recipe, for any number of layers and any width.
 """
 
+from typing import Any
+
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel, GPT2Model
 
@@ -20,7 +22,8 @@ class PatchedConfig(PatchedSettings, GPT2Config):  # type: ignore[misc]
 
     model_type = "spikepatch_gpt2"
 
-    __init__ = PatchedSettings.__init__  # of this very class, or transformers would make one
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # of this very class, or transformers would make one
 
 
 @convert_like_parent
