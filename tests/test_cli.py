@@ -479,7 +479,8 @@ def test_architectures() -> None:
 def test_no_warning_of_a_dependency_is_shown(source: str, tmp_path: Path) -> None:
     """Every command, as a process in which Python shows every warning, says on stderr what it does and nothing else."""
     out, plain = str(tmp_path / "out"), str(tmp_path / "plain")
-    model = ROOT / "examples/own_modelling_file/model.py"
+    model, log = ROOT / "examples/own_modelling_file/model.py", tmp_path / "log.csv"
+    log.write_text("step,loss\n" + "".join(f"{i},{3 + i * 7 % 5 / 50}\n" for i in range(200)))
     calls = [
         ["convert", source, out],
         ["verify", out],
@@ -490,6 +491,7 @@ def test_no_warning_of_a_dependency_is_shown(source: str, tmp_path: Path) -> Non
         ["codemod", str(model), "--factory", "model:small"],
         ["recipes", "vanilla", "--for", "megatron", "--width", "64", "--layers", "2"],
         ["architectures", "--filter", "openai-gpt"],
+        ["spikes", str(log)],
     ]
     assert {words[0] for words in calls} == {*main.commands} - {"train", "report"}
     for words in calls:
@@ -505,8 +507,8 @@ def test_no_warning_of_a_dependency_is_shown_in_training(source: str, tmp_path: 
     sizes = ["--steps", "3", "--lr", "1e-3", "--seq-len", "8", "--batch-tokens", "32", "--checkpoint-every", "2"]
     models = [source, f"patched={source}@embed-ln"]
     done = run("train", *models, "--data", str(text), "--out", runs, *sizes, "--watch-every", "1", "-q")
-    assert (done.returncode, done.stderr) == (1, "")  # too short to tell
-    assert "too short to tell" in done.stdout
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "cannot tell: 0 rows are judged, 32 are needed" in done.stdout
     again = run("report", runs, "-q")
     assert (again.returncode, again.stderr, again.stdout) == (0, "", done.stdout)
 
