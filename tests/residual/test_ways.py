@@ -41,6 +41,7 @@ QUESTIONS: dict[str, Question] = {
     "a drawn number": lambda ids, x: torch.rand(()).item() > 2,
     "length": lambda ids, x: ids.shape[1] > 64,
     "length of the stream": lambda ids, x: x.size(1) >= 1000,
+    "length by len": lambda ids, x: len(ids[0]) > 64,
     "half the length": lambda ids, x: x.shape[1] // 2 > 100,
     "length, exactly": lambda ids, x: x.shape[1] == 48,
     "shorter": lambda ids, x: x.shape[-2] < 8,

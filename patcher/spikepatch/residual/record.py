@@ -20,7 +20,7 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from spikepatch.quiet import quiet
-from spikepatch.residual.told import Asked, Mode, TakenFrom, Told, asking_line, told
+from spikepatch.residual.told import LONGEST, SHORTEST, Asked, Mode, TakenFrom, Told, asking_line, told
 from spikepatch.source.meta import skeleton
 from spikepatch.source.private import TAKE_NUMBER, TO_COPY, TorchDispatchMode, memory, own_buffers, schema
 
@@ -235,6 +235,8 @@ class _Numbers(TorchFunctionMode):
             self.recorder.asked.values[asking_line()] = None
         if func in _PLAIN and self.recorder.is_fed(args[0]):
             self.recorder.asked.take(_origin(args[0]), self.recorder.inputs_of(args[0]))
+        if func is torch.Tensor.__len__ and args[0].ndim and args[0].shape[0] in self.recorder.lengths:
+            self.recorder.asked.lengths |= {SHORTEST, LONGEST}  # Python makes it plain: the ends of the range are tried
         if func is torch.Tensor.__len__ and self.recorder.is_sized(args[0]):
             self.recorder.asked.take("control", self.recorder.inputs_of(args[0]))
         result = func(*args, **kwargs)
