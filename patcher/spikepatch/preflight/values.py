@@ -7,7 +7,7 @@ module that the architecture's own initialiser wrote.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,7 @@ from spikepatch.apply.values.initialiser import own_initialiser
 from spikepatch.plans.plan import Plan, Untie
 from spikepatch.preflight.program import Weights
 from spikepatch.source.checkpoint import read_tensor
-from spikepatch.source.layout import Target, layout
+from spikepatch.source.layout import Target, layout, persistent
 from spikepatch.source.meta import skeleton
 from spikepatch.source.private import own_buffers
 
@@ -33,7 +33,7 @@ def live(model: nn.Module) -> Weights:
 
 def fresh(twin: nn.Module, seed: int, model: nn.Module) -> Weights:
     """What the architecture's own initialiser writes: ``twin`` is all on meta, the buffers of ``model`` are real."""
-    buffers = _persistent(model)
+    buffers = persistent(model, dict(model.named_buffers()))
     written: dict[str, dict[str, torch.Tensor]] = {}
 
     def weight(name: str) -> torch.Tensor:
@@ -54,7 +54,7 @@ def stored(structure: nn.Module, match: Match) -> Weights:
 def planned(twin: nn.Module, plan: Plan, kept: Weights, model: nn.Module) -> Weights:
     """What ``plan`` writes; the rest from ``kept``. ``twin`` and ``model`` as for ``fresh``, patched already."""
     copies = {edit.head: edit.embedding for edit in plan.select(Untie)}
-    value = values(plan, twin, _persistent(model))
+    value = values(plan, twin, persistent(model, dict(model.named_buffers())))
 
     def of(target: Target) -> torch.Tensor:
         new = value(target)
@@ -100,8 +100,3 @@ def _assembled(twin: nn.Module, model: nn.Module, value: Callable[[Target], torc
         return whole
 
     return weight
-
-
-def _persistent(model: nn.Module) -> Mapping[str, torch.Tensor]:
-    kept = set(model.state_dict())
-    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
