@@ -7,12 +7,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch.fx import Node
 
 from spikepatch.residual import ops
+from spikepatch.residual.map import NormKind
 from spikepatch.residual.ops import last, op, operands, shape
 from spikepatch.residual.trace import Trace
 from spikepatch.source.private import schema
@@ -27,7 +27,7 @@ class NormNode:
 
     output: Node
     input: Node
-    kind: Literal["layernorm", "rmsnorm"]
+    kind: NormKind
     eps: float
     factor: Node | None = None
 
@@ -165,7 +165,7 @@ class Facts:
         """Recognise a norm, fused or written out: ``x * f(mean(x^2))`` with f made of pointwise ops and numbers."""
         name = op(node)
         if name in ops.NORMS:
-            fused: Literal["layernorm", "rmsnorm"] = "rmsnorm" if "rms" in name else "layernorm"
+            fused: NormKind = "rmsnorm" if "rms" in name else "layernorm"
             return NormNode(node, operands(node)[0], fused, _eps(node))
         if name not in ops.PRODUCTS or len(operands(node)) != 2 or last(node) < 2 or node not in self.varies:
             return None
@@ -232,7 +232,7 @@ class Facts:
             return None
         while reached < len(hops) and hops[reached] != "factor":  # a factor before the statistic is none of the norm's
             reached += 1
-        kind: Literal["layernorm", "rmsnorm"] = "layernorm" if "centring" in hops[:reached] else "rmsnorm"
+        kind: NormKind = "layernorm" if "centring" in hops[:reached] else "rmsnorm"
         own = factors[: hops[:reached].count("factor")]
         return NormNode(value, roots[reached], kind, eps, own[-1] if own else on_statistic)
 
