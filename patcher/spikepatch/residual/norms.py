@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from spikepatch.residual import ops
 from spikepatch.residual.execute import run
+from spikepatch.residual.map import NormKind
 from spikepatch.residual.ops import last, op, operands, shape
 from spikepatch.residual.trace import Trace
 from spikepatch.source.private import schema
@@ -48,7 +49,7 @@ class NormNode:
 
     output: Node
     input: Node
-    kind: Literal["layernorm", "rmsnorm"]
+    kind: NormKind
     eps: float
     factor: Node | None = None
 
@@ -67,7 +68,7 @@ class _Part:
 
 
 #: What parts of a graph compute, by their form: kind and eps of a norm, or None. Equal parts compute the same.
-Forms = dict[object, tuple[Literal["layernorm", "rmsnorm"], float] | None]
+Forms = dict[object, tuple[NormKind, float] | None]
 
 
 def norms(
@@ -83,7 +84,7 @@ def norms(
     found: dict[Node, NormNode] = {}
     for node in trace.graph.nodes:
         if op(node) in ops.NORMS:
-            kind: Literal["layernorm", "rmsnorm"] = "rmsnorm" if "rms" in op(node) else "layernorm"
+            kind: NormKind = "rmsnorm" if "rms" in op(node) else "layernorm"
             found[node] = NormNode(node, operands(node)[0], kind, _eps(node))
             continue
         for part in _parts(node, data, weight, found.keys()):  # a cast or a gain before the norm is no part of it
@@ -159,7 +160,7 @@ def _is_gain(node: Node, weight: Mapping[Node, str]) -> bool:
     return node in weight or (op(node) == "add" and any(a in weight for a in operands(node)))
 
 
-def _measured(trace: Trace, part: _Part) -> tuple[Literal["layernorm", "rmsnorm"], float] | None:
+def _measured(trace: Trace, part: _Part) -> tuple[NormKind, float] | None:
     """The kind and eps of the norm that the part computes, if it is one."""
     generator = torch.Generator().manual_seed(0)
     x = 0.5 + torch.randn(shape(part.x), generator=generator)  # the mean is to be seen
@@ -178,7 +179,7 @@ def _measured(trace: Trace, part: _Part) -> tuple[Literal["layernorm", "rmsnorm"
         return None
     for axis in _axes(part.x):
         centred = x - x.mean(axis, keepdim=True)
-        kinds: dict[Literal["rmsnorm", "layernorm"], torch.Tensor] = {"rmsnorm": x, "layernorm": centred}
+        kinds: dict[NormKind, torch.Tensor] = {"rmsnorm": x, "layernorm": centred}
         for kind, value in kinds.items():
             exact = value / value.square().mean(axis, keepdim=True).sqrt()
             factor = float((larger * exact).mean())  # of a gain 1 + w, or of a deviation over d - 1
