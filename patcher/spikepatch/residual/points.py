@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from spikepatch.errors import Refused
-from spikepatch.residual.facts import NormNode
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import Norm, NormKind, ResidualMap
 from spikepatch.residual.names import layers
+from spikepatch.residual.norms import NormNode
 
 
 def sigma(stream: torch.Tensor, kind: NormKind) -> torch.Tensor:

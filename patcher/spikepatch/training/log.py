@@ -64,7 +64,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Layers:
-    """Size of the residual stream at each sub-layer's input, by ``residual/points.py``; norm of each layer's gradient."""
+    """Size of the residual stream at each sub-layer's input (``residual/points.py``); norm of each gradient."""
 
     step: int
     stream: tuple[float | None, ...]
