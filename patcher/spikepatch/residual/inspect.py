@@ -26,7 +26,7 @@ from spikepatch.residual.map import (
     Use,
     UseRole,
 )
-from spikepatch.residual.names import layers, own_name, tied
+from spikepatch.residual.names import layers, own_name
 from spikepatch.residual.norms import NormNode
 from spikepatch.residual.ops import behind_views, op, operands, place, table_of
 from spikepatch.residual.stream import Stream, find, projections
@@ -35,6 +35,7 @@ from spikepatch.residual.ways import compared
 from spikepatch.residual.weights import fan, gain, matrix_weight
 from spikepatch.source.meta import build_meta, check_default_device, check_module
 from spikepatch.source.private import is_transformers_model
+from spikepatch.source.tied import tied
 
 #: Views of a part, which is no copy.
 _PARTS = frozenset(("split", "chunk", "split_with_sizes"))

@@ -187,7 +187,7 @@ def _fresh(source: Source, entry: Entry, seed: int) -> Any:
             what="it is patched, and has no weights",
             where=source.name,
             why="its config records a patch, which is made together with the weights",
-            remedy=f"{entry.name}={source.name}@{source.patched['recipe']} draws them afresh",
+            remedy=f"{entry.name}={source.name}@{source.patched.recipe} draws them afresh",
         )
     config: Any = copy.deepcopy(source.config)
     config.dtype = torch.float32
@@ -245,8 +245,7 @@ def _is_patched(source: Source, recipe: str | None) -> bool:
     if recipe is not None:
         known: Recipe | None = built_in.find(recipe)
     else:
-        recorded: Any = source.patched or getattr(source.config, "spikepatch", None)
-        if not isinstance(recorded, dict):
+        if source.patched is None:
             return False
-        known = built_in.RECIPES.get(recorded["recipe"])
+        known = built_in.RECIPES.get(source.patched.recipe)
     return known is None or (known.small_sublayers is not False and known.large_shortcut is not False)
