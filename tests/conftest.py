@@ -52,6 +52,20 @@ LIGHT = (
 )  # fmt: skip
 
 
+#: Files that take minutes: they begin first, so that no process has one left when the others are through.
+LONG = (
+    "test_versions.py", "residual/test_generated.py", "residual/test_oracle.py", "residual/test_golden.py",
+    "preflight/test_check.py", "apply/disk/test_kill.py", "apply/live/test_initialize.py",
+    "apply/folder/test_convert.py", "training/test_runs.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: i for i, name in enumerate(LONG)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: places.get(item.path.relative_to(here).as_posix(), len(LONG)))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--light", action="store_true", help="only what never imports torch")
 

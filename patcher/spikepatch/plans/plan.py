@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from spikepatch.residual.map import ResidualMap, pattern
+from spikepatch.residual.map import NormKind, ResidualMap, pattern
 
 Reinit = Literal["all", "residual", "none"]
 REINITS: tuple[Reinit, ...] = ("all", "residual", "none")
 Distribution = Literal["normal", "truncated", "uniform"]
-NormKind = Literal["layernorm", "rmsnorm"]
 NORM_NAMES: dict[NormKind, str] = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
 
 

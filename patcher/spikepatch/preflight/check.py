@@ -320,8 +320,9 @@ def _measured(
     jacobians = [layer.jacobian for layer in layers]
     start, end = found.start, found.end
     steps = run_steps(
-        program, subject.weights, steps=setting.steps, lr=setting.lr, vocabulary=vocabulary, progress=progress
-    )
+        program, residual, subject.weights,
+        steps=setting.steps, lr=setting.lr, vocabulary=vocabulary, progress=progress,
+    )  # fmt: skip
     report = dataclasses.replace(
         draft,
         embeddings=tuple(view.embeddings()),

@@ -22,7 +22,7 @@ from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spikepatch.errors import Refused
-from spikepatch.residual.embedding_path import in_single
+from spikepatch.residual.execute import in_single
 from spikepatch.residual.kinds import sublayers_of
 from spikepatch.residual.map import SublayerKind
 from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, behind_views, op, operands, writes

@@ -15,6 +15,7 @@ def follow_data(graph: Graph) -> None:
     """Make every node's operands the values that it really reads. The graph is changed in place, its values are not."""
     _redirect_writes(graph)
     _undo_splits(graph)
+    _take_apart(graph)
 
 
 def overwritten(value: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
@@ -70,6 +71,25 @@ def _undo_splits(graph: Graph) -> None:
         start = node.args[1] * step
         if _axis(joined) == _axis(source) and start in starts and shape(parts[starts.index(start)]) == shape(node):
             node.replace_all_uses_with(parts[starts.index(start)])
+
+
+def _take_apart(graph: Graph) -> None:
+    """A sum with a product in one operation becomes a product and a sum."""
+    parts = {"addcmul": torch.ops.aten.mul.Tensor, "addcdiv": torch.ops.aten.div.Tensor}
+    for node in list(graph.nodes):
+        if op(node) not in parts or writes(node):
+            continue
+        added, first, second = node.args[:3]
+        with graph.inserting_before(node):
+            product = graph.call_function(parts[op(node)], (first, second))
+            product.meta = dict(node.meta)
+            if (factor := node.kwargs.get("value", 1)) != 1:
+                product = graph.call_function(torch.ops.aten.mul.Tensor, (product, factor))
+                product.meta = dict(node.meta)
+            whole = graph.call_function(torch.ops.aten.add.Tensor, (added, product))
+            whole.meta = dict(node.meta)
+        node.replace_all_uses_with(whole)
+        graph.erase_node(node)
 
 
 def _axis(node: Node) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 SublayerKind = Literal["attention", "cross-attention", "mlp", "moe", "mixer"]
 NormRole = Literal["embedding", "pre", "post", "branch", "final", "qk", "inner"]
+NormKind = Literal["layernorm", "rmsnorm"]
 Placement = Literal["pre-norm", "post-norm", "branch-norm", "parallel", "no-norm", "mixed"]
 
 
@@ -89,7 +90,7 @@ class Norm:
 
     module: str
     role: NormRole
-    kind: Literal["layernorm", "rmsnorm"]
+    kind: NormKind
     eps: float
     layer: int | None
     gain: Literal["w", "1+w", "none"]

@@ -59,16 +59,6 @@ LOOKUPS = frozenset(["embedding", "embedding_bag"])
 ZERO_FACTORIES = frozenset("zeros zeros_like new_zeros".split())
 # They take a tensor for its shape and dtype alone.
 FACTORIES = ZERO_FACTORIES | frozenset("ones_like empty_like full_like new_ones new_empty new_full".split())
-# Pointwise in one tensor and reductions over its last axis: what the statistic of a norm is made of.
-STATISTIC = (
-    VIEWS
-    | PRODUCTS
-    | ADDS
-    | frozenset(
-        "pow square mean sum var std var_mean std_mean rsqrt sqrt reciprocal clamp clamp_min maximum"
-        " linalg_vector_norm norm".split()
-    )
-)
 
 
 _ALIASES = {

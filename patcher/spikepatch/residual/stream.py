@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts, narrows
+from spikepatch.residual.norms import Forms
 from spikepatch.residual.ops import behind_views, last, op, operands, shape
 from spikepatch.residual.proof import Term, left_over, prove
 from spikepatch.residual.refusals import copies, no_sum
@@ -55,16 +56,20 @@ class Stream:
     reaches: tuple[str, ...]
 
 
-def find(trace: Trace) -> tuple[Stream, ...] | str:
-    """The stream that feeds the output, then those that feed it (an encoder's); or why there is no residual sum."""
-    facts = Facts(trace)
+def find(trace: Trace, forms: Forms | None = None) -> tuple[Stream, ...] | str:
+    """The stream that feeds the output, then those that feed it (an encoder's); or why there is no residual sum.
+
+    Args:
+        forms: what is known of parts of the graph from another pass of the model, see ``Facts``.
+    """
+    facts = Facts(trace, forms)
     main = _locate(facts, trace.output, frozenset())
     if isinstance(main, str):
         return main
     source = _foreign_output(main)
     if source is None:
         return (main,)
-    other = _locate(Facts(trace), source, frozenset())
+    other = _locate(Facts(trace, facts.forms), source, frozenset())
     if isinstance(other, str):
         return (main,)
     again = _at(facts, trace.output, other.spine | {source})  # sub-layers end where the other stream begins

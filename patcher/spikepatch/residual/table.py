@@ -24,8 +24,12 @@ def lines(residual: ResidualMap) -> Iterator[str]:
 
 def _unread(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
     """Modules whose parameters the traced pass did not read, equal ones of all layers together."""
-    modules = dict.fromkeys(_starred(name.rpartition(".")[0] or name) for name in residual.unread)
-    yield from (("never read", module, "", "by the inputs of the traced pass") for module in modules)
+    modules: dict[str, set[int]] = {}
+    for name in dict.fromkeys(name.rpartition(".")[0] or name for name in residual.unread):
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        modules.setdefault(_starred(name), set()).update(numbers if len(numbers) == 1 else ())
+    for module, layers in modules.items():
+        yield "never read", module, _ranges(sorted(layers)), "by the inputs of the traced pass"
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
