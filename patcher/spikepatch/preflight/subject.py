@@ -114,7 +114,8 @@ def with_recipe(
 def vocabulary_of(model: nn.Module) -> int | None:
     """Number of tokens, as the model's config has it."""
     config: Any = getattr(model, "config", None)
-    return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # it may be the model's own
+    return getattr(text, "vocab_size", None)
 
 
 def _kept(model: nn.Module, weights: Weights) -> Weights:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,11 @@ def is_batched(tensor: torch.Tensor) -> bool:
 def version(tensor: torch.Tensor) -> int:
     """Counted up by every write in place."""
     return int(tensor._version)
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """DeepSpeed has emptied it: each process holds a part, beside it."""
+    return hasattr(parameter, "ds_shape") and parameter.numel() == 0 and math.prod(parameter.ds_shape) > 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:
