@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from spikepatch.errors import BadSource, Refused
-from spikepatch.plans.plan import ModelPart, Plan, Recipe, Reinit
+from spikepatch.plans.plan import EmbeddingEdit, ModelPart, Plan, Recipe, Reinit
 from spikepatch.plans.work_out import make_plan
 from spikepatch.recipes import built_in
 from spikepatch.recipes.request import Request, parse_request
@@ -146,7 +146,7 @@ def plan_on(mapped: Mapped, request: Request) -> Plan:
     else:
         check_weights(mapped.source, request.reinit)
     fresh = request.reinit == "all"
-    return make_plan(
+    found = make_plan(
         mapped.residual,
         tensor_shapes(mapped.model),
         request.recipe,
@@ -156,6 +156,17 @@ def plan_on(mapped: Mapped, request: Request) -> Plan:
         part=request.part,
         feature_sizes=mapped.feature_sizes if fresh and request.part is None else {},
     )
+    modules = dict(mapped.model.named_modules(remove_duplicate=False))
+    for edit in found.select(EmbeddingEdit):
+        module = modules.get(edit.module)
+        if not isinstance(module, nn.Embedding):
+            raise Refused(
+                what="the embedding is none that can be patched",
+                where=edit.module or type(mapped.model).__name__,
+                why=f"it is a {type(module).__name__}, and a patch changes what an nn.Embedding returns",
+                remedy="use the recipe unit-embed, which draws the embedding large itself; or make it an nn.Embedding",
+            )
+    return found
 
 
 def check_learned(model: nn.Module, reinit: Reinit) -> None:

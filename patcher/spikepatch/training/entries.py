@@ -22,7 +22,6 @@ from spikepatch.recipes import built_in
 from spikepatch.recipes.plan_of import map_source, plan_model, plan_on
 from spikepatch.recipes.request import Options, Request, parse_requests
 from spikepatch.source.match import match_source
-from spikepatch.source.meta import skeleton
 from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.private import from_config
 from spikepatch.training.folder import DATA, RECORD
@@ -194,7 +193,7 @@ def _fresh(entry: Entry, request: Request | None, seed: int) -> Any:
             what="it is patched, and has no weights",
             where=source.name,
             why="its config records a patch, which is made together with the weights",
-            remedy=f"{entry.name}={source.name}@{source.patched['recipe']} draws them afresh",
+            remedy=f"{entry.name}={source.name}@{source.patched.recipe} draws them afresh",
         )
     config: Any = copy.deepcopy(source.config)
     config.dtype = torch.float32
@@ -205,7 +204,7 @@ def _fresh(entry: Entry, request: Request | None, seed: int) -> Any:
     model.float()
     if request is not None:
         return patch(model, plan_model(model, request))
-    weight = fresh(skeleton(model), seed, model)
+    weight = fresh(model, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weight(name))
@@ -250,8 +249,7 @@ def _is_patched(source: Source, request: Request | None) -> bool:
     if request is not None:
         known: Recipe | None = request.base
     else:
-        recorded: Any = source.patched or getattr(source.config, "spikepatch", None)
-        if not isinstance(recorded, dict):
+        if source.patched is None:
             return False
-        known = built_in.RECIPES.get(recorded["recipe"])
+        known = built_in.RECIPES.get(source.patched.recipe)
     return known is None or (known.small_sublayers is not False and known.large_shortcut is not False)

@@ -24,6 +24,7 @@ from spikepatch.apply.live.save import pretrained, save, sharded
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes.request import Options
+from spikepatch.residual.points import Points, points_of
 from spikepatch.source.open import Source
 from spikepatch.source.tokenizer import has_tokenizer, source_tokenizer
 from spikepatch.spikes.conclusion import LEAST_ROWS
@@ -34,7 +35,6 @@ from spikepatch.training.folder import DATA, RECORD, check_out, locked, recorded
 from spikepatch.training.launch import Launch, launched
 from spikepatch.training.log import Reporter, read
 from spikepatch.training.loop import train
-from spikepatch.training.points import Points, points_of
 from spikepatch.training.run_identity import Run, all_runs
 from spikepatch.training.settings import Settings
 from spikepatch.training.tokenizing import BYTES, Tokenizing

@@ -45,7 +45,7 @@ class Shards:
         files: file name -> names of its tensors.
         fills: tensor name -> std, for those drawn at random.
         kept: tensor name -> the source's tensor that it is a copy of.
-        produce: tensor name -> what it is to hold; Refused where the architecture's own initialiser cannot give it.
+        produce: tensor name -> what it is to hold; Refused where no code of the model's tells it.
     """
 
     tensors: tuple[Planned, ...]
@@ -93,7 +93,7 @@ def plan_shards(
     check_covered(plan.written, twin, targets.values(), every=plan.reinit == "all")
     by_owner: dict[str, ValueEdit] = {edit.parameter: edit for edit in plan.select(ValueEdit)}
     edits = {name: by_owner[target.owner] for name, target in targets.items() if target.owner in by_owner}
-    fresh = values(plan, twin, persistent(patched, dict(patched.named_buffers())))
+    fresh = values(plan, twin, patched, persistent(patched, dict(patched.named_buffers())))
 
     def produce(name: str) -> Content:
         edit = edits.get(name)
