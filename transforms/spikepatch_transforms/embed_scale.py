@@ -117,6 +117,14 @@ def check_shortcut(residual: ResidualMap, token: Embedding, *, any_width: bool =
             why="a norm on the stream itself, after every addition, sets its size anew, whatever the embedding's scale",
             remedy="use the recipe on a pre-norm model",
         )
+    if token.normed and token.scale != 1.0:
+        raise Refused(
+            what=f"the token embedding is normalised to a std of {token.scale:.3g}, a small shortcut",
+            where=residual.source,
+            why=f"a norm stands between {token.parameter} and the stream, which cancels any factor of the table",
+            remedy=f"multiply by {1 / token.scale:.4g} behind that norm, in the model's own code; the recipe vanilla"
+            " makes the small sub-layers alone",
+        )
     if token.normed:
         raise Refused(
             what="the token embedding is already normalised",

@@ -327,6 +327,7 @@ def _measured(
         draft,
         embeddings=tuple(view.embeddings()),
         layers=layers,
+        entrances=tuple(found.entrances),
         sigma_start=start.mean if start is not None else None,
         sigma_end=end.mean if end is not None else None,
         initial_loss=found.loss,

@@ -18,6 +18,9 @@ from spikepatch.residual.trace import Trace
 #: Rows of a stand-in table where larger ones than ROWS are looked up (hashes of tokens): modulo this they are taken.
 MANY_ROWS = 4096
 
+#: A norm that leaves the stream smaller than this is none that makes a large shortcut.
+_SMALL = 0.5
+
 
 class Measured(NamedTuple):
     """``kind`` from how the row numbers move; ``scale`` and ``normed`` as in ``residual.map.Embedding``."""
@@ -41,7 +44,8 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
         once, twice = once - silent, twice - silent
         linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
         looked_up = table[_rows(trace, lookup, seeds).flatten() % len(table)] if op(lookup) in LOOKUPS else table
-        scale = _size(once) / _size(looked_up) if linear else 1.0
+        size = _size(once)
+        scale = size / _size(looked_up) if linear else size if size < _SMALL else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
     return result
 

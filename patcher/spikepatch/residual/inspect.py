@@ -112,7 +112,7 @@ def _entrances_not_run(
     """Of a transformers model that says that it takes images or sounds, and read none in this pass."""
     takes = getattr(model, "input_modalities", "text")
     others = [each for each in ([takes] if isinstance(takes, str) else takes) if each not in {"text", "video"}]
-    read = any(value.is_floating_point() for value in graph.example.values())
+    read = any(value.is_floating_point() for value in graph.inputs.values())
     lists = _lists_of_blocks(model, found)
     towers = [name for name in unread if not name.startswith(lists) and model.get_parameter(name).ndim > 1]
     if others and not read and towers:

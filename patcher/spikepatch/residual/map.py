@@ -24,7 +24,8 @@ class Embedding:
         module: path of the module that owns the table.
         parameter: the table, (rows, width).
         kind: ``token`` (indexed by the input ids), ``position``, or ``type`` (the same row at every position).
-        scale: std of what enters the stream over std of the rows looked up, measured on the traced graph.
+        scale: std of what enters the stream over std of the rows looked up, measured on the traced graph. Behind a norm
+            that makes it small, as one to unit length does, the std itself; behind any other norm 1.
         normed: a norm stands between the lookup and the stream, so the scale of the table does not matter there.
         width: length of a row; where it is not the stream's, a projection stands between them.
     """

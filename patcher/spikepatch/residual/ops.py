@@ -21,6 +21,11 @@ VIEWS = frozenset(
     " split_with_sizes chunk unbind index index_select gather repeat repeat_interleave dropout native_dropout"
     " constant_pad_nd pad roll flip numpy_T mT".split()
 )
+# Of these, the ones whose result has memory of its own.
+COPIES = frozenset(
+    "clone _to_copy lift_fresh_copy index index_select gather repeat repeat_interleave native_dropout"
+    " constant_pad_nd pad roll flip".split()
+)
 # Averages over windows of neighbouring values.
 POOLS = frozenset("avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d".split())
 # Homogeneous linear in the first argument alone.

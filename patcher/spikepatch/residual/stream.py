@@ -272,6 +272,8 @@ def _joined(facts: Facts, node: Node) -> list[Node]:
     while todo:
         for argument in facts.data(todo.pop()):
             biased = any(a in facts.weight for a in operands(argument))
+            if op(behind_views(argument)) in ops.ZERO_FACTORIES:  # rows of it, that others are added to
+                continue
             if op(argument) not in ops.JOINS or argument in facts.norm_at or biased:
                 parts[argument] = None
             elif argument not in met:

@@ -6,6 +6,7 @@ import functools
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -124,7 +125,7 @@ def _lines(lines: Iterable[str]) -> str:
 
 
 def _gone(
-    model: nn.Module, example: Mapping[str, torch.Tensor], mode: Mode, chosen: str, *, may_fail: bool = False
+    model: nn.Module, example: Mapping[str, Any], mode: Mode, chosen: str, *, may_fail: bool = False
 ) -> Iterator[Way]:
     try:
         yield Way(chosen, recorded(model, example, mode), mode in {"all", "zeros"})
@@ -152,7 +153,7 @@ def _rows(found: Trace) -> dict[int, int]:
     return rows
 
 
-def _other_values(example: Mapping[str, torch.Tensor], rows: Mapping[int, int]) -> dict[str, torch.Tensor]:
+def _other_values(example: Mapping[str, Any], rows: Mapping[int, int]) -> dict[str, Any]:
     """The example with other ids: counted from the end of the smallest table that they look rows up in.
 
     Ids that stand in it more than once have a meaning: they are padding, or stand for the parts of an image.
@@ -168,11 +169,12 @@ def _other_values(example: Mapping[str, torch.Tensor], rows: Mapping[int, int]) 
     return result
 
 
-def _as_long(example: Mapping[str, torch.Tensor], length: int, wanted: int) -> dict[str, torch.Tensor]:
+def _as_long(example: Mapping[str, Any], length: int, wanted: int) -> dict[str, Any]:
     """The example with its tokens repeated or cut off."""
     places = torch.arange(wanted) % length
     result = {}
     for name, value in example.items():
-        axes = [axis for axis, size in enumerate(value.shape) if size == length]
+        sizes = value.shape if isinstance(value, torch.Tensor) else ()
+        axes = [axis for axis, size in enumerate(sizes) if size == length]
         result[name] = functools.reduce(lambda v, axis: v.index_select(axis, places), axes, value)
     return result

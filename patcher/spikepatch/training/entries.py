@@ -20,7 +20,6 @@ from spikepatch.quiet import quiet
 from spikepatch.recipes import built_in
 from spikepatch.recipes.plan_of import plan
 from spikepatch.source.match import match_source
-from spikepatch.source.meta import skeleton
 from spikepatch.source.open import Source, open_source
 from spikepatch.source.private import from_config
 from spikepatch.training.folder import DATA, RECORD
@@ -198,7 +197,7 @@ def _fresh(source: Source, entry: Entry, seed: int) -> Any:
     model.float()
     if entry.recipe is not None:
         return patch(model, entry.recipe, reinit="all", seed=seed)
-    weight = fresh(skeleton(model), seed, model)
+    weight = fresh(model, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weight(name))
