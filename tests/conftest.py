@@ -43,13 +43,27 @@ os.environ.setdefault("SPIKEPATCH_LOAD_TEST", "0")
 
 #: What never imports torch: `pytest --light` runs these files alone, in seconds, and fails if one did.
 LIGHT = (
-    "test_package.py", "plans/test_plan.py", "plans/test_work_out.py", "recipes/test_built_in.py",
-    "recipes/test_megatron.py", "transforms", "report", "apply/own_file/test_placement.py",
-    "source/test_arrivals.py", "source/test_formats.py", "training/test_documents.py",
+    "test_package.py", "plans/test_plan.py", "plans/test_edits.py", "plans/test_work_out.py",
+    "recipes/test_built_in.py", "recipes/test_megatron.py", "transforms", "report", "apply/own_file/test_placement.py",
+    "source/test_arrivals.py", "source/test_formats.py", "source/test_typed.py", "training/test_documents.py",
     "training/test_live_line.py", "training/test_log.py", "training/test_page.py", "training/test_permutation.py",
     "training/test_verdict.py", "spikes/test_scores.py", "spikes/test_detector.py", "spikes/test_hindsight.py",
     "spikes/test_read_log.py", "spikes/test_twin.py", "spikes/test_command.py",
 )  # fmt: skip
+
+
+#: Files that take minutes: they begin first, so that no process has one left when the others are through.
+LONG = (
+    "test_versions.py", "residual/test_generated.py", "residual/test_oracle.py", "residual/test_golden.py",
+    "preflight/test_check.py", "apply/disk/test_kill.py", "apply/live/test_initialize.py",
+    "apply/folder/test_convert.py", "training/test_runs.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: i for i, name in enumerate(LONG)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: places.get(item.path.relative_to(here).as_posix(), len(LONG)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

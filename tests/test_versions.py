@@ -19,7 +19,6 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from tests import ROOT
-from tests.elsewhere import logits_elsewhere
 
 pytestmark = pytest.mark.slow
 
@@ -48,20 +47,41 @@ TESTS += ["apply/test_agreement.py", "apply/own_file/test_codemod.py", "prefligh
 SLOW, TRAINED = ("test_loop.py", "test_callback.py"), "bare_loop or free_of_events"
 LEFT_OUT = "smollm2 or drift or hub or no_warning or switched_on"
 
+#: Run with a folder for every type: a source of each.
 SAVE = """
 import sys
 from transformers import GenerationConfig
 from tests.architectures import encoder_decoder, tiny_config
-(encoder_decoder("t5").config if sys.argv[1] == "t5" else tiny_config(sys.argv[1])).save_pretrained(sys.argv[2])
-GenerationConfig(decoder_start_token_id=0, bos_token_id=0, eos_token_id=1, pad_token_id=0).save_pretrained(sys.argv[2])
+for folder in sys.argv[1:]:
+    name = folder.rpartition("/")[2]
+    (encoder_decoder("t5").config if name == "t5" else tiny_config(name)).save_pretrained(folder)
+    tokens = dict(decoder_start_token_id=0, bos_token_id=0, eos_token_id=1, pad_token_id=0)
+    GenerationConfig(**tokens).save_pretrained(folder)
+"""
+
+#: Run with a JSON list of commands' words.
+COMMANDS = """
+import json, sys
+from spikepatch.cli import main
+for words in json.loads(sys.argv[1]):
+    main(words, standalone_mode=False)
+"""
+
+#: Run with a script and a JSON list of its arguments.
+EACH = """
+import json, runpy, sys
+_, script, every = sys.argv
+for words in json.loads(every):
+    sys.argv = [script, *words]
+    runpy.run_path(script, run_name="__main__")
 """
 
 
-def run(python: Path, *arguments: str) -> str:
+def run(python: Path, *arguments: str, **environment: str) -> str:
     """Run ``python`` on these sources."""
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("patcher", "transforms"))
     # One thread: its tests run in parallel, beside other slow ones.
-    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     command = [str(python), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
@@ -90,29 +110,35 @@ def test_its_tests_pass(oldest_python: Path, floors: dict[str, str]) -> None:
     assert int(re.findall(r"(\d+) passed", output)[-1]) > 20 * len(TESTS)
 
 
-@pytest.mark.parametrize(("model_type", "auto_class", "options", "reordered"), CASES)
-def test_folders_go_both_ways(
-    model_type: str, auto_class: str, options: list[str], reordered: int, oldest_python: Path, tmp_path: Path
-) -> None:
-    weights, own = {}, set()
-    for writer, python in (("old", oldest_python), ("new", Path(sys.executable))):
-        source, out = str(tmp_path / f"{writer}-source"), tmp_path / writer
-        run(python, "-c", SAVE, model_type, source)
-        run(python, "-m", "spikepatch", "convert", source, str(out), *options)
-        there, here = (
-            logits_elsewhere(out, trust=True, auto_class=auto_class, python=p) for p in (oldest_python, sys.executable)
-        )
+def test_folders_go_both_ways(oldest_python: Path, tmp_path: Path) -> None:
+    pythons = {"old": oldest_python, "new": Path(sys.executable)}
+    for writer, python in pythons.items():
+        sources = {name: str(tmp_path / f"{writer}-source" / name) for name, *_ in CASES}
+        run(python, "-c", SAVE, *sources.values())
+        commands = [["convert", sources[t], str(tmp_path / writer / t), *options] for t, _, options, _ in CASES]
+        run(python, "-c", COMMANDS, json.dumps(commands))
+    loads = [(writer, *case) for writer in pythons for case in CASES]
+    for reader, python in pythons.items():
+        words = [
+            [str(tmp_path / writer / t), auto_class, "trust", str(tmp_path / f"{writer}-{t}-{reader}.pt")]
+            for writer, t, auto_class, *_ in loads
+        ]
+        script, home = str(ROOT / "tests" / "load_logits.py"), str(tmp_path / f"home-{reader}")
+        run(python, "-c", EACH, script, json.dumps(words), PYTHONPATH="", HF_HOME=home)
+    for writer, model_type, _, _, reordered in loads:
+        there, here = (torch.load(tmp_path / f"{writer}-{model_type}-{reader}.pt") for reader in pythons)
         assert there["problems"] == here["problems"] == {}
         assert there["class"] == here["class"]
         assert torch.equal(there["inputs"]["input_ids"], here["inputs"]["input_ids"])
         error = (there["logits"] - here["logits"]).abs().max()
         eps = torch.finfo(here["logits"].dtype).eps
         assert error <= reordered * math.sqrt(LONGEST_SUM) * eps * here["logits"].abs().max()
-        weights[writer] = load_file(out / "model.safetensors")
-        own |= {skip["target"] for skip in json.loads((out / "spikepatch.json").read_text())["plan"]["skips"]}
-
-    # The same plan and seed draw the same bits; the architecture's own initialiser may be another one.
-    assert weights["old"].keys() == weights["new"].keys()
-    other = {name for name, tensor in weights["new"].items() if not torch.equal(weights["old"][name], tensor)}
-    assert other <= own
-    assert len(weights["new"].keys() - own) > 0
+    for model_type, *_ in CASES:
+        folders = [tmp_path / writer / model_type for writer in pythons]
+        old, new = (load_file(folder / "model.safetensors") for folder in folders)
+        records = [json.loads((folder / "spikepatch.json").read_text()) for folder in folders]
+        own = {skip["target"] for record in records for skip in record["plan"]["skips"]}
+        # The same plan and seed draw the same bits; the architecture's own initialiser may be another one.
+        assert old.keys() == new.keys()
+        assert {name for name, tensor in new.items() if not torch.equal(old[name], tensor)} <= own
+        assert len(new.keys() - own) > 0

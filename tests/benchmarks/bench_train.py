@@ -74,8 +74,8 @@ def harness(
     """With all that the command has on; measurements inside the model are a rival of their own."""
     from accelerate import Accelerator
 
+    from spikepatch.residual.points import Points
     from spikepatch.training.loop import train
-    from spikepatch.training.points import Points
     from spikepatch.training.settings import Settings
 
     about: dict[str, Any] = {
@@ -100,7 +100,7 @@ def harness(
 
 
 def watching(model: Any, tokens: Any, folder: Path, setting: Setting, done: Done) -> None:
-    from spikepatch.training.points import points_of
+    from spikepatch.residual.points import points_of
 
     harness(model, tokens, folder, setting, done, watch_every=1, points=points_of(model))
 

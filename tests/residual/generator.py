@@ -38,6 +38,20 @@ RMS: dict[str, Notation] = {
     "by length": lambda x, w, b: F.normalize(x, dim=-1) * D**0.5 * w,
     "eps outside": lambda x, w, b: x / (x.norm(2, dim=-1, keepdim=True) * D**-0.5 + 1e-6) * w,
     "fused": lambda x, w, b: F.rms_norm(x, (D,), w, 1e-6),
+    "reciprocal": lambda x, w, b: x * (_ms(x) + 1e-6).sqrt().reciprocal() * w,
+    "clamped": lambda x, w, b: x / _ms(x).clamp(min=1e-6).sqrt() * w,
+    "without eps": lambda x, w, b: x / x.norm(dim=-1, keepdim=True) * D**0.5 * w,
+    "gain on the length": lambda x, w, b: F.normalize(x, dim=-1) * (w * D**0.5),
+    "vector norm": lambda x, w, b: x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) / D**0.5 + 1e-6) * w,
+    "by einsum": lambda x, w, b: x * torch.rsqrt(torch.einsum("btd,btd->bt", x, x)[..., None] / D + 1e-6) * w,
+    "by a product": lambda x, w, b: x * torch.rsqrt((x[..., None, :] @ x[..., :, None])[..., 0] / D + 1e-6) * w,
+    "by a row of ones": lambda x, w, b: x * torch.rsqrt((x * x) @ x.new_full((D, 1), 1 / D) + 1e-6) * w,
+    "by logarithms": lambda x, w, b: x * torch.exp(-0.5 * torch.log(_ms(x) + 1e-6)) * w,
+    "of sizes": lambda x, w, b: w * x / torch.sqrt(x.abs().pow(2).mean(-1, keepdim=True) + 1e-6),
+    "flat": lambda x, w, b: (x.reshape(-1, D) * torch.rsqrt(_ms(x.reshape(-1, D)) + 1e-6) * w).view_as(x),
+    "by the largest first": lambda x, w, b: _scaled(x / x.abs().amax(-1, keepdim=True)) * w,
+    "multiplied and added": lambda x, w, b: torch.addcmul(torch.zeros_like(x), _scaled(x), w),
+    "gain by einsum": lambda x, w, b: torch.einsum("btd,d->btd", _scaled(x), w),
 }
 LAYER: dict[str, Notation] = {
     "fused": lambda x, w, b: F.layer_norm(x, (D,), w, b),
@@ -48,7 +62,27 @@ LAYER: dict[str, Notation] = {
     "deviation": lambda x, w, b: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6) * w + b,
     "both moments": lambda x, w, b: _both(x) * w + b,
     "centred first": lambda x, w, b: _centred(x - x.mean(-1, keepdim=True)) * w + b,
+    "native": lambda x, w, b: torch.native_layer_norm(x, (D,), w, b, 1e-5)[0],
+    "fused, gain behind": lambda x, w, b: F.layer_norm(x, (D,)) * w + b,
+    "one group": lambda x, w, b: F.group_norm(x.reshape(-1, D), 1, w, b).view_as(x),
+    "centred, fused": lambda x, w, b: F.rms_norm(x - x.mean(-1, keepdim=True), (D,), w, 1e-5) + b,
+    "by sums": lambda x, w, b: (x - x.sum(-1, keepdim=True) / D) / (x.var(-1, keepdim=True) + 1e-5).sqrt() * w + b,
+    "by moments": lambda x, w, b: (
+        (x - x.mean(-1, keepdim=True)) * torch.rsqrt(_ms(x) - x.mean(-1, keepdim=True) ** 2 + 1e-5) * w + b
+    ),
+    "by a centring matrix": lambda x, w, b: _centred(x @ (torch.eye(D, dtype=x.dtype) - 1 / D)) * w + b,
+    "channels first": lambda x, w, b: _columns(x.mT, w[:, None], b[:, None]).mT,
+    "multiplied and added": lambda x, w, b: torch.addcmul(b, _centred(x - x.mean(-1, keepdim=True)), w),
 }
+
+
+def _scaled(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(_ms(x) + 1e-6)
+
+
+def _columns(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    deviation = torch.sqrt(x.var(1, keepdim=True, unbiased=False) + 1e-5)
+    return (x - x.mean(1, keepdim=True)) / deviation * w + b
 
 
 def _both(x: torch.Tensor) -> torch.Tensor:
@@ -235,6 +269,15 @@ BRANCHES = ("none", "value", "number", "id", "number of ids", "length", "value, 
 STARTS = ("plain", "positions", "sqrt d", "normed", "factorised")
 
 
+def _held(module: nn.Module) -> Callable[..., Any]:
+    """A function of one's own that holds the module."""
+
+    def call(*x: torch.Tensor) -> torch.Tensor:
+        return module(*x)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Spec:
     """``kinds``: of the sub-layers, block by block. ``on_stream``: behind addition i, one of SUMS or NO_SUMS."""
@@ -252,6 +295,7 @@ class Spec:
     bias: bool = False
     spare: bool = False  # a block that is never run
     heads: int = 1
+    closures: bool = False  # sub-layers are called through functions that hold them, as minGPT's feed-forward is
 
 
 @dataclass(frozen=True)
@@ -292,6 +336,8 @@ class Model(nn.Module):
         if set(spec.on_stream) & {"gain", "matrix", "highway", "mixture"}:
             self.extra: Any = nn.ModuleList(nn.Linear(D, D, bias=False) for _ in spec.on_stream)
             self.gains: Any = nn.ParameterList(nn.Parameter(torch.ones(D)) for _ in spec.on_stream)
+        modules: list[Any] = list(self.blocks)
+        self.calls = [[_held(m) if spec.closures else m for m in block] for block in modules]
         self.last: Any = Norm(spec.notation)
         self.head: Any = nn.Linear(D, VOCABULARY, bias=False)
         if spec.tied and rows == D:
@@ -329,9 +375,9 @@ class Model(nn.Module):
         """What sub-layer ``n`` adds, read from ``x``."""
         spec = self.spec
         pre = spec.placement in ("pre", "sandwich", "parallel")
-        computing = self.blocks[block][sublayer]
         reads = self.norms[block][sublayer](x) if pre else x
-        y = computing(reads, states) if isinstance(computing, Cross) else computing(reads)
+        crosses = isinstance(self.blocks[block][sublayer], Cross)
+        y = self.calls[block][sublayer](reads, states) if crosses else self.calls[block][sublayer](reads)
         if spec.scale == "layer scale":
             y = y * self.scales[n]
         elif spec.scale == "bias":

@@ -132,6 +132,7 @@ class Lab:
 
     model: PreTrainedModel
     model_type: str
+    inputs: Mapping[str, torch.Tensor]
     parameters: Mapping[str, nn.Parameter]
     alias: Mapping[str, str]  # every name of a parameter -> its first
     drawn: Mapping[str, torch.Tensor]
@@ -142,7 +143,7 @@ class Lab:
         parts = {part for name in silent for part in (name, *self.biases[name])}
         for name in parts:
             self.parameters[name].data.zero_()
-        found = gradients(self.model)
+        found = gradients(self.model, self.inputs)
         for name in parts:
             self.parameters[name].data.copy_(self.drawn[name])
         return found
@@ -163,7 +164,7 @@ def disagreements(model: PreTrainedModel, residual: ResidualMap, model_type: str
         for p in everything
     }
     drawn = {name: p.detach().clone() for name, p in parameters.items()}
-    lab = Lab(model, model_type, parameters, alias, drawn, biases)
+    lab = Lab(model, model_type, example(model), parameters, alias, drawn, biases)
 
     trained = lab.hear(())
     others: set[str] = set()
@@ -266,10 +267,10 @@ def _unheard(lab: Lab, residual: ResidualMap) -> list[str]:
     return [f"{name}: on the stream by the map, and not among what reaches the output" for name in named - reached]
 
 
-def gradients(model: PreTrainedModel) -> set[str]:
+def gradients(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> set[str]:
     """Parameters with non-zero gradient of a random projection of the output."""
     model.zero_grad()
-    output = model(**example(model), use_cache=False)[0]
+    output = model(**inputs, use_cache=False)[0]
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=output.dtype)
     (output * direction).sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -17,11 +17,11 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import get_scheduler
 
 import spikepatch
+from spikepatch.residual.points import Points, points_of
 from spikepatch.training import checkpoints, loop
 from spikepatch.training.batches import Tokens, batch, held_out_batches
 from spikepatch.training.log import RunLog, read
 from spikepatch.training.loop import train
-from spikepatch.training.points import Points, points_of
 from spikepatch.training.settings import Settings
 from tests.training.models import on_cpu, small_model, small_tokens
 

@@ -15,6 +15,7 @@ from spikepatch.cli import main
 from spikepatch.report.document import Page
 from spikepatch.report.html import render, write_page
 from spikepatch.report.svg import svg
+from spikepatch.source.typed import parsed
 from spikepatch.training.folder import run_folder
 from spikepatch.training.log import open_log, read
 from spikepatch.training.page import page
@@ -212,7 +213,7 @@ def test_the_command(tmp_path: Path) -> None:
     done = run(str(path), "--out", str(other), "--json")
     assert done.exit_code == 0
     assert other.read_text() == render(page(path))
-    verdict = Verdict.from_dict(json.loads(done.stdout))
+    verdict = parsed(Verdict, json.loads(done.stdout))
     assert [(r.name, r.verdict) for r in verdict.runs] == [("vanilla", "spikes"), ("patched", "healthy")]
 
 

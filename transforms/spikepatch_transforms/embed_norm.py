@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from spikepatch.errors import Refused
 from spikepatch.plans.entrances import enlarge_entrances
-from spikepatch.plans.plan import Context, Edit, NormEmbedding, NormKind, Skip
-from spikepatch.residual.map import ResidualMap
+from spikepatch.plans.plan import Context, Edit, NormEmbedding, Skip
+from spikepatch.residual.map import NormKind, ResidualMap
 from spikepatch_transforms.embed_scale import check_shortcut, multiplied, token_embedding
 
 

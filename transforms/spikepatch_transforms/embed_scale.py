@@ -5,9 +5,8 @@ weights that are kept, or a given number. The factor is applied to the output of
 logits' scale, and Adam's relative step on a row is the unscaled table's.
 
 Refuses: a model that normalises its embedding; one that multiplies it by k, unless told to ``replace`` that factor: the
-output is then multiplied by c / k; to replace a factor where there is none; a table that is not as wide as the stream,
-unless c is given; a post-norm model; learned embeddings without a finite, positive std; and a given c that is no
-positive number.
+output is then multiplied by c / k; to replace a factor where there is none; a table not as wide as the stream, unless c
+is given; a post-norm model; learned embeddings without a finite, positive std; a given c that is no positive number.
 Preserves: with kept weights the tables exactly; the function only approximately (the stream's start is another one).
 Source: "Scaled Embed" in Takase et al., arXiv 2312.16903.
 """
@@ -116,6 +115,14 @@ def check_shortcut(residual: ResidualMap, token: Embedding, *, any_width: bool =
             where=residual.source,
             why="a norm on the stream itself, after every addition, sets its size anew, whatever the embedding's scale",
             remedy="use the recipe on a pre-norm model",
+        )
+    if token.normed and token.scale != 1.0:
+        raise Refused(
+            what=f"the token embedding is normalised to a std of {token.scale:.3g}, a small shortcut",
+            where=residual.source,
+            why=f"a norm stands between {token.parameter} and the stream, which cancels any factor of the table",
+            remedy=f"multiply by {1 / token.scale:.4g} behind that norm, in the model's own code; the recipe vanilla"
+            " makes the small sub-layers alone",
         )
     if token.normed:
         raise Refused(

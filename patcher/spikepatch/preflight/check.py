@@ -320,12 +320,14 @@ def _measured(
     jacobians = [layer.jacobian for layer in layers]
     start, end = found.start, found.end
     steps = run_steps(
-        program, subject.weights, steps=setting.steps, lr=setting.lr, vocabulary=vocabulary, progress=progress
-    )
+        program, residual, subject.weights,
+        steps=setting.steps, lr=setting.lr, vocabulary=vocabulary, progress=progress,
+    )  # fmt: skip
     report = dataclasses.replace(
         draft,
         embeddings=tuple(view.embeddings()),
         layers=layers,
+        entrances=tuple(found.entrances),
         sigma_start=start.mean if start is not None else None,
         sigma_end=end.mean if end is not None else None,
         initial_loss=found.loss,

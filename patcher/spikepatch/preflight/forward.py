@@ -1,6 +1,6 @@
 """What one forward and one backward pass show: sizes along the stream, the loss, gradients, and Jacobians on request.
 
-sigma of a token's vector is its std over the width, or its RMS where an RMSNorm reads it.
+sigma is that of ``residual/points.py``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from spikepatch.preflight.bounds import gaussian_norm
 from spikepatch.preflight.deep import heads_jacobian, jacobian, same_values, steepest
 from spikepatch.preflight.jacobian import STEPS, SpectralNorm, matrix_norm
 from spikepatch.preflight.program import NodeValues, Piece, Program, Sublayer, Weights, is_float, run_piece
+from spikepatch.preflight.result import EntranceReport
 from spikepatch.progress import Progress
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import LOOKUPS, op, operands, table_of
+from spikepatch.residual.points import norm_kind, sigma
 from spikepatch.source.private import is_out_of_memory
 
 #: Lanczos steps for a matrix's norm without ``deep``: within 5 % for a Gaussian, enough to tell it from a learned one.
@@ -41,7 +43,7 @@ class WeightStats:
 
 @dataclass(frozen=True)
 class Sigma:
-    """sigma over all tokens of the batch: mean and minimum."""
+    """sigma over all tokens of the batch: mean, which is the point's size, and minimum."""
 
     mean: float
     least: float
@@ -71,6 +73,7 @@ class Measurement:
     weights: dict[str, WeightStats] = field(default_factory=dict)
     sublayers: list[SublayerStats] = field(default_factory=list)
     token_sigma: Sigma | None = None
+    entrances: list[EntranceReport] = field(default_factory=list)
     start: Sigma | None = None
     end: Sigma | None = None
     loss: float | None = None
@@ -98,7 +101,7 @@ def measure(
     ]
     found.loss, found.gradients = gradients.loss, gradients.groups
     found.finite &= all(map(math.isfinite, (*gradients.points.values(), *gradients.groups.values())))
-    found.token_sigma = _token_sigma(program, weights)
+    found.token_sigma = _token_sigma(program, residual, weights)
     return found
 
 
@@ -116,30 +119,56 @@ def _forward(
         saved.append(inputs)
         mine = [s for s in program.sublayers if i and s.point is program.pieces[i - 1].point]
         wanted = {*program.alive[i], piece.point, *(n for s in mine for n in s.outputs)}
+        entrances = {node: e for node, e in _entrances(program, residual).items() if i == 0 and node in piece.nodes}
+        wanted.update(n for node in entrances for n in (node, program.stream.facts.carries[node][0]))
         with torch.no_grad():
             values |= run_piece(program, piece, values, parameters, wanted & set(piece.nodes))
-        sizes = [_sizes(program, sublayer, values) for sublayer in mine]
+        sizes = [_sizes(program, residual, sublayer, values) for sublayer in mine]
         found.sublayers += _with_jacobians(program, piece, mine, sizes, inputs, parameters, found) if deep else sizes
         found.finite &= all(bool(v.isfinite().all()) for n, v in values.items() if n is piece.point and is_float(v))
+        found.entrances += [_entered(program, residual, *entrance, values) for entrance in entrances.items()]
         if i == 0:
-            found.start = sigma(values[piece.point], rms=_reads_rms(program, piece.point))
+            found.start = size_at(program, residual, piece.point, values[piece.point])
         if i == len(program.pieces) - 2:
-            found.end = sigma(values[piece.point], rms=_reads_rms(program, program.points[-1]))
+            found.end = size_at(program, residual, piece.point, values[piece.point])
         values = {n: v for n, v in values.items() if n in program.alive[i]}
     return saved
 
 
-def sigma(stream: torch.Tensor, *, rms: bool) -> Sigma:
-    """(..., d) -> over all but the last axis."""
-    each = stream.pow(2).mean(-1).sqrt() if rms else stream.std(-1, correction=0)
+def size_at(program: Program, residual: ResidualMap, point: Node, value: torch.Tensor) -> Sigma:
+    """sigma of ``value``, (..., d), as the norm has it that reads ``point``."""
+    readers = [norm for norm in program.stream.facts.norm_at.values() if same_values(point, norm.input)]
+    each = sigma(value, norm_kind(readers, residual))
     return Sigma(float(each.mean()), float(each.min()))
 
 
-def _sizes(program: Program, sublayer: Sublayer, values: NodeValues) -> SublayerStats:
-    rms = _reads_rms(program, sublayer.point)
+def _entrances(program: Program, residual: ResidualMap) -> dict[Node, tuple[str, ...]]:
+    """Where features enter -> the inputs that they are computed from."""
+    named = iter(residual.entrances)
+    nodes = [node for node, features in program.stream.entrances.items() for _ in features]
+    found: dict[Node, tuple[str, ...]] = {}
+    for node, entrance in zip(nodes, named, strict=False):
+        found[node] = tuple(dict.fromkeys((*found.get(node, ()), *entrance.inputs)))
+    return found
+
+
+def _entered(
+    program: Program, residual: ResidualMap, node: Node, inputs: tuple[str, ...], values: NodeValues
+) -> EntranceReport:
+    """sigma where ``node`` put features in the place of tokens, or added them; and where it did not."""
+    whole, before = values[node], values[program.stream.facts.carries[node][0]]
+    entered = (whole != before).any(-1)
+    means = [
+        size_at(program, residual, node, whole[rows]).mean if bool(rows.any()) else None for rows in (entered, ~entered)
+    ]
+    return EntranceReport(inputs, means[0], means[1])
+
+
+def _sizes(program: Program, residual: ResidualMap, sublayer: Sublayer, values: NodeValues) -> SublayerStats:
     first, *others = (values[n] for n in sublayer.outputs)
     branch = sum((o for o in others if o.shape == first.shape), first)
-    return SublayerStats(sigma(values[sublayer.point], rms=rms), sigma(branch, rms=rms))
+    point = sublayer.point
+    return SublayerStats(size_at(program, residual, point, values[point]), size_at(program, residual, point, branch))
 
 
 def _with_jacobians(
@@ -173,13 +202,6 @@ def _with_jacobians(
         return sizes
 
 
-def _reads_rms(program: Program, point: Node) -> bool:
-    """An RMSNorm reads the point; where none does, the kind of the model's other norms decides."""
-    facts = program.stream.facts
-    norms = [n for n in facts.norm_at.values() if same_values(point, n.input)] or list(facts.norm_at.values())
-    return sum(n.kind == "rmsnorm" for n in norms) > len(norms) / 2
-
-
 def _record_weights(
     program: Program, residual: ResidualMap, parameters: Mapping[Node, torch.Tensor], found: Measurement, steps: int
 ) -> None:
@@ -210,7 +232,7 @@ def _std(value: torch.Tensor) -> float:
     return math.sqrt(max(square - float(value.mean()) ** 2, 0.0))
 
 
-def _token_sigma(program: Program, weights: Weights) -> Sigma | None:
+def _token_sigma(program: Program, residual: ResidualMap, weights: Weights) -> Sigma | None:
     """sigma of what the token table alone brings to the stream: behind its factor or norm, before positions."""
     facts = program.stream.facts
     piece = program.pieces[0]
@@ -224,7 +246,7 @@ def _token_sigma(program: Program, weights: Weights) -> Sigma | None:
     parameters = {p: torch.zeros_like(v) if facts.weight.get(p) in others else v for p, v in parameters.items()}
     with torch.no_grad():
         start = run_piece(program, piece, {}, parameters, [piece.point])[piece.point]
-    return sigma(start, rms=_reads_rms(program, piece.point))
+    return size_at(program, residual, piece.point, start)
 
 
 def _rows(program: Program, lookup: Node) -> list[int]:

@@ -11,16 +11,24 @@ from torch.fx import Node
 
 from spikepatch.errors import Refused
 from spikepatch.preflight.backward import objective
-from spikepatch.preflight.forward import sigma
+from spikepatch.preflight.forward import size_at
 from spikepatch.preflight.program import NodeValues, Program, Weights, run_piece
 from spikepatch.preflight.result import TrialStep
 from spikepatch.progress import Progress
+from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import FUSED_ATTENTION, SOFTMAX, op, operands
 from spikepatch.source.formats import size
 
 
 def run_steps(
-    program: Program, weights: Weights, *, steps: int, lr: float, vocabulary: int | None, progress: Progress
+    program: Program,
+    residual: ResidualMap,
+    weights: Weights,
+    *,
+    steps: int,
+    lr: float,
+    vocabulary: int | None,
+    progress: Progress,
 ) -> Iterator[TrialStep]:
     """The values before each of ``steps`` AdamW steps (betas 0.9 and 0.999, weight decay 0.01), and after the last.
 
@@ -43,7 +51,7 @@ def run_steps(
     for i in range(steps + 1):
         progress("optimiser steps", i, steps)
         optimiser.zero_grad()
-        loss, first, last, logit = _forward(program, leaves, vocabulary)
+        loss, first, last, logit = _forward(program, residual, leaves, vocabulary)
         loss.backward()  # type: ignore[no-untyped-call]
         squares = sum(float(leaf.grad.pow(2).sum()) for leaf in leaves.values() if leaf.grad is not None)
         yield TrialStep(i, float(loss.detach()), math.sqrt(squares), first, last, logit)
@@ -52,9 +60,9 @@ def run_steps(
 
 
 def _forward(
-    program: Program, leaves: dict[str, torch.Tensor], vocabulary: int | None
+    program: Program, residual: ResidualMap, leaves: dict[str, torch.Tensor], vocabulary: int | None
 ) -> tuple[torch.Tensor, float, float, float | None]:
-    """The loss; sigma at the first and the last point of the stream; the largest attention logit."""
+    """The loss; the stream's size at the first and the last point of the stream; the largest attention logit."""
     names = program.stream.facts.trace.parameters
     attention = {n for s in program.sublayers if s.kind == "attention" for n in s.interior}
     softmaxes = {n for n in attention if op(n) in FUSED_ATTENTION | SOFTMAX}
@@ -70,7 +78,7 @@ def _forward(
             values |= run_piece(program, piece, values, {p: leaves[names[p]] for p in piece.parameters}, keep)
             logits += [_largest_logit(program, node, values) for node in inside]
             if piece.point in (first, last):
-                sizes[piece.point] = sigma(values[piece.point].detach(), rms=False).mean
+                sizes[piece.point] = size_at(program, residual, piece.point, values[piece.point].detach()).mean
             values = {n: v for n, v in values.items() if n in program.alive[i] or n is program.pieces[-1].point}
         loss = objective(program, values[program.pieces[-1].point], vocabulary)
     return loss, sizes[first], sizes[last], max(logits, default=None)

@@ -51,9 +51,7 @@ def of_model(model: nn.Module, seed: int) -> Subject:
             remedy="load the whole model, or check the folder that it came from: that needs little memory",
         )
     if missing:
-        return Subject(
-            model, _kept(model, fresh(skeleton(model), seed, model)), "by the architecture's own initialiser"
-        )
+        return Subject(model, _kept(model, fresh(model, seed)), "by the architecture's own initialiser")
     return Subject(model, live(model), "of the model in memory")
 
 
@@ -104,7 +102,7 @@ def with_recipe(
         found = plan(structure, recipe, reinit=reinit, seed=seed, **options)
     patched = skeleton(structure, keep_buffers=True)
     restructure(patched, found)
-    weights = planned(skeleton(patched), found, base.weights, patched)
+    weights = planned(patched, found, base.weights, structure)
     about = {
         "all": "fresh",
         "residual": f"{base.about}, residual projections fresh",
@@ -116,7 +114,8 @@ def with_recipe(
 def vocabulary_of(model: nn.Module) -> int | None:
     """Number of tokens, as the model's config has it."""
     config: Any = getattr(model, "config", None)
-    return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # it may be the model's own
+    return getattr(text, "vocab_size", None)
 
 
 def _kept(model: nn.Module, weights: Weights) -> Weights:

@@ -1,7 +1,6 @@
 """Where a program's weights come from: a live model, a checkpoint, a plan, the architecture's own initialiser.
 
-Each is a function from a parameter's name to its values, asked when they are needed: nothing is held but the last
-module that the architecture's own initialiser wrote.
+Each is a function from a parameter's name to its values, asked when they are needed: nothing is held.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from spikepatch.apply.values.assign import values
-from spikepatch.apply.values.initialiser import own_initialiser
+from spikepatch.apply.values.initialiser import check_explained, own_values
 from spikepatch.plans.plan import Plan, Untie
 from spikepatch.preflight.program import Weights
 from spikepatch.source.checkpoint import read_tensor
@@ -31,19 +30,10 @@ def live(model: nn.Module) -> Weights:
     return lambda name: model.get_parameter(name).detach()
 
 
-def fresh(twin: nn.Module, seed: int, model: nn.Module) -> Weights:
-    """What the architecture's own initialiser writes: ``twin`` is all on meta, the buffers of ``model`` are real."""
-    buffers = _persistent(model)
-    written: dict[str, dict[str, torch.Tensor]] = {}
-
-    def weight(name: str) -> torch.Tensor:
-        module = name.rpartition(".")[0]
-        if module not in written:
-            written.clear()
-            written[module] = own_initialiser(twin, module, seed, buffers)
-        return written[module][name]
-
-    return weight
+def fresh(model: nn.Module, seed: int) -> Weights:
+    """What the model's own code writes, where it is built afresh; ``model`` is in memory or on the meta device."""
+    made = own_values(model, seed)
+    return lambda name: check_explained(name, made(name), model)
 
 
 def stored(structure: nn.Module, match: Match) -> Weights:
@@ -51,16 +41,19 @@ def stored(structure: nn.Module, match: Match) -> Weights:
     return _assembled(skeleton(structure), structure, lambda target: read_tensor(match.targets[target.name]))
 
 
-def planned(twin: nn.Module, plan: Plan, kept: Weights, model: nn.Module) -> Weights:
-    """What ``plan`` writes; the rest from ``kept``. ``twin`` and ``model`` as for ``fresh``, patched already."""
+def planned(patched: nn.Module, plan: Plan, kept: Weights, model: nn.Module) -> Weights:
+    """What ``plan`` writes; the rest from ``kept``. ``patched`` is ``model`` with the plan's changes of structure,
+    without memory but for its buffers.
+    """
     copies = {edit.head: edit.embedding for edit in plan.select(Untie)}
-    value = values(plan, twin, _persistent(model))
+    twin = skeleton(patched)
+    value = values(plan, twin, model, _persistent(patched))
 
     def of(target: Target) -> torch.Tensor:
         new = value(target)
         return new if new is not None else target.view(kept(copies.get(target.owner, target.owner)).contiguous())
 
-    return _assembled(twin, model, of)
+    return _assembled(twin, patched, of)
 
 
 def cached(weights: Weights) -> Weights:
@@ -82,7 +75,7 @@ def _assembled(twin: nn.Module, model: nn.Module, value: Callable[[Target], torc
     targets: dict[str, list[Target]] = {}
     for target in layout(twin):
         targets.setdefault(target.owner, []).append(target)
-    own = fresh(twin, 0, model)  # what is never stored, such as a fixed table of positions
+    own = fresh(model, 0)  # what is never stored, such as a fixed table of positions
 
     def weight(name: str) -> torch.Tensor:
         if name not in targets:

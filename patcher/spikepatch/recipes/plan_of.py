@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spikepatch.errors import BadSource, Refused
-from spikepatch.plans.plan import ModelPart, Plan, Recipe, Reinit
+from spikepatch.plans.plan import EmbeddingEdit, ModelPart, Plan, Recipe, Reinit
 from spikepatch.plans.work_out import make_plan
 from spikepatch.recipes import built_in
 from spikepatch.residual.example import Given
@@ -93,7 +93,7 @@ def plan_on(
 ) -> Plan:
     """``make_plan``, with what it must know of the model beside its map."""
     sizes = feature_sizes(model, example) if residual.entrances and reinit == "all" and part is None else {}
-    return make_plan(
+    found = make_plan(
         residual,
         tensor_shapes(model),
         recipe,
@@ -103,6 +103,17 @@ def plan_on(
         part=part,
         feature_sizes=sizes,
     )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for edit in found.select(EmbeddingEdit):
+        module = modules.get(edit.module)
+        if not isinstance(module, nn.Embedding):
+            raise Refused(
+                what="the embedding is none that can be patched",
+                where=edit.module or type(model).__name__,
+                why=f"it is a {type(module).__name__}, and a patch changes what an nn.Embedding returns",
+                remedy="use the recipe unit-embed, which draws the embedding large itself; or make it an nn.Embedding",
+            )
+    return found
 
 
 def check_learned(model: nn.Module, reinit: Reinit) -> None:

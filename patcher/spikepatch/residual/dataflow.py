@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from spikepatch.residual.ops import VIEWS, op, shape, writes
+from spikepatch.residual.ops import COPIES, VIEWS, op, shape, writes
 
 
 def follow_data(graph: Graph) -> None:
     """Make every node's operands the values that it really reads. The graph is changed in place, its values are not."""
     _redirect_writes(graph)
     _undo_splits(graph)
+    _take_apart(graph)
+    _look_up(graph)
 
 
 def overwritten(value: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
@@ -34,7 +36,7 @@ def _redirect_writes(graph: Graph) -> None:
         first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         if first is None:
             continue
-        if writes(node) or op(node) in VIEWS:
+        if writes(node) or (op(node) in VIEWS and op(node) not in COPIES):
             base[node] = base.get(first, first)
             family.setdefault(base[node], [base[node]]).append(node)
         if not writes(node):
@@ -70,6 +72,54 @@ def _undo_splits(graph: Graph) -> None:
         start = node.args[1] * step
         if _axis(joined) == _axis(source) and start in starts and shape(parts[starts.index(start)]) == shape(node):
             node.replace_all_uses_with(parts[starts.index(start)])
+
+
+def _take_apart(graph: Graph) -> None:
+    """A sum with a product in one operation becomes a product and a sum."""
+    parts = {"addcmul": torch.ops.aten.mul.Tensor, "addcdiv": torch.ops.aten.div.Tensor}
+    for node in list(graph.nodes):
+        if op(node) not in parts or writes(node):
+            continue
+        added, first, second = node.args[:3]
+        with graph.inserting_before(node):
+            product = graph.call_function(parts[op(node)], (first, second))
+            product.meta = dict(node.meta)
+            if (factor := node.kwargs.get("value", 1)) != 1:
+                product = graph.call_function(torch.ops.aten.mul.Tensor, (product, factor))
+                product.meta = dict(node.meta)
+            whole = graph.call_function(torch.ops.aten.add.Tensor, (added, product))
+            whole.meta = dict(node.meta)
+        node.replace_all_uses_with(whole)
+        graph.erase_node(node)
+
+
+def _look_up(graph: Graph) -> None:
+    """A product of rows that hold a single 1 with a matrix looks rows of the matrix up."""
+    for node in graph.nodes:
+        if op(node) not in {"mm", "matmul", "linear"} or len(node.args) != 2:
+            continue
+        rows, table = node.args
+        if not (isinstance(rows, Node) and isinstance(table, Node) and _one_hot(rows.meta.get("val"))):
+            continue
+        with graph.inserting_before(node):
+            if op(node) == "linear":
+                table = _called(graph, torch.ops.aten.t.default, (table,), node)
+            ids = _called(graph, torch.ops.aten.argmax.default, (rows, -1), node)
+            looked_up = graph.call_function(torch.ops.aten.embedding.default, (table, ids))
+        looked_up.meta = dict(node.meta)
+        node.replace_all_uses_with(looked_up)
+
+
+def _called(graph: Graph, target: Any, args: tuple[Any, ...], like: Node) -> Node:
+    node = graph.call_function(target, args)
+    node.meta = {**like.meta, "val": target(*(a.meta["val"] if isinstance(a, Node) else a for a in args))}
+    return node
+
+
+def _one_hot(value: object) -> bool:
+    if not isinstance(value, torch.Tensor) or value.is_meta or value.ndim < 2 or not value.is_floating_point():
+        return False
+    return value.shape[-1] > 1 and bool(((value == 1).sum(-1) == 1).all()) and bool(((value != 0).sum(-1) == 1).all())
 
 
 def _axis(node: Node) -> int:

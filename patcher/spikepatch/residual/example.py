@@ -12,19 +12,20 @@ from torch import nn
 from spikepatch.errors import Refused
 from spikepatch.source.own_object import imported
 
-#: Keyword arguments of ``forward``; or ``module:NAME`` of them, or of a function that makes them for a model.
-Given = Mapping[str, torch.Tensor] | str | None
+#: Keyword arguments of ``forward``, tensors and settings; or ``module:NAME`` of them, or of a function that makes them
+#: for a model.
+Given = Mapping[str, Any] | str | None
 
 #: Token positions in the traced example: more than one, and unlike the usual head counts and widths.
 TOKENS = 11
 
 
-def given(example_inputs: Mapping[str, torch.Tensor] | str, model: nn.Module) -> Mapping[str, torch.Tensor]:
+def given(example_inputs: Mapping[str, Any] | str, model: nn.Module) -> Mapping[str, Any]:
     """The arguments that the caller means.
 
     Args:
-        example_inputs: a dict of tensors; or ``module:NAME``, where NAME is such a dict, or a function of the model
-            that returns one. The module is imported, so its code runs.
+        example_inputs: a dict of tensors, and of settings such as a mode's name; or ``module:NAME``, where NAME is such
+            a dict, or a function of the model that returns one. The module is imported, so its code runs.
         model: what they are for; its weights may be on the meta device.
 
     Raises:
@@ -43,7 +44,7 @@ def given(example_inputs: Mapping[str, torch.Tensor] | str, model: nn.Module) ->
                     why=f"{type(error).__name__}: {error}",
                     remedy="NAME is called with the model, whose config has the sizes, and returns a dict of tensors",
                 ) from error
-    odd = found if not isinstance(found, Mapping) else next((x for x in found.values() if not torch.is_tensor(x)), None)
+    odd = found if not isinstance(found, Mapping) else next(filter(_is_no_argument, found.values()), None)
     if odd is not None:
         raise Refused(
             what="example_inputs is no dict of arguments",
@@ -53,6 +54,11 @@ def given(example_inputs: Mapping[str, torch.Tensor] | str, model: nn.Module) ->
             remedy="pass example_inputs={'name of the argument': tensor}",
         )
     return found
+
+
+def _is_no_argument(value: object) -> bool:
+    """Numbers that are no tensor yet."""
+    return isinstance(value, (list, tuple, dict, set)) or (hasattr(value, "__array__") and not torch.is_tensor(value))
 
 
 def example_of(model: nn.Module) -> dict[str, torch.Tensor]:

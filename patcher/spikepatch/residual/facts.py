@@ -4,32 +4,16 @@ values carry the residual stream. Each is computed in a single pass in execution
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch.fx import Node
 
 from spikepatch.residual import ops
+from spikepatch.residual.norms import Forms, NormNode, norms
 from spikepatch.residual.ops import last, op, operands, shape
 from spikepatch.residual.trace import Trace
-from spikepatch.source.private import schema
-
-
-@dataclass(frozen=True)
-class NormNode:
-    """A norm in the graph: ``output`` is the node behind the division by the statistic.
-
-    ``factor`` is what was multiplied before that, in norms that put their gain first; other gains come behind.
-    """
-
-    output: Node
-    input: Node
-    kind: Literal["layernorm", "rmsnorm"]
-    eps: float
-    factor: Node | None = None
 
 
 class Facts:
@@ -41,22 +25,28 @@ class Facts:
         fed: nodes computed from the inputs, as data or as control.
         varies: nodes computed from embedded tokens or real-valued inputs.
         inputs: of these nodes -> the inputs that they are computed from, as data.
+        forms: what parts of the graph compute, as far as it was measured; another pass of the model may know it.
         norm_at: nodes that are a norm's output -> the norm.
-        carries: nodes that carry the stream -> the operands through which they do; computed anew for another root.
+        carries: nodes that carry the stream -> the operands through which they do.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, forms: Forms | None = None) -> None:
         self.trace: Trace = trace
+        self.forms: Forms = {} if forms is None else forms
         self.nodes: list[Node] = list(trace.graph.nodes)
         self.order: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
         self.weight: dict[Node, str] = self._weight_views()
         self.fed: set[Node] = self._fed()
         self.varies: set[Node] = self._input_dependent()
         self.inputs: dict[Node, frozenset[Node]] = self._inputs_of_data()
-        self.norm_at: dict[Node, NormNode] = {
-            node: norm for node in self.nodes if (norm := self._norm(node)) is not None
-        }
-        self.carries: dict[Node, list[Node]] = self.carriers(None)
+        self.norm_at: dict[Node, NormNode] = norms(trace, self.data, self.weight, self.forms)
+        self.carries: dict[Node, list[Node]] = self._carriers(None)
+
+    def rooted(self, root: Node) -> Facts:
+        """The same facts for a stream that begins at ``root``: more nodes carry it."""
+        other = copy.copy(self)
+        other.carries = self._carriers(root)
+        return other
 
     def _weight_views(self) -> dict[Node, str]:
         """Nodes that are one parameter, seen through views, casts, gathers and constant factors -> its name."""
@@ -117,7 +107,7 @@ class Facts:
             return shape(operands(node)[1])[1] > 1  # (out, in / groups, *kernel)
         return op(node) in ops.MATMULS
 
-    def carriers(self, root: Node | None) -> dict[Node, list[Node]]:
+    def _carriers(self, root: Node | None) -> dict[Node, list[Node]]:
         """Nodes that carry the stream -> the operands through which they do (none for a lookup or the ``root``)."""
         carries: dict[Node, list[Node]] = {}
         for node in self.nodes:
@@ -161,81 +151,6 @@ class Facts:
         chosen = op(node) == "where" and len(rest) > 1
         return rest if rest and not chosen and all(a in carries for a in rest) else []
 
-    def _norm(self, node: Node) -> NormNode | None:
-        """Recognise a norm, fused or written out: ``x * f(mean(x^2))`` with f made of pointwise ops and numbers."""
-        name = op(node)
-        if name in ops.NORMS:
-            fused: Literal["layernorm", "rmsnorm"] = "rmsnorm" if "rms" in name else "layernorm"
-            return NormNode(node, operands(node)[0], fused, _eps(node))
-        if name not in ops.PRODUCTS or len(operands(node)) != 2 or last(node) < 2 or node not in self.varies:
-            return None
-        first, second = operands(node)
-        for value, statistic in ((first, second), (second, first)):
-            if name != "mul" and value is second:
-                break
-            if last(value) != last(node) or statistic not in self.varies:
-                continue
-            found = self._statistic_of(statistic, value)
-            if found is not None:
-                return dataclasses.replace(found, output=node)
-        return None
-
-    def _statistic_of(self, statistic: Node, value: Node) -> NormNode | None:
-        """Is ``statistic`` a per-token reduction of ``value``, or of what ``value`` is a cast, a multiple by weights or
-        the centred form of? The norm, whose output is not known here.
-        """
-        roots = [value]
-        hops: list[str] = []  # from each root to the next
-        factors: list[Node] = []
-        while True:  # through casts, gains that come first, and one subtraction of the mean
-            node = roots[-1]
-            moving = [a for a in operands(node) if a in self.varies]
-            if op(node) in {"to", "_to_copy", "alias", "clone", "detach", "contiguous", "type_as"}:
-                hops.append("cast")
-            elif op(node) == "sub" and len(operands(node)) == 2 and _is_mean(operands(node)[1]):
-                hops.append("centring")
-            elif op(node) == "mul" and len(moving) == 1 and last(moving[0]) == last(node) and not ops.squares(node):
-                hops.append("factor")
-                factors += [a for a in operands(node) if a not in self.varies]
-            else:
-                break
-            roots.append(moving[0] if hops[-1] == "factor" else operands(node)[0])
-        seen: set[Node] = set()
-        todo = [statistic]
-        reduced = squared = False
-        eps = 0.0
-        reached = -1
-        on_statistic: Node | None = None
-        while todo:
-            node = todo.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node in roots:
-                reached = max(reached, roots.index(node))
-                continue
-            if node not in self.varies:  # a gain that was multiplied with the statistic first
-                on_statistic = node if node in self.weight else on_statistic
-                continue
-            if op(node) not in ops.STATISTIC or len(seen) > 40:
-                return None
-            moment = op(node) in {"var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm"}
-            reduced |= moment or op(node) in {"mean", "sum"}
-            squared |= moment or op(node) in {"pow", "square"} or (op(node) == "mul" and len(operands(node)) == 1)
-            numbers = [a for a in node.args[1:] if isinstance(a, float)]
-            if op(node) in {"add", "clamp", "clamp_min", "maximum"} and numbers:
-                eps = _as_written(numbers[0])
-            if not operands(node):
-                return None
-            todo.extend(operands(node))
-        if not (reduced and squared) or reached < 0:
-            return None
-        while reached < len(hops) and hops[reached] != "factor":  # a factor before the statistic is none of the norm's
-            reached += 1
-        kind: Literal["layernorm", "rmsnorm"] = "layernorm" if "centring" in hops[:reached] else "rmsnorm"
-        own = factors[: hops[:reached].count("factor")]
-        return NormNode(value, roots[reached], kind, eps, own[-1] if own else on_statistic)
-
     def behind(self, ends: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
         """Backward cone of ``ends``; nodes in ``stop`` are reached but not entered, and not returned."""
         barrier = set(stop)
@@ -264,30 +179,3 @@ def narrows(node: Node) -> bool:
     if op(node) in {"split", "chunk", "unbind", "split_with_sizes"}:
         return True
     return op(node) in {"slice", "select", "narrow", "index_select", "gather"} and last(node) != last(source)
-
-
-def _eps(node: Node) -> float:
-    """Of a fused norm. Arguments that have their default may be left out."""
-    numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
-    of_op = schema(node.target)
-    defaults = [a.default_value for a in of_op.arguments if a.name == "eps"] if of_op is not None else []
-    return float([0.0, *(d for d in defaults if d is not None), *numbers][-1])
-
-
-def _as_written(number: float) -> float:
-    """1e-05 for 9.999999747378752e-06: torch writes out some norms with their eps rounded to float32."""
-    short = float(f"{number:.6g}")
-    return short if float(torch.tensor(short, dtype=torch.float32)) == number else number
-
-
-def _is_mean(node: Node) -> bool:
-    node = _uncast(node)
-    if op(node) == "getitem":  # the second result of an operation that gives both moments
-        return node.args[1:] == (1,) and op(operands(node)[0]) in {"var_mean", "std_mean"}
-    return op(node) == "mean"
-
-
-def _uncast(node: Node) -> Node:
-    while op(node) in {"to", "_to_copy", "expand", "unsqueeze"}:
-        node = operands(node)[0]
-    return node

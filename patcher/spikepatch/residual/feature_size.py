@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from spikepatch.quiet import quiet
-from spikepatch.residual.embedding_path import run
 from spikepatch.residual.example import Given
+from spikepatch.residual.execute import run
 from spikepatch.residual.stream import Stream, find, projections
 from spikepatch.residual.trace import Trace, trace
 from spikepatch.residual.weights import matrix_weight

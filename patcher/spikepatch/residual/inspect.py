@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Set
 
-import torch
 from torch import nn
 from torch.fx import Node
 
@@ -13,7 +12,6 @@ from spikepatch.errors import Refused, first_line
 from spikepatch.residual import ops
 from spikepatch.residual.embedding_path import measure
 from spikepatch.residual.example import Given
-from spikepatch.residual.facts import NormNode
 from spikepatch.residual.kinds import addition, between, multiplier, steps, sublayers_of
 from spikepatch.residual.map import (
     Embedding,
@@ -28,14 +26,16 @@ from spikepatch.residual.map import (
     Use,
     UseRole,
 )
-from spikepatch.residual.names import layers, own_name, tied
+from spikepatch.residual.names import layers, own_name
+from spikepatch.residual.norms import NormNode
 from spikepatch.residual.ops import behind_views, op, operands, place, table_of
 from spikepatch.residual.stream import Stream, find, projections
 from spikepatch.residual.trace import Trace, trace
-from spikepatch.residual.ways import other_ways
+from spikepatch.residual.ways import compared
 from spikepatch.residual.weights import fan, gain, matrix_weight
 from spikepatch.source.meta import build_meta, check_default_device, check_module
 from spikepatch.source.private import is_transformers_model
+from spikepatch.source.tied import tied
 
 #: Views of a part, which is no copy.
 _PARTS = frozenset(("split", "chunk", "split_with_sizes"))
@@ -81,7 +81,7 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
     whole = dataclasses.replace(
         whole, entrances=whole.entrances or tuple(_entrances_not_run(model, graph, whole, unread))
     )
-    strayed, unknown = _compared(model, graph, streams) if main.proven else ((), ())
+    strayed, unknown = compared(model, graph, streams) if main.proven else ((), ())
     leaks = (*strayed, *main.leaks)
     return dataclasses.replace(
         whole,
@@ -112,7 +112,7 @@ def _entrances_not_run(
     """Of a transformers model that says that it takes images or sounds, and read none in this pass."""
     takes = getattr(model, "input_modalities", "text")
     others = [each for each in ([takes] if isinstance(takes, str) else takes) if each not in {"text", "video"}]
-    read = any(value.is_floating_point() for value in graph.example.values())
+    read = any(value.is_floating_point() for value in graph.inputs.values())
     lists = _lists_of_blocks(model, found)
     towers = [name for name in unread if not name.startswith(lists) and model.get_parameter(name).ndim > 1]
     if others and not read and towers:
@@ -137,62 +137,6 @@ def _parts_not_run(model: nn.Module, found: ResidualMap, unread: tuple[str, ...]
         names = [*parts]
         more = f" and {len(names) - 3} more" if names[3:] else ""
         yield (f"{', '.join(names[:3])}{more}: never read in this pass, so what they do to the stream is not known")
-
-
-def _compared(model: nn.Module, graph: Trace, found: Iterable[Stream]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of the other ways that the pass may go: what they add to the stream instead; and why that is not known."""
-    strayed: dict[str, None] = {}
-    unknown: dict[str, None] = {}
-    here = [_added(model, _Naming(model, stream)) for stream in found]
-    for way in other_ways(model, graph):
-        streams = find(way.trace) if isinstance(way.trace, Trace) else way.trace
-        leaks = [streams] if isinstance(streams, str) else [leak for stream in streams for leak in stream.leaks]
-        if leaks and way.all_turned:  # without any expert there may be no sum; the first question alone is asked too
-            continue
-        if isinstance(streams, str):
-            unknown[f"{way.chosen} is not known ({streams})"] = None
-            continue
-        there = [_added(model, _Naming(model, stream)) for stream in streams]
-        if leaks:
-            strayed[f"{way.chosen} is not proven ({leaks[0]})"] = None
-        elif len(here) != len(there) or not all(
-            _agree(*both, without_mixtures=way.all_turned) for both in zip(here, there, strict=True)
-        ):
-            strayed[f"{way.chosen} {_difference(here[0], there[0])}"] = None
-    return tuple(strayed), tuple(unknown)
-
-
-#: What each sub-layer adds: its residual projections, and the shape of each.
-_Added = list[dict[str, torch.Size]]
-
-
-def _added(model: nn.Module, naming: _Naming) -> _Added:
-    added: _Added = [{} for _ in set(naming.sublayer)]
-    for term, sublayer in zip(naming.stream.terms, naming.sublayer, strict=True):
-        added[sublayer] |= {name: model.get_parameter(name).shape for _, name in term.projections}
-    return added
-
-
-def _agree(here: _Added, there: _Added, *, without_mixtures: bool) -> bool:
-    """The other way adds the same, or the products of fewer ones of several equal experts.
-
-    Args:
-        without_mixtures: a sub-layer that only experts add may be missing there.
-    """
-    todo = list(there)
-    for mine in here:
-        equal = len(mine) > 1 and len(set(mine.values())) == 1
-        if todo and (mine == todo[0] or (equal and todo[0] and todo[0].items() <= mine.items())):
-            todo.pop(0)
-        elif not (equal and without_mixtures):
-            return False
-    return not todo
-
-
-def _difference(here: _Added, there: _Added) -> str:
-    if len(here) != len(there):
-        return f"has {len(there)} sub-layers, where this one has {len(here)}"
-    return "adds the products of other weights to the stream"
 
 
 def _uses(model: nn.Module, streams: Iterable[Stream], unread: Iterable[str]) -> Iterator[Use]:

@@ -21,6 +21,11 @@ VIEWS = frozenset(
     " split_with_sizes chunk unbind index index_select gather repeat repeat_interleave dropout native_dropout"
     " constant_pad_nd pad roll flip numpy_T mT".split()
 )
+# Of these, the ones whose result has memory of its own.
+COPIES = frozenset(
+    "clone _to_copy lift_fresh_copy index index_select gather repeat repeat_interleave native_dropout"
+    " constant_pad_nd pad roll flip".split()
+)
 # Averages over windows of neighbouring values.
 POOLS = frozenset("avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d".split())
 # Homogeneous linear in the first argument alone.
@@ -59,16 +64,6 @@ LOOKUPS = frozenset(["embedding", "embedding_bag"])
 ZERO_FACTORIES = frozenset("zeros zeros_like new_zeros".split())
 # They take a tensor for its shape and dtype alone.
 FACTORIES = ZERO_FACTORIES | frozenset("ones_like empty_like full_like new_ones new_empty new_full".split())
-# Pointwise in one tensor and reductions over its last axis: what the statistic of a norm is made of.
-STATISTIC = (
-    VIEWS
-    | PRODUCTS
-    | ADDS
-    | frozenset(
-        "pow square mean sum var std var_mean std_mean rsqrt sqrt reciprocal clamp clamp_min maximum"
-        " linalg_vector_norm norm".split()
-    )
-)
 
 
 _ALIASES = {

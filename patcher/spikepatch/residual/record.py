@@ -20,9 +20,10 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from spikepatch.quiet import quiet
+from spikepatch.residual.flex import flex_attention
 from spikepatch.residual.told import LONGEST, SHORTEST, Asked, Mode, TakenFrom, Told, asking_line, told
 from spikepatch.source.meta import skeleton
-from spikepatch.source.private import TAKE_NUMBER, TO_COPY, TorchDispatchMode, memory, own_buffers, schema
+from spikepatch.source.private import TAKE_NUMBER, TorchDispatchMode, is_batched, memory, own_buffers, schema
 
 #: They answer a question about values with a truth value.
 _ASK = frozenset((torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.allclose.default))
@@ -42,10 +43,14 @@ _SIZES = frozenset(
     )
 )
 
+_NUMBERS = frozenset((torch.tensor, torch.as_tensor, torch.asarray))
 _INDEX = torch.ops.aten.index.Tensor
 _SPLIT = torch.ops.aten.split_with_sizes.default
 _NONZERO = torch.ops.aten.nonzero.default
 _META = torch.device("meta")
+#: Where data says that it is, for code that asks, as for autocast.
+_CPU = torch.device("cpu")
+_DEVICE = torch.Tensor.device.__get__
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -53,6 +58,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     ``asked``: what Python asked of the values. ``path``: of the module whose forward is running.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, named: Mapping[str, torch.Tensor], inputs: Collection[torch.Tensor], mode: Mode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -65,6 +72,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, tuple[torch.Tensor, Node]] = {}  # holds the tensors, so that their ids stay theirs
         # Memory of control that the inputs, data or chance decide -> the inputs' numbers.
         self._fed: dict[int, frozenset[int]] = {memory(t): frozenset([i]) for i, t in enumerate(inputs)}
+        self._data: set[int] = set()  # memory of tensors that were control until data was written into them
         self.counted: bool = False  # numbers were taken out of stand-ins, which may not add up
         self._sized: set[int] = set()  # memory of tensors whose shapes they decide
         for name, tensor in named.items():
@@ -80,8 +88,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "name", None) is not None and func.name() == "flex_attention":
+            with self:
+                return flex_attention(*args)
         tensors = _tensors((args, kwargs))
-        as_data = any(t.is_meta for t in tensors)
+        if any(map(is_batched, tensors)):  # inside vmap, which makes masks
+            return func(*args, **kwargs)
+        as_data = any(map(self.is_data, tensors))
         fed = as_data or any(map(self.is_fed, tensors)) or torch.Tag.nondeterministic_seeded in func.tags
         if fed and (func in _ASK or (func is TAKE_NUMBER and args[0].dtype == torch.bool)):
             return self.asked.answer(True if as_data else func(*args, **kwargs))
@@ -104,6 +117,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*_to_meta(run_args), **run_kwargs)
         if schema(func).is_mutable and tensors and args and isinstance(args[0], torch.Tensor):
             result = args[0]
+            if as_data and not result.is_meta:
+                self._data.add(memory(result))
         elif as_data:
             choices = args[0].shape[-1] if args and isinstance(args[0], torch.Tensor) and args[0].ndim else 1
             result = _map(lambda t: _stand_in(t, choices, self.asked.mode), result)
@@ -116,9 +131,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._append(func, args, kwargs, result)
         return result
 
+    def is_data(self, tensor: torch.Tensor) -> bool:
+        """It is computed from weights, or such values have been written into it."""
+        return tensor.is_meta or memory(tensor) in self._data
+
     def is_fed(self, tensor: torch.Tensor) -> bool:
         """The inputs or data decide its values."""
-        return tensor.is_meta or memory(tensor) in self._fed
+        return tensor.is_meta or (not is_batched(tensor) and memory(tensor) in self._fed)
 
     def inputs_of(self, tensor: torch.Tensor) -> frozenset[int]:
         """The numbers of the inputs that it is control from."""
@@ -126,7 +145,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def is_sized(self, tensor: torch.Tensor) -> bool:
         """The inputs or data decide its shape."""
-        return memory(tensor) in self._sized
+        return not is_batched(tensor) and memory(tensor) in self._sized
 
     def _masks(self, indices: Sequence[torch.Tensor | None]) -> bool:
         """One of ``indices`` picks as many rows as the input or data say; row numbers pick as many as they are."""
@@ -159,13 +178,10 @@ def _placed(
 ) -> Any:
     """The arguments that ``func`` is run on: all on meta for data; control stays real, wherever it is asked for."""
     if not as_data:
-        wanted = kwargs.get("dtype") or (tensors[0].dtype if tensors else None)
-        if kwargs.get("device") == _META and (wanted is None or not wanted.is_floating_point):
-            kwargs = {**kwargs, "device": torch.device("cpu")}
         return args, kwargs
     if func is _INDEX:
         args = (args[0], _rows(args[1]))
-    elif func is TO_COPY and "device" in kwargs:  # to where the control is
+    elif kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": _META}
     return (args, kwargs) if all(t.is_meta for t in tensors) else _to_meta((args, kwargs))
 
@@ -229,7 +245,7 @@ class _Numbers(TorchFunctionMode):
             parts = index if isinstance(index, tuple) else (index,)
             real = tuple(torch.tensor(part, device="cpu") if isinstance(part, list) else part for part in parts)
             args = (tensor, real if isinstance(index, tuple) else real[0])
-        elif func is torch.tensor and kwargs.get("device") is not None:
+        elif func in _NUMBERS and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": "cpu"}
         if func is torch.Tensor.__format__ and self.recorder.is_fed(args[0]):  # mostly for a message
             self.recorder.asked.values[asking_line()] = None
@@ -240,6 +256,8 @@ class _Numbers(TorchFunctionMode):
         if func is torch.Tensor.__len__ and self.recorder.is_sized(args[0]):
             self.recorder.asked.take("control", self.recorder.inputs_of(args[0]))
         result = func(*args, **kwargs)
+        if func == _DEVICE:  # not the same object each time
+            return _CPU if result == _META else result
         if func in _SIZES:
             return self._sized(result, by_values=self.recorder.is_sized(args[0]))
         if func in _TOLD and self.recorder.is_fed(args[0]):
@@ -299,12 +317,14 @@ def _prefer_traceable_kernels(model: nn.Module) -> None:
                 break
 
 
-def record(model: nn.Module, example: Mapping[str, torch.Tensor], mode: Mode = "example") -> tuple[Recorder, Any]:
+def record(model: nn.Module, example: Mapping[str, Any], mode: Mode = "example") -> tuple[Recorder, Any]:
     """Run ``model``, as ``prepared`` makes it, once on a real ``example``: the recorder, and the output."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers()), **example}
-    recorder = Recorder(named, example.values(), mode)
+    inputs = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers()), **inputs}
+    recorder = Recorder(named, inputs.values(), mode)
     drawing = torch.random.fork_rng(devices=[])  # the run is real where it does not depend on weights
-    with quiet(), drawing, torch.no_grad(), _paths(model, recorder), _Numbers(recorder), recorder:
+    eagerly = torch.compiler.set_stance("force_eager")
+    with quiet(), drawing, eagerly, torch.no_grad(), _paths(model, recorder), _Numbers(recorder), recorder:
         return recorder, model(**example)
 
 

@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts, narrows
+from spikepatch.residual.norms import Forms
 from spikepatch.residual.ops import behind_views, last, op, operands, shape
 from spikepatch.residual.proof import Term, left_over, prove
 from spikepatch.residual.refusals import copies, no_sum
@@ -55,19 +56,23 @@ class Stream:
     reaches: tuple[str, ...]
 
 
-def find(trace: Trace) -> tuple[Stream, ...] | str:
-    """The stream that feeds the output, then those that feed it (an encoder's); or why there is no residual sum."""
-    facts = Facts(trace)
+def find(trace: Trace, forms: Forms | None = None) -> tuple[Stream, ...] | str:
+    """The stream that feeds the output, then those that feed it (an encoder's); or why there is no residual sum.
+
+    Args:
+        forms: what is known of parts of the graph from another pass of the model, see ``Facts``.
+    """
+    facts = Facts(trace, forms)
     main = _locate(facts, trace.output, frozenset())
     if isinstance(main, str):
         return main
     source = _foreign_output(main)
     if source is None:
         return (main,)
-    other = _locate(Facts(trace), source, frozenset())
+    other = _locate(facts, source, frozenset())
     if isinstance(other, str):
         return (main,)
-    again = _at(facts, trace.output, other.spine | {source})  # sub-layers end where the other stream begins
+    again = _at(main.facts, trace.output, other.spine | {source})  # sub-layers end where the other stream begins
     return (main if isinstance(again, str) else again, other)
 
 
@@ -78,22 +83,17 @@ def _locate(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str
         return found
     nearest: Stream | None = None
     for root in _possible_roots(facts, output):
-        facts.carries = facts.carriers(root)
-        rooted = _at(facts, output, beyond)
+        rooted = _at(facts.rooted(root), output, beyond)
         if not isinstance(rooted, Stream) or root not in rooted.spine:
             continue
         if not rooted.leaks:
             return rooted
         nearest = nearest or rooted
-    if isinstance(found, Stream) or nearest is None:
-        facts.carries = facts.carriers(None)
-        return found
-    facts.carries = nearest.facts.carries
-    return nearest
+    return found if isinstance(found, Stream) or nearest is None else nearest
 
 
 def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
-    """The stream that ends before ``output``, by the carriers that ``facts`` has now; sub-layers end at ``beyond``."""
+    """The stream that ends before ``output``, by the carriers of ``facts``; sub-layers end at ``beyond``."""
     frontier = _first_carriers(facts, output)
     if not frontier:
         return no_sum(facts, output)
@@ -272,6 +272,8 @@ def _joined(facts: Facts, node: Node) -> list[Node]:
     while todo:
         for argument in facts.data(todo.pop()):
             biased = any(a in facts.weight for a in operands(argument))
+            if op(behind_views(argument)) in ops.ZERO_FACTORIES:  # rows of it, that others are added to
+                continue
             if op(argument) not in ops.JOINS or argument in facts.norm_at or biased:
                 parts[argument] = None
             elif argument not in met:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ class Trace:
         buffers: placeholder -> the buffer's real value, on the CPU.
         inputs: placeholder of each tensor argument of ``forward`` -> the example, on the CPU.
         output: the first tensor of the model's output: the logits, or the last hidden state.
-        example: what it was run on.
+        example: what it was run on, settings included.
         asked: what Python asked of values on the way, which the graph does not show.
     """
 
@@ -40,7 +41,7 @@ class Trace:
     buffers: Mapping[Node, torch.Tensor]
     inputs: Mapping[Node, torch.Tensor]
     output: Node
-    example: Mapping[str, torch.Tensor]
+    example: Mapping[str, Any]
     asked: Asked
 
 
@@ -115,10 +116,10 @@ def _read(traced: Trace) -> int:
 
 
 @without_collector()
-def recorded(model: nn.Module, example: Mapping[str, torch.Tensor], mode: Mode = "example") -> Trace:
+def recorded(model: nn.Module, example: Mapping[str, Any], mode: Mode = "example") -> Trace:
     """Trace ``model`` by running it once on the meta device, see ``record.py``; it raises what its forward raises."""
     twin = prepared(model)
-    example = {name: on_cpu(t) for name, t in example.items()}
+    example = {name: on_cpu(t) if isinstance(t, torch.Tensor) else t for name, t in example.items()}
     buffers = list(twin.buffers())  # the run may replace them
     recorder, result = record(twin, example, mode)
     output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
@@ -128,7 +129,7 @@ def recorded(model: nn.Module, example: Mapping[str, torch.Tensor], mode: Mode =
         graph=recorder.graph,
         parameters={recorder.node(p): name for name, p in twin.named_parameters()},
         buffers={recorder.node(b): b for b in buffers} | recorder.constants,
-        inputs={recorder.node(t): t for t in example.values()},
+        inputs={recorder.node(t): t for t in example.values() if isinstance(t, torch.Tensor)},
         output=recorder.node(output),
         example=example,
         asked=recorder.asked,

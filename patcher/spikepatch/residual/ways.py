@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from spikepatch.errors import first_line
 from spikepatch.residual import ops
+from spikepatch.residual.kinds import sublayers_of
 from spikepatch.residual.ops import behind_views, op, operands, shape
+from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.told import Mode, is_ours
 from spikepatch.residual.trace import Trace, recorded
 from spikepatch.source.private import CHECKING
@@ -32,6 +35,63 @@ class Way:
     chosen: str
     trace: Trace | str
     all_turned: bool = False
+
+
+def compared(model: nn.Module, graph: Trace, found: Sequence[Stream]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the other ways that the pass may go: what they add to the stream instead; and why that is not known."""
+    strayed: dict[str, None] = {}
+    unknown: dict[str, None] = {}
+    here = [_added(model, stream) for stream in found]
+    for way in other_ways(model, graph):
+        streams = find(way.trace, found[0].facts.forms) if isinstance(way.trace, Trace) else way.trace
+        leaks = [streams] if isinstance(streams, str) else [leak for stream in streams for leak in stream.leaks]
+        if leaks and way.all_turned:  # without any expert there may be no sum; the first question alone is asked too
+            continue
+        if isinstance(streams, str):
+            unknown[f"{way.chosen} is not known ({streams})"] = None
+            continue
+        there = [_added(model, stream) for stream in streams]
+        if leaks:
+            strayed[f"{way.chosen} is not proven ({leaks[0]})"] = None
+        elif len(here) != len(there) or not all(
+            _agree(*both, without_mixtures=way.all_turned) for both in zip(here, there, strict=True)
+        ):
+            strayed[f"{way.chosen} {_difference(here[0], there[0])}"] = None
+    return tuple(strayed), tuple(unknown)
+
+
+#: What each sub-layer adds: its residual projections, and the shape of each.
+_Added = list[dict[str, torch.Size]]
+
+
+def _added(model: nn.Module, stream: Stream) -> _Added:
+    _, sublayers = sublayers_of(stream)
+    added: _Added = [{} for _ in set(sublayers)]
+    for term, sublayer in zip(stream.terms, sublayers, strict=True):
+        added[sublayer] |= {name: model.get_parameter(name).shape for _, name in term.projections}
+    return added
+
+
+def _agree(here: _Added, there: _Added, *, without_mixtures: bool) -> bool:
+    """The other way adds the same, or the products of fewer ones of several equal experts.
+
+    Args:
+        without_mixtures: a sub-layer that only experts add may be missing there.
+    """
+    todo = list(there)
+    for mine in here:
+        equal = len(mine) > 1 and len(set(mine.values())) == 1
+        if todo and (mine == todo[0] or (equal and todo[0] and todo[0].items() <= mine.items())):
+            todo.pop(0)
+        elif not (equal and without_mixtures):
+            return False
+    return not todo
+
+
+def _difference(here: _Added, there: _Added) -> str:
+    if len(here) != len(there):
+        return f"has {len(there)} sub-layers, where this one has {len(here)}"
+    return "adds the products of other weights to the stream"
 
 
 def other_ways(model: nn.Module, found: Trace) -> Iterator[Way]:
@@ -65,7 +125,7 @@ def _lines(lines: Iterable[str]) -> str:
 
 
 def _gone(
-    model: nn.Module, example: Mapping[str, torch.Tensor], mode: Mode, chosen: str, *, may_fail: bool = False
+    model: nn.Module, example: Mapping[str, Any], mode: Mode, chosen: str, *, may_fail: bool = False
 ) -> Iterator[Way]:
     try:
         yield Way(chosen, recorded(model, example, mode), mode in {"all", "zeros"})
@@ -93,7 +153,7 @@ def _rows(found: Trace) -> dict[int, int]:
     return rows
 
 
-def _other_values(example: Mapping[str, torch.Tensor], rows: Mapping[int, int]) -> dict[str, torch.Tensor]:
+def _other_values(example: Mapping[str, Any], rows: Mapping[int, int]) -> dict[str, Any]:
     """The example with other ids: counted from the end of the smallest table that they look rows up in.
 
     Ids that stand in it more than once have a meaning: they are padding, or stand for the parts of an image.
@@ -109,11 +169,12 @@ def _other_values(example: Mapping[str, torch.Tensor], rows: Mapping[int, int]) 
     return result
 
 
-def _as_long(example: Mapping[str, torch.Tensor], length: int, wanted: int) -> dict[str, torch.Tensor]:
+def _as_long(example: Mapping[str, Any], length: int, wanted: int) -> dict[str, Any]:
     """The example with its tokens repeated or cut off."""
     places = torch.arange(wanted) % length
     result = {}
     for name, value in example.items():
-        axes = [axis for axis, size in enumerate(value.shape) if size == length]
+        sizes = value.shape if isinstance(value, torch.Tensor) else ()
+        axes = [axis for axis, size in enumerate(sizes) if size == length]
         result[name] = functools.reduce(lambda v, axis: v.index_select(axis, places), axes, value)
     return result

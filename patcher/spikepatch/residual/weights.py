@@ -9,7 +9,8 @@ import torch
 from torch.fx import Node
 
 from spikepatch.residual import ops
-from spikepatch.residual.facts import Facts, NormNode
+from spikepatch.residual.facts import Facts
+from spikepatch.residual.norms import NormNode
 from spikepatch.residual.ops import last, op, shape
 
 _PERMUTATIONS = frozenset("t transpose swapaxes permute movedim numpy_T mT".split())

@@ -25,6 +25,23 @@ _BUILDERS = ("AutoConfig", "AutoModel", "AutoBackbone")
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """What config.json says of a patch: ``config.spikepatch``, as ``Plan.record`` wrote it.
+
+    Attributes:
+        recipe: its name.
+        embeddings: what is done to each embedding, by module; ``plans.edits.recorded_edits`` reads it.
+        as_code: the model runs on generated files that lie beside the weights.
+        entries: all that is recorded.
+    """
+
+    recipe: str
+    embeddings: Mapping[str, Mapping[str, Any]]
+    as_code: bool
+    entries: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What is to be built.
 
@@ -32,14 +49,15 @@ class Architecture:
         config, model_class: the class takes the config; of a composite model, the part that it is built from.
         auto_class: name of the class in transformers whose ``from_pretrained`` gives it.
         needs_code: it is built from Python files that came with the model.
-        patched: the record of a folder that spikepatch has written; the rest is then about the model before the patch.
+        patched: of a folder that spikepatch has written, what its config records; the rest is then about the model
+            before the patch.
     """
 
     config: PreTrainedConfig
     model_class: type[PreTrainedModel]
     auto_class: str
     needs_code: bool = False
-    patched: Mapping[str, Any] | None = None
+    patched: Recorded | None = None
 
 
 def default_architecture(model_type: str, *, where: str) -> Architecture:
@@ -120,7 +138,7 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
         return replace(found, needs_code=bool(code), patched=patched)
 
 
-def _unpatched(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _unpatched(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], Recorded | None]:
     """config.json as it was before spikepatch, and the record of what spikepatch did; (``raw``, None) for others.
 
     Raises:
@@ -130,21 +148,21 @@ def _unpatched(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[st
     kinds = {"recipe": str, "original": dict, "embeddings": dict}
     if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
         return raw, None
-    wanted = f"spikepatch_{record['original'].get('model_type')}"
-    if "auto_map" in record["original"] and raw.get("model_type") != wanted:
+    original = record["original"]
+    found = Recorded(record["recipe"], record["embeddings"], "auto_map" in original, record)
+    wanted = f"spikepatch_{original.get('model_type')}"
+    if found.as_code and raw.get("model_type") != wanted:
         raise Refused(
             "claims a patch that it does not have",
             where=where,
-            why=f"config.json records the recipe {record['recipe']}, whose model is of the type"
+            why=f"config.json records the recipe {found.recipe}, whose model is of the type"
             f" {wanted}, and has the type {raw.get('model_type')}: a plain class has"
             " loaded a patched folder and saved it without the patch",
             remedy="load the patched folder with its Auto class and trust_remote_code=True, and save that; or remove"
             ' "spikepatch" from config.json, to take it for the plain model that it is',
         )
-    before = {name: value for name, value in raw.items() if name != "spikepatch"} | record["original"]
-    return {
-        name: value for name, value in before.items() if value is not None or name not in record["original"]
-    }, record
+    before = {name: value for name, value in raw.items() if name != "spikepatch"} | original
+    return {name: value for name, value in before.items() if value is not None or name not in original}, found
 
 
 def _config_class(raw: dict[str, Any], folder: Path) -> Any:

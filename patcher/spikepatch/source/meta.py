@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused, on_one_line
 from spikepatch.quiet import quiet
-from spikepatch.source.private import as_parsed, from_config, replaced_here
+from spikepatch.source.private import as_parsed, from_config, is_partitioned, replaced_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -81,6 +83,13 @@ def check_module(model: object) -> None:
             why=f"it is of type {type(model).__name__}, and no nn.Module",
             remedy="load the model first (AutoModelForCausalLM.from_pretrained); spikepatch.plan, spikepatch.check and"
             " spikepatch.convert take names",
+        )
+    if partitioned := [name for name, parameter in model.named_parameters() if is_partitioned(parameter)]:
+        raise Refused(
+            "the parameters are partitioned by DeepSpeed's ZeRO stage 3",
+            where=type(model).__name__,
+            why=f"{partitioned[0]} and {len(partitioned) - 1} more are empty here: each process holds a part of them",
+            remedy="call spikepatch before deepspeed.initialize, on a model built outside of deepspeed.zero.Init",
         )
 
 
@@ -181,5 +190,46 @@ def skeleton(model: nn.Module, *, keep_buffers: bool = False) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     for buffer in () if keep_buffers else model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
+    return copied(model, memo).eval()
+
+
+def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy, in which functions that hold modules hold the copied ones: Python copies no function."""
+    functions: dict[int, FunctionType] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            _find_functions(value, {id(each) for each in model.modules()}, functions)
+    cells = {number: [CellType() for _ in function.__closure__ or ()] for number, function in functions.items()}
+    for number, function in functions.items():
+        again = FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells[number])
+        )
+        again.__kwdefaults__ = function.__kwdefaults__
+        memo[number] = again
     twin: nn.Module = copy.deepcopy(model, memo)
-    return twin.eval()
+    for number, function in functions.items():
+        for new, old in zip(cells[number], function.__closure__ or (), strict=True):
+            new.cell_contents = copy.deepcopy(old.cell_contents, memo)
+    return twin
+
+
+def _find_functions(value: object, modules: Set[int], found: dict[int, FunctionType]) -> bool:
+    """Note the functions in ``value`` that hold one of ``modules``; is there one in it, or is it one?"""
+    if isinstance(value, nn.Module):
+        return id(value) in modules
+    if isinstance(value, (list, tuple)):
+        return bool(sum([_find_functions(item, modules, found) for item in value]))  # every one is looked into
+    if isinstance(value, dict):
+        return _find_functions(list(value.values()), modules, found)
+    if isinstance(value, functools.partial):
+        return _find_functions([value.func, value.args, value.keywords], modules, found)
+    if not isinstance(value, FunctionType) or id(value) in found:
+        return id(value) in found
+    contents = []
+    for cell in value.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it is empty yet
+            contents.append(cell.cell_contents)
+    if _find_functions(contents, modules, found):
+        found[id(value)] = value
+        return True
+    return False

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,14 +31,23 @@ WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 #: A number, or a truth value, is taken out of a tensor.
 TAKE_NUMBER = torch.ops.aten._local_scalar_dense.default
 
-#: How the names of torch's functions begin that raise where a condition does not hold.
-CHECKING = "_check"
-
 #: The operation behind ``Tensor.to`` that makes a copy.
 TO_COPY = torch.ops.aten._to_copy.default
 
+#: How the names of torch's functions begin that raise where a condition does not hold.
+CHECKING = "_check"
+
+#: Methods by which code sets the values of a module and of those below it, if they need no argument.
+INITIALISERS = (
+    "reset_parameters", "_reset_parameters", "init_weights", "_init_weights", "initialize_weights",
+    "init_parameters", "initialize_parameters",
+)  # fmt: skip
+
 #: Keys of config.json that may name a repository of compiled kernels to download and import.
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+
+#: In it calls run for real, with memory.
+without_fakes = unset_fake_temporarily
 
 
 # torch: modules and tensors
@@ -60,9 +74,19 @@ def memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def is_batched(tensor: torch.Tensor) -> bool:
+    """It stands for one of many, inside ``torch.vmap``."""
+    return bool(torch._C._functorch.is_batchedtensor(tensor))
+
+
 def version(tensor: torch.Tensor) -> int:
     """Counted up by every write in place."""
     return int(tensor._version)
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """DeepSpeed has emptied it: each process holds a part, beside it."""
+    return hasattr(parameter, "ds_shape") and parameter.numel() == 0 and math.prod(parameter.ds_shape) > 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -75,6 +99,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 def schema(operation: object) -> Any:
     """Names, defaults and mutability of an ATen operation's arguments; None of what is none."""
     return getattr(operation, "_schema", None)
+
+
+def truncated_normals_here(draw: Callable[..., torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+    """What is behind ``nn.init.trunc_normal_`` is ``draw(original, tensor, mean, std, low, high, generator)``.
+
+    torch draws again and again until all values are within the bounds, which without values it cannot see.
+    """
+    return replaced_here(nn.init, "_no_grad_trunc_normal_", draw)
 
 
 def fsdp_handles(module: Any) -> Iterator[tuple[nn.Module, str, object]]:
@@ -212,12 +244,12 @@ class _Switch:
         self.here = threading.local()
 
 
-_switches: dict[tuple[type, str], _Switch] = {}
+_switches: dict[tuple[Any, str], _Switch] = {}
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def replaced_here(owner: type, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+def replaced_here(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
     """``owner.name`` is ``replacement(original, *args)`` while the block runs, in this thread only.
 
     Other threads go on to call the original, through one more function. Blocks may be nested, and run in several

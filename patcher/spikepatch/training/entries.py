@@ -20,7 +20,6 @@ from spikepatch.quiet import quiet
 from spikepatch.recipes import built_in
 from spikepatch.recipes.plan_of import plan
 from spikepatch.source.match import match_source
-from spikepatch.source.meta import skeleton
 from spikepatch.source.open import Source, open_source
 from spikepatch.source.private import from_config
 from spikepatch.training.folder import DATA, RECORD
@@ -187,7 +186,7 @@ def _fresh(source: Source, entry: Entry, seed: int) -> Any:
             what="it is patched, and has no weights",
             where=source.name,
             why="its config records a patch, which is made together with the weights",
-            remedy=f"{entry.name}={source.name}@{source.patched['recipe']} draws them afresh",
+            remedy=f"{entry.name}={source.name}@{source.patched.recipe} draws them afresh",
         )
     config: Any = copy.deepcopy(source.config)
     config.dtype = torch.float32
@@ -198,7 +197,7 @@ def _fresh(source: Source, entry: Entry, seed: int) -> Any:
     model.float()
     if entry.recipe is not None:
         return patch(model, entry.recipe, reinit="all", seed=seed)
-    weight = fresh(skeleton(model), seed, model)
+    weight = fresh(model, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weight(name))
@@ -245,8 +244,7 @@ def _is_patched(source: Source, recipe: str | None) -> bool:
     if recipe is not None:
         known: Recipe | None = built_in.find(recipe)
     else:
-        recorded: Any = source.patched or getattr(source.config, "spikepatch", None)
-        if not isinstance(recorded, dict):
+        if source.patched is None:
             return False
-        known = built_in.RECIPES.get(recorded["recipe"])
+        known = built_in.RECIPES.get(source.patched.recipe)
     return known is None or (known.small_sublayers is not False and known.large_shortcut is not False)

@@ -32,11 +32,12 @@ from transformers import PreTrainedModel, get_scheduler
 from spikepatch.apply.values.draw import narrow
 from spikepatch.plans.optimiser import param_groups
 from spikepatch.quiet import quiet
+from spikepatch.residual.points import Points, watching
 from spikepatch.spikes.detector import SpikeDetector, news
 from spikepatch.training import checkpoints
 from spikepatch.training.batches import Tokens, batch, held_out_batches
+from spikepatch.training.gradients import gradient_norms, whole
 from spikepatch.training.log import Reporter, open_log, read
-from spikepatch.training.points import Points, gradient_norms, watching, whole
 from spikepatch.training.settings import Settings
 
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -98,7 +99,7 @@ def train(
         model: float32 weights on the CPU, the same on every rank.
         lr: the largest of the schedule.
         about: the first line of the log: name, source, versions ...
-        points: ``watch.points_of(model)``.
+        points: ``points_of(model)``.
         shard: with ``fully_shard``, layer by layer, instead of a copy on each rank.
         progress: is called with every record of the log, on the main process; and while it evaluates, with
             ``{"type": "evaluating", "step": ..., "done": ..., "total": ...}``, in tokens, which is not in the log.
@@ -154,7 +155,7 @@ def train(
             checkpoints.save(store, at.step, model, optimizer, state)
 
         if saved is None:
-            parts = {"points": points.streams, "layers": points.layers, "notes": points.notes}
+            parts = {"points": [p.module for p in points.streams], "layers": points.layers, "notes": points.notes}
             write({"type": "run", **about, "warmup_steps": settings.warmup_steps, **parts})
             if settings.on_spike == "rewind":
                 save()
@@ -225,7 +226,7 @@ def train(
             for event in news(before, detector):
                 write({"type": "event", "step": step, **dataclasses.asdict(event)})
             if watched:
-                stds = accelerator.reduce(torch.stack([streams[name] for name in points.streams]), reduction="mean")
+                stds = accelerator.reduce(torch.stack([streams[p.module] for p in points.streams]), reduction="mean")
                 write({"type": "layers", "step": step, "stream": stds.tolist(), "gradients": layers.tolist()})
 
             # What a spike leads to.

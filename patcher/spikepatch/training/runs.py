@@ -22,6 +22,7 @@ from torch import nn
 from spikepatch.apply.live.save import pretrained, save, sharded
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.progress import Progress, silent
+from spikepatch.residual.points import Points, points_of
 from spikepatch.source.open import Source, open_source
 from spikepatch.source.tokenizer import has_tokenizer, source_tokenizer
 from spikepatch.spikes.conclusion import LEAST_ROWS
@@ -32,7 +33,6 @@ from spikepatch.training.folder import DATA, RECORD, check_out, locked, run_fold
 from spikepatch.training.launch import Launch, launched
 from spikepatch.training.log import Reporter, read
 from spikepatch.training.loop import train
-from spikepatch.training.points import Points, points_of
 from spikepatch.training.settings import Settings
 from spikepatch.training.tokenizing import BYTES, Tokenizing
 from spikepatch.training.trackers import check_installed, tracking

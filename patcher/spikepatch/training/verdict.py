@@ -63,12 +63,7 @@ class RunResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON."""
-        return {**dataclasses.asdict(self), "events": [dataclasses.asdict(event) for event in self.events]}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> RunResult:
-        judged = data["judged"] and tuple(data["judged"])
-        return cls(**{**data, "judged": judged, "events": tuple(Event(**event) for event in data["events"])})
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -106,11 +101,6 @@ class Verdict:
             "models": [dataclasses.asdict(model) for model in self.models],
             "runs": [run.to_dict() for run in self.runs],
         }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Verdict:
-        runs = tuple(RunResult.from_dict(run) for run in data["runs"])
-        return cls(runs, tuple(ModelResult(**model) for model in data["models"]), data["exit_code"])
 
 
 def judge_run(log: RunLog) -> RunResult:

@@ -319,15 +319,30 @@ def test_a_module_under_two_names() -> None:
 
 
 class Buffered(Model):
-    def __init__(self) -> None:
+    def __init__(self, table: Callable[[], torch.Tensor] = lambda: torch.arange(3.0)) -> None:
         super().__init__()
-        self.register_buffer("table", torch.ones(3), persistent=False)
+        self.register_buffer("table", table(), persistent=False)
+
+
+def test_buffers_of_a_plain_module() -> None:
+    """They come from its constructor, where it can be run again."""
+
+    class Known(Buffered):
+        def __init__(self) -> None:
+            super().__init__()
+
+    with torch.device("meta"):
+        model: Any = Known()
+    plan = spikepatch.plan(Known(), "scaled-embed", reinit="all", example_inputs=EXAMPLE)
+    spikepatch.patch(model, plan)
+    spikepatch.initialize(model.to_empty(device="cpu"), plan)
+    assert torch.equal(model.table, torch.arange(3.0))
 
 
 def test_a_plain_module_whose_buffers_are_lost() -> None:
     with torch.device("meta"):
-        model = Buffered()
-    plan = spikepatch.plan(Buffered(), "scaled-embed", reinit="all", example_inputs=EXAMPLE)
+        model = Buffered(lambda: torch.ones(4))
+    plan = spikepatch.plan(Buffered(lambda: torch.ones(4)), "scaled-embed", reinit="all", example_inputs=EXAMPLE)
     patch_refused(model, plan, r"only the constructor knows the values of table(.|\n)*include_buffers=False")
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -245,15 +246,23 @@ def test_a_forward_that_was_replaced() -> None:
     refused(model, plan_of(), "replaced on the instance")
 
 
-def test_a_module_that_nothing_initialises() -> None:
-    """It shows only when its turn to be written comes, after others: still nothing may have changed."""
+@pytest.mark.parametrize("untie", [False, True])
+def test_a_tensor_that_no_code_explains(untie: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """In memory it is kept, and listed; of structure alone it is refused before anything has changed."""
 
-    model: Any = tiny_model("gpt2")
-    model.transformer.h[2].forgotten = nn.Parameter(torch.zeros(64))
-    for recipe, untie in (("scaled-embed", True), ("vanilla", False)):
-        plan = spikepatch.plan(model, recipe, reinit="all", untie=untie)
-        refused(model, plan, r"transformer\.h\.2\.forgotten.*unwritten")
-    spikepatch.patch(model, "scaled-embed", reinit="residual")
+    def with_another() -> Any:
+        model: Any = tiny_model("gpt2")
+        model.transformer.h[2].forgotten = nn.Parameter(torch.linspace(0, 1, 64))
+        return model
+
+    model = with_another()
+    spikepatch.patch(model, "scaled-embed", reinit="all", untie=untie)
+    assert torch.equal(model.transformer.h[2].forgotten, torch.linspace(0, 1, 64))
+    assert re.findall(r"how they began: (.*)", caplog.text) == ["transformer.h.2.forgotten"]
+    empty = with_another().to("meta")
+    empty.tie_weights()
+    plan = spikepatch.plan(empty, "scaled-embed", reinit="all", untie=untie)
+    refused(empty, plan, r"transformer\.h\.2\.forgotten.*nothing tells")
 
 
 def test_a_class_that_is_not_transformers_own() -> None:

@@ -112,7 +112,7 @@ def test_values(reinit: str) -> None:
     plan = spikepatch.plan(model, "scaled-embed", reinit=reinit, seed=9)  # type: ignore[arg-type]
     twin = skeleton(model)
     restructure(twin, plan)
-    value = values(plan, twin, {})
+    value = values(plan, twin, model, {})
     fills = {fill.parameter: fill for fill in plan.select(Fill)}
     filled = kept = 0
     for target in layout(twin):
@@ -138,7 +138,7 @@ def test_a_new_norm_is_initialised_beside_kept_weights(reinit: str) -> None:
     plan = spikepatch.plan(model, "embed-ln", reinit=reinit)  # type: ignore[arg-type]
     twin = skeleton(model)
     restructure(twin, plan)
-    value = values(plan, twin, {})
+    value = values(plan, twin, model, {})
     fills = {fill.parameter for fill in plan.select(Fill)}
     new = {t.name: value(t) for t in layout(twin) if t.owner not in fills}
     drawn = {name: tensor for name, tensor in new.items() if tensor is not None}

@@ -1,12 +1,10 @@
-"""New weights: the Gaussian's bits and distribution, and the architecture's own initialiser against transformers'."""
+"""New weights: the bits and distributions of random fills."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,17 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from spikepatch.apply.values import draw as fill
-from spikepatch.apply.values import initialiser
 from spikepatch.apply.values.draw import BLOCK, draw, gaussian, pieces
-from spikepatch.apply.values.initialiser import own_initialiser
-from spikepatch.errors import Refused
 from spikepatch.plans.plan import Constant, Fill, cut_std
-from spikepatch.source.meta import skeleton
-from tests.architectures import tiny_model
 
 GOLDEN = {
     (0, "transformer.wte.weight", 0): ("0x1.44cc06p-2", "-0x1.74283cp-1", "0x1.7a4fc2p+0"),
@@ -234,183 +225,3 @@ def test_std_of_a_cut_normal_distribution(cut: float, expected: float) -> None:
 def test_constants() -> None:
     values = draw(Constant("x", 0.25, offset=-1.0), 0, "x", BLOCK - 2, BLOCK + 3)
     assert torch.equal(values, torch.full((5,), -0.75))
-
-
-def test_seeded_state_is_full_width() -> None:
-    """torch's stream is that of numpy's MT19937 with all 624 words of the key, and is put back afterwards."""
-    before = torch.get_rng_state()
-    with initialiser._seeded(5, "a.b"):
-        drawn = torch.empty(3000, dtype=torch.int32).random_().numpy()
-    reference = np.random.MT19937()
-    key = np.random.SeedSequence(fill.entropy(5, "a.b", -1)).generate_state(624).astype(np.uint32)
-    reference.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": 624}}
-    assert np.array_equal(drawn, reference.random_raw(3000) % 2**31)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_seeded_puts_the_state_back_after_an_error() -> None:
-    before = torch.get_rng_state()
-    with contextlib.suppress(KeyError), initialiser._seeded(0, "x"):
-        torch.rand(3)
-        raise KeyError
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def modules_with_tensors(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            yield name
-
-
-def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    persistent = set(model.state_dict())
-    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-
-
-#: Random draws have these distributions in transformers' source; all other tensors of these types are constants.
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mamba", "mixtral", "opt", "bloom", "gemma2"])
-def test_as_transformers_initialises(model_type: str) -> None:
-    """Constants (norms, biases, A_log, D) are equal; random tensors have the mean, std and range of transformers' own.
-
-    Between two samples of n values means differ by s sqrt(2/n), stds by s sqrt((k - 1) / (2n)) with kurtosis k
-    (3 for a normal, less for a uniform distribution), at 6 sigma.
-    """
-    model, twin = tiny_model(model_type), skeleton(tiny_model(model_type))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        other = type(model)._from_config(model.config)
-    constants = randoms = 0
-    for module in modules_with_tensors(twin):
-        for name, ours in own_initialiser(twin, module, 0, buffers_of(model)).items():
-            theirs = model.state_dict()[name]
-            assert ours.dtype == torch.float32
-            assert ours.shape == theirs.shape
-            if torch.equal(theirs, other.state_dict()[name]):
-                assert torch.equal(ours, theirs), name
-                constants += 1
-            elif ours.numel() >= 128:
-                std, n = float(theirs.std()), ours.numel()
-                assert abs(float(ours.mean() - theirs.mean())) < 6 * std * math.sqrt(2 / n), name
-                assert abs(float(ours.std()) - std) < 6 * std * math.sqrt(1 / n), name
-                randoms += 1
-    assert constants
-    assert randoms
-
-
-def test_state_space_parameters_by_closed_form() -> None:
-    """A_log = log(1 ... n); softplus(dt bias) lies in [time_step_min, time_step_max]; conv ~ U(+-1/sqrt(kernel))."""
-    twin, config = skeleton(tiny_model("mamba")), tiny_model("mamba").config
-    mixer = own_initialiser(twin, "backbone.layers.1.mixer", 0, {})
-    rows = torch.arange(1, config.state_size + 1, dtype=torch.float32).log()
-    assert torch.equal(mixer["backbone.layers.1.mixer.A_log"], rows.expand(config.intermediate_size, -1))
-    step = nn.functional.softplus(
-        own_initialiser(twin, "backbone.layers.1.mixer.dt_proj", 0, {})["backbone.layers.1.mixer.dt_proj.bias"]
-    )
-    slack = 8 * torch.finfo(torch.float32).eps
-    assert float(step.min()) >= config.time_step_min * (1 - slack) - slack
-    assert float(step.max()) <= config.time_step_max * (1 + slack) + slack
-    assert float(step.std()) > 0
-    conv = own_initialiser(twin, "backbone.layers.1.mixer.conv1d", 0, {})["backbone.layers.1.mixer.conv1d.weight"]
-    bound = 1 / math.sqrt(config.conv_kernel)
-    assert float(conv.abs().max()) <= bound
-    assert abs(float(conv.std()) * math.sqrt(3) / bound - 1) < 6 / math.sqrt(conv.numel())
-
-
-def test_order_and_threads_do_not_matter() -> None:
-    twin = skeleton(tiny_model("mamba"))
-    names = list(modules_with_tensors(twin))
-    assert len(names) > 5
-    first = {name: own_initialiser(twin, name, 0, {}) for name in names}
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 1)
-        again = {name: own_initialiser(twin, name, 0, {}) for name in reversed(names)}
-    finally:
-        torch.set_num_threads(threads)
-    for module, tensors in first.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, again[module][name]), name
-
-
-def test_seed_and_module_matter() -> None:
-    twin = skeleton(tiny_model("gpt2"))
-
-    def weight(layer: int, seed: int) -> torch.Tensor:
-        return own_initialiser(twin, f"transformer.h.{layer}.attn.c_attn", seed, {})[
-            f"transformer.h.{layer}.attn.c_attn.weight"
-        ]
-
-    assert not torch.equal(weight(0, 0), weight(1, 0))
-    assert not torch.equal(weight(0, 0), weight(0, 2**32))
-
-
-def test_skeleton_and_generator_are_as_before() -> None:
-    twin = skeleton(tiny_model("gpt2"))
-    before = {name: id(p) for name, p in twin.named_parameters()}
-    state = torch.get_rng_state()
-    own_initialiser(twin, "transformer.h.0.mlp.c_fc", 0, {})
-    assert {name: id(p) for name, p in twin.named_parameters()} == before
-    assert all(p.is_meta for p in twin.parameters())
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-class ToyConfig(PreTrainedConfig):  # type: ignore[misc]
-    model_type = "toy"
-
-
-class Toy(PreTrainedModel):  # type: ignore[misc]
-    """``forgotten`` is a parameter that transformers' general ``_init_weights`` knows nothing of."""
-
-    config_class = ToyConfig
-
-    def __init__(self, config: ToyConfig, forgotten: Any = None) -> None:
-        super().__init__(config)
-        self.inner = nn.Module()
-        self.inner.linear = nn.Linear(4, 4)
-        if forgotten is not None:
-            self.inner.forgotten = forgotten
-        self.post_init()
-
-
-def test_a_parameter_that_nothing_initialises_is_refused() -> None:
-    twin = skeleton(Toy(ToyConfig(), nn.Parameter(torch.zeros(3))))
-    assert set(own_initialiser(twin, "inner.linear", 0, {})) == {"inner.linear.weight", "inner.linear.bias"}
-    with pytest.raises(Refused, match=r"inner\.forgotten.*unwritten"):
-        own_initialiser(twin, "inner", 0, {})
-    assert all(p.is_meta for p in twin.parameters())
-
-
-def test_what_is_drawn_elsewhere_takes_no_memory() -> None:
-    twin = skeleton(tiny_model("gpt2"))
-    name = "transformer.h.0.mlp.c_fc"
-    made = own_initialiser(twin, name, 0, {}, {f"{name}.weight"})
-    assert made.keys() == {f"{name}.bias"}
-    assert torch.equal(made[f"{name}.bias"], torch.zeros(256))
-
-
-def test_an_initialiser_that_is_not_implemented_is_refused() -> None:
-    class Without(nn.Linear):
-        def reset_parameters(self) -> None:
-            if not self.weight.is_meta and bool(self.weight.isnan().all()):
-                raise NotImplementedError
-
-    model = Toy(ToyConfig())
-    model.without = Without(2, 2)
-    with pytest.raises(Refused, match=r"cannot run on this module alone(.|\n)*why: NotImplementedError"):
-        own_initialiser(skeleton(model), "without", 0, {})
-
-
-def test_an_initialiser_that_reads_other_tensors_is_refused() -> None:
-    class Reads(nn.Linear):
-        def reset_parameters(self) -> None:
-            super().reset_parameters()
-            if not self.weight.is_meta and self.bias is not None and float(twin.inner.linear.weight.sum()) > 0:
-                self.bias.zero_()
-
-    model = Toy(ToyConfig())
-    model.reads = Reads(2, 2, bias=False)
-    model.reads.bias = nn.Parameter(torch.zeros(2))
-    twin: Any = skeleton(model)
-    with pytest.raises(Refused, match="cannot run on this module alone"):
-        own_initialiser(twin, "reads", 0, {})
-    assert twin.reads.weight.is_meta

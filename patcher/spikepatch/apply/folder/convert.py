@@ -43,6 +43,7 @@ from spikepatch.source.match import Match, match_source
 from spikepatch.source.meta import settings_read
 from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.pieces import pieces
+from spikepatch.source.tied import first_names
 from spikepatch.source.tokenizer import has_tokenizer
 
 
@@ -289,10 +290,10 @@ def _convert(
 def _check_numbers(plan: Plan, shards: Shards, match: Match | None, model: nn.Module) -> None:
     stored = {tensor.name: tensor.dtype for tensor in shards.tensors}
     tables = dict(model.named_parameters(remove_duplicate=False))
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    first = first_names(model)
 
     def of(name: str) -> str:
-        return first[id(tables[name])] if name in tables else name
+        return first.get(name, name)
 
     names = {*plan.written, *(f"{edit.module}.weight" for edit in plan.select(ScaleEmbedding))}
     dtypes = {name: stored.get(of(name), tables[name].dtype) for name in names if name in tables}

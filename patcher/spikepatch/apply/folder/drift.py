@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from spikepatch.apply.generated.patched_source import load_as_it_is, load_learned, load_unpatched
 from spikepatch.apply.live.patch import patch
 from spikepatch.errors import on_one_line
 from spikepatch.plans.plan import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 from spikepatch.quiet import quiet
-from spikepatch.residual.names import layers
+from spikepatch.residual.points import points_in, watching
 from spikepatch.source.formats import size
 from spikepatch.source.tokenizer import SAMPLE, source_tokenizer
 
@@ -39,7 +38,8 @@ class Behaviour:
         model: ``source``, ``written``, or ``factor C`` for the source with its embedding multiplied by C.
         loss: of the next token, in nats per token.
         kl: KL(source || this model), in nats per token.
-        stream: std, over all elements, of what enters each layer; empty where the layers do not show it.
+        stream: its size where the first sub-layer of each layer reads it, by ``residual/points.py``; empty where the
+            layers do not show it.
     """
 
     model: str
@@ -127,36 +127,17 @@ def _sample(source: Source) -> torch.Tensor | str:
 
 
 def _run(model: Any, residual: ResidualMap, ids: torch.Tensor) -> tuple[torch.Tensor, tuple[float, ...]]:
-    """Log-probabilities, (1, tokens, vocabulary), and the std of what enters each layer."""
-    found: dict[int, float] = {}
-
-    def watch(layer: int, arguments: Iterable[Any]) -> None:
-        wide = [a for a in arguments if isinstance(a, torch.Tensor) and a.shape[-1:] == (residual.width,)]
-        if wide and layer not in found:
-            found[layer] = float(wide[0].float().std())
-
-    hooks = [
-        block.register_forward_pre_hook(
-            lambda module, args, kwargs, layer=layer: watch(layer, (*args, *kwargs.values())), with_kwargs=True
-        )
-        for layer, block in _blocks(model, residual).items()
-    ]
-    try:
-        with quiet(), torch.no_grad():
-            logits: torch.Tensor = model(ids).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    stream = tuple(found[layer] for layer in sorted(found)) if len(found) == residual.layers else ()
+    """Log-probabilities, (1, tokens, vocabulary), and the stream's size in each layer."""
+    points = points_in(model, residual)
+    found: dict[str, torch.Tensor] = {}
+    with quiet(), torch.no_grad(), watching(model, points, found):
+        logits: torch.Tensor = model(ids).logits
+    first: dict[int, float] = {}
+    for point in points.streams:
+        if point.layer is not None and point.module in found:
+            first.setdefault(point.layer, float(found[point.module]))
+    stream = tuple(first[layer] for layer in sorted(first)) if len(first) == residual.layers else ()
     return logits.log_softmax(-1), stream
-
-
-def _blocks(model: nn.Module, residual: ResidualMap) -> dict[int, nn.Module]:
-    """Layer -> its block, the first where it is spread over several."""
-    found: dict[int, nn.Module] = {}
-    for path, layer in layers(model, [p.parameter for p in residual.residual_projections]).items():
-        found.setdefault(layer, model.get_submodule(path))
-    return found
 
 
 def _loss(log_probabilities: torch.Tensor, ids: torch.Tensor) -> float:

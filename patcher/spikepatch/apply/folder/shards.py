@@ -46,7 +46,7 @@ class Shards:
         files: file name -> names of its tensors.
         fills: tensor name -> std, for those drawn at random.
         kept: tensor name -> the source's tensor that it is a copy of.
-        produce: tensor name -> what it is to hold; Refused where the architecture's own initialiser cannot give it.
+        produce: tensor name -> what it is to hold; Refused where no code of the model's tells it.
     """
 
     tensors: tuple[Planned, ...]
@@ -96,7 +96,7 @@ def plan_shards(
     edits = {name: by_owner[target.owner] for name, target in targets.items() if target.owner in by_owner}
     persistent = set(model.state_dict())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    fresh = values(plan, twin, buffers)
+    fresh = values(plan, twin, model, buffers)
 
     def produce(name: str) -> Content:
         edit = edits.get(name)

@@ -21,6 +21,7 @@ from spikepatch.plans.plan import Plan, ValueEdit
 from spikepatch.source.layout import Target, persistent
 from spikepatch.source.meta import check_default_device, check_module
 from spikepatch.source.private import WRAPPED, fsdp_handles, own_buffers, own_children, own_parameters
+from spikepatch.source.tied import firsts
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def initialize(model: nn.Module, plan: Plan) -> nn.Module:
         spikepatch.initialize(model, plan)
 
     Nothing is communicated. Random fills are drawn on the CPU in float32, at most 32 MB at a time and only where a
-    shard needs them, then cast once to the parameter's dtype. What the plan leaves to the architecture's own
-    initialiser (norms, biases) is made whole, one module at a time, and sliced. Buffers get the values of the
+    shard needs them, then cast once to the parameter's dtype. What the plan leaves to the model's own code (norms,
+    biases) is made whole, one tensor at a time, and sliced. Buffers get the values of the
     constructor; weights that were tied before sharding are tied again. torch.compile's and checkpoint wrappers are
     looked through.
 
@@ -142,8 +143,7 @@ def _places(module: nn.Module, path: str = "") -> Iterator[tuple[str, _Place]]:
 
 def _ties(skeleton: nn.Module) -> dict[str, str]:
     """Second and further names of a tensor -> its first name."""
-    first: dict[int, str] = {}
-    owners = {name: first.setdefault(id(place.tensor), name) for name, place in _places(skeleton)}
+    owners = firsts((name, place.tensor) for name, place in _places(skeleton))
     return {name: owner for name, owner in owners.items() if owner != name}
 
 
@@ -224,7 +224,7 @@ def _parts(blueprint: Blueprint, owned: Mapping[str, Held]) -> tuple[list[tuple[
 def _write(blueprint: Blueprint, parts: list[tuple[Target, Part]]) -> None:
     plan = blueprint.plan
     edits: dict[str, ValueEdit] = {edit.parameter: edit for edit in plan.select(ValueEdit)}
-    own = values(plan, blueprint.skeleton, persistent(blueprint.skeleton, blueprint.buffers))
+    own = values(plan, blueprint.skeleton, blueprint.original, persistent(blueprint.skeleton, blueprint.buffers))
     for target, found in parts:
         edit = edits.get(target.owner)
         if edit is not None:
@@ -243,12 +243,14 @@ class Blueprint:
     Attributes:
         plan: what to write.
         skeleton: the patched structure, whole, on the meta device.
+        original: the same without the patch.
         targets: the tensors that it is stored as.
         buffers: all buffers, as the constructor makes them.
     """
 
     plan: Plan
     skeleton: nn.Module
+    original: nn.Module
     targets: tuple[Target, ...]
     buffers: Mapping[str, torch.Tensor]
 

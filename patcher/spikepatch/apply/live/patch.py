@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from spikepatch._version import __version__
 from spikepatch.apply.generated.structure import restructure, untie_head
 from spikepatch.apply.live.initialize import Blueprint, unfillable
 from spikepatch.apply.values.assign import values
+from spikepatch.apply.values.initialiser import own_values
 from spikepatch.apply.values.loading import stable_settings
 from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
 from spikepatch.errors import Refused
@@ -21,10 +23,13 @@ from spikepatch.recipes.plan_of import check_learned
 from spikepatch.recipes.plan_of import plan as make_plan
 from spikepatch.residual.example import Given
 from spikepatch.runtime.embedding import check_patchable, install, patched_embeddings
+from spikepatch.source.formats import some
 from spikepatch.source.layout import check_covered, layout, persistent, tensor_shapes
 from spikepatch.source.meta import build_meta, check_default_device, check_module, on_meta, skeleton
 from spikepatch.source.pieces import loaded_pieces
 from spikepatch.source.private import is_transformers_model
+
+_log = logging.getLogger(__name__)
 
 
 def patch(
@@ -96,7 +101,7 @@ def patch(
     targets = layout(twin)
     check_covered(plan.written, twin, targets, every=plan.reinit == "all")
     buffers = _constructed_buffers(model, plan)
-    blueprint = Blueprint(plan, twin, targets, buffers) if on_meta(model) else None
+    blueprint = Blueprint(plan, twin, skeleton(model), targets, buffers) if on_meta(model) else None
     if blueprint is not None and (problems := [*unfillable(blueprint)]):
         raise Refused(
             what="the model cannot be filled once it is sharded",
@@ -105,10 +110,9 @@ def patch(
             remedy="build it with real buffers: `with accelerate.init_empty_weights(include_buffers=False)`, and tie "
             "its weights; or patch it where it has memory",
         )
-    value = values(plan, twin, persistent(twin, buffers))
-    for target in targets:
-        if target.owner not in plan.written:
-            value(target)  # may refuse, which is too late once something has changed
+    value = values(plan, twin, model, persistent(twin, buffers))
+    # It may refuse, which later is too late.
+    kept = [t.owner for t in targets if t.owner not in plan.written and value(t) is None]
 
     settings = {} if plan.structural else stable_settings(model, plan)
 
@@ -130,7 +134,17 @@ def patch(
             if fresh is not None:
                 target.view(state[target.owner].detach()).copy_(fresh)
                 written.add(target.owner)
+        if plan.reinit == "all":
+            for name, buffer in model.named_buffers():  # those that no checkpoint has
+                if name not in written and name in buffers and buffers[name].shape == buffer.shape:
+                    buffer.copy_(buffers[name])
     _count(model, plan, written)
+    if plan.reinit == "all" and kept:
+        _log.warning(
+            "kept as they are, since no code of %s that can be run again tells how they began: %s",
+            type(model).__name__,
+            some(kept, 20),
+        )
     return model
 
 
@@ -250,8 +264,13 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
 def _constructed_buffers(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
     """Buffers as the constructor makes them: learned values must not survive a full re-initialisation.
 
-    Of a plain module they are those that it has; none that are on the meta device.
+    Of a plain module they are those that it has, where nothing tells what it was built with; none that are on meta.
     """
-    if plan.reinit == "all" and is_transformers_model(model) and any(True for _ in model.buffers()):
-        model = build_meta(type(model), model.config, where=type(model).__name__)
-    return {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
+    made: dict[str, torch.Tensor] = {}
+    if plan.reinit == "all" and any(True for _ in model.buffers()):
+        if is_transformers_model(model):
+            model = build_meta(type(model), model.config, where=type(model).__name__)
+        else:
+            own = own_values(model, plan.seed)
+            made = {name: value for name, _ in model.named_buffers() if (value := own(name)) is not None}
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta} | made

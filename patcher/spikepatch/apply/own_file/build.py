@@ -28,6 +28,7 @@ from typing import Any
 from spikepatch.apply.own_file.call_sites import Span, Watch, watching
 from spikepatch.errors import BadSource, Refused, SpikepatchError
 from spikepatch.residual.map import ResidualMap
+from spikepatch.source.typed import parsed
 
 
 @dataclass(frozen=True)
@@ -92,25 +93,12 @@ def build(file: Path, text: str, factory: str) -> Built:
     if "error" in reply:
         kind = {"BadSource": BadSource, "Refused": Refused}.get(reply.pop("error"), SpikepatchError)
         raise kind(reply.pop("what"), **reply)
-    return _from_dict(reply)
+    return parsed(Built, reply)
 
 
 def _last_line(output: bytes) -> str:
     lines = output.decode(errors="replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def _from_dict(data: dict[str, Any]) -> Built:
-    return Built(
-        **{
-            **data,
-            "shapes": {name: tuple(shape) for name, shape in data["shapes"].items()},
-            "moments": {name: tuple(values) for name, values in data["moments"].items()},
-            "calls": {name: tuple(Span(**span) for span in spans) for name, spans in data["calls"].items()},
-            "ties": {name: Span(**span) for name, span in data["ties"].items()},
-            "residual": ResidualMap.from_dict(data["residual"]),
-        }
-    )
 
 
 def main(asked: str, answered: str) -> None:

@@ -43,7 +43,7 @@ def draw(edit: ValueEdit, seed: int, name: str, start: int, stop: int) -> torch.
     - ``uniform``: (2 k + 1) / 2^24 - 1 for the i-th draw k of 24 bits: symmetric, and never 0.
     """
     if isinstance(edit, Constant):
-        return torch.full((stop - start,), edit.value + edit.offset, dtype=torch.float32)
+        return torch.full((stop - start,), edit.written, dtype=torch.float32)
     units: Units
     match edit.distribution:
         case "normal":
@@ -58,6 +58,16 @@ def draw(edit: ValueEdit, seed: int, name: str, start: int, stop: int) -> torch.
 def gaussian(seed: int, name: str, start: int, stop: int, std: float) -> torch.Tensor:
     """Elements ``start`` to ``stop`` of the tensor ``name`` ~ N(0, std^2); see ``draw``."""
     return _by_block(_normal, seed, name, start, stop, std)
+
+
+def truncated(seed: int, name: str, start: int, stop: int, cut: float, std: float) -> torch.Tensor:
+    """The same ~ N(0, std^2), cut off at ``cut`` of its stds."""
+    return _by_block(partial(_truncated, cut), seed, name, start, stop, std)
+
+
+def fraction(seed: int, name: str, start: int, stop: int) -> torch.Tensor:
+    """The same, uniform between 0 and 1, and neither of them: (2 k + 1) / 2^25 for draws k of 24 bits, rounded."""
+    return _by_block(_fraction, seed, name, start, stop, 1.0)
 
 
 def _by_block(units: Units, seed: int, name: str, start: int, stop: int, size: float) -> torch.Tensor:
@@ -80,6 +90,13 @@ def _uniform(generator: np.random.Generator, skip: int, out: Floats) -> None:
     generator.random(dtype=np.float32, out=out)  # k / 2^24
     out *= 2
     out += np.float32(2**-24 - 1)  # exact, as every step: odd multiples of 2^-24 below 1
+
+
+def _fraction(generator: np.random.Generator, skip: int, out: Floats) -> None:
+    generator.random(skip, dtype=np.float32)
+    generator.random(dtype=np.float32, out=out)  # k / 2^24
+    out += np.float32(2**-25)
+    np.minimum(out, np.float32(1 - 2**-24), out=out)
 
 
 def _truncated(cut: float, generator: np.random.Generator, skip: int, out: Floats) -> None:

@@ -1,0 +1,219 @@
+"""A model's construction and its initialisers, run again under a recorder: what its own code makes of its tensors.
+
+A transformers model is built again from its config. Of any other module the arguments of its constructor are looked
+for among its attributes, where most code keeps them under their own names; whether that is what it was built from is
+seen by comparing the two, module by module. Where the whole cannot be built again its parts are, from the outside in,
+and what initialises a part (``reset_parameters``) is run behind them, from the inside out.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from spikepatch.apply.values.recording import Recording
+from spikepatch.quiet import quiet
+from spikepatch.source.meta import skeleton
+from spikepatch.source.private import (
+    INITIALISERS,
+    from_config,
+    initialiser_of,
+    is_transformers_model,
+    own_buffers,
+    own_children,
+    own_parameters,
+)
+from spikepatch.source.tied import firsts
+
+#: Sizes that a required argument is tried with, and how many combinations of them.
+_SIZES, _TRIES = 6, 36
+
+
+def constructed(model: nn.Module, seed: int) -> tuple[Recording, Mapping[str, bool]]:
+    """Run what made ``model`` again, without memory, and write down what it writes.
+
+    Args:
+        model: on any device; it is not changed.
+        seed: of what the code draws.
+
+    Returns:
+        The recording; and the names of the tensors that no other code can have written, each with whether all arguments
+        of that code were known (else they had their defaults, and the outcome is alike). The rest may have been written
+        by a constructor that could not be run again, after what is recorded.
+    """
+    recording = Recording(seed)
+    with quiet():
+        if is_transformers_model(model):
+            config: Any = copy.deepcopy(model.config)
+            config.dtype = torch.float32
+            try:
+                with recording.active():
+                    built: nn.Module = from_config(type(model), config)
+                    recording.name(built)
+                return recording, {name: True for name, _ in _tensors(built)}
+            except Exception:  # whatever its constructor raises for a config that has been changed since
+                recording = Recording(seed)
+        with recording.active():
+            twin = skeleton(model)
+            known = dict(_rebuild(twin, model, recording))
+            _initialise_as_transformers(twin)
+            recording.name(twin)
+    return recording, known
+
+
+def _rebuild(twin: nn.Module, model: nn.Module, recording: Recording, path: str = "") -> Iterator[tuple[str, bool]]:
+    """Put tensors that ``model``'s code has written in the place of those of ``twin``, a copy without values.
+
+    Yields:
+        Names of the tensors that nothing else can have written; and whether all arguments of that code were known.
+    """
+    again, sure = _again(model)
+    if again is not None:
+        modules = dict(again.named_modules(remove_duplicate=False))
+        for name, module in twin.named_modules(remove_duplicate=False):
+            own_parameters(module).update(own_parameters(modules[name]))
+            own_buffers(module).update(own_buffers(modules[name]))
+        yield from ((path + name, sure) for name, _ in _tensors(model))
+    else:
+        adopted: dict[int, Any] = {}
+        for own in (own_parameters(twin), own_buffers(twin)):
+            for name, value in own.items():
+                if value is not None:
+                    fake = adopted.setdefault(id(value), recording.adopt(value))
+                    own[name] = nn.Parameter(fake, requires_grad=False) if isinstance(value, nn.Parameter) else fake
+        silent = not _may_write(type(model))
+        for name, child in own_children(model).items():
+            copied = own_children(twin)[name]
+            if child is not None and copied is not None:
+                found = list(_rebuild(copied, child, recording, f"{path}{name}."))
+                yield from found if silent else ()
+        if silent and callable(getattr(model, "reset_parameters", None)):
+            yield from ((path + name, True) for name in (*own_parameters(model), *own_buffers(model)))
+    _initialise(twin, recording)
+
+
+def _initialise(module: nn.Module, recording: Recording) -> None:
+    for name in INITIALISERS:
+        method = getattr(module, name, None)
+        if callable(method) and not _required(method):
+            before = recording.mark()
+            try:
+                with torch.no_grad():
+                    method()
+            except Exception:  # it needs what only its own program has
+                recording.undo(before)
+
+
+def _initialise_as_transformers(model: nn.Module) -> None:
+    """Run ``_init_weights`` of the closest owner on each module, innermost first, as ``PreTrainedModel`` does."""
+
+    def apply(module: nn.Module, owner: Callable[[nn.Module], object] | None) -> None:
+        found = initialiser_of(module)
+        owner = found if found is not None and is_transformers_model(module) else owner
+        for child in module.children():
+            apply(child, owner)
+        if owner is not None:
+            owner(module)
+
+    with torch.no_grad():
+        apply(model, None)
+
+
+def _again(module: nn.Module) -> tuple[nn.Module | None, bool]:
+    """A module like ``module`` from the same constructor, or None; and whether every argument was known."""
+    kind = type(module)
+    if kind.__module__.startswith("torch.") or kind.__init__ is nn.Module.__init__:
+        return None, False
+    for arguments, sure in _arguments(module):
+        try:
+            built = kind(**copy.deepcopy(arguments))
+        except Exception:  # whatever a constructor raises for arguments that are not its own
+            continue
+        if _alike(module, built, sure):
+            return built, sure
+    return None, False
+
+
+def _arguments(module: nn.Module) -> Iterator[tuple[dict[str, Any], bool]]:
+    """What the constructor may have been called with, likeliest first; and whether every argument was found."""
+    parameters = inspect.signature(type(module)).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if any(p.kind is p.POSITIONAL_ONLY for p in named):
+        return
+    fields = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    known = {p.name: fields[p.name] for p in named if p.name in fields}
+    missing = [p.name for p in named if p.name not in known and p.default is p.empty]
+    sure = len(known) + len(missing) == len(list(parameters))
+    settings = [v for n, v in fields.items() if n not in known and _is_config(v)]
+    if len(missing) == 1 and settings:
+        yield from (({**known, missing[0]: value}, sure) for value in settings)
+    sizes = list(dict.fromkeys(n for _, tensor in _tensors(module) for n in tensor.shape))[:_SIZES]
+    if missing and len(sizes) ** len(missing) > _TRIES:
+        return
+    for chosen in itertools.product(sizes, repeat=len(missing)):
+        yield {**known, **dict(zip(missing, chosen, strict=True))}, sure and not missing
+
+
+def _is_config(value: object) -> bool:
+    plain = (int, float, complex, str, bytes, list, tuple, set, type, type(None), torch.Tensor, torch.dtype, nn.Module)
+    return not isinstance(value, plain) and not callable(value)
+
+
+def _alike(module: nn.Module, built: nn.Module, sure: bool) -> bool:
+    """They have the same modules, and tensors of the same names, shapes and ties; numbers too unless it is ``sure``."""
+    ours, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (module, built))
+    if [(n, type(m)) for n, m in ours.items()] != [(n, type(m)) for n, m in theirs.items()]:
+        return False
+    if _structure(module) != _structure(built):
+        return False
+    return sure or all(_numbers(ours[name]) == _numbers(theirs[name]) for name in ours)
+
+
+def _structure(module: nn.Module) -> list[tuple[str, tuple[int, ...], str]]:
+    tensors = list(_tensors(module))
+    first = firsts(tensors)
+    return [(name, tuple(tensor.shape), first[name]) for name, tensor in tensors]
+
+
+def _numbers(module: nn.Module) -> Mapping[str, object]:
+    return {n: v for n, v in vars(module).items() if n != "training" and isinstance(v, (int, float, str))}
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _required(method: Callable[..., object]) -> bool:
+    """It cannot be called without arguments."""
+    try:
+        inspect.signature(method).bind()
+    except (TypeError, ValueError):
+        return True
+    return False
+
+
+def _may_write(kind: type) -> bool:
+    """The code of a class, torch's own left out, names something that writes tensors."""
+    functions = (
+        value
+        for base in kind.__mro__
+        if not base.__module__.startswith("torch.")
+        for value in vars(base).values()
+        if isinstance(value, FunctionType)
+    )
+    return any(_names_a_write(function.__code__) for function in functions)
+
+
+def _names_a_write(code: CodeType) -> bool:
+    writes = {"init", "data", "apply"}
+    if any(name in writes or (name.endswith("_") and hasattr(torch.Tensor, name)) for name in code.co_names):
+        return True
+    return any(_names_a_write(inner) for inner in code.co_consts if isinstance(inner, CodeType))
