@@ -38,12 +38,12 @@ def page_of(found: Outcome) -> Page:
     compared = pairs(found.logs, verdict)
     runs = len(found.logs) + len(found.waiting)
     about = f"{_count(len(names), 'model')}, {_count(runs, 'run')}; {_data(found.record)}"
-    sections = [Section("Arms", tuple(told(verdict.arms)), (arm_table(verdict),))] if verdict.arms else []
-    sections += [
+    arms = [arm_table(verdict)] if verdict.arms else []
+    sections = [
         Section(
             "Runs",
-            (*_state(found), *_norms(verdict), *score_notes(verdict)),
-            (run_table(verdict, in_words=True), model_table(verdict), score_table(verdict)),
+            (*_state(found), *told(verdict.arms), *_norms(verdict), *score_notes(verdict)),
+            (*arms, run_table(verdict, in_words=True), model_table(verdict), score_table(verdict)),
         )
     ]
     if compared:
