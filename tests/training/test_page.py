@@ -16,9 +16,9 @@ from spikepatch.report.document import Page
 from spikepatch.report.html import render, write_page
 from spikepatch.report.svg import svg
 from spikepatch.source.typed import parsed
-from spikepatch.training.folder import run_folder
 from spikepatch.training.log import open_log, read
 from spikepatch.training.page import page
+from spikepatch.training.run_identity import run_folder
 from spikepatch.training.verdict import Verdict
 from tests.report.test_html import BROWSER, browse
 from tests.training.synthetic import calm, folder

@@ -16,17 +16,18 @@ from spikepatch.spikes.scores import scores
 from spikepatch.spikes.twin import twin_of
 from spikepatch.training.arms import Arm, RunSpikes, arms
 from spikepatch.training.log import RunLog
+from spikepatch.training.run_identity import Run, TrainedModel, identity
 
 #: Applied steps whose mean is a level of the loss.
 LEVEL = 50
 
 
 @dataclass(frozen=True)
-class RunResult:
+class RunResult(Run):
     """One run, judged.
 
     Attributes:
-        name, source, recipe, patched, lr, multiplier, seed, steps, warmup_steps: as in the log's first record.
+        steps, warmup_steps: as in the log's first record.
         done: steps in the log that no rewind took back.
         verdict, text: of ``spikes/conclusion.py``, by the loss, and as a line; what a rewind took back counts too.
         judged: the first and the last step that were judged.
@@ -39,13 +40,6 @@ class RunResult:
         tokens: trained on. seconds: of all steps, rewound ones too.
     """
 
-    name: str
-    source: str
-    recipe: str | None
-    patched: bool
-    lr: float
-    multiplier: float
-    seed: int
     steps: int
     warmup_steps: int
     done: int
@@ -68,7 +62,7 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class ModelResult:
+class ModelResult(TrainedModel):
     """One model over its runs.
 
     Attributes:
@@ -77,10 +71,6 @@ class ModelResult:
         sensitivity: to the learning rate, see ``sensitivity``; None for fewer than two rates.
     """
 
-    name: str
-    source: str
-    recipe: str | None
-    patched: bool
     runs: int
     stable_lr: float | None
     sensitivity: float | None
@@ -122,13 +112,7 @@ def judge_run(log: RunLog) -> RunResult:
     concluded = conclude(rows, events, after=run.warmup_steps)
     ended = f"; it stopped at step {log.stop.step} of {run.steps}: {log.stop.why}" if log.stop else ""
     return RunResult(
-        name=run.name,
-        source=run.source,
-        recipe=run.recipe,
-        patched=run.patched,
-        lr=run.lr,
-        multiplier=run.multiplier,
-        seed=run.seed,
+        **identity(run),
         steps=run.steps,
         warmup_steps=run.warmup_steps,
         done=done,
@@ -178,15 +162,12 @@ def summarise(results: Iterable[RunResult]) -> Verdict:
         by_name.setdefault(run.name, []).append(run)
     models = tuple(
         ModelResult(
-            name=name,
-            source=own[0].source,
-            recipe=own[0].recipe,
-            patched=own[0].patched,
+            **identity(own[0], TrainedModel),
             runs=len(own),
             stable_lr=_stable_lr(own),
             sensitivity=sensitivity(own),
         )
-        for name, own in by_name.items()
+        for own in by_name.values()
     )
     judged_names = {m.name for m in models if m.patched} or set(by_name)
     at_one = [run for run in runs if run.name in judged_names and run.multiplier == 1]
