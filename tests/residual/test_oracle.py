@@ -183,11 +183,11 @@ def disagreements(model: PreTrainedModel, residual: ResidualMap, model_type: str
     return sorted(problems)
 
 
-class ZerosAdded(TorchDispatchMode):
+class ZerosAdded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts additions of nothing: of a value that is zero throughout to one of the stream's size that is not."""
 
     def __init__(self, widths: Set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.widths, self.count = widths, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
