@@ -14,6 +14,7 @@ from spikepatch.spikes.events import Event, Form, Origin
 from spikepatch.spikes.hindsight import Curve, with_hindsight
 from spikepatch.spikes.scores import scores
 from spikepatch.spikes.twin import twin_of
+from spikepatch.training.arms import Arm, RunSpikes, arms
 from spikepatch.training.log import RunLog
 from spikepatch.training.run_identity import Run, TrainedModel, identity
 
@@ -77,17 +78,21 @@ class ModelResult(TrainedModel):
 
 @dataclass(frozen=True)
 class Verdict:
-    """All runs, all models, and the exit code: 0 if every patched model, or where none is patched every model, is
-    healthy, or has blips only, at multiplier 1 for every seed; else 1. Other multipliers do not count."""
+    """All runs and all models; the arms, where there are two models; and the exit code: 0 if every patched model, or
+    where none is patched every model, is healthy, or has blips only, at multiplier 1 for every seed; else 1. Other
+    multipliers do not count.
+    """
 
     runs: tuple[RunResult, ...]
     models: tuple[ModelResult, ...]
+    arms: tuple[Arm, ...]
     exit_code: int
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON, the content of ``verdict.json``."""
         return {
             "exit_code": self.exit_code,
+            "arms": [dataclasses.asdict(arm) for arm in self.arms],
             "models": [dataclasses.asdict(model) for model in self.models],
             "runs": [run.to_dict() for run in self.runs],
         }
@@ -167,7 +172,27 @@ def summarise(results: Iterable[RunResult]) -> Verdict:
     judged_names = {m.name for m in models if m.patched} or set(by_name)
     at_one = [run for run in runs if run.name in judged_names and run.multiplier == 1]
     passed = {run.name for run in at_one} == judged_names != set() and all(r.verdict in PASSED for r in at_one)
-    return Verdict(runs, models, 0 if passed else 1)
+    return Verdict(runs, models, _arms(runs, models), 0 if passed else 1)
+
+
+def _arms(runs: Sequence[RunResult], models: Sequence[ModelResult]) -> tuple[Arm, ...]:
+    """Per learning rate, each model over its seeds; the baseline is the first model without a patch, or the first."""
+    if len(models) < 2:
+        return ()
+    baseline = next((model.name for model in models if not model.patched), models[0].name)
+    found: dict[tuple[str, float], list[RunSpikes]] = {}
+    for rate in sorted({run.lr for run in runs}):
+        for model in models:
+            own = [run for run in runs if (run.name, run.lr) == (model.name, rate) and run.verdict != "cannot tell"]
+            if own:
+                found[model.name, rate] = [_spikes(run) for run in own]
+    return arms(found, baseline)
+
+
+def _spikes(run: RunResult) -> RunSpikes:
+    seen = [event for event in run.events if event.kind != "gradient_norm" and event.origin != "data"]
+    broken = any(event.kind == "nonfinite" and event.back is None for event in seen)
+    return RunSpikes(len(seen), math.inf if broken else run.largest_excess, run.verdict != "not back")
 
 
 def sensitivity(runs: Sequence[RunResult]) -> float | None:

@@ -167,9 +167,7 @@ def _write(folder: Path, shards: Shards, texts: Mapping[str, str], source: Sourc
         else:
             hashes |= {name: file_hash(folder / name) for name in refit(original, folder)}
     written = write_checkpoint(folder, shards.tensors, shards.files, shards.produce, advance)
-    written.hashes.update(hashes)
-    written.notes.extend(notes)
-    return written
+    return written.plus(Written(hashes, notes=tuple(notes)))
 
 
 def check_shards(folder: Path, shards: Shards, written: Written, *, allow_nonfinite: bool) -> None:
