@@ -5,9 +5,8 @@ weights that are kept, or a given number. The factor is applied to the output of
 logits' scale, and Adam's relative step on a row is the unscaled table's.
 
 Refuses: a model that normalises its embedding; one that multiplies it by k, unless told to ``replace`` that factor: the
-output is then multiplied by c / k; to replace a factor where there is none; a table that is not as wide as the stream,
-unless c is given; a post-norm model; learned embeddings without a finite, positive std; and a given c that is no
-positive number.
+output is then multiplied by c / k; to replace a factor where there is none; a table not as wide as the stream, unless c
+is given; a post-norm model; learned embeddings without a finite, positive std; a given c that is no positive number.
 Preserves: with kept weights the tables exactly; the function only approximately (the stream's start is another one).
 Source: "Scaled Embed" in Takase et al., arXiv 2312.16903.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line
 from spikepatch.quiet import quiet
+from spikepatch.source.auto_classes import PREFERRED, auto_classes, in_order
 from spikepatch.source.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
 from spikepatch.source.redirects import check_config, entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-#: In order of preference for a config that names no architecture.
-_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
-
 
 #: Auto classes whose code runs when a model is built.
 _BUILDERS = ("AutoConfig", "AutoModel", "AutoBackbone")
@@ -232,7 +230,7 @@ def _remote_class(config: PreTrainedConfig, folder: Path, where: str) -> Archite
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     auto_map: dict[str, Any] = getattr(config, "auto_map", None) or {}
-    named = [auto for auto in (*_AUTO_CLASSES, *sorted(auto_map)) if auto in auto_map and auto.startswith("AutoModel")]
+    named = in_order(auto_map)
     if not named:
         return None
     try:
@@ -273,13 +271,9 @@ def _named_class(config: PreTrainedConfig, where: str) -> Architecture:
 
 
 def _preferred_class(config: PreTrainedConfig, where: str) -> Architecture:
-    """The first class of the type, in the order of ``_AUTO_CLASSES``."""
-    import transformers
-
-    from spikepatch.source.private import classes_for
-
-    for auto_class in _AUTO_CLASSES:
-        for model_class in classes_for(getattr(transformers, auto_class), type(config)):
+    """The first class of the type that one of the preferred Auto classes has."""
+    for auto_class, classes in itertools.islice(auto_classes(type(config)), len(PREFERRED)):
+        for model_class in classes:
             return Architecture(_config_for(model_class, config), model_class, auto_class)
     raise Refused(
         f"transformers has no model for the type {config.model_type!r} by itself",
@@ -297,22 +291,7 @@ def _config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
 
 def _auto_class(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     """The Auto class that has ``model_class`` for this config's type; the class's own name where none has."""
-    import transformers
-
-    from spikepatch.source.private import classes_for
-
-    for auto_class in _auto_classes():
-        if model_class in classes_for(getattr(transformers, auto_class), type(config)):
-            return auto_class
-    return str(model_class.__name__)
-
-
-def _auto_classes() -> Iterator[str]:
-    """The preferred ones first: it takes 0.1 s to list the others."""
-    import transformers
-
-    yield from _AUTO_CLASSES
-    yield from sorted(name for name in dir(transformers) if name.startswith("AutoModelFor"))
+    return next((n for n, found in auto_classes(type(config)) if model_class in found), model_class.__name__)
 
 
 def _unknown_type(model_type: object, where: str, remedy: str) -> BadSource:

@@ -17,22 +17,16 @@ from typing import IO, Any, Self
 from spikepatch.errors import BadSource
 from spikepatch.source.typed import finite, parsed
 from spikepatch.spikes.events import Event
+from spikepatch.training.run_identity import Run
 
 #: Told every record of a run, as it is written to the log.
 Reporter = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class RunHeader:
+class RunHeader(Run):
     """The first record. ``Layers.stream`` is measured at the ``points``, ``Layers.gradients`` of the ``layers``."""
 
-    name: str
-    source: str
-    recipe: str | None
-    patched: bool
-    lr: float
-    multiplier: float
-    seed: int
     steps: int
     warmup_steps: int
     parameters: int

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spikepatch.apply.disk.atomic import sync
 from spikepatch.apply.disk.pipeline import Job, Tally, in_order, workers
 from spikepatch.errors import Refused, did_you_mean
 from spikepatch.source.formats import INDEX_FILE, STORED
@@ -161,15 +162,6 @@ def write_text(path: Path, text: str) -> str:
     data = text.encode()
     path.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_shard(
