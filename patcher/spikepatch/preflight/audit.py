@@ -26,7 +26,7 @@ from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.trace import trace
 from spikepatch.source.layout import layout
 from spikepatch.source.match import match_source
-from spikepatch.source.meta import build_meta, check_module, on_meta, skeleton
+from spikepatch.source.meta import build_meta, on_meta, skeleton, unwrapped
 from spikepatch.source.private import is_transformers_model, promised_ties
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def audit(
         source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell)
         planned = _planned(model, expect, revision=revision, trust_remote_code=trust_remote_code)
         return audit_subject(of_source(source, seed), source.name, source=source, planned=planned, progress=tell)
-    check_module(model)
+    model = unwrapped(model)
     subject, name = of_model(model, seed), type(model).__name__
     planned = _planned(model, expect, example_inputs=example_inputs)
     return audit_subject(subject, name, example_inputs=example_inputs, planned=planned, progress=tell)

@@ -34,7 +34,7 @@ from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import shape
 from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.trace import Trace, trace
-from spikepatch.source.meta import check_module
+from spikepatch.source.meta import unwrapped
 from spikepatch.source.private import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def check(
         if recipes and source.patched is not None:  # a recipe takes the place of the patch
             plain = of_source(source, seed, patched=False)
     else:
-        check_module(model)
+        model = unwrapped(model)
         base = of_model(model, seed)
     name = source.name if source is not None else type(base.structure).__name__
     inputs = None if example_inputs is None else given(example_inputs, base.structure)

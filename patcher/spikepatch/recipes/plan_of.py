@@ -19,7 +19,7 @@ from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source.layout import tensor_shapes
 from spikepatch.source.match import Match, match_source
-from spikepatch.source.meta import check_module, on_meta
+from spikepatch.source.meta import on_meta, unwrapped
 from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.pieces import loaded_pieces, pieces
 from spikepatch.source.tokenizer import known_ids
@@ -70,7 +70,7 @@ def plan(
         if reinit != "all":
             stds = embedding_stds(source, match_source(source, built), residual)
         return plan_on(built, residual, recipe, reinit=reinit, seed=seed, stds=stds, part=part, example=example_inputs)
-    check_module(model)
+    model = unwrapped(model)
     check_learned(model, reinit)
     residual = inspect(model, example_inputs=example_inputs)
     if reinit != "all":

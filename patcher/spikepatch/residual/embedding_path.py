@@ -38,6 +38,7 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
     seeds = dict.fromkeys(trace.inputs, 0)
     result: dict[Node, Measured] = {}
     tables = {lookup: _table(trace, lookup, seeds) for lookup in stream.tables}
+    weighted = stream.facts.behind([stream.start]) & trace.parameters.keys() - set(map(table_of, tables))
     for lookup, table in tables.items():
         kind = _kind(trace, lookup)
         silent, once, twice = (_start(trace, stream, tables, lookup, factor) for factor in (0.0, 1.0, 2.0))
@@ -45,7 +46,8 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
         linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
         looked_up = table[_rows(trace, lookup, seeds).flatten() % len(table)] if op(lookup) in LOOKUPS else table
         size = _size(once)
-        scale = size / _size(looked_up) if linear else size if size < _SMALL else 1.0
+        small = size < _SMALL and not weighted  # a gain's value is not known here
+        scale = size / _size(looked_up) if linear else size if small else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
     return result
 
