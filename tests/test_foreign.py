@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import spikepatch
-from spikepatch.recipes.built_in import RECIPES
-from spikepatch.recipes.plan_of import plan_on
+from spikepatch.recipes.plan_of import Mapped, plan_on
+from spikepatch.recipes.request import parse_request
 from tests.foreign import MODELS
 
 #: In the default suite; the others are slow.
@@ -49,8 +49,8 @@ def test_foreign(name: str) -> None:
     assert (residual.sublayers, residual.width, residual.conditions) == (case.sublayers, 32, ())
 
     def plan(recipe: str) -> Any:
-        options: Any = {"reinit": "all", "seed": 0, "stds": {}, "part": None, "example": case.example}
-        return plan_on(inside(model), residual, RECIPES[recipe], **options)
+        mapped = Mapped(inside(model), residual, example=case.example)
+        return plan_on(mapped, parse_request(recipe, reinit="all"))
 
     if case.unscaled:
         with pytest.raises(spikepatch.Refused, match=case.unscaled):

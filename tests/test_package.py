@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,11 +79,14 @@ def test_imports_go_one_way() -> None:
 
 
 def test_the_writer_of_source_code_stands_alone() -> None:
-    """``own_file`` imports no other applier, and only its one public name is imported from outside."""
+    """``own_file`` imports no other applier, and only its one public name is imported from outside. (How a file is put
+    in place is the same for all.)
+    """
     for module, imported in GRAPH.items():
         inside = {other for other in imported if other.startswith("spikepatch.apply.own_file")}
         if module.startswith("spikepatch.apply.own_file"):
-            assert not {other for other in imported - inside if other.startswith("spikepatch.apply")}, module
+            others = imported - inside - {"spikepatch.apply.disk.atomic"}
+            assert not {other for other in others if other.startswith("spikepatch.apply")}, module
         else:
             assert inside <= {"spikepatch.apply.own_file.codemod"}, module
 
@@ -119,6 +123,28 @@ def test_names_are_used_once() -> None:
     assert len(names) > 100
     assert {name: where for name, where in files.items() if len(where) > 1} == {}
     assert {name: where for name, where in names.items() if len(where) > 1} == {}
+
+
+#: What is written once, as a search for it -> where. ``runtime/`` stands alone: its copies are compared with ours.
+ONCE: dict[str, set[str]] = {
+    r"\.std\(-1": {"residual.points"},  # sigma, the size of the stream
+    r"sqrt\(width\)\"": {"plans.edits", "runtime.embedding"},  # a factor that goes with the width
+    r"\"\*\" if \w+\.isdec": {"residual.map", "runtime.embedding"},  # the pattern of a name
+    r"isdigit|isnumeric": set(),  # what is a number in a name: isdecimal
+    r"id\(\w+\): name for name, \w+ in .*parameters": set(),  # the names of one tensor
+    r"setdefault\(id\((parameter|tensor)\)": {"source.tied", "apply.folder.fresh_process"},  # which stands alone too
+    r"map_arg": {"residual.execute"},  # a graph on numbers
+    r"\.carries = ": {"residual.facts"},  # facts that a stream rests on
+    r"get_type_hints\(": {"source.typed", "recipes.files"},  # data from JSON; and options from TOML
+    r"parameters, such as": {"plans.in_words"},  # a plan in words
+    r"def _?from_dict\(": {"plans.plan", "residual.map", "spikes.detector"},  # public
+}
+
+
+def test_what_is_written_once() -> None:
+    texts = {name.removeprefix("spikepatch."): path.read_text(encoding="utf-8") for name, path in MODULES.items()}
+    for wanted, places in ONCE.items():
+        assert {name for name, text in texts.items() if re.search(wanted, text)} == places, wanted
 
 
 def test_what_transforms_import() -> None:

@@ -70,17 +70,18 @@ for words in json.loads(sys.argv[1]):
 #: Run with a script and a JSON list of its arguments.
 EACH = """
 import json, runpy, sys
-for words in json.loads(sys.argv[2]):
-    sys.argv = [sys.argv[1], *words]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+_, script, every = sys.argv
+for words in json.loads(every):
+    sys.argv = [script, *words]
+    runpy.run_path(script, run_name="__main__")
 """
 
 
-def run(python: Path, *arguments: str) -> str:
+def run(python: Path, *arguments: str, **environment: str) -> str:
     """Run ``python`` on these sources."""
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("patcher", "transforms"))
     # One thread: its tests run in parallel, beside other slow ones.
-    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     command = [str(python), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
@@ -122,9 +123,8 @@ def test_folders_go_both_ways(oldest_python: Path, tmp_path: Path) -> None:
             [str(tmp_path / writer / t), auto_class, "trust", str(tmp_path / f"{writer}-{t}-{reader}.pt")]
             for writer, t, auto_class, *_ in loads
         ]
-        script = str(ROOT / "tests" / "load_logits.py")
-        # No path to these sources.
-        subprocess.run([str(python), "-c", EACH, script, json.dumps(words)], cwd=tmp_path, check=True)
+        script, home = str(ROOT / "tests" / "load_logits.py"), str(tmp_path / f"home-{reader}")
+        run(python, "-c", EACH, script, json.dumps(words), PYTHONPATH="", HF_HOME=home)
     for writer, model_type, _, _, reordered in loads:
         there, here = (torch.load(tmp_path / f"{writer}-{model_type}-{reader}.pt") for reader in pythons)
         assert there["problems"] == here["problems"] == {}

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.auditing import init_bugs as museum
-from tests.auditing.init_bugs import RESIDUAL, gpt2, healthy, is_norm, layer_of, llama, matrices, mixtral, neox, plain
+from tests.auditing import bug_models, healthy_designs
+from tests.auditing.bug_models import RESIDUAL, gpt2, healthy, is_norm, layer_of, llama, matrices, mixtral, neox, plain
+from tests.auditing.diagnosis import Case
 
-CASES: list[museum.Case] = []
+CASES: list[Case] = []
 
 
 def case(
@@ -23,7 +24,7 @@ def case(
     may: tuple[str, ...] = (),
 ) -> Callable[[Callable[[nn.Module], None]], Callable[[nn.Module], None]]:
     def register(breaks: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-        CASES.append(museum.Case(breaks.__name__, start, breaks, severity, must, "", words, "", may))
+        CASES.append(Case(breaks.__name__, start, breaks, severity, must, "", words, "", may))
         return breaks
 
     return register
@@ -114,7 +115,7 @@ def depth_scaling_of_another_depth(model: Any) -> None:
 
 
 @case(
-    museum.torchtitan_like,
+    healthy_designs.torchtitan_like,
     "at-risk",
     ("*.3.*.o_proj.weight", "*.4.*.down_proj.weight"),
     ("layers 3, 4, 5",),
@@ -131,7 +132,7 @@ def one_matrix_of_one_layer_is_larger(model: Any) -> None:
     model.model.layers[0].self_attn.v_proj.weight.mul_(1.5)
 
 
-@case(museum.gemma, "at-risk", ("*norm.weight",), ("gain",))
+@case(bug_models.gemma, "at-risk", ("*norm.weight",), ("gain",))
 def offset_gain_silent(model: Any) -> None:
     for name, p in model.named_parameters():
         if is_norm(name):
@@ -152,7 +153,7 @@ def biases_drawn_at_unit_std(model: Any) -> None:
             p.normal_(0, 1)
 
 
-@case(museum.mamba, "at-risk", ("*.A_log",), ("decay",))
+@case(bug_models.mamba, "at-risk", ("*.A_log",), ("decay",))
 def decays_drawn_as_weights(model: Any) -> None:
     for name, p in model.named_parameters():
         if name.endswith("A_log"):
@@ -175,7 +176,7 @@ def rotary_frequencies_never_filled(model: Any) -> None:
     model.model.rotary_emb.inv_freq.fill_(math.nan)
 
 
-@case(lambda: museum.mamba(rescale=True), "note", ("*.out_proj.weight",), ("twice", "depth"))
+@case(lambda: bug_models.mamba(rescale=True), "note", ("*.out_proj.weight",), ("twice", "depth"))
 def mamba_rescaled_twice(model: Any) -> None:
     for _, w in matrices(model, "out_proj.weight"):
         w.div_(6**0.5)
@@ -202,7 +203,7 @@ def gpt2_tie_broken(model: Any) -> None:
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.02)
 
 
-@case(lambda: museum.t5(tie=True), "at-risk", ("*.q.weight",), ("attention", "logit"))
+@case(lambda: bug_models.t5(tie=True), "at-risk", ("*.q.weight",), ("attention", "logit"))
 def query_factor_missing(model: Any) -> None:
     for _, w in matrices(model, ".q.weight"):
         w.mul_(16**0.5)
@@ -227,7 +228,7 @@ def a_quarter_huge(model: Any) -> None:
 
 @case(lambda: healthy(llama), "at-risk", ("*.q_proj.weight", "*.up_proj.weight"), ("root",), ("*",))
 def root_for_std(model: Any) -> None:
-    museum.gpt2_scheme(model, std=math.sqrt(0.02))
+    bug_models.gpt2_scheme(model, std=math.sqrt(0.02))
 
 
 @case(
@@ -239,7 +240,7 @@ def depth_scaling_on_the_head(model: Any) -> None:
         w.mul_(12**0.5)
 
 
-@case(lambda: museum.t5(tie=True), "at-risk", ("encoder.embed_tokens.weight",), ("tie",), ("shared.weight",))
+@case(lambda: bug_models.t5(tie=True), "at-risk", ("encoder.embed_tokens.weight",), ("tie",), ("shared.weight",))
 def encoder_has_a_table_of_its_own(model: Any) -> None:
     model.encoder.embed_tokens.weight = nn.Parameter(torch.randn_like(model.shared.weight))
 
@@ -267,7 +268,122 @@ def table_below_eps(model: Any) -> None:
     model.model.embed_tokens.weight.normal_(0, 1e-4)
 
 
-@case(lambda: museum.by_recipe(mixtral, "xavier"), "note", ("*.experts.gate_up_proj",), ("fused",))
+@case(lambda: healthy_designs.by_recipe(mixtral, "xavier"), "note", ("*.experts.gate_up_proj",), ("fused",))
 def fused_gate_and_up(model: Any) -> None:
     for _, w in matrices(model, "experts.gate_up_proj"):
         w.normal_(0, math.sqrt(2 / (64 + 320)))
+
+
+@case(
+    lambda: healthy(llama),
+    "at-risk",
+    ("*.q_proj.weight", "*.up_proj.weight", "*.down_proj.weight"),
+    ("variance",),
+    ("*",),
+)
+def variance_of_fan_in(model: Any) -> None:
+    """The square of 1/sqrt(in), which for square matrices is that of Xavier too."""
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and layer_of(name) is not None:
+            p.normal_(0, 1 / p.shape[1])
+
+
+@case(bug_models.bert, "at-risk", ("bert.embeddings.position_embeddings.weight",), ("position",))
+def positions_drown_tokens_before_a_norm(model: Any) -> None:
+    model.bert.embeddings.position_embeddings.weight.normal_(0, 1)
+
+
+@case(lambda: healthy(bug_models.gemma), "at-risk", ("model.embed_tokens.weight",), ("sqrt",))
+def embedding_scale_baked_in(model: Any) -> None:
+    """The stream has a std of 1.3: no size that saturates, but the constant of all matrices times sqrt(d)."""
+    model.model.embed_tokens.weight.mul_(64**0.5)
+
+
+@case(bug_models.mamba, "at-risk", ("*.A_log",), ("forgets",))
+def decays_without_a_logarithm(model: Any) -> None:
+    for name, p in model.named_parameters():
+        if name.endswith("A_log"):
+            p.copy_(p.exp())
+
+
+@case(bug_models.mamba, "note", ("*.D",), ("zero",))
+def skips_zero(model: Any) -> None:
+    for name, p in model.named_parameters():
+        if name.endswith("mixer.D"):
+            p.zero_()
+
+
+@case(lambda: healthy(llama), "note", ("*.q_proj.weight", "*.down_proj.weight"), ("every matrix",))
+def depth_scaling_on_every_matrix(model: Any) -> None:
+    """facebookresearch/lingua#39."""
+    for _, w in matrices(
+        model, "q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight"
+    ):
+        w.mul_(12**-0.5)
+
+
+@case(lambda: healthy(llama), "at-risk", ("*.o_proj.weight", "*.down_proj.weight"), ("wrong",))
+def depth_scaling_on_all_but_projections(model: Any) -> None:
+    for name, w in matrices(model, "_proj.weight"):
+        w.mul_(12**0.5 if name.endswith(RESIDUAL) else 12**-0.5)
+
+
+@case(lambda: healthy(llama), "at-risk", ("*.o_proj.weight",), ("twice",))
+def depth_scaling_twice_in_attention(model: Any) -> None:
+    for _, w in matrices(model, "o_proj.weight"):
+        w.mul_(12**-0.5)
+
+
+@case(lambda: healthy(llama), "at-risk", ("*.q_proj.weight", "*.up_proj.weight"), ("default",), ("*",))
+def all_but_projections_left_at_default(model: Any) -> None:
+    for name, w in matrices(model, "_proj.weight"):
+        if not name.endswith(RESIDUAL):
+            bug_models.torch_default(w)
+
+
+@case(
+    lambda: healthy(lambda: llama(layers=8)),
+    "at-risk",
+    ("*.[4-7].*.q_proj.weight",),
+    ("layers 4, 5, 6, 7",),
+    ("*.[4-7].*",),
+)
+def half_of_the_layers_smaller(model: Any) -> None:
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and (layer_of(name) or 0) >= 4:
+            p.mul_(0.5)
+
+
+@case(lambda: healthy(gpt2), "at-risk", ("transformer.wte.weight",), ("huge",))
+def rows_of_the_table_huge(model: Any) -> None:
+    model.transformer.wte.weight[400:500] *= 60
+
+
+@case(lambda: healthy(gpt2), "at-risk", ("*.ln_1.bias", "*.ln_2.bias"), ("bias",), ("transformer.ln_f.bias",))
+def biases_of_norms_one(model: Any) -> None:
+    for name, p in model.named_parameters():
+        if is_norm(name) and name.endswith("bias"):
+            p.fill_(1)
+
+
+@case(lambda: healthy(gpt2), "at-risk", ("*.c_fc.weight",), ("mean",))
+def rand_for_randn(model: Any) -> None:
+    for _, w in matrices(model, "c_fc.weight"):
+        w.uniform_(0, 0.04)
+
+
+@case(lambda: healthy(llama), "at-risk", ("model.embed_tokens.weight",), ("identical",))
+def all_tokens_alike(model: Any) -> None:
+    w = model.model.embed_tokens.weight
+    w.copy_(w[:1].repeat(len(w), 1))
+
+
+@case(lambda: healthy(llama), "note", ("lm_head.weight",), ("logits",))
+def head_times_sqrt_d(model: Any) -> None:
+    model.lm_head.weight.mul_(128**0.5)
+
+
+@case(lambda: healthy(llama), "note", ("model.rotary_emb.inv_freq",), ("other values",))
+def rotary_base_of_another_config(model: Any) -> None:
+    value = model.model.rotary_emb.inv_freq
+    value.copy_(100.0 ** -(torch.arange(len(value)) / len(value)))

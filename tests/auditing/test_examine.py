@@ -11,21 +11,22 @@ from torch import nn
 import spikepatch
 from spikepatch.auditing.fault import LEVELS
 from spikepatch.recipes.built_in import RECIPES
-from tests.auditing import init_bugs as museum
-from tests.auditing import more_bugs
+from tests.auditing import bug_models, init_bugs, more_bugs
+from tests.auditing.diagnosis import Case, Control, judge
+from tests.auditing.healthy_designs import CONTROLS, by_recipe
 from tests.auditing.mutations import build, outcomes
 from tests.residual.configs import CLASSES, Mapping
 from tests.residual.generator import Model, example
 from tests.residual.test_generated import draw
 
-CASES = [*museum.CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in more_bugs.CASES)]
+CASES = [*init_bugs.CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in more_bugs.CASES)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in (*museum.CASES, *more_bugs.CASES)])
-def test_a_bug_is_named(case: museum.Case) -> None:
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in (*init_bugs.CASES, *more_bugs.CASES)])
+def test_a_bug_is_named(case: Case) -> None:
     model, extra = case.build()
     found = spikepatch.audit(model, **extra).findings
-    right, why = museum.judge(case, [(f.severity, f.parameters, f.what) for f in found])
+    right, why = judge(case, [(f.severity, f.parameters, f.what) for f in found])
     assert right, why
     names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     assert {name for f in found for name in f.parameters} <= names
@@ -33,11 +34,11 @@ def test_a_bug_is_named(case: museum.Case) -> None:
 
 
 def test_there_are_many_bugs() -> None:
-    assert len({case.name for case in (*museum.CASES, *more_bugs.CASES)}) >= 60
+    assert len({case.name for case in (*init_bugs.CASES, *more_bugs.CASES)}) >= 60
 
 
-@pytest.mark.parametrize("control", museum.CONTROLS, ids=lambda control: control.name)
-def test_a_healthy_design_is_left_alone(control: museum.Control) -> None:
+@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.name)
+def test_a_healthy_design_is_left_alone(control: Control) -> None:
     model, extra = control.build()
     assert spikepatch.audit(model, **extra).at_least("at-risk") == ()
 
@@ -46,8 +47,8 @@ def test_a_healthy_design_is_left_alone(control: museum.Control) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_are_left_alone(recipe: str) -> None:
     torch.manual_seed(0)
-    for kind in (museum.gpt2, museum.llama, museum.mixtral):
-        model = museum.by_recipe(kind, recipe)
+    for kind in (bug_models.gpt2, bug_models.llama, bug_models.mixtral):
+        model = by_recipe(kind, recipe)
         audit = spikepatch.audit(model)
         assert audit.at_least("at-risk") == ()
         assert not audit.learned
@@ -83,7 +84,7 @@ def test_fresh_types_are_left_alone() -> None:
 
 
 def test_weights_are_not_changed() -> None:
-    model = museum.llama()
+    model = bug_models.llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     spikepatch.audit(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

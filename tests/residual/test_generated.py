@@ -64,6 +64,7 @@ def draw(rng: random.Random) -> Spec:
         bias=rng.random() < 0.4,
         spare=rng.random() < 0.1,
         heads=rng.choice([1, 1, 1, 2]),
+        closures=rng.random() < 0.15,
     )
 
 
@@ -113,7 +114,9 @@ def covered(spec: Spec, found: spikepatch.ResidualMap) -> None:
 def features(spec: Spec) -> set[str]:
     used = {kind for block in spec.kinds for kind in block} | {f"{name} on the stream" for name in spec.on_stream}
     several = {f"{spec.heads} heads"}
-    flags = several | {name for name in ("shared", "tied", "in_place", "bias", "spare") if getattr(spec, name)}
+    flags = several | {
+        name for name in ("shared", "tied", "in_place", "bias", "spare", "closures") if getattr(spec, name)
+    }
     named = {f"{spec.notation[1]} ({spec.notation[0]})", f"{spec.placement} placement", f"{spec.start} start"}
     return used | flags | named | {f"{spec.branch} branch", f"{spec.scale} scale"}
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import spikepatch
@@ -166,11 +167,13 @@ def disagreements(model: PreTrainedModel, residual: ResidualMap, model_type: str
     drawn = {name: p.detach().clone() for name, p in parameters.items()}
     lab = Lab(model, model_type, example(model), parameters, alias, drawn, biases)
 
+    problems = _additions(lab, residual)
     trained = lab.hear(())
     others: set[str] = set()
     for stream in residual.streams:
         others |= _on_stream(lab, stream)
-    problems, claimed = _of_one(lab, residual, trained, projections, others)
+    more, claimed = _of_one(lab, residual, trained, projections, others)
+    problems += more
     for stream in residual.streams:  # heard through the main stream, which all speaks
         silent = [p.parameter for p in stream.residual_projections]
         more, found = _of_one(lab, stream, trained - claimed - _on_stream(lab, residual), silent, set())
@@ -178,6 +181,45 @@ def disagreements(model: PreTrainedModel, residual: ResidualMap, model_type: str
         claimed |= found
     problems += [f"{name}: trained by the model, and in no part of the map" for name in trained - claimed - others]
     return sorted(problems)
+
+
+class ZerosAdded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts additions of nothing: of a value that is zero throughout to one of the stream's size that is not."""
+
+    def __init__(self, widths: Set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.widths, self.count = widths, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}:
+            first, second = args[:2]
+            alike = isinstance(second, torch.Tensor) and first.numel() == second.numel()
+            if alike and first.is_floating_point() and first.shape[-1] in self.widths:
+                self.count += bool(first.any()) != bool(second.any())
+        return func(*args, **(kwargs or {}))
+
+
+def _additions(lab: Lab, residual: ResidualMap) -> list[str]:
+    """S against the additions that the running model makes: with every projection zero, each adds nothing.
+
+    A parallel block may add its sub-layers up first; a norm with a bias behind a projection makes something of nothing.
+    """
+    streams = (residual, *residual.streams)
+    biased = {norm.module for stream in streams for norm in stream.norms if norm.bias is not None}
+    if biased & {p.branch_norm for stream in streams for p in stream.residual_projections}:
+        return []
+    parts = {part for name, own in lab.biases.items() for part in (name, *own)}
+    for name in parts:
+        lab.parameters[name].data.zero_()
+    counting = ZerosAdded({stream.width for stream in streams})
+    with torch.no_grad(), counting:
+        lab.model(**lab.inputs, use_cache=False)
+    for name in parts:
+        lab.parameters[name].data.copy_(lab.drawn[name])
+    wanted = sum(stream.sublayers for stream in streams)
+    several = any(stream.placement in {"parallel", "mixed"} for stream in streams)
+    right = 0 < counting.count <= wanted if several else counting.count == wanted
+    return [] if right else [f"{wanted} sub-layers by the map, and {counting.count} additions in the running model"]
 
 
 def _of_one(

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 import spikepatch
 from spikepatch.errors import Refused
 from spikepatch.residual.map import ResidualMap
+from spikepatch.residual.stream import find
+from spikepatch.residual.trace import trace
 from tests.architectures import tiny_model
 from tests.residual.maps import TYPES
 
@@ -253,3 +255,14 @@ def test_model_is_not_changed() -> None:
     assert model.config.use_cache is use_cache
     after = dict(model.named_parameters())
     assert all(id(after[n]) == i and torch.equal(after[n], v) for n, (i, v) in before.items())
+
+
+def test_facts_are_not_changed_by_another_beginning() -> None:
+    found = find(trace(tiny_model("gpt2")))
+    assert not isinstance(found, str)
+    (stream,) = found
+    before = dict(stream.facts.carries)
+    product, _ = stream.terms[0].projections[0]
+    other = stream.facts.rooted(product)
+    assert stream.facts.carries == before
+    assert product in other.carries.keys() - before.keys()

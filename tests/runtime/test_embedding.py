@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
+from spikepatch.plans.plan import ScaleEmbedding, recorded_edits
+from spikepatch.residual import map as residual_map
 from spikepatch.runtime.embedding import detach_output, install, norm_output, pattern, scale_output
 from spikepatch.runtime.fresh import initialise
 
@@ -198,8 +202,10 @@ def test_install_names_modules_as_the_full_model_does() -> None:
     full, base = GPT2LMHeadModel(tiny()), GPT2Model(tiny())
     install(full, edits)
     install(base, edits)
+    planned = recorded_edits(edits["embeddings"], 16)["transformer.wte"]
+    assert isinstance(planned, ScaleEmbedding)
     for transformer in (full.transformer, base):
-        assert transformer.wte.embed_scale == 4.0
+        assert transformer.wte.embed_scale == planned.factor == 4.0
         assert transformer.wpe.norm.eps == 1e-5
 
 
@@ -401,5 +407,10 @@ def test_nothing_is_asked_of_a_model_whose_tensors_are_all_loaded() -> None:
     initialise(model, record() | {"init": FILLS})
 
 
-def test_pattern_replaces_whole_numbers_only() -> None:
+@given(name=st.lists(st.text("09a²٣_", max_size=3)).map(".".join))
+@example(name="model.layers.10.mlp.experts.3.w2.weight")
+def test_pattern_replaces_whole_numbers_only(name: str) -> None:
+    """As in the package, which this file is used without."""
+    assert pattern(name) == residual_map.pattern(name)
     assert pattern("model.layers.10.mlp.experts.3.w2.weight") == "model.layers.*.mlp.experts.*.w2.weight"
+    assert pattern("h.².w") == "h.².w"

@@ -21,7 +21,7 @@ class Server:
         self.answers = {file: threading.Event() for file in held}
         self.broken = broken
 
-    def fetch(self, file: str, arrived: Callable[[int], None]) -> None:
+    def fetch(self, file: str, arrived: Callable[[int], None]) -> str:
         self.events.append(f"{file} asked")
         if file in self.answers:
             assert self.answers[file].wait(60)
@@ -29,6 +29,7 @@ class Server:
             raise ValueError(f"{file} is broken")
         arrived(SIZES[file])
         self.events.append(f"{file} there")
+        return f"stamp of {file}"
 
 
 def test_a_file_is_fetched_when_it_is_waited_for_and_once() -> None:
@@ -44,6 +45,7 @@ def test_a_file_is_fetched_when_it_is_waited_for_and_once() -> None:
         pass
     assert server.events == [f"{file} {what}" for file in "bac" for what in ("asked", "there")]
     assert arrivals.missing == 0
+    assert arrivals.there == {file: f"stamp of {file}" for file in "bac"}
 
 
 def test_the_next_is_fetched_while_one_is_worked_on() -> None:

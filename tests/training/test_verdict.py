@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spikepatch.source.typed import parsed
 from spikepatch.spikes.conclusion import CurveVerdict
 from spikepatch.spikes.detector import SpikeDetector, news
 from spikepatch.spikes.events import Event
@@ -290,4 +291,4 @@ def test_verdict_json_comes_back(tmp_path: Path) -> None:
     spiked = judged(tmp_path, with_spike(calm(300), 120, 3, 4.0), evals=[2.5])
     verdict = summarise([spiked, result("p", patched=True, lr=0.1 + 0.2)])
     assert verdict.runs[0].events
-    assert Verdict.from_dict(json.loads(json.dumps(verdict.to_dict(), allow_nan=False))) == verdict
+    assert parsed(Verdict, json.loads(json.dumps(verdict.to_dict(), allow_nan=False))) == verdict

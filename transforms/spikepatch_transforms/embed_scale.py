@@ -5,9 +5,8 @@ weights that are kept, or a given number. The factor is applied to the output of
 logits' scale, and Adam's relative step on a row is the unscaled table's.
 
 Refuses: a model that normalises its embedding; one that multiplies it by k, unless told to ``replace`` that factor: the
-output is then multiplied by c / k; to replace a factor where there is none; a table that is not as wide as the stream,
-unless c is given; a post-norm model; learned embeddings without a finite, positive std; and a given c that is no
-positive number.
+output is then multiplied by c / k; to replace a factor where there is none; a table not as wide as the stream, unless c
+is given; a post-norm model; learned embeddings without a finite, positive std; a given c that is no positive number.
 Preserves: with kept weights the tables exactly; the function only approximately (the stream's start is another one).
 Source: "Scaled Embed" in Takase et al., arXiv 2312.16903.
 """
@@ -63,13 +62,12 @@ class EmbedScale:
         yield from enlarge_entrances(residual, context)
 
     def _scaled(self, embedding: Embedding, residual: ResidualMap, context: Context) -> Edit | Skip:
-        factor, per_width = math.sqrt(residual.width), True
-        if self.factor is not None:
-            factor, per_width = self.factor, False
-        elif context.embedding_std is not None:
-            factor, per_width = _reciprocal(context.embedding_std, residual.source), False
+        chosen = self.factor
+        if chosen is None and context.embedding_std is not None:
+            chosen = _reciprocal(context.embedding_std, residual.source)
+        factor = math.sqrt(residual.width) if chosen is None else chosen
         if not _multiplied_already(embedding, residual):
-            return ScaleEmbedding(embedding.module, factor, per_width)
+            return ScaleEmbedding(embedding.module, factor, per_width=chosen is None)
         if not self.replace:
             raise multiplied(residual, embedding, "; --replace divides that factor out")
         if abs(factor / embedding.scale - 1) < _ROUNDED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from spikepatch.auditing.contents import Contents
@@ -36,10 +37,18 @@ def broken(evidence: Evidence) -> Iterator[Fault]:
         sound = [m for m in group.members if not m.contents.nonfinite and m.contents.elements > 1]
         if group.part in _DRAWN or (group.part == "other" and _is_matrix(group)):
             yield from _garbage(group, sound, evidence.learned)
+        if group.part in {"gain", "other"}:
+            yield from _silent(group, sound)
         if group.part in _DRAWN:
             yield from _zero(evidence, group, sound)
             yield from _constant(group, sound)
             yield from _parts(group, sound, evidence)
+            if (
+                evidence.residual is not None
+                and not evidence.learned
+                and (group.kind != "mixer" or group.part == "projection")
+            ):
+                yield from _shifted(group, sound)
 
 
 def _is_matrix(group: Group) -> bool:
@@ -70,6 +79,26 @@ def _zero(evidence: Evidence, group: Group, members: list[Member]) -> Iterator[F
         severity, what = "at-risk", "is zero, and so is the projection behind it: neither gets a gradient"
         remedy = "draw one of the two"
     yield Fault("zero", severity, names, what, "drawn values", "all zeros", remedy)
+
+
+def _silent(group: Group, members: list[Member]) -> Iterator[Fault]:
+    """Gains that are no norm's, and what has no part that is known: as the others of their kind are."""
+    zero = [m for m in members if m.contents.is_zero and m.contents.elements >= 4]
+    if not zero:
+        return
+    some = len(zero) < len(members)
+    if not some and group.part != "gain":  # what it is for is not known
+        return
+    rest = f", the other {len(members) - len(zero)} of its kind are not" if some else " in every layer"
+    yield Fault(
+        "zero",
+        "at-risk" if some else "note",
+        tuple(m.name for m in zero),
+        f"is zero{rest}: what is multiplied with it is lost",
+        "other values",
+        "all zeros",
+        "memory that nobody wrote: fill it again" if some else "right where a path is to begin closed",
+    )
 
 
 def _projection_is_zero(evidence: Evidence, group: Group) -> bool:
@@ -110,7 +139,7 @@ def _garbage(group: Group, members: list[Member], learned: bool) -> Iterator[Fau
         )
     if learned:
         return
-    odd = [m for m in members if m not in huge and m.contents.largest > _OUTLIER * max(m.contents.std, _TINY)]
+    odd = [m for m in members if m not in huge and _far(m.contents) > _OUTLIER * max(m.contents.std, _TINY)]
     odd = [m for m in odd if not m.contents.is_constant]
     if odd:
         first = max((m.contents for m in odd), key=lambda c: c.largest / max(c.std, _TINY))
@@ -122,6 +151,34 @@ def _garbage(group: Group, members: list[Member], learned: bool) -> Iterator[Fau
             f"the largest value below {_OUTLIER:g} std",
             f"{first.largest:.3g} at a std of {first.std:.3g}: {first.largest / max(first.std, _TINY):.0f} std",
             "cut at two or three times the std; " + _REDRAW,
+        )
+
+
+def _far(contents: Contents) -> float:
+    """The largest deviation from the mean, at most."""
+    return contents.largest - abs(contents.mean)
+
+
+def _shifted(group: Group, members: list[Member]) -> Iterator[Fault]:
+    """Draws around something else than 0, such as ``rand`` in place of ``randn``: every output has the same share."""
+    found = [
+        m
+        for m in members
+        if not m.contents.is_constant
+        and not _is_computed(m.contents)
+        and min(m.contents.rows, m.contents.columns) >= 8
+        and abs(m.contents.mean) > max(0.2, 6 / math.sqrt(m.contents.sampled)) * m.contents.std
+    ]
+    if found:
+        first = found[0].contents
+        yield Fault(
+            "mean",
+            "at-risk" if abs(first.mean) > first.std / 2 else "note",
+            tuple(m.name for m in found),
+            "the values are drawn around a mean that is not 0: all outputs share one large part",
+            "a mean of 0",
+            f"a mean of {first.mean:.3g} at a std of {first.std:.3g}",
+            "draw it around 0",
         )
 
 
@@ -145,7 +202,7 @@ def _parts(group: Group, members: list[Member], evidence: Evidence) -> Iterator[
     if not found:
         return
     member, rows, columns = found[0]
-    padding = may_be_table and not columns
+    padding = may_be_table and not columns and rows == member.contents.zero_rows
     text = " and ".join(f"{n} of {m}" for n, m in _counts(member.contents, rows, columns))
     yield Fault(
         "part",
@@ -180,9 +237,11 @@ def copies(evidence: Evidence) -> Iterator[Fault]:
     for group in evidence.of(*_DRAWN):
         for member in group.members:
             c = member.contents
-            repeat = None if _is_computed(c) else c.repeat
-            if repeat is None or (group.part == "table" and repeat.shift == 1):  # rows for tokens that were added
+            repeat = c.repeat
+            if repeat is None or (_is_computed(c) and repeat.share < 0.9):
                 continue
+            if group.part in {"table", "head"} and repeat.shift == 1 and repeat.share < 0.5:
+                continue  # rows for tokens that were added
             count = c.rows if repeat.axis == 0 else c.columns
             if repeat.share * count >= 4 and repeat.share >= 1 / 64:
                 repeated.setdefault((repeat.axis, repeat.shift, count), []).append(member)

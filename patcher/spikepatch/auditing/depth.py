@@ -42,6 +42,7 @@ def factor_name(ratio: float, power: float, std: float, error: float, stream: Re
     if power:
         return _BY_INDEX
     known = [("1", 1.0), ("1/sqrt(S)", count**-0.5), ("1/S", 1 / count), ("1/sqrt(N)", layers**-0.5)]
+    known += [("sqrt(S)", count**0.5)] if count > 2 else []
     for name, value in known:
         if close(ratio, value, error):
             return name
@@ -99,7 +100,7 @@ def _explained(evidence: Evidence, scheme: Scheme) -> tuple[float, int]:
     score, count = 0.0, 0
     for stream in evidence.streams:
         names = [s.name for s in scaled(evidence, scheme, stream) if s.name != "0"]
-        weak = {name for name in names if _is_number(name) or name in {_BY_INDEX, "1/sqrt(N)"}}
+        weak = {name for name in names if _is_number(name) or name in {_BY_INDEX, "1/sqrt(N)", "sqrt(S)"}}
         score += sum(0.3 if name in weak else 1.0 for name in names if name)
         score -= 0.1 * max(len(set(names)) - 1, 0)
         count += len(names)
@@ -118,9 +119,17 @@ def depth(evidence: Evidence, scheme: Scheme) -> Iterator[Fault]:
             continue
         found = scaled(evidence, scheme, stream)
         elsewhere = _on_others(evidence, scheme, stream)
+        inverse = [s for s in found if s.name == "sqrt(S)"]
+        if inverse and len(inverse) == len(found):
+            yield _fault(
+                "at-risk",
+                inverse,
+                "depth scaling is on the wrong matrices: the others have 1/sqrt(S), residual projections have none",
+                "a factor of 1/sqrt(S) on residual projections, and on nothing else",
+            )
         plain = [s for s in found if s.name == "1"]
-        rest = [s for s in found if s.name not in {"1", "0"}]
-        strong = [s for s in rest if s.name and not _is_number(s.name)]
+        rest = [s for s in found if s.name not in {"1", "0"} and (s not in inverse or len(inverse) < len(found))]
+        strong = [s for s in rest if s.name and s not in inverse and not _is_number(s.name)]
         expected = f"a factor of 1/sqrt(S) = {stream.sublayers**-0.5:.3g} for S = {stream.sublayers} sub-layers"
         if plain and elsewhere:
             yield _fault(
@@ -137,23 +146,40 @@ def depth(evidence: Evidence, scheme: Scheme) -> Iterator[Fault]:
                 f"depth scaling is missing here, {strong[0].group.pattern} has {strong[0].name}",
                 expected,
             )
+        elif plain and _everywhere(evidence, scheme, stream):
+            followers = [Scaled(g, 1.0, "1") for g in inner(evidence.groups) if g.pattern in scheme.followers]
+            what = "depth scaling, 1/sqrt(S), is on every matrix, not on residual projections alone"
+            yield _fault("note", [*followers, *plain], what, expected)
         elif plain:
             yield _fault("note", plain, "no depth scaling: the std is that of the other matrices", expected)
         yield from _odd_factors(rest, stream, expected)
 
 
+def _everywhere(evidence: Evidence, scheme: Scheme, stream: ResidualMap) -> bool:
+    """The scheme of all matrices has the factor: 1/sqrt(S) of 1/sqrt(in), or of the std of tables and the head."""
+    factor = stream.sublayers**-0.5
+    if scheme.name == "std c":
+        ends = [g for g in evidence.of("table", "head") if g.std > 0]
+        return bool(ends) and all(close(scheme.c / g.std, factor, g.error) for g in ends)
+    return close(scheme.c, factor) and not close(factor, 3**-0.5)  # torch's default
+
+
 def _odd_factors(rest: list[Scaled], stream: ResidualMap, expected: str) -> Iterator[Fault]:
     twice = [s for s in rest if s.name == "1/S"]
+    once = [s for s in rest if s.name == "1/sqrt(S)"]
     if twice:
-        yield _fault("note", twice, "depth scaling was applied twice: the factor is 1/S", expected)
+        what = "depth scaling was applied twice: the factor is 1/S"
+        yield _fault("at-risk" if once else "note", twice, what + (", of others 1/sqrt(S)" if once else ""), expected)
     numbers = [s for s in rest if _is_number(s.name)]
     classic = stream.sublayers == 2 * stream.layers
     numbers += [s for s in rest if s.name == "1/sqrt(N)" and classic]
     if numbers:
         name = numbers[0].name.replace("N", str(stream.layers))
         what = f"depth scaling is {name}, of another number of sub-layers: the model has S = {stream.sublayers}"
+        if name == "1/sqrt(2)":
+            what += "; it is 1/sqrt(2(l+1)) at l = 0, as if every layer had the index 0"
         yield _fault("note", numbers, what, expected)
-    if odd := [s for s in rest if not s.name]:
+    if odd := [s for s in rest if s.name in {"", "sqrt(S)"}]:
         what = f"the std is {odd[0].factor:.3g} times that of the other matrices, which is no known depth scaling"
         yield _fault("note", odd, what, expected)
 

@@ -68,9 +68,9 @@ def examine(
         if stream is not None:
             found += head(sound, stream, vocabulary)
             found += attention(sound, stream)
-        found += tables(sound)
-        found += _of_stds(sound)
         scheme = best_scheme(sound)
+        found += tables(sound, scheme)
+        found += _of_stds(sound)
     if planned is not None:
         found += expected(known, planned[0], replaced=planned[1])
     return Audit(

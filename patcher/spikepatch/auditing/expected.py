@@ -37,7 +37,7 @@ def expected(evidence: Evidence, plan: Plan, *, replaced: bool) -> Iterator[Faul
                     )
             case Constant():
                 found = evidence.contents.get(edit.parameter)
-                value = edit.value + edit.offset
+                value = edit.written
                 if found is not None and not (
                     found.is_constant and math.isclose(found.mean, value, rel_tol=4e-3, abs_tol=1e-6)
                 ):

@@ -75,6 +75,7 @@ class Evidence:
         groups: of all parameters.
         queries: matrices of queries whose attention does not divide by the root of a head's size -> that size.
         learned: the weights have been trained.
+        touched: gains differ from channel to channel around their value: it may have been trained for some steps.
     """
 
     residual: ResidualMap | None
@@ -83,6 +84,7 @@ class Evidence:
     groups: tuple[Group, ...]
     queries: Mapping[str, int]
     learned: bool
+    touched: bool
 
     @property
     def streams(self) -> tuple[ResidualMap, ...]:
@@ -143,7 +145,7 @@ def evidence(
         )
         for names in found.values()
     )
-    return Evidence(residual, contents, roles, groups, queries, _learned(groups))
+    return Evidence(residual, contents, roles, groups, queries, _learned(groups), _touched(groups))
 
 
 def _layers(names: list[str]) -> list[int]:
@@ -153,6 +155,12 @@ def _layers(names: list[str]) -> list[int]:
         if len(set(column)) > 1:
             return list(column)
     return [row[0] if row else 0 for row in numbers]
+
+
+def _touched(groups: tuple[Group, ...]) -> bool:
+    each = [m.contents for g in groups if g.part == "norm" for m in g.members]
+    uneven = sum(not c.is_constant and 0 < c.std < abs(c.mean) / 3 for c in each)
+    return 2 * uneven > len(each) > 0
 
 
 def _learned(groups: tuple[Group, ...]) -> bool:

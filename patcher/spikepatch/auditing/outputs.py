@@ -9,10 +9,12 @@ import torch
 from torch.fx import Node
 
 from spikepatch.auditing.contents import Contents
-from spikepatch.auditing.fault import Fault
+from spikepatch.auditing.fault import Fault, FaultLevel
 from spikepatch.auditing.groups import Evidence
+from spikepatch.auditing.laws import Scheme, close
 from spikepatch.residual import ops
 from spikepatch.residual.kinds import multiplier
+from spikepatch.residual.map import Embedding, ResidualMap
 from spikepatch.residual.ops import op, operands
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.weights import gain, matrix_weight
@@ -36,13 +38,14 @@ def head(evidence: Evidence, stream: Stream | None, vocabulary: int | None) -> I
     contents = evidence.contents.get(name)
     size = _logit_size(evidence, stream, contents) if contents is not None else None
     uniform = math.log(vocabulary)
-    if size is None or contents is None or not math.isfinite(size) or size <= math.sqrt(2 * uniform):
+    if size is None or contents is None or not math.isfinite(size) or size <= math.sqrt(uniform / 2):
         return
-    loss = size * math.sqrt(2 * uniform)
+    many = size > math.sqrt(2 * uniform)
+    loss = size * math.sqrt(2 * uniform) if many else uniform + size**2 / 2
     tied = "; the embedding is tied to it" if residual.head.tied else ""
     yield Fault(
         "head",
-        "at-risk",
+        "at-risk" if many else "note",
         (name,),
         f"the head makes logits with a std of {size:.3g}{tied}: the first loss is about {loss:.3g}, where log V is"
         f" {uniform:.3g}",
@@ -87,17 +90,27 @@ def _end(output: Node) -> Node:
     return output
 
 
-def tables(evidence: Evidence) -> Iterator[Fault]:
+def _sized(evidence: Evidence, stream: ResidualMap) -> dict[str, tuple[Embedding, float]]:
+    """Tables with the std of what they bring: to the stream, or to the one norm that all of them pass together."""
+    known = [e for e in stream.embeddings if e.parameter in evidence.contents]
+    shared = all(e.normed for e in known) and sum(n.role == "embedding" for n in stream.norms) == 1
+    return {
+        e.parameter: (e, evidence.contents[e.parameter].std * (1.0 if shared else e.scale))
+        for e in known
+        if shared or not e.normed
+    }
+
+
+def tables(evidence: Evidence, scheme: Scheme | None) -> Iterator[Fault]:
     """Tokens that enter with a factor twice, and positions beside which tokens are nothing."""
     for stream in evidence.streams:
-        sized = {
-            e.parameter: (e, evidence.contents[e.parameter].std * e.scale)
-            for e in stream.embeddings
-            if not e.normed and e.parameter in evidence.contents
-        }
+        sized = _sized(evidence, stream)
         tokens = [(e, size) for e, size in sized.values() if e.kind == "token" and size > 0]
         for e, size in tokens:
-            if e.scale > 1.5 and size > _STREAM:
+            table = evidence.contents[e.parameter]
+            scheme = scheme if scheme is not None and scheme.name == "std c" else None
+            baked = scheme is not None and close(table.std / e.scale, scheme.c, table.error)
+            if e.scale > 1.5 and not e.normed and (size > _STREAM or (size > 1 and baked)):
                 yield Fault(
                     "embedding",
                     "at-risk",
@@ -109,7 +122,7 @@ def tables(evidence: Evidence) -> Iterator[Fault]:
                     "give the table the std that the model was made for, such as 0.02",
                 )
         eps = max((n.eps for n in stream.norms if n.role == "pre"), default=0.0)
-        if lost := [(e, size) for e, size in tokens if size**2 < eps]:
+        if lost := [(e, size) for e, size in tokens if size**2 < eps and not e.normed]:
             e, size = lost[0]
             yield Fault(
                 "embedding",
@@ -132,7 +145,7 @@ def tables(evidence: Evidence) -> Iterator[Fault]:
                     "at-risk",
                     (e.parameter,),
                     f"{e.kind} embeddings drown the tokens: they add {size / largest:.3g} times as much to the stream",
-                    f"a std of at most that of the tokens, {largest / e.scale:.3g}",
+                    f"a std of at most that of the tokens, {largest * evidence.contents[e.parameter].std / size:.3g}",
                     f"a std of {evidence.contents[e.parameter].std:.3g}",
                     "draw it as the token embedding is",
                 )
@@ -161,7 +174,7 @@ def buffers(live: Mapping[str, torch.Tensor], built: Mapping[str, torch.Tensor],
     Args:
         learned: statistics may have changed since; then a buffer is erased only where it is zero.
     """
-    bad, erased, garbage = [], [], []
+    bad, erased, garbage, other = [], [], [], []
     for name, value in live.items():
         made = built.get(name)
         if value.is_meta or not value.numel():
@@ -173,9 +186,11 @@ def buffers(live: Mapping[str, torch.Tensor], built: Mapping[str, torch.Tensor],
             bad.append(name)
         elif reference is not None and _is_erased(plain, reference, learned):
             erased.append(name)
-        elif reference is None and value.is_floating_point() and _is_garbage(plain):
+        elif value.is_floating_point() and _is_garbage(plain) and (reference is None or not _is_garbage(reference)):
             garbage.append(name)
-    for names, severity, what, measured in (
+        elif reference is not None and not learned and value.is_floating_point() and _differs(plain, reference, 0.05):
+            other.append(name)
+    kinds: tuple[tuple[list[str], FaultLevel, str, str], ...] = (
         (bad, "unstable", "the buffer holds NaN", "NaN"),
         (
             erased,
@@ -184,11 +199,13 @@ def buffers(live: Mapping[str, torch.Tensor], built: Mapping[str, torch.Tensor],
             "other",
         ),
         (garbage, "at-risk", "the buffer holds values that nobody wrote: garbage", "denormal or huge values"),
-    ):
+        (other, "note", "the buffer has other values than the constructor makes of this config", "other"),
+    )
+    for names, severity, what, measured in kinds:
         if names:
             yield Fault(
                 "buffer",
-                "unstable" if severity == "unstable" else "at-risk",
+                severity,
                 tuple(names),
                 what,
                 "what the constructor computes from the config",
@@ -202,7 +219,14 @@ def _is_erased(value: torch.Tensor, made: torch.Tensor, learned: bool) -> bool:
         return False
     if learned or not bool(value.any()):
         return not bool(value.any())
-    return float((value - made).abs().max()) > 0.5 * float(made.abs().max())
+    return _differs(value, made, 0.5)
+
+
+def _differs(value: torch.Tensor, made: torch.Tensor, share: float) -> bool:
+    """By more than this share of the largest value; what is not drawn afresh by every constructor."""
+    if not bool(made.isfinite().all()) or not bool(made.any()):
+        return False
+    return float((value - made).abs().max()) > share * float(made.abs().max())
 
 
 def _is_garbage(value: torch.Tensor) -> bool:

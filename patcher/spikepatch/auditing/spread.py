@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 from spikepatch.auditing.fault import Fault
 from spikepatch.auditing.groups import Evidence, Group, Member
-from spikepatch.auditing.laws import Scheme, close, fan_in, fan_out, inner, law_of
+from spikepatch.auditing.laws import Law, Scheme, close, fan_in, fan_out, inner, law_of
 from spikepatch.auditing.vectors import is_torch_default
 from spikepatch.plans.plan import small_std
 
 #: A product of a unit input and a matrix has a std of sigma sqrt(in): torch's default 0.58, Xavier about 1, GPT-2 0.55.
 _LARGE, _SMALL = 5.0, 0.01
+#: How far some steps of training move the std of a matrix.
+_TRAINED = 1.25
 #: Constants that initialisers use: none of them is a variance by mistake.
 _USUAL = (0.02, 0.01, 0.006)
 
@@ -22,7 +24,7 @@ def left_at_default(evidence: Evidence) -> Iterator[Fault]:
     groups = [g for g in evidence.of("matrix", "projection", "head") if g.kind != "mixer" and len(g.members)]
     left = {g.names: [m for m in g.members if is_torch_default(m, *_fans(g, m))] for g in groups}
     wholly = sum(len(left[g.names]) == len(g.members) for g in groups)
-    if 2 * wholly > len(groups):
+    if 2 * wholly > len(groups) and not _others_follow(evidence, [g for g in groups if not left[g.names]]):
         return
     for group in groups:
         if members := left[group.names]:
@@ -39,6 +41,18 @@ def left_at_default(evidence: Evidence) -> Iterator[Fault]:
             )
 
 
+def _others_follow(evidence: Evidence, others: list[Group]) -> bool:
+    """What is not at the default follows one constant, of tables, the head, and residual projections by depth: a rule
+    that most matrices were missed by.
+    """
+    ends = [g for g in evidence.of("table", "head") if g.std > 0]
+    behind = [g for g in others if g.part == "projection" and g.std > 0]
+    if len(ends) < 2 or not behind or not all(close(g.std, ends[0].std, g.error, ends[0].error) for g in ends):
+        return False
+    factors = [s.sublayers**-0.5 for s in evidence.streams] + [1.0]
+    return all(any(close(g.std / ends[0].std, f, g.error, ends[0].error) for f in factors) for g in behind)
+
+
 def _fans(group: Group, member: Member) -> tuple[int, ...]:
     if group.matrix is not None:
         return (group.matrix.fan_in,)
@@ -49,7 +63,7 @@ def _fans(group: Group, member: Member) -> tuple[int, ...]:
 def wrong_formulas(evidence: Evidence, scheme: Scheme | None) -> Iterator[Fault]:
     """Stds that a known wrong formula gives, and no right one."""
     width = evidence.residual.width if evidence.residual is not None else 0
-    small: dict[str, list[Group]] = {}
+    plain: list[Group] = []
     for group in evidence.of("matrix", "projection"):
         if group.matrix is None or (group.kind == "mixer" and not group.matrix.reads_stream):
             continue
@@ -68,25 +82,38 @@ def wrong_formulas(evidence: Evidence, scheme: Scheme | None) -> Iterator[Fault]
                 )
                 break
         else:
-            usual = any(close(group.std, std, group.error) for std in (*_USUAL, small_std(width or 1)))
-            for name, std in _variances(group, width) if not usual else ():
-                if close(group.std, std, group.error) and group.std * math.sqrt(fan_in(group)) < 0.3:
-                    small.setdefault(name, []).append(group)
-                    break
+            plain.append(group)
     yield from _roots(evidence)
-    for name, groups in small.items():
-        others = scheme.followers - {g.pattern for g in groups} if scheme is not None else set()
-        if not others or not any(g.pattern in scheme.followers for g in groups if scheme is not None):
+    yield from _variances(plain, width, scheme)
+    yield from _fused(evidence)
+
+
+def _variances(groups: list[Group], width: int, scheme: Scheme | None) -> Iterator[Fault]:
+    """Variances in place of stds: the formula that most groups follow before the others, each group once."""
+    usual = (*_USUAL, small_std(width or 1))
+    left = [
+        g for g in groups if g.std * math.sqrt(fan_in(g)) < 0.3 and not any(close(g.std, std, g.error) for std in usual)
+    ]
+    while left:
+        found = {
+            name: [g for g in left if close(g.std, dict(_formulas(g, width))[name], g.error)]
+            for name, _ in _formulas(left[0], width)
+        }
+        name = max(found, key=lambda each: len(found[each]))
+        if not found[name]:
+            return
+        wrong, left = found[name], [g for g in left if g not in found[name]]
+        others = scheme.followers - {g.pattern for g in wrong} if scheme is not None else set()
+        if not others or not any(g.pattern in scheme.followers for g in wrong if scheme is not None):
             yield Fault(
                 "variance-for-std",
                 "at-risk",
-                tuple(n for g in groups for n in g.names),
+                tuple(n for g in wrong for n in g.names),
                 f"the std is too small: it is {name}, a variance, where its root is meant",
-                f"a std of {math.sqrt(groups[0].std):.3g}",
-                f"a std of {groups[0].std:.3g}",
+                f"a std of {math.sqrt(wrong[0].std):.3g}",
+                f"a std of {wrong[0].std:.3g}",
                 "take the square root",
             )
-    yield from _fused(evidence)
 
 
 def _roots(evidence: Evidence) -> Iterator[Fault]:
@@ -125,7 +152,7 @@ def _stacked(group: Group) -> list[tuple[str, float]]:
     ]
 
 
-def _variances(group: Group, width: int) -> list[tuple[str, float]]:
+def _formulas(group: Group, width: int) -> list[tuple[str, float]]:
     found = [("0.02^2", 0.0004), ("2/(in + out)", _xavier(group) ** 2), ("1/in", 1 / fan_in(group))]
     return [(f"2/(5d) of d = {width}", small_std(width) ** 2), *found] if width else found
 
@@ -161,22 +188,25 @@ def _fused(evidence: Evidence) -> Iterator[Fault]:
 def other_layers(evidence: Evidence) -> Iterator[Fault]:
     """Layers whose std is not what the rest of their group says."""
     found: dict[tuple[int, ...], list[tuple[Group, list[Member], float, float]]] = {}
-    for group in evidence.of("matrix", "projection", "other"):
+    for group in evidence.of("matrix", "other", "projection"):
         if group.members[0].contents.elements < 64 or len(group.members) < 3:
             continue
         law = law_of(group)
         if law is None or not law.outliers:
             continue
+        if tuple(sorted({m.layer for m in group.members if m not in law.outliers})) in found:  # two halves
+            law = Law(law.outliers[0].contents.std, 0.0, tuple(m for m in group.members if m not in law.outliers))
         first = law.outliers[0]
         layers = tuple(sorted({m.layer for m in law.outliers}))
         found.setdefault(layers, []).append((group, list(law.outliers), first.contents.std, law.at(first.layer)))
     for layers, entries in found.items():
         names = tuple(m.name for _, members, _, _ in entries for m in members)
         _, _, measured, expected = entries[0]
+        few_steps = evidence.touched and all(abs(math.log(m / e)) < math.log(_TRAINED) for _, _, m, e in entries)
         listed = ", ".join(map(str, layers[:6])) + (" ..." if layers[6:] else "")
         yield Fault(
             "layers",
-            "at-risk",
+            "note" if few_steps else "at-risk",
             names,
             f"layer{'s' if len(layers) > 1 else ''} {listed}: the std is {measured / expected:.3g} times what the other"
             " layers' law says, so the scaling of another code path applies there, or none",

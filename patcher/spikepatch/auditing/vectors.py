@@ -13,6 +13,9 @@ from spikepatch.residual.map import Norm
 #: Steps of state-space models begin between 0.001 and 0.1 (Gu and Dao 2023); three times as much either way.
 _STEPS = (3e-4, 0.3)
 
+#: log of the fastest decay per unit of time: S4 and Mamba begin with rates of 1 to some hundreds, at steps below 0.1.
+_FAST = 7.0
+
 
 def vectors(evidence: Evidence) -> Iterator[Fault]:
     """What is wrong with the vectors of a fresh model."""
@@ -110,6 +113,7 @@ def _biases(evidence: Evidence) -> Iterator[Fault]:
             module = member.name.rpartition(".")[0]
             matrices[module] = member
             fans[module] = group.matrix.fan_in if group.matrix is not None else member.contents.columns
+    of_norms = {n.bias for stream in evidence.streams for n in stream.norms if n.bias is not None}
     for group in evidence.of("bias"):
         left, drawn = [], []
         for member in group.members:
@@ -133,10 +137,12 @@ def _biases(evidence: Evidence) -> Iterator[Fault]:
                 "set it to 0",
             )
         if drawn:
-            yield _drawn_bias(group, drawn, matrices, fans)
+            yield _drawn_bias(group, drawn, matrices, fans, of_norms)
 
 
-def _drawn_bias(group: Group, drawn: list[Member], matrices: dict[str, Member], fans: dict[str, int]) -> Fault:
+def _drawn_bias(
+    group: Group, drawn: list[Member], matrices: dict[str, Member], fans: dict[str, int], of_norms: set[str]
+) -> Fault:
     first = drawn[0]
     module = first.name.rpartition(".")[0]
     size = math.hypot(first.contents.std, first.contents.mean)
@@ -144,6 +150,7 @@ def _drawn_bias(group: Group, drawn: list[Member], matrices: dict[str, Member], 
     usual = weight.contents.std * math.sqrt(fans[module]) if weight is not None else 1.0
     gate = abs(first.contents.mean) > first.contents.std / 2  # forget gates begin open
     large = size > usual > 0 and weight is not None and not gate
+    large |= first.name in of_norms and size > 0.5  # what it is added to has a size of 1
     constant = (
         f"{first.contents.mean:.3g} everywhere" if first.contents.is_constant else f"a std of {first.contents.std:.3g}"
     )
@@ -151,7 +158,7 @@ def _drawn_bias(group: Group, drawn: list[Member], matrices: dict[str, Member], 
         "bias",
         "at-risk" if large else "note",
         tuple(m.name for m in drawn),
-        "the bias is not 0" + (": it is larger than what it is added to" if large else ""),
+        "the bias is not 0" + (": it is as large as what it is added to, or larger" if large else ""),
         "a bias of 0",
         constant,
         "set it to 0, if it was not meant",
@@ -194,7 +201,18 @@ def _softplus(x: float) -> float:
 def _decays(evidence: Evidence) -> Iterator[Fault]:
     for group in evidence.of("decay"):
         severity: FaultLevel = "at-risk"
-        flat = [m for m in group.members if m.contents.elements >= 4 and m.contents.std < 0.1]
+        fast = [m for m in group.members if m.contents.edges[1] > _FAST]
+        if fast:
+            yield Fault(
+                "decay",
+                severity,
+                tuple(m.name for m in fast),
+                "the state space forgets at once: it decays at a rate of exp(w), and w is as large as a rate itself",
+                f"w below {_FAST:g}, such as the logarithms of 1, 2, ...",
+                f"w is up to {fast[0].contents.edges[1]:.3g}",
+                "store the logarithm of the rates",
+            )
+        flat = [m for m in group.members if m.contents.elements >= 4 and m.contents.std < 0.1 and m not in fast]
         if flat:
             yield Fault(
                 "decay",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ from spikepatch.apply.disk.publish import check_local_target
 from spikepatch.apply.folder.loader import loader
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose, progress
+from spikepatch.plans import in_words
+from spikepatch.residual.map import pattern
 from spikepatch.residual.table import columns
 from spikepatch.source.formats import size
 
@@ -27,11 +28,7 @@ if TYPE_CHECKING:
 @options.out
 @options.recipe
 @options.reinit
-@options.factor
-@options.positions
-@options.replace
-@options.untie
-@options.part
+@options.of_recipes
 @click.option(
     "--storage",
     type=click.Choice(["auto", "plain", "native", "host", "code"]),
@@ -92,9 +89,8 @@ def _lines(result: Conversion, *, dry_run: bool) -> Iterator[str]:
 def _about(result: Conversion) -> Iterator[str]:
     plan = result.plan
     yield from result.notes
-    streams = "; ".join(f"width d = {s.width}, S = {len(s.sublayers)} sub-layers" for s in plan.streams)
-    yield f"{plan.architecture}: {streams}, proven"
-    yield from (f"  {line}" for line in _changes(plan))
+    yield f"{plan.architecture}: {in_words.streams(plan)}, proven"
+    yield from (f"  {line}" for line in in_words.changes(plan))
     if result.drift:
         yield f"on a sample text (log V = {result.log_vocab:.1f}):"
         yield from columns(list(_drift_rows(result)))
@@ -104,7 +100,7 @@ def _left_alone(plan: Plan) -> Iterator[str]:
     """The first of those that have the same reason, but for the number of the layer; -v lists them all."""
     alike: dict[str, list[Skip]] = {}
     for skip in plan.skips:
-        alike.setdefault(re.sub(r"\d+", "*", skip.reason), []).append(skip)
+        alike.setdefault(pattern(skip.reason), []).append(skip)
     if alike:
         yield "left alone:"
     for first, *others in alike.values():
@@ -120,32 +116,3 @@ def _drift_rows(result: Conversion) -> Iterator[tuple[str, ...]]:
     for row in result.drift:
         stds = (f"{row.stream[i]:<6.3g}" for i in layers if i < len(row.stream))
         yield row.model, f"{row.loss:.3f}", f"{row.kl:.3f}", " ".join(stds)
-
-
-def _changes(plan: Plan) -> Iterator[str]:
-    from spikepatch.plans.plan import NORM_NAMES, Constant, DetachEmbedding, Fill, NormEmbedding, ScaleEmbedding, Untie
-
-    for edit in plan.edits:
-        match edit:
-            case ScaleEmbedding():
-                yield f"{edit.module}: output * {edit.factor:.6g}" + (" = sqrt(d)" if edit.per_width else "")
-            case NormEmbedding():
-                yield f"{edit.module}: output through a {NORM_NAMES[edit.kind]}" + (
-                    "" if edit.affine else " without gain"
-                )
-            case DetachEmbedding():
-                yield f"{edit.module}: {edit.gradient:g} of its gradient"
-            case Untie():
-                yield f"{edit.head}: its own matrix"
-    fills = plan.select(Fill)
-    for std in sorted({fill.std for fill in fills}):
-        names = [fill.parameter for fill in fills if fill.std == std]
-        yield f"std {std:.6g}: {len(names)} parameters, such as {names[-1]}"
-    constants = plan.select(Constant)
-    for value in sorted({constant.value + constant.offset for constant in constants}):
-        names = [constant.parameter for constant in constants if constant.value + constant.offset == value]
-        yield f"all {value:.6g}: {len(names)} parameters, such as {names[-1]}"
-    others = {skip.target for skip in plan.skips} - plan.written
-    yield f"{len(others)} other tensors: " + (
-        "by the architecture's own initialiser" if plan.reinit == "all" else "kept as learned"
-    )

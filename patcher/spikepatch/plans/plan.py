@@ -12,131 +12,31 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from spikepatch.residual.map import NormKind, ResidualMap, pattern
+# A plan's edits are part of it: what makes or reads a plan imports them from here.
+from spikepatch.plans.edits import NORM_NAMES as NORM_NAMES
+from spikepatch.plans.edits import Constant as Constant
+from spikepatch.plans.edits import DetachEmbedding as DetachEmbedding
+from spikepatch.plans.edits import Distribution as Distribution
+from spikepatch.plans.edits import Edit as Edit
+from spikepatch.plans.edits import EmbeddingEdit as EmbeddingEdit
+from spikepatch.plans.edits import Fill as Fill
+from spikepatch.plans.edits import NormEmbedding as NormEmbedding
+from spikepatch.plans.edits import ScaleEmbedding as ScaleEmbedding
+from spikepatch.plans.edits import Skip as Skip
+from spikepatch.plans.edits import Untie as Untie
+from spikepatch.plans.edits import ValueEdit as ValueEdit
+from spikepatch.plans.edits import cut_std as cut_std
+from spikepatch.plans.edits import recorded_edits as recorded_edits
+from spikepatch.residual.map import ResidualMap, pattern
+from spikepatch.source.typed import parsed
 
 Reinit = Literal["all", "residual", "none"]
 REINITS: tuple[Reinit, ...] = ("all", "residual", "none")
-Distribution = Literal["normal", "truncated", "uniform"]
-NORM_NAMES: dict[NormKind, str] = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
-
 
 #: A part of a model of several modalities.
 ModelPart = Literal["language"]
-
-
-@dataclass(frozen=True)
-class Fill:
-    """Draw every element of ``parameter`` afresh, with mean 0 and this ``std``; ``apply/values/draw.py`` has the bits.
-
-    ``std`` is that of the values drawn, whatever the distribution. The other fields say where it comes from, so that a
-    generated class can follow a config with another width or depth. An embedding's padding row is a row like the
-    others, here and in a generated class, though transformers' own initialiser zeroes it: a zero row has no large
-    shortcut, the norm that reads it multiplies gradients by 1/sqrt(eps).
-
-    Attributes:
-        parameter: its name in ``named_parameters()``.
-        std: above 0.
-        distribution: ``normal``; ``truncated``: a normal distribution cut off; ``uniform`` on +- sqrt(3) std.
-        cut: of a truncated one: where it is cut, in units of its std before the cut. 0 otherwise.
-        fan: the length F that the std falls with, as 1/sqrt(F): the stream's width, or a sum of the parameter's own
-            dimensions, such as fan-in; 0 where the std is a constant of the recipe.
-        axes: the axes of the parameter whose lengths add up to ``fan``; none where it is the stream's width.
-        depth: the power of S that the std goes with: -0.5 for 1/sqrt(S).
-        stream: index of the stream whose width and S are meant; set by the planner.
-    """
-
-    parameter: str
-    std: float
-    distribution: Distribution = "normal"
-    cut: float = 0.0
-    fan: int = 0
-    axes: tuple[int, ...] = ()
-    depth: float = 0.0
-    stream: int = 0
-
-    @property
-    def size(self) -> float:
-        """What draws of unit size are multiplied by: N(0, 1), N(0, 1) cut off at +- ``cut``, or uniform on +- 1."""
-        match self.distribution:
-            case "normal":
-                return self.std
-            case "truncated":
-                return self.std / cut_std(self.cut)
-            case "uniform":
-                return math.sqrt(3) * self.std
-
-
-@dataclass(frozen=True)
-class Constant:
-    """Set every element of ``parameter`` to ``value + offset``.
-
-    ``value`` goes with S to the power of ``depth``; ``offset`` does not: a norm that multiplies by 1 + w and is to have
-    the gain 1/sqrt(S) gets the value 1/sqrt(S) and the offset -1. ``stream`` as in ``Fill``.
-    """
-
-    parameter: str
-    value: float
-    offset: float = 0.0
-    depth: float = 0.0
-    stream: int = 0
-
-
-@dataclass(frozen=True)
-class ScaleEmbedding:
-    """Multiply the output of the embedding ``module`` by ``factor``; ``per_width``: the factor is sqrt(width)."""
-
-    module: str
-    factor: float
-    per_width: bool = False
-
-
-@dataclass(frozen=True)
-class NormEmbedding:
-    """Put a norm behind the embedding ``module``; ``affine``: with a gain (first 1), a LayerNorm with a bias (0)."""
-
-    module: str
-    eps: float
-    kind: NormKind = "layernorm"
-    affine: bool = True
-
-
-@dataclass(frozen=True)
-class DetachEmbedding:
-    """Let the fraction ``gradient`` of the gradient reach the embedding ``module``; its output stays the same."""
-
-    module: str
-    gradient: float
-
-
-@dataclass(frozen=True)
-class Untie:
-    """Give the head its own matrix, ``head``; with learned weights kept it starts as a copy of ``embedding``."""
-
-    head: str
-    embedding: str
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A tensor that the recipe does not fill, and why.
-
-    With ``reinit="all"`` the architecture's own initialiser writes it, otherwise its learned value stays.
-    """
-
-    target: str
-    reason: str
-
-
-#: A new kind is added here, to ``planner._target``, to what a generated class does with it (``runtime/embedding.py``,
-#: by ``Plan.record``) and, where it writes values, to ``apply/values/assign.py``.
-ValueEdit = Fill | Constant
-EmbeddingEdit = ScaleEmbedding | NormEmbedding | DetachEmbedding
-Edit = ValueEdit | EmbeddingEdit | Untie
-_EDITS: dict[str, type[Edit]] = {
-    kind.__name__: kind for kind in (Fill, Constant, ScaleEmbedding, NormEmbedding, DetachEmbedding, Untie)
-}
 
 
 @dataclass(frozen=True)
@@ -267,31 +167,13 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of ``to_dict``."""
-
-        def edit(entry: Mapping[str, Any]) -> Edit:
-            return _EDITS[entry["edit"]](**{k: _hashable(v) for k, v in entry.items() if k != "edit"})
-
-        return cls(
-            **{
-                **data,
-                "streams": tuple(StreamShape(**{k: _hashable(v) for k, v in s.items()}) for s in data["streams"]),
-                "edits": tuple(edit(entry) for entry in data["edits"]),
-                "skips": tuple(Skip(**skip) for skip in data["skips"]),
-                "no_decay": tuple(data["no_decay"]),
-            }
-        )
+        edits = [{**entry} for entry in data["edits"]]
+        kinds = {kind.__name__: kind for kind in get_args(Edit)}
+        found = tuple(parsed(kinds[entry.pop("edit")], entry) for entry in edits)
+        return dataclasses.replace(parsed(cls, {**data, "edits": []}), edits=found)
 
     def record(self, version: str) -> dict[str, Any]:
         """What a generated model class reads from ``config.spikepatch``; see ``runtime/embedding.py``."""
-        embeddings: dict[str, Any] = {}
-        for edit in self.select(EmbeddingEdit):
-            match edit:
-                case ScaleEmbedding():
-                    embeddings[edit.module] = {"factor": "sqrt(width)" if edit.per_width else edit.factor}
-                case NormEmbedding():
-                    embeddings[edit.module] = {"norm": edit.kind, "eps": edit.eps, "affine": edit.affine}
-                case DetachEmbedding():
-                    embeddings[edit.module] = {"gradient": edit.gradient}
         init = None
         if self.reinit == "all" and self.written:
             streams = [
@@ -314,7 +196,7 @@ class Plan:
             "reinit": self.reinit,
             "seed": self.seed,
             "no_decay": list(dict.fromkeys(pattern(name) for name in self.no_decay)),
-            "embeddings": embeddings,
+            "embeddings": {edit.module: edit.record for edit in self.select(EmbeddingEdit)},
             "init": init,
         }
 
@@ -327,26 +209,10 @@ def _by_pattern(edits: list[ValueEdit]) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for place, group in groups.items():
         general = {dataclasses.replace(edit, parameter=place) for edit in group}
-        entries += [_jsonable(edit) for edit in (general if len(general) == 1 else group)]
+        entries += [edit.record for edit in (general if len(general) == 1 else group)]
     return entries
-
-
-def _jsonable(edit: ValueEdit) -> dict[str, Any]:
-    entry = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(edit).items()}
-    return entry | ({"size": edit.size} if isinstance(edit, Fill) else {})
-
-
-def _hashable(value: Any) -> Any:
-    """JSON knows no tuples."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def small_std(width: int) -> float:
     """The paper's small initialisation: std sqrt(2 / (5 d)) for a stream of width d."""
     return math.sqrt(2 / (5 * width))
-
-
-def cut_std(cut: float) -> float:
-    """std of N(0, 1) cut off at -c and c: sqrt(1 - 2 c phi(c) / (2 Phi(c) - 1)); 0.987 for 3, 0.880 for 2."""
-    density = math.exp(-(cut**2) / 2) / math.sqrt(2 * math.pi)
-    return math.sqrt(1 - 2 * cut * density / math.erf(cut / math.sqrt(2)))

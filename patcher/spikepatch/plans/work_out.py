@@ -9,17 +9,12 @@ from posixpath import commonpath
 
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import (
-    Constant,
     Context,
-    DetachEmbedding,
     Edit,
-    Fill,
     ModelPart,
-    NormEmbedding,
     Plan,
     Recipe,
     Reinit,
-    ScaleEmbedding,
     Skip,
     StreamShape,
     Untie,
@@ -138,7 +133,7 @@ def _of_stream(residual: ResidualMap, recipe: Recipe, context: Context) -> tuple
             if isinstance(item, Untie):
                 shapes = {**context.shapes, item.head: context.shapes[item.embedding]}
                 context = dataclasses.replace(context, untied=True, shapes=shapes)
-    counts = Counter(_target(edit) for edit in edits)
+    counts = Counter(edit.target for edit in edits)
     twice = [f"{name} ({kind})" for (kind, name), count in counts.items() if count > 1]
     if twice:
         raise Refused(
@@ -153,7 +148,7 @@ def _of_stream(residual: ResidualMap, recipe: Recipe, context: Context) -> tuple
 def _merge(edits: dict[tuple[str, str], Edit], found: list[Edit], source: str) -> None:
     """Add a further stream's edits; of what it shares with an earlier one (a table, say) both must want the same."""
     for edit in found:
-        first = edits.setdefault(_target(edit), edit)
+        first = edits.setdefault(edit.target, edit)
         if _anywhere(first) != _anywhere(edit):
             raise Refused(
                 what="two residual streams share a tensor, and the recipe would treat it differently in each",
@@ -165,17 +160,6 @@ def _merge(edits: dict[tuple[str, str], Edit], found: list[Edit], source: str) -
 
 def _anywhere(edit: Edit) -> Edit:
     return dataclasses.replace(edit, stream=0) if isinstance(edit, ValueEdit) else edit
-
-
-def _target(edit: Edit) -> tuple[str, str]:
-    """What the edit is about; at most one edit may be."""
-    match edit:
-        case Fill(parameter=name) | Constant(parameter=name):
-            return "values", name
-        case Untie(head=name):
-            return "head", name
-        case ScaleEmbedding(module=name) | NormEmbedding(module=name) | DetachEmbedding(module=name):
-            return "embedding", name
 
 
 def _no_matrices(residual: ResidualMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

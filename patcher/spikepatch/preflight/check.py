@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,16 +25,17 @@ from spikepatch.preflight.program import compile_program
 from spikepatch.preflight.remedies import of_a_model, of_a_source, of_a_tied_head
 from spikepatch.preflight.result import Finding, StabilityReport
 from spikepatch.preflight.steps import run_steps
-from spikepatch.preflight.subject import Subject, of_model, of_source, vocabulary_of, with_recipe
+from spikepatch.preflight.subject import Subject, of_model, of_source, to_plan_on, vocabulary_of, with_recipe
 from spikepatch.progress import Progress, silent
-from spikepatch.recipes.built_in import find as find_recipe
+from spikepatch.recipes.plan_of import Mapped
+from spikepatch.recipes.request import Request, parse_requests
 from spikepatch.residual.example import Given, given
-from spikepatch.residual.inspect import map_of
+from spikepatch.residual.inspect import Followed, followed
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import shape
-from spikepatch.residual.stream import Stream, find
+from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace, trace
-from spikepatch.source.meta import unwrapped
+from spikepatch.source.meta import settings_read, unwrapped
 from spikepatch.source.private import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def check(
     reinit: Reinit = "all",
     factor: float | None = None,
     positions: bool = False,
+    replace: bool = False,
     untie: bool = False,
     part: ModelPart | None = None,
     tokens: int = 256,
@@ -74,7 +76,8 @@ def check(
         model: a loaded model, or a SOURCE: a hub id, a folder, ``arch:TYPE``. Without weights (``arch:TYPE``, a model
             on the meta device) it is checked as its own initialiser makes it.
         recipes: to be compared with the model as it is.
-        reinit, factor, positions, untie, part: of the recipes; as in ``spikepatch.plan``.
+        reinit, factor, positions, replace, untie, part: of the recipes; as in ``spikepatch.plan``. Recipes that scale
+            no embedding are compared without ``factor``, ``positions`` and ``replace``, beside others that do.
         tokens, batch: length and number of the random sequences.
         text: a file to take the tokens from instead, by the source's tokenizer.
         seed: of random tokens and of every random weight.
@@ -94,70 +97,92 @@ def check(
     check_numbers(tokens=tokens, batch=batch, seed=seed, steps=steps, lr=lr)
     torch_device = device_of(device)
     tell = progress or silent
+    requests = parse_requests(
+        recipes, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie, part=part
+    )
     source: Source | None = None
-    plain: Subject | None = None
-    if isinstance(model, str):
-        from spikepatch.source.open import open_source
+    with settings_read() as read:
+        if isinstance(model, str):
+            from spikepatch.source.open import open_source
 
-        tell("reading the source", 0, 0)
-        source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell)
-        base = of_source(source, seed)
-        if recipes and source.patched is not None:  # a recipe takes the place of the patch
-            plain = of_source(source, seed, patched=False)
-    else:
-        model = unwrapped(model)
-        base = of_model(model, seed)
-    name = source.name if source is not None else type(base.structure).__name__
-    inputs = None if example_inputs is None else given(example_inputs, base.structure)
-    if text is not None:
-        inputs = text_tokens(Path(text), source, tokens=tokens, batch=batch)
-    options = {
-        "factor": factor,
-        "positions": positions,
-        "untie": untie,
-        "part": part,
-        "example_inputs": example_inputs,
-        "trust_remote_code": trust_remote_code,
-    }
+            tell("reading the source", 0, 0)
+            source = open_source(
+                model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell
+            )
+            base = of_source(source, seed)
+        else:
+            model = unwrapped(model)
+            base = of_model(model, seed)
+        name = source.name if source is not None else type(base.structure).__name__
+        if text is not None:
+            inputs: Given = text_tokens(Path(text), source, tokens=tokens, batch=batch)
+        elif example_inputs is not None or not hasattr(base.structure, "config"):
+            inputs = None if example_inputs is None else given(example_inputs, base.structure)
+        else:
+            inputs = random_tokens(base.structure, tokens=tokens, batch=batch, seed=seed)
+        tell("mapping the residual stream", 0, 0)
+        found = _proven(base, inputs, name)
+    # A text is ids alone; plans are made, and weights audited, by all that the model takes.
+    whole = found if text is None else _proven(base, example_inputs, name)
+    patched = source is not None and source.patched is not None  # a recipe takes the place of the patch
+    plain = of_source(source, seed, patched=False) if source is not None and patched and recipes else base
+    known = whole if plain is base else None
+    ground = cache(lambda reinit: to_plan_on(plain, known, source, reinit=reinit, example=example_inputs))
     subjects: list[Subject | StabilityReport] = [base]
-    for recipe, shown in zip(recipes, _names(recipes), strict=True):
+    for request, shown in zip(requests, _names(requests), strict=True):
         tell(f"planning {shown}", 0, 0)  # whatever is refused is refused before anything is measured
         try:
-            subject = with_recipe(plain or base, recipe, source=source, reinit=reinit, seed=seed, options=options)
-            subjects.append(dataclasses.replace(subject, recipe=shown))
+            subjects.append(dataclasses.replace(with_recipe(plain, ground(request.reinit), request), recipe=shown))
         except Refused as error:
             subjects.append(_refused(error, name, shown, base))
-    audit = audit_subject(base, name, source=source, example_inputs=example_inputs, progress=tell)
+    audit = audit_subject(base, whole, name, progress=tell)
     setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
-    found = []
+    reports = []
     while subjects:  # one model's weights in memory at a time
-        next_one = subjects.pop(0)
-        if isinstance(next_one, StabilityReport):
-            found.append(next_one)
+        subject = subjects.pop(0)
+        if isinstance(subject, StabilityReport):
+            reports.append(subject)
             continue
-        subject = next_one
-        own = audit if subject.recipe is None else None
+        own = audit if subject is base else None
         learned = audit.learned and (own is not None or reinit != "all")
-
         about = _about(subject.recipe or "as it is", tell) if recipes else tell
         try:
-            judge = _Judge(limits, own, learned, partial(_remedy, subject, source))
-            found.append(_check(subject, setting, inputs, judge, about))
+            about("mapping the residual stream", 0, 0)
+            judge = _Judge(limits, own, learned, partial(_remedy, subject, partial(ground, "all"), read))
+            mapped = found if subject is base else _proven(subject, inputs, name)
+            reports.append(_check(subject, mapped, setting, judge, about))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise _too_large(subject, setting, error) from error
-    if example_inputs is None and 0 < found[0].tokens < tokens:
-        what = f"sequences of {found[0].tokens} tokens, not {tokens}: the model has no more positions"
-        findings = (*found[0].findings, Finding("tokens", "note", what))
-        found[0] = dataclasses.replace(found[0], findings=findings)
-    return dataclasses.replace(found[0], models=tuple(found[1:]))
+    if example_inputs is None and 0 < reports[0].tokens < tokens:
+        what = f"sequences of {reports[0].tokens} tokens, not {tokens}: the model has no more positions"
+        findings = (*reports[0].findings, Finding("tokens", "note", what))
+        reports[0] = dataclasses.replace(reports[0], findings=findings)
+    return dataclasses.replace(reports[0], models=tuple(reports[1:]))
 
 
-def _names(recipes: Sequence[str]) -> list[str]:
+def _proven(subject: Subject, inputs: Given, name: str) -> Followed:
+    """The streams of a model and their map, for what it is measured on.
+
+    Raises:
+        Refused: the map is not proven.
+    """
+    found = followed(subject.structure, trace(subject.structure, inputs), name)
+    if not found.residual.proven:
+        raise Refused(
+            what="its residual stream is not proven, so what would be measured is not known",
+            where=name,
+            why="; ".join(found.residual.leaks[:3]),
+            remedy="`spikepatch inspect` shows the map; please report the architecture",
+        )
+    return found
+
+
+def _names(requests: Sequence[Request]) -> list[str]:
     """What the compared recipes are called; as they were given, where several have the same name."""
-    names = [find_recipe(recipe).name for recipe in recipes]
-    return [given if names.count(name) > 1 else name for given, name in zip(recipes, names, strict=True)]
+    names = [request.base.name for request in requests]
+    return [str(r.given) if names.count(r.base.name) > 1 else r.base.name for r in requests]
 
 
 def _about(model: str, progress: Progress) -> Progress:
@@ -184,17 +209,22 @@ def _refused(error: Refused, source: str, recipe: str, base: Subject) -> Stabili
     )
 
 
-def _remedy(subject: Subject, source: Source | None, whole: ResidualMap, *, untie: bool = False) -> str:
+def _remedy(
+    subject: Subject, fresh: Callable[[], Mapped], read: Collection[str], whole: ResidualMap, *, untie: bool = False
+) -> str:
     """What makes a fresh model of it that is not at risk; planned for it, and empty where nothing can be.
 
     Args:
+        fresh: what is planned on where nothing is kept.
+        whole: the map of the subject.
         untie: the same recipe with a head of its own.
     """
+    source = fresh().source
     if untie:
-        return of_a_tied_head(subject.recipe, source, subject.structure, whole) if subject.recipe is not None else ""
-    if subject.recipe is not None or (source is not None and source.patched is not None):
+        return of_a_tied_head(Mapped(subject.structure, whole, source), subject.request) if subject.request else ""
+    if subject.request is not None or (source is not None and source.patched is not None):
         return "another recipe: `spikepatch recipes` lists them"
-    return of_a_source(source) if source is not None else of_a_model(subject.structure, whole)
+    return of_a_model(fresh()) if source is None else of_a_source(fresh(), source, read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,25 +249,8 @@ class _Setting:
     lr: float
 
 
-def _check(
-    subject: Subject,
-    setting: _Setting,
-    inputs: Mapping[str, torch.Tensor] | None,
-    judge: _Judge,
-    progress: Progress,
-) -> StabilityReport:
-    progress("mapping the residual stream", 0, 0)
-    if inputs is None and hasattr(subject.structure, "config"):
-        inputs = random_tokens(subject.structure, tokens=setting.tokens, batch=setting.batch, seed=setting.seed)
-    graph = trace(subject.structure, inputs)
-    residual = map_of(subject.structure, graph, setting.source)
-    if not residual.proven:
-        raise Refused(
-            what="its residual stream is not proven, so what would be measured is not known",
-            where=setting.source,
-            why="; ".join(residual.leaks[:3]),
-            remedy="`spikepatch inspect` shows the map; please report the architecture",
-        )
+def _check(subject: Subject, found: Followed, setting: _Setting, judge: _Judge, progress: Progress) -> StabilityReport:
+    residual, graph = found.residual, found.streams[0].facts.trace
     ids = next((x for x in graph.inputs.values() if not x.is_floating_point()), None)
     draft = StabilityReport(
         source=setting.source,
@@ -253,10 +266,8 @@ def _check(
         batch=ids.shape[0] if ids is not None else 1,
         seed=setting.seed,
     )
-    streams = find(graph)
-    assert not isinstance(streams, str)
     try:
-        return _measured_all(draft, subject, streams, residual, setting, judge, progress)
+        return _measured_all(draft, subject, found.streams, residual, setting, judge, progress)
     except (RuntimeError, NotImplementedError, IndexError) as error:  # an operation of the model
         if is_out_of_memory(error):
             raise
@@ -327,6 +338,7 @@ def _measured(
         draft,
         embeddings=tuple(view.embeddings()),
         layers=layers,
+        entrances=tuple(found.entrances),
         sigma_start=start.mean if start is not None else None,
         sigma_end=end.mean if end is not None else None,
         initial_loss=found.loss,

@@ -19,6 +19,7 @@ from spikepatch.preflight.bounds import gaussian_norm
 from spikepatch.preflight.deep import heads_jacobian, jacobian, same_values, steepest
 from spikepatch.preflight.jacobian import STEPS, SpectralNorm, matrix_norm
 from spikepatch.preflight.program import NodeValues, Piece, Program, Sublayer, Weights, is_float, run_piece
+from spikepatch.preflight.result import EntranceReport
 from spikepatch.progress import Progress
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import LOOKUPS, op, operands, table_of
@@ -72,6 +73,7 @@ class Measurement:
     weights: dict[str, WeightStats] = field(default_factory=dict)
     sublayers: list[SublayerStats] = field(default_factory=list)
     token_sigma: Sigma | None = None
+    entrances: list[EntranceReport] = field(default_factory=list)
     start: Sigma | None = None
     end: Sigma | None = None
     loss: float | None = None
@@ -117,11 +119,14 @@ def _forward(
         saved.append(inputs)
         mine = [s for s in program.sublayers if i and s.point is program.pieces[i - 1].point]
         wanted = {*program.alive[i], piece.point, *(n for s in mine for n in s.outputs)}
+        entrances = {node: e for node, e in _entrances(program, residual).items() if i == 0 and node in piece.nodes}
+        wanted.update(n for node in entrances for n in (node, program.stream.facts.carries[node][0]))
         with torch.no_grad():
             values |= run_piece(program, piece, values, parameters, wanted & set(piece.nodes))
         sizes = [_sizes(program, residual, sublayer, values) for sublayer in mine]
         found.sublayers += _with_jacobians(program, piece, mine, sizes, inputs, parameters, found) if deep else sizes
         found.finite &= all(bool(v.isfinite().all()) for n, v in values.items() if n is piece.point and is_float(v))
+        found.entrances += [_entered(program, residual, *entrance, values) for entrance in entrances.items()]
         if i == 0:
             found.start = size_at(program, residual, piece.point, values[piece.point])
         if i == len(program.pieces) - 2:
@@ -135,6 +140,28 @@ def size_at(program: Program, residual: ResidualMap, point: Node, value: torch.T
     readers = [norm for norm in program.stream.facts.norm_at.values() if same_values(point, norm.input)]
     each = sigma(value, norm_kind(readers, residual))
     return Sigma(float(each.mean()), float(each.min()))
+
+
+def _entrances(program: Program, residual: ResidualMap) -> dict[Node, tuple[str, ...]]:
+    """Where features enter -> the inputs that they are computed from."""
+    named = iter(residual.entrances)
+    nodes = [node for node, features in program.stream.entrances.items() for _ in features]
+    found: dict[Node, tuple[str, ...]] = {}
+    for node, entrance in zip(nodes, named, strict=False):
+        found[node] = tuple(dict.fromkeys((*found.get(node, ()), *entrance.inputs)))
+    return found
+
+
+def _entered(
+    program: Program, residual: ResidualMap, node: Node, inputs: tuple[str, ...], values: NodeValues
+) -> EntranceReport:
+    """sigma where ``node`` put features in the place of tokens, or added them; and where it did not."""
+    whole, before = values[node], values[program.stream.facts.carries[node][0]]
+    entered = (whole != before).any(-1)
+    means = [
+        size_at(program, residual, node, whole[rows]).mean if bool(rows.any()) else None for rows in (entered, ~entered)
+    ]
+    return EntranceReport(inputs, means[0], means[1])
 
 
 def _sizes(program: Program, residual: ResidualMap, sublayer: Sublayer, values: NodeValues) -> SublayerStats:

@@ -135,6 +135,7 @@ def _findings(
     if not finite:
         yield Finding("non-finite", "unstable", _NOT_FINITE)
     yield from _stream(report, residual, limits)
+    yield from _entrances(report, residual, limits, remedy)
     excess, limit = report.eq15_excess_layer1, limits.excess * math.sqrt(CALIBRATED / report.sublayers)
     if excess is not None and excess >= limit:
         yield Finding(
@@ -184,6 +185,27 @@ def _stream(report: StabilityReport, residual: ResidualMap, limits: Thresholds) 
         "Eq. 14",
         "" if small else "give the embedding a std near 1",
     )
+
+
+def _entrances(
+    report: StabilityReport, residual: ResidualMap, limits: Thresholds, remedy: Callable[..., str]
+) -> Iterator[Finding]:
+    """Where tokens have a large shortcut and features none: the ratios above are of all positions together."""
+    unit, _ = _unit(report, residual) if residual.residual_projections else (1.0, "")
+    for entrance in report.entrances:
+        size, others = entrance.sigma, entrance.others
+        if size is None or others is None or not size / unit < limits.stream_low <= others / unit:
+            continue
+        yield Finding(
+            "entrance",
+            "at-risk",
+            f"features of {' and '.join(entrance.inputs)} enter the stream with a std of {size:.3g}, where tokens have"
+            f" {others:.3g}: a small shortcut at their positions",
+            size / unit,
+            limits.stream_low,
+            "Eq. 14",
+            remedy(),
+        )
 
 
 def _unit(report: StabilityReport, residual: ResidualMap) -> tuple[float, str]:

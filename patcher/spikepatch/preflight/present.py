@@ -27,6 +27,7 @@ def summary_table(report: StabilityReport, thresholds: Thresholds, *, details: b
         ("verdict", _verdict),
         ("weights", lambda m: m.weights),
         ("stream entering layer 1, std (near 1)", lambda m: number(m.sigma_start)),
+        *((f"of it, {', '.join(e)}", partial(_entrance, e)) for e in _inputs(models)),
         (f"gradient, first over last (below {thresholds.ratio_at_risk:g})", lambda m: number(m.gradient_ratio)),
         (f"Eq. 15 excess at layer 1 (below {excess:.2g})", lambda m: number(m.eq15_excess_layer1)),
         ("initial loss (near log V)", lambda m: f"{number(m.initial_loss)} ({number(m.log_vocab)})"),
@@ -39,7 +40,7 @@ def summary_table(report: StabilityReport, thresholds: Thresholds, *, details: b
     ]
     groups = dict.fromkeys(name for m in models for name in m.gradients)
     rows += [(f"gradient of {group}", partial(_gradient, group)) for group in groups]
-    rows = rows if details else rows[:_SHOWN]
+    rows = rows if details else rows[: _SHOWN + len(_inputs(models))]
     if report.steps:
         last = f"after {len(report.steps) - 1} steps"
         rows += [
@@ -50,6 +51,16 @@ def summary_table(report: StabilityReport, thresholds: Thresholds, *, details: b
     shown = [(label, *(value(m) for m in models)) for label, value in rows]
     kept = [row for row in shown if any(entry not in {"-", "- (-)"} for entry in row[1:])]
     return Table("", ("", *(m.name for m in models)), tuple(kept))
+
+
+def _inputs(models: Iterable[StabilityReport]) -> list[tuple[str, ...]]:
+    return list(dict.fromkeys(entrance.inputs for model in models for entrance in model.entrances))
+
+
+def _entrance(inputs: tuple[str, ...], report: StabilityReport) -> str:
+    """The size at the features' positions, and at the others."""
+    found = next((e for e in report.entrances if e.inputs == inputs), None)
+    return f"{number(found.sigma)} (others {number(found.others)})" if found is not None else "-"
 
 
 def _gradient(group: str, report: StabilityReport) -> str:

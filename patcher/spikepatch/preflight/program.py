@@ -11,10 +11,10 @@ Every number is at least float32, whatever the model's dtype: what is measured i
 from __future__ import annotations
 
 import dataclasses
-import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spikepatch.errors import Refused
-from spikepatch.residual.execute import in_single
+from spikepatch.residual.execute import compute, execute
 from spikepatch.residual.kinds import sublayers_of
 from spikepatch.residual.map import SublayerKind
 from spikepatch.residual.ops import FUSED_ATTENTION, VIEWS, behind_views, op, operands, writes
@@ -247,36 +247,25 @@ def _constants(program: Program) -> NodeValues:
 
 def _execute(program: Program, nodes: Sequence[Node], values: NodeValues, keep: set[Node] | None = None) -> None:
     """Run ``nodes`` into ``values``; with ``keep`` given, drop all others after their last use among ``nodes``."""
-
-    def value(node: Node) -> Any:
-        return values[node] if node in values else program.static[node]
-
-    last: dict[Node, Node] = {a: node for node in nodes for a in operands(node)} if keep is not None else {}
-    for node in nodes:
-        if op(node):
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
-            values[node] = _call(node, args, kwargs, program.device)
-        if keep is not None:
-            for argument in operands(node):
-                if last[argument] is node and argument not in keep:
-                    values.pop(argument, None)
+    execute(
+        nodes,
+        values,
+        value=lambda node: values[node] if node in values else program.static[node],
+        call=partial(_call, program.device),
+        keep=keep,
+    )
 
 
-def _call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Any:
-    """One operation, on ``device``, at no less than float32, by kernels that can be differentiated twice."""
-    args = [in_single(a, device) for a in args]
-    kwargs = {name: in_single(value, device) for name, value in kwargs.items()}
-    if node.target is operator.getitem:
-        return args[0][args[1]]
+def _call(device: torch.device, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """By kernels that can be differentiated twice."""
     if op(node) in _GROUPED:
         return _grouped(*args, **kwargs)
     if op(node) == "histc":
         args = [args[0].float(), *args[1:]]  # counts of integers, which the CPU lacks
-    assert callable(node.target)
     if op(node) in FUSED_ATTENTION and torch.is_grad_enabled():
         with sdpa_kernel(SDPBackend.MATH):
-            return node.target(*args, **kwargs)
-    return node.target(*args, **kwargs)
+            return compute(node, args, kwargs, device)
+    return compute(node, args, kwargs, device)
 
 
 def _grouped(

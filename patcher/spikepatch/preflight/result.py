@@ -51,6 +51,17 @@ class EmbeddingReport:
 
 
 @dataclass(frozen=True)
+class EntranceReport:
+    """Where features of images or sounds enter the stream at its start: its size at their positions and at all others.
+    None: there are none, or the model writes over its tokens, so that they cannot be told apart.
+    """
+
+    inputs: tuple[str, ...]
+    sigma: float | None
+    others: float | None
+
+
+@dataclass(frozen=True)
 class WeightReport:
     """A matrix of a sub-layer: its std over the paper's sqrt(2/(5d)), and ||W|| over that of a Gaussian (None: 3-D)."""
 
@@ -127,6 +138,7 @@ class StabilityReport:
         audit: of the weights as they are; None for a recipe and for a further stream.
         findings: what it rests on.
         embeddings, layers: what was measured at each table, and at each sub-layer of each layer.
+        entrances: the stream's size at each kind of position, where images or sounds enter it.
         sigma_start, sigma_end: of the stream entering the first sub-layer and after the last.
         initial_loss, log_vocab: next-token loss on random or given tokens; None where the output holds no logits.
         gradient_ratio: ||dL/dx|| at the first layer's input over that at the last layer's.
@@ -162,6 +174,7 @@ class StabilityReport:
     findings: tuple[Finding, ...] = ()
     embeddings: tuple[EmbeddingReport, ...] = ()
     layers: tuple[LayerReport, ...] = ()
+    entrances: tuple[EntranceReport, ...] = ()
     sigma_start: float | None = None
     sigma_end: float | None = None
     initial_loss: float | None = None

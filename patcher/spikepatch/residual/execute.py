@@ -1,11 +1,14 @@
-"""Parts of a traced graph run on real numbers: on the CPU, in float32, at full width."""
+"""Parts of a traced graph run on real numbers, at full width and in at least float32.
+
+``torch.fx.Interpreter`` runs a graph from its first node to its last. Here it is a part that is run, of a graph whose
+parameters have no memory: what is not computed is asked for, and what nobody reads any more is dropped.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +20,50 @@ from spikepatch.residual.trace import Trace
 
 #: Rows of a stand-in table: the example's ids are below this, and learned positions start at small offsets.
 ROWS = 64
+
+
+def execute(
+    nodes: Sequence[Node],
+    values: dict[Node, Any],
+    *,
+    value: Callable[[Node], Any],
+    call: Callable[[Node, list[Any], dict[str, Any]], Any],
+    keep: Collection[Node] | None = None,
+) -> None:
+    """Run ``nodes``, in execution order, into ``values``.
+
+    Args:
+        value: of a node that one of them reads, computed or not.
+        call: what a node computes from these; see ``compute``.
+        keep: where it is given, all other values are dropped after their last use among ``nodes``.
+    """
+    last: dict[Node, Node] = {a: node for node in nodes for a in operands(node)} if keep is not None else {}
+    for node in nodes:
+        if op(node):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
+            values[node] = call(node, list(args), dict(kwargs))
+        if keep is not None:
+            for argument in operands(node):
+                if last[argument] is node and argument not in keep:
+                    values.pop(argument, None)
+
+
+def compute(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Any:
+    """One operation, on ``device`` and in at least float32, whatever the model's: what is measured is no rounding."""
+    args = [_in_single(argument, device) for argument in args]
+    kwargs = {name: _in_single(argument, device) for name, argument in kwargs.items()}
+    if node.target is operator.getitem:
+        return args[0][args[1]]
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _in_single(argument: Any, device: torch.device) -> Any:
+    """A traced operation's argument: ``device`` for the meta device, float32 for a narrower dtype of the model's."""
+    if isinstance(argument, torch.device):
+        return device
+    reduced = isinstance(argument, torch.dtype) and argument in {torch.bfloat16, torch.float16}
+    return torch.float32 if reduced else argument
 
 
 def run(
@@ -34,37 +81,32 @@ def run(
         instead: nodes whose values are those of others.
     """
 
-    def read(node: Node) -> list[Node]:
-        return [instead[node]] if node in instead else [] if node in values else operands(node)
-
+    given: dict[Node, Any] = dict(values)
     needed: set[Node] = set()
     todo = list(wanted)
     while todo:
         node = todo.pop()
         if node not in needed:
             needed.add(node)
-            todo.extend(read(node))
-    waiting = Counter(a for node in needed for a in read(node)) + Counter(wanted)
-    results: dict[Node, Any] = {}
-    for node in sorted(needed):  # as they stand in the graph
-        if node in instead:
-            results[node] = results[instead[node]]
-        elif node in values:
-            results[node] = values[node]
-        elif node in trace.buffers:
+            todo.extend([instead[node]] if node in instead else [] if node in given else operands(node))
+    for node in needed - given.keys():
+        if node in trace.buffers:
             buffer = trace.buffers[node].cpu()
-            results[node] = buffer.float() if buffer.is_floating_point() else buffer
+            given[node] = buffer.float() if buffer.is_floating_point() else buffer
         elif node in trace.inputs:
-            results[node] = _input(trace.inputs[node], seeds[node])
+            given[node] = _input(trace.inputs[node], seeds[node])
         elif node in trace.parameters:
-            results[node] = _parameter(shape(node))
-        elif op(node):
-            results[node] = _call(node, *torch.fx.node.map_arg((node.args, node.kwargs), lambda n: results[n]))
-        for argument in read(node):  # what nobody reads any more is freed
-            waiting[argument] -= 1
-            if not waiting[argument]:
-                results.pop(argument, None)
-    return {node: results[node] for node in wanted}
+            given[node] = _parameter(shape(node))
+    computed = sorted(needed - given.keys() - instead.keys())  # as they stand in the graph
+    results: dict[Node, Any] = {}
+
+    def value(node: Node) -> Any:
+        while node in instead:
+            node = instead[node]
+        return given[node] if node in given else results[node]
+
+    execute(computed, results, value=value, call=_call, keep={*wanted, *instead.values()})
+    return {node: value(node) for node in wanted}
 
 
 def _parameter(size: tuple[int, ...]) -> torch.Tensor:
@@ -74,25 +116,11 @@ def _parameter(size: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(1)) / math.sqrt(size[-1])
 
 
-def in_single(argument: Any, device: torch.device) -> Any:
-    """A traced operation's argument: ``device`` for the meta device, float32 for a narrower dtype of the model's."""
-    if isinstance(argument, torch.device):
-        return device
-    reduced = isinstance(argument, torch.dtype) and argument in {torch.bfloat16, torch.float16}
-    return torch.float32 if reduced else argument
-
-
-def _call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """On the CPU and in float32, whatever the model's device and precision: a factor is not to be rounded."""
-    cpu = torch.device("cpu")
-    args = [in_single(argument, cpu) for argument in args]
-    kwargs = {name: in_single(argument, cpu) for name, argument in kwargs.items()}
-    if node.target is operator.getitem:
-        return args[0][args[1]]
+def _call(node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """On the CPU; the row numbers of a lookup fit its stand-in table, which is shorter."""
     if op(node) in LOOKUPS:
-        args[1] = args[1] % len(args[0])  # the stand-in table is shorter
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+        args[1] = args[1] % len(args[0])
+    return compute(node, args, kwargs, torch.device("cpu"))
 
 
 def _input(example: torch.Tensor, seed: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ values carry the residual stream. Each is computed in a single pass in execution
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -26,7 +27,7 @@ class Facts:
         inputs: of these nodes -> the inputs that they are computed from, as data.
         forms: what parts of the graph compute, as far as it was measured; another pass of the model may know it.
         norm_at: nodes that are a norm's output -> the norm.
-        carries: nodes that carry the stream -> the operands through which they do; computed anew for another root.
+        carries: nodes that carry the stream -> the operands through which they do.
     """
 
     def __init__(self, trace: Trace, forms: Forms | None = None) -> None:
@@ -39,7 +40,13 @@ class Facts:
         self.varies: set[Node] = self._input_dependent()
         self.inputs: dict[Node, frozenset[Node]] = self._inputs_of_data()
         self.norm_at: dict[Node, NormNode] = norms(trace, self.data, self.weight, self.forms)
-        self.carries: dict[Node, list[Node]] = self.carriers(None)
+        self.carries: dict[Node, list[Node]] = self._carriers(None)
+
+    def rooted(self, root: Node) -> Facts:
+        """The same facts for a stream that begins at ``root``: more nodes carry it."""
+        other = copy.copy(self)
+        other.carries = self._carriers(root)
+        return other
 
     def _weight_views(self) -> dict[Node, str]:
         """Nodes that are one parameter, seen through views, casts, gathers and constant factors -> its name."""
@@ -100,7 +107,7 @@ class Facts:
             return shape(operands(node)[1])[1] > 1  # (out, in / groups, *kernel)
         return op(node) in ops.MATMULS
 
-    def carriers(self, root: Node | None) -> dict[Node, list[Node]]:
+    def _carriers(self, root: Node | None) -> dict[Node, list[Node]]:
         """Nodes that carry the stream -> the operands through which they do (none for a lookup or the ``root``)."""
         carries: dict[Node, list[Node]] = {}
         for node in self.nodes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass
 
 from torch import nn
 from torch.fx import Node
@@ -26,7 +27,7 @@ from spikepatch.residual.map import (
     Use,
     UseRole,
 )
-from spikepatch.residual.names import layers, own_name, tied
+from spikepatch.residual.names import layers, own_name
 from spikepatch.residual.norms import NormNode
 from spikepatch.residual.ops import behind_views, op, operands, place, table_of
 from spikepatch.residual.stream import Stream, find, projections
@@ -35,6 +36,7 @@ from spikepatch.residual.ways import compared
 from spikepatch.residual.weights import fan, gain, matrix_weight
 from spikepatch.source.meta import build_meta, check_default_device, unwrapped
 from spikepatch.source.private import is_transformers_model
+from spikepatch.source.tied import tied
 
 #: Views of a part, which is no copy.
 _PARTS = frozenset(("split", "chunk", "split_with_sizes"))
@@ -61,11 +63,19 @@ def inspect(model: nn.Module, *, example_inputs: Given = None, source: str = "")
     source = source or type(model).__name__
     if any(buffer.is_meta for buffer in model.buffers()) and is_transformers_model(model):
         model = build_meta(type(model), model.config, where=source)  # some embeddings' factor is the value of a buffer
-    return map_of(model, trace(model, example_inputs), source)
+    return followed(model, trace(model, example_inputs), source).residual
 
 
-def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
-    """The map of ``model`` from its traced forward pass; see ``inspect``."""
+@dataclass(frozen=True)
+class Followed:
+    """The streams of one traced pass, and the map of them."""
+
+    streams: tuple[Stream, ...]
+    residual: ResidualMap
+
+
+def followed(model: nn.Module, graph: Trace, source: str) -> Followed:
+    """Find and prove the streams of ``model`` in its traced forward pass; see ``inspect``."""
     streams = find(graph)
     if isinstance(streams, str):
         raise Refused(
@@ -82,7 +92,7 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
     )
     strayed, unknown = compared(model, graph, streams) if main.proven else ((), ())
     leaks = (*strayed, *main.leaks)
-    return dataclasses.replace(
+    found = dataclasses.replace(
         whole,
         unread=unread,
         uses=tuple(_uses(model, streams, unread)),
@@ -90,6 +100,7 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
         proven=not leaks,
         conditions=(*unknown, *_parts_not_run(model, whole, unread)),
     )
+    return Followed(streams, found)
 
 
 def _unread(model: nn.Module, graph: Trace) -> tuple[str, ...]:

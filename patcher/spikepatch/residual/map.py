@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from spikepatch.source.typed import parsed
 
 SublayerKind = Literal["attention", "cross-attention", "mlp", "moe", "mixer"]
 NormRole = Literal["embedding", "pre", "post", "branch", "final", "qk", "inner"]
@@ -229,31 +231,7 @@ class ResidualMap:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ResidualMap:
         """The inverse of ``json.loads(self.to_json())``."""
-
-        def many(kind: type[Any], items: Iterable[Mapping[str, Any]]) -> tuple[Any, ...]:
-            return tuple(kind(**item) for item in items)
-
-        return cls(
-            **{
-                **data,
-                "leaks": tuple(data["leaks"]),
-                "reaches": tuple(data["reaches"]),
-                "embeddings": many(Embedding, data["embeddings"]),
-                "residual_projections": tuple(
-                    ResidualProjection(**{**item, "between": many(Between, item["between"])})
-                    for item in data["residual_projections"]
-                ),
-                "norms": many(Norm, data["norms"]),
-                "head": Head(**data["head"]) if data["head"] else None,
-                "matrices": many(Matrix, data["matrices"]),
-                "tied": tuple(tuple(names) for names in data["tied"]),
-                "streams": tuple(cls.from_dict(stream) for stream in data["streams"]),
-                "entrances": tuple(Entrance(**{**e, "inputs": tuple(e["inputs"])}) for e in data["entrances"]),
-                "uses": many(Use, data["uses"]),
-                "unread": tuple(data["unread"]),
-                "conditions": tuple(data["conditions"]),
-            }
-        )
+        return parsed(cls, data)
 
     @property
     def token_embedding(self) -> Embedding | None:

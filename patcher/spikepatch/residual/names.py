@@ -14,7 +14,7 @@ def layers(model: nn.Module, parameters: list[str]) -> dict[str, int]:
     blocks = list(dict.fromkeys(block for name in parameters if (block := _block(model, name)) is not None))
     indices = [block.rpartition(".")[2] for block in blocks]
     lists = {block.rpartition(".")[0] for block in blocks}
-    if len(lists) > 1 and all(i.isdigit() for i in indices):
+    if len(lists) > 1 and all(i.isdecimal() for i in indices):
         numbers = [int(i) for i in indices]
         if numbers == sorted(numbers):
             return dict(zip(blocks, numbers, strict=True))
@@ -30,14 +30,6 @@ def _block(model: nn.Module, parameter: str) -> str | None:
             if isinstance(holder, kinds):
                 return ".".join(parts[: i + 1])
     return None
-
-
-def tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Groups of names that are one parameter; first the one that ``named_parameters()`` gives."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
 def own_name(model: nn.Module, parameter: str, module: str) -> str:

@@ -190,14 +190,14 @@ def _measured(trace: Trace, part: _Part) -> tuple[NormKind, float] | None:
 
 
 def _eps_of(part: _Part, gain: float, width: int) -> float:
-    """eps as it is written, from what tiny values are multiplied with: it stands under the root, behind it, or with the
-    length of x instead of its RMS.
+    """eps as it is written, from what tiny values are multiplied with: it stands under the root or behind it, and with
+    the length of x instead of its RMS.
     """
     measured = gain**-2 if 0 < gain < math.inf else 0.0
     if measured < 10 * _TINY**2:
         return 0.0
     numbers = [a for node in part.nodes for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
-    for meant in (measured, math.sqrt(measured), math.sqrt(measured * width)):
+    for meant in (measured, measured * width, math.sqrt(measured), math.sqrt(measured * width)):
         for number in numbers:
             if math.isclose(number, meant, rel_tol=_ABOUT):
                 return float(f"{number:.6g}")  # torch writes out some norms with their eps rounded to float32

@@ -69,10 +69,10 @@ def find(trace: Trace, forms: Forms | None = None) -> tuple[Stream, ...] | str:
     source = _foreign_output(main)
     if source is None:
         return (main,)
-    other = _locate(Facts(trace, facts.forms), source, frozenset())
+    other = _locate(facts, source, frozenset())
     if isinstance(other, str):
         return (main,)
-    again = _at(facts, trace.output, other.spine | {source})  # sub-layers end where the other stream begins
+    again = _at(main.facts, trace.output, other.spine | {source})  # sub-layers end where the other stream begins
     return (main if isinstance(again, str) else again, other)
 
 
@@ -83,22 +83,17 @@ def _locate(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str
         return found
     nearest: Stream | None = None
     for root in _possible_roots(facts, output):
-        facts.carries = facts.carriers(root)
-        rooted = _at(facts, output, beyond)
+        rooted = _at(facts.rooted(root), output, beyond)
         if not isinstance(rooted, Stream) or root not in rooted.spine:
             continue
         if not rooted.leaks:
             return rooted
         nearest = nearest or rooted
-    if isinstance(found, Stream) or nearest is None:
-        facts.carries = facts.carriers(None)
-        return found
-    facts.carries = nearest.facts.carries
-    return nearest
+    return found if isinstance(found, Stream) or nearest is None else nearest
 
 
 def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
-    """The stream that ends before ``output``, by the carriers that ``facts`` has now; sub-layers end at ``beyond``."""
+    """The stream that ends before ``output``, by the carriers of ``facts``; sub-layers end at ``beyond``."""
     frontier = _first_carriers(facts, output)
     if not frontier:
         return no_sum(facts, output)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from spikepatch.residual.map import pattern
+
 if TYPE_CHECKING:
     from spikepatch.residual.map import Matrix, Norm, ResidualMap, ResidualProjection
 
@@ -26,8 +28,8 @@ def _unread(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
     """Modules whose parameters the traced pass did not read, equal ones of all layers together."""
     modules: dict[str, set[int]] = {}
     for name in dict.fromkeys(name.rpartition(".")[0] or name for name in residual.unread):
-        numbers = [int(part) for part in name.split(".") if part.isdigit()]
-        modules.setdefault(_starred(name), set()).update(numbers if len(numbers) == 1 else ())
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        modules.setdefault(pattern(name), set()).update(numbers if len(numbers) == 1 else ())
     for module, layers in modules.items():
         yield "never read", module, _ranges(sorted(layers)), "by the inputs of the traced pass"
 
@@ -76,13 +78,13 @@ def _rows(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
     for m in residual.matrices:
         if m.parameter not in projections:
             detail = f"{m.kind}, {_fan(m)}{', reads the stream' if m.reads_stream else ''}"
-            found.setdefault(("matrix", _starred(m.parameter), detail), []).append(layer_of.get(m.sublayer))
+            found.setdefault(("matrix", pattern(m.parameter), detail), []).append(layer_of.get(m.sublayer))
     matrices = {m.parameter: m for m in residual.matrices}
     for p in residual.residual_projections:
-        row = ("residual projection", _starred(p.parameter), _projection(p, matrices.get(p.parameter)))
+        row = ("residual projection", pattern(p.parameter), _projection(p, matrices.get(p.parameter)))
         found.setdefault(row, []).append(p.layer)
     for n in residual.norms:
-        found.setdefault((f"{n.role} norm", _starred(n.module), _norm(n)), []).append(n.layer)
+        found.setdefault((f"{n.role} norm", pattern(n.module), _norm(n)), []).append(n.layer)
     for (part, name, detail), layers in found.items():
         yield part, name, _ranges(sorted({layer for layer in layers if layer is not None})), detail
     if residual.head is not None:
@@ -115,12 +117,8 @@ def _norm(norm: Norm) -> str:
 def _short(name: str) -> str:
     """The name inside its layer: what follows the first number."""
     parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[numbers[0] + 1 :] if numbers else parts)
-
-
-def _starred(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _ranges(layers: list[int]) -> str:

@@ -12,9 +12,8 @@ from functools import partial
 from spikepatch.progress import Progress, silent
 from spikepatch.quiet import quiet
 
-#: Told a step, how much of it is done, and how much there is.
-#: Fetches a file by its name, and tells how many of its bytes have arrived.
-Fetch = Callable[[str, Callable[[int], None]], None]
+#: Fetches a file by its name, and tells how many of its bytes have arrived; what it returns is kept with the file.
+Fetch = Callable[[str, Callable[[int], None]], object]
 
 _REPORT_SECONDS = 0.2
 #: A run that stops waits so long for the file under way, which ends with its next piece and leaves no part of itself.
@@ -37,7 +36,7 @@ class Arrivals:
         self._sizes = dict(sizes)
         self._fetch = fetch
         self._report: Progress = report or silent
-        self._futures: dict[str, Future[None]] = {}
+        self._futures: dict[str, Future[object]] = {}
         self._arrived: dict[str, int] = {}
         self._stopped = threading.Event()
 
@@ -45,6 +44,11 @@ class Arrivals:
     def missing(self) -> int:
         """Bytes of the files that are not there."""
         return sum(size for file, size in self._sizes.items() if not self._is_there(file))
+
+    @property
+    def there(self) -> dict[str, object]:
+        """Of each file that has arrived, what ``fetch`` has returned."""
+        return {file: future.result() for file, future in self._futures.items() if self._is_there(file)}
 
     def wait(self, file: str) -> None:
         """Return once ``file`` is there.
@@ -97,14 +101,12 @@ class Arrivals:
         failure: BaseException | None = None
         for file in files:
             try:
-                if failure is None:
-                    self._note(file, 0)
-                    self._fetch(file, partial(self._note, file))
+                if failure is not None:
+                    raise failure
+                self._note(file, 0)
+                self._futures[file].set_result(self._fetch(file, partial(self._note, file)))
             except BaseException as error:  # it is raised where the file is waited for
                 failure = error
-            if failure is None:
-                self._futures[file].set_result(None)
-            else:
                 self._futures[file].set_exception(failure)
 
     def _note(self, file: str, arrived: int) -> None:

@@ -40,8 +40,8 @@ class Checkpoint:
     Attributes:
         shards: file names, in the order in which the index first names them; one for a single file.
         tensors: name -> entry; shard by shard, in the order of their bytes.
-        stamps: file -> its size, time of last change and inode, before its header was read; of files that are there.
-        arrivals: the files that are not there yet. Reading a tensor waits for its file.
+        stamps: file -> its size, time of last change and inode, before its header was read; of files that were there.
+        arrivals: the files that were not, with their stamps once they are. Reading a tensor waits for its file.
     """
 
     folder: Path
@@ -103,7 +103,7 @@ def read_checkpoint(folder: Path, snapshot: hub.Snapshot | None = None, report: 
             remedy="; ".join(dict.fromkeys(finding.remedy for finding in findings)),
         )
     expected = {shard: header for shard, header in away.items() if not isinstance(header, MalformedError)}
-    arrivals = _arrivals(snapshot, expected, stamps, report)
+    arrivals = _arrivals(snapshot, expected, report)
     for name, entry in tensors.items():
         if entry.file.name in expected:
             tensors[name] = dataclasses.replace(entry, wait=partial(arrivals.wait, entry.file.name))
@@ -112,7 +112,8 @@ def read_checkpoint(folder: Path, snapshot: hub.Snapshot | None = None, report: 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that was written to since its headers were read; to be asked once all of it has been read."""
-    for path, stamp in checkpoint.stamps.items():
+    arrived = {checkpoint.folder / name: stamp for name, stamp in checkpoint.arrivals.there.items()}
+    for path, stamp in {**checkpoint.stamps, **arrived}.items():
         if not path.exists() or _stamp(path) != stamp:
             raise changed(path, "it has another size, time of change or inode")
 
@@ -157,21 +158,20 @@ def _headers_away(snapshot: hub.Snapshot, shards: Iterable[str]) -> dict[str, _H
         return dict(zip(away, pool.map(ask, away), strict=True))
 
 
-def _arrivals(
-    snapshot: hub.Snapshot | None, expected: Mapping[str, _Header], stamps: dict[Path, _Stamp], report: Progress | None
-) -> Arrivals:
-    """The shards whose headers came from the Hub; each is checked when it arrives, and ``stamps`` gets its own."""
+def _arrivals(snapshot: hub.Snapshot | None, expected: Mapping[str, _Header], report: Progress | None) -> Arrivals:
+    """The shards whose headers came from the Hub; each is checked when it arrives, and has its stamp then."""
 
-    def fetch(shard: str, arrived: Callable[[int], None]) -> None:
+    def fetch(shard: str, arrived: Callable[[int], None]) -> _Stamp:
         assert snapshot is not None
         hub.download(snapshot, shard, arrived)
         path = snapshot.folder / shard
         try:
-            stamps[path], header = _read_shard(path)
+            stamp, header = _read_shard(path)
         except MalformedError as error:
             raise changed(path, f"what has arrived {error.problem}") from error
         if header != expected[shard]:
             raise changed(path, "what has arrived has another header")
+        return stamp
 
     sizes = {shard: max((e.end for e in entries.values()), default=0) for shard, (entries, _) in expected.items()}
     return Arrivals(sizes, fetch, report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,18 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line
 from spikepatch.quiet import quiet
+from spikepatch.source.auto_classes import PREFERRED, auto_classes, in_order
 from spikepatch.source.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
 from spikepatch.source.redirects import check_config, entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-#: In order of preference for a config that names no architecture.
-_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
-
-
 #: Auto classes whose code runs when a model is built.
 _BUILDERS = ("AutoConfig", "AutoModel", "AutoBackbone")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What config.json says of a patch: ``config.spikepatch``, as ``Plan.record`` wrote it.
+
+    Attributes:
+        recipe: its name.
+        embeddings: what is done to each embedding, by module; ``plans.edits.recorded_edits`` reads it.
+        as_code: the model runs on generated files that lie beside the weights.
+        entries: all that is recorded.
+    """
+
+    recipe: str
+    embeddings: Mapping[str, Mapping[str, Any]]
+    as_code: bool
+    entries: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,14 +47,15 @@ class Architecture:
         config, model_class: the class takes the config; of a composite model, the part that it is built from.
         auto_class: name of the class in transformers whose ``from_pretrained`` gives it.
         needs_code: it is built from Python files that came with the model.
-        patched: the record of a folder that spikepatch has written; the rest is then about the model before the patch.
+        patched: of a folder that spikepatch has written, what its config records; the rest is then about the model
+            before the patch.
     """
 
     config: PreTrainedConfig
     model_class: type[PreTrainedModel]
     auto_class: str
     needs_code: bool = False
-    patched: Mapping[str, Any] | None = None
+    patched: Recorded | None = None
 
 
 def default_architecture(model_type: str, *, where: str) -> Architecture:
@@ -120,7 +136,7 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
         return replace(found, needs_code=bool(code), patched=patched)
 
 
-def _unpatched(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _unpatched(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], Recorded | None]:
     """config.json as it was before spikepatch, and the record of what spikepatch did; (``raw``, None) for others.
 
     Raises:
@@ -130,21 +146,21 @@ def _unpatched(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[st
     kinds = {"recipe": str, "original": dict, "embeddings": dict}
     if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
         return raw, None
-    wanted = f"spikepatch_{record['original'].get('model_type')}"
-    if "auto_map" in record["original"] and raw.get("model_type") != wanted:
+    original = record["original"]
+    found = Recorded(record["recipe"], record["embeddings"], "auto_map" in original, record)
+    wanted = f"spikepatch_{original.get('model_type')}"
+    if found.as_code and raw.get("model_type") != wanted:
         raise Refused(
             "claims a patch that it does not have",
             where=where,
-            why=f"config.json records the recipe {record['recipe']}, whose model is of the type"
+            why=f"config.json records the recipe {found.recipe}, whose model is of the type"
             f" {wanted}, and has the type {raw.get('model_type')}: a plain class has"
             " loaded a patched folder and saved it without the patch",
             remedy="load the patched folder with its Auto class and trust_remote_code=True, and save that; or remove"
             ' "spikepatch" from config.json, to take it for the plain model that it is',
         )
-    before = {name: value for name, value in raw.items() if name != "spikepatch"} | record["original"]
-    return {
-        name: value for name, value in before.items() if value is not None or name not in record["original"]
-    }, record
+    before = {name: value for name, value in raw.items() if name != "spikepatch"} | original
+    return {name: value for name, value in before.items() if value is not None or name not in original}, found
 
 
 def _config_class(raw: dict[str, Any], folder: Path) -> Any:
@@ -214,7 +230,7 @@ def _remote_class(config: PreTrainedConfig, folder: Path, where: str) -> Archite
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     auto_map: dict[str, Any] = getattr(config, "auto_map", None) or {}
-    named = [auto for auto in (*_AUTO_CLASSES, *sorted(auto_map)) if auto in auto_map and auto.startswith("AutoModel")]
+    named = in_order(auto_map)
     if not named:
         return None
     try:
@@ -255,13 +271,9 @@ def _named_class(config: PreTrainedConfig, where: str) -> Architecture:
 
 
 def _preferred_class(config: PreTrainedConfig, where: str) -> Architecture:
-    """The first class of the type, in the order of ``_AUTO_CLASSES``."""
-    import transformers
-
-    from spikepatch.source.private import classes_for
-
-    for auto_class in _AUTO_CLASSES:
-        for model_class in classes_for(getattr(transformers, auto_class), type(config)):
+    """The first class of the type that one of the preferred Auto classes has."""
+    for auto_class, classes in itertools.islice(auto_classes(type(config)), len(PREFERRED)):
+        for model_class in classes:
             return Architecture(_config_for(model_class, config), model_class, auto_class)
     raise Refused(
         f"transformers has no model for the type {config.model_type!r} by itself",
@@ -279,22 +291,7 @@ def _config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
 
 def _auto_class(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     """The Auto class that has ``model_class`` for this config's type; the class's own name where none has."""
-    import transformers
-
-    from spikepatch.source.private import classes_for
-
-    for auto_class in _auto_classes():
-        if model_class in classes_for(getattr(transformers, auto_class), type(config)):
-            return auto_class
-    return str(model_class.__name__)
-
-
-def _auto_classes() -> Iterator[str]:
-    """The preferred ones first: it takes 0.1 s to list the others."""
-    import transformers
-
-    yield from _AUTO_CLASSES
-    yield from sorted(name for name in dir(transformers) if name.startswith("AutoModelFor"))
+    return next((n for n, found in auto_classes(type(config)) if model_class in found), model_class.__name__)
 
 
 def _unknown_type(model_type: object, where: str, remedy: str) -> BadSource:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused
 from spikepatch.source.private import forget_tied_lists, memory, names_not_saved
+from spikepatch.source.tied import first_names
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,10 @@ def check_covered(
     elements: dict[str, int] = {}
     for target in targets:
         elements[target.owner] = elements.get(target.owner, 0) + target.elements
-    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    owners = first_names(model)
     named = dict(model.named_parameters(remove_duplicate=False))
     wrong = [
-        name
-        for name in sorted(parameters)
-        if name in named and elements.get(owners[id(named[name])], 0) != named[name].numel()
+        name for name in sorted(parameters) if name in named and elements.get(owners[name], 0) != named[name].numel()
     ]
     if every:
         wrong += sorted(elements.keys() - {*named, *(name for name, _ in model.named_buffers(remove_duplicate=False))})

@@ -15,6 +15,7 @@ from spikepatch.source.apart import equal, renamed
 from spikepatch.source.header import TensorEntry, torch_dtype
 from spikepatch.source.layout import layout
 from spikepatch.source.meta import skeleton
+from spikepatch.source.tied import first_names
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -81,6 +82,5 @@ def match_source(source: Source, model: nn.Module) -> Match:
 
 def _owners(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Checkpoint name -> in-memory name; of tied tensors the first name, whichever of them the checkpoint stores."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    aliases = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    aliases = first_names(model)
     return {name: aliases.get(own, own) for name, own in renamed(model, names).items()}

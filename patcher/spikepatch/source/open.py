@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,7 @@ from spikepatch.errors import BadSource
 from spikepatch.progress import Progress
 from spikepatch.source import hub
 from spikepatch.source.checkpoint import Checkpoint, inside, read_checkpoint
-from spikepatch.source.config import Architecture, default_architecture, read_architecture
+from spikepatch.source.config import Architecture, Recorded, default_architecture, read_architecture
 from spikepatch.source.formats import (
     INDEX_FILE,
     LFS_POINTER,
@@ -59,7 +59,7 @@ class Source:
         copied_files: tokenizer, generation config, chat templates and licence, all below ``folder``; and the Python
             files, where the model is built from its own.
         needs_code: the model is built from Python files that came with it.
-        patched: of a folder that spikepatch has written, the record in its config. ``config`` and ``model_class`` are
+        patched: of a folder that spikepatch has written, what its config records. ``config`` and ``model_class`` are
             then those of the model that was patched, and the folder's own classes are not looked at.
     """
 
@@ -75,7 +75,7 @@ class Source:
     has_weights: bool = False
     copied_files: tuple[Path, ...] = ()
     needs_code: bool = False
-    patched: Mapping[str, Any] | None = None
+    patched: Recorded | None = None
 
     @property
     def short_name(self) -> str:

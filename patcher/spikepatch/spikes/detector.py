@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spikepatch.errors import Refused
+from spikepatch.source.typed import parsed
 from spikepatch.spikes.baseline import SLIDING, Baseline, Scale, StepValue, grown, moved, reach
 from spikepatch.spikes.events import BACK, BAND, EXPLODED, SETTLED, Event, EventKind
 from spikepatch.spikes.excursion import Excursion, belongs, followed, joined, opened
@@ -141,15 +142,7 @@ class SpikeDetector:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SpikeDetector:
         """The detector that ``to_dict`` was called on."""
-        return cls(
-            threshold=data["threshold"],
-            flags=tuple(data["flags"]),
-            closed=tuple(Event(**event) for event in data["closed"]),
-            loss=_series(data["loss"]),
-            gradient_norm=_series(data["gradient_norm"]),
-            nonfinite=data["nonfinite"] and Event(**data["nonfinite"]),
-            finite=data["finite"],
-        )
+        return parsed(cls, data)
 
 
 def news(before: SpikeDetector, after: SpikeDetector) -> tuple[Event, ...]:
@@ -157,24 +150,6 @@ def news(before: SpikeDetector, after: SpikeDetector) -> tuple[Event, ...]:
     known = {(event.kind, event.onset) for event in before.under_way}
     opened = (event for event in after.under_way if (event.kind, event.onset) not in known)
     return (*after.closed[len(before.closed) :], *opened)
-
-
-def _series(data: dict[str, Any]) -> Series:
-    scales = (
-        Scale(
-            tuple(s["values"]),
-            tuple(s["begins"]),
-            s["noise"],
-            s["near"],
-            s["age"],
-            s["half"] and tuple(s["half"]),
-            s["level"],
-        )
-        for s in data["baseline"]
-    )
-    excursions = (Excursion(**{**e, "event": Event(**e["event"])}) for e in data["open"])
-    recent = tuple((step, x) for step, x in data["recent"])
-    return Series(tuple(scales), tuple(excursions), recent, data["digit"])
 
 
 def _nonfinite(event: Event | None, finite: int, step: int, broken: bool) -> tuple[Event | None, int, list[Event]]:

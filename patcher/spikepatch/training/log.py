@@ -16,23 +16,18 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from spikepatch.errors import BadSource
+from spikepatch.source.typed import parsed
 from spikepatch.spikes.events import Event
+from spikepatch.training.run_identity import Run
 
 #: Told every record of a run, as it is written to the log.
 Reporter = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class RunHeader:
+class RunHeader(Run):
     """The first record. ``Layers.stream`` is measured at the ``points``, ``Layers.gradients`` of the ``layers``."""
 
-    name: str
-    source: str
-    recipe: str | None
-    patched: bool
-    lr: float
-    multiplier: float
-    seed: int
     steps: int
     warmup_steps: int
     parameters: int
@@ -63,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Layers:
-    """Std of the residual stream at each sub-layer's input, and norm of each layer's gradient."""
+    """Size of the residual stream at each sub-layer's input (``residual/points.py``); norm of each gradient."""
 
     step: int
     stream: tuple[float | None, ...]
@@ -107,7 +102,7 @@ class Opened:
 
 
 LogRecord = RunHeader | Step | Layers | Rewind | Eval | Stop | Opened
-_KINDS: dict[str, Callable[..., LogRecord]] = {
+_KINDS: dict[str, type[LogRecord]] = {
     "run": RunHeader, "step": Step, "layers": Layers, "rewind": Rewind, "eval": Eval, "stop": Stop,
 }  # fmt: skip
 
@@ -271,13 +266,13 @@ def _parse(data: Any) -> LogRecord:
     """The record that a JSON object is; TypeError where it is none, a field is missing or unknown."""
     if not isinstance(data, Mapping):
         raise TypeError("not a JSON object")
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    fields = dict(data)
     kind = fields.pop("type", None)
     if kind == "event":
-        return Opened(fields.pop("step"), Event(**fields))
+        return Opened(fields.pop("step"), parsed(Event, fields))
     if kind not in _KINDS:
         raise TypeError(f"no such type of record: {kind!r}")
-    return _KINDS[kind](**fields)
+    return parsed(_KINDS[kind], fields)
 
 
 def _finite(value: Any) -> Any:

@@ -205,7 +205,7 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert "for use, not for training on" in lines[1]
     assert lines[2:4] == [
-        "transformer.wte.weight: its rows were multiplied by 8 = sqrt(d)",
+        "transformer.wte.weight: its rows are the embedding's output * 8 = sqrt(d) now",
         "the head has its own matrix now, and the config says so",
     ]
     assert lines[-1] == f'load it with AutoModelForCausalLM.from_pretrained("{tmp_path / "plain"}")'
@@ -218,8 +218,8 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"factor": 3.0}, "its rows were multiplied by 3"),
-        ({"recipe": "embed-ln"}, "its rows went through the LayerNorm"),
+        ({"factor": 3.0}, "its rows are the embedding's output * 3 now"),
+        ({"recipe": "embed-ln"}, "its rows are the embedding's output through a LayerNorm now"),
     ],
 )
 def test_it_says_what_became_of_the_table(options: dict[str, Any], said: str, source: Path, tmp_path: Path) -> None:

@@ -61,7 +61,10 @@ def test_another_factor_takes_the_place_of_the_first(trained: Path, tmp_path: Pa
 
     assert hashes(trained) == before
     assert embeddings(result.out) == {"transformer.wte": {"factor": 5.0}}
-    assert "is patched already (scaled-embed, transformer.wte * 3): the new plan takes the old one's" in result.notes[1]
+    assert (
+        "is patched already (scaled-embed, transformer.wte: output * 3): the new plan takes the old one's"
+        in result.notes[1]
+    )
     assert result.notes[1].endswith("and the learned weights were trained with the old one")
     assert torch.equal(rows, 5.0 * model.get_input_embeddings().weight[tokens])
     assert old.keys() == new.keys()

@@ -13,17 +13,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from spikepatch._version import __version__
-from spikepatch.plans.plan import (
-    NORM_NAMES,
-    Constant,
-    DetachEmbedding,
-    Fill,
-    NormEmbedding,
-    Plan,
-    Recipe,
-    ScaleEmbedding,
-    Untie,
-)
+from spikepatch.plans.in_words import changes, streams
+from spikepatch.plans.plan import Plan, Recipe
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -78,9 +69,9 @@ def _manifest(source: Mapping[str, Any], command: str, hashes: Mapping[str, str]
     return json.dumps(data, indent=2) + "\n"
 
 
-def command_line(command: str, source: str, **options: object) -> str:
-    """The command that would write the folder again, with OUT for its path; without options that are None or False."""
-    words = ["spikepatch", command, source, "OUT"]
+def command_line(given: Sequence[str], **options: object) -> str:
+    """``spikepatch`` with these words and options; without options that are None or False."""
+    words = ["spikepatch", *given]
     for name, value in options.items():
         if value is not None and value is not False:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
@@ -176,7 +167,8 @@ def model_card(
         "residual": "Learned weights, with the residual projections drawn afresh: to be trained on before use.",
         "none": "Learned weights behind a larger shortcut: to be trained on, the function has changed.",
     }[plan.reinit]
-    changes = "\n".join(f"- {line}" for line in _changes(plan))
+    lines = [f"{streams(plan)}, seed {plan.seed}", *changes(plan, quote="`")]
+    listed = "\n".join(f"- {line}" for line in lines)
     return f"""---
 {data.to_yaml()}
 ---
@@ -185,7 +177,7 @@ def model_card(
 
 {weights}
 
-{changes}
+{listed}
 
 ```python
 from transformers import {auto_class}
@@ -224,24 +216,3 @@ model = {auto_class}.from_pretrained("PATH"{option})
 
 `{MANIFEST}` holds what had been patched, with versions and checksums.
 """
-
-
-def _changes(plan: Plan) -> list[str]:
-    fills = plan.select(Fill)
-    lines = []
-    if fills:
-        stds = sorted({fill.std for fill in fills})
-        lines.append(f"{len(fills)} parameters drawn afresh, std {', '.join(f'{s:.6g}' for s in stds)}")
-        streams = "; ".join(f"S = {len(s.sublayers)} sub-layers, stream width d = {s.width}" for s in plan.streams)
-        lines.append(f"{streams}, seed {plan.seed}")
-    constants = plan.select(Constant)
-    for value in sorted({c.value + c.offset for c in constants}):
-        names = [c.parameter for c in constants if c.value + c.offset == value]
-        lines.append(f"{len(names)} parameters set to {value:.6g}, such as `{names[0]}`")
-    lines += [f"`{e.module}`: output multiplied by {e.factor:.6g}" for e in plan.select(ScaleEmbedding)]
-    lines += [
-        f"`{e.module}`: output through a {NORM_NAMES[e.kind]} (eps {e.eps:g})" for e in plan.select(NormEmbedding)
-    ]
-    lines += [f"`{e.module}`: {e.gradient:g} of its gradient" for e in plan.select(DetachEmbedding)]
-    lines += [f"`{e.head}`: own matrix, no longer tied to `{e.embedding}`" for e in plan.select(Untie)]
-    return lines

@@ -18,30 +18,28 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from spikepatch.apply.disk.manifest import MANIFEST, command_line, fold_card, fold_manifest, inherited_metadata
 from spikepatch.apply.disk.publish import check_local_target, check_space, check_target, publishing, unwritable
 from spikepatch.apply.disk.write import write_text
 from spikepatch.apply.folder import notes
 from spikepatch.apply.folder.load_test import Wanted, check_loads, outcome
-from spikepatch.apply.folder.loader import Loader, loader
+from spikepatch.apply.folder.loader import loader
 from spikepatch.apply.folder.plain_model import Holds, Rows, fold_shards, plain_model
 from spikepatch.apply.folder.shards import Shards, write_folder
 from spikepatch.apply.generated.patched_source import build_as_it_is
-from spikepatch.apply.generated.render import check_generated, stored_as_code
+from spikepatch.apply.generated.render import check_generated
 from spikepatch.errors import Refused
-from spikepatch.plans.plan import NORM_NAMES
+from spikepatch.plans.plan import DetachEmbedding, EmbeddingEdit, recorded_edits
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes.plan_of import check_weights
 from spikepatch.source.classes import original_in
+from spikepatch.source.config import Recorded
 from spikepatch.source.match import Match, match_source
 from spikepatch.source.open import MODEL_CARD, Source, open_source
 from spikepatch.source.tokenizer import has_tokenizer
@@ -106,74 +104,62 @@ def fold(
         Refused: the model is plain already, or what was patched cannot be folded exactly; with the reason.
         SpikepatchError: it cannot be read or written.
     """
-    asked: dict[str, Any] = dict(locals())
-    with loader(load_test) as process:
-        return _fold(**asked, process=process)
-
-
-def _fold(
-    trained: str,
-    out: str | os.PathLike[str],
-    revision: str | None,
-    trust_remote_code: bool,
-    allow_nonfinite: bool,
-    overwrite: bool,
-    load_test: bool,
-    progress: Progress | None,
-    process: Loader | None,
-) -> Folded:
     report: Progress = progress or silent
     folder = Path(out)
     check_local_target(folder, trained, overwrite=overwrite)
-    report("reading the source")
-    found = open_source(
-        trained, revision=revision, trust_remote_code=trust_remote_code, weights=True, learned=True, report=report
-    )
-    check_target(folder, found.folder, overwrite=overwrite)
-    record = _record(found)
-    check_weights(found, "none")
+    with loader(load_test) as process:
+        report("reading the source")
+        found = open_source(
+            trained, revision=revision, trust_remote_code=trust_remote_code, weights=True, learned=True, report=report
+        )
+        check_target(folder, found.folder, overwrite=overwrite)
+        record = _record(found)
+        check_weights(found, "none")
 
-    report("proving that it folds")
-    patched = build_as_it_is(found)
-    plain, held = plain_model(found, patched, record["embeddings"])
-    match = match_source(found, patched)
-    shards = fold_shards(found, plain, held, match)
-    result = Folded(
-        out=folder,
-        architecture=type(plain).__name__,
-        auto_class=found.auto_class,
-        trust=found.needs_code,
-        tables=tuple(name for name, value in held.items() if isinstance(value, Rows)),
-        untied=_ties(found.config) and not _ties(plain.config),
-        parameters=shards.elements,
-        bytes=shards.bytes,
-        notes=(*_notes(shards, match, record["embeddings"]), *_folded_tables(plain, held)),
-    )
-    wanted = Wanted(plain, type(plain).__name__, found.auto_class, found.needs_code, unsound=allow_nonfinite)
-    try:
-        with publishing(folder, overwrite=overwrite) as scratch:
-            check_space(folder, shards.bytes, found.checkpoint)
-            texts = _texts(found, plain, result)
-            written, origin = write_folder(scratch, shards, texts, found, report, allow_nonfinite=allow_nonfinite)
-            command = command_line(
-                "fold",
-                trained,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                allow_nonfinite=allow_nonfinite,
-                no_load_test=not load_test,
-            )
-            if process is not None:
-                report("loading what was written")
-                check_loads(process, scratch, wanted, tokenizer=has_tokenizer(found.copied_files), out=folder)
-            test = outcome(process, wanted)
-            write_text(scratch / MANIFEST, fold_manifest(record, origin, command, written.hashes, test))
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    unsound = notes.unsound_values(written.tallies, str(found.config.dtype).removeprefix("torch."))
-    return dataclasses.replace(
-        result, notes=(*result.notes, *unsound, *written.notes, *notes.load_test(test, asked=load_test))
-    )
+        report("proving that it folds")
+        patched = build_as_it_is(found)
+        edits = {
+            name: recorded_edits({name: entry}, patched.get_submodule(name).embedding_dim)[name]
+            for name, entry in record.embeddings.items()
+        }
+        plain, held = plain_model(found, patched, edits)
+        match = match_source(found, patched)
+        shards = fold_shards(found, plain, held, match)
+        result = Folded(
+            out=folder,
+            architecture=type(plain).__name__,
+            auto_class=found.auto_class,
+            trust=found.needs_code,
+            tables=tuple(name for name, value in held.items() if isinstance(value, Rows)),
+            untied=_ties(found.config) and not _ties(plain.config),
+            parameters=shards.elements,
+            bytes=shards.bytes,
+            notes=(*_notes(shards, match, edits.values()), *_folded_tables(held)),
+        )
+        wanted = Wanted(plain, type(plain).__name__, found.auto_class, found.needs_code, unsound=allow_nonfinite)
+        try:
+            with publishing(folder, overwrite=overwrite) as scratch:
+                check_space(folder, shards.bytes, found.checkpoint)
+                texts = _texts(found, plain, result)
+                written, origin = write_folder(scratch, shards, texts, found, report, allow_nonfinite=allow_nonfinite)
+                command = command_line(
+                    ("fold", trained, "OUT"),
+                    revision=revision,
+                    trust_remote_code=trust_remote_code,
+                    allow_nonfinite=allow_nonfinite,
+                    no_load_test=not load_test,
+                )
+                if process is not None:
+                    report("loading what was written")
+                    check_loads(process, scratch, wanted, tokenizer=has_tokenizer(found.copied_files), out=folder)
+                test = outcome(process, wanted)
+                write_text(scratch / MANIFEST, fold_manifest(record.entries, origin, command, written.hashes, test))
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        unsound = notes.unsound_values(written.tallies, str(found.config.dtype).removeprefix("torch."))
+        return dataclasses.replace(
+            result, notes=(*result.notes, *unsound, *written.notes, *notes.load_test(test, asked=load_test))
+        )
 
 
 def _ties(config: Any) -> bool:
@@ -181,13 +167,13 @@ def _ties(config: Any) -> bool:
     return bool(getattr(config, "tie_word_embeddings", False))
 
 
-def _record(source: Source) -> Mapping[str, Any]:
-    if source.patched is None or not stored_as_code(source.patched):
+def _record(source: Source) -> Recorded:
+    if source.patched is None or not source.patched.as_code:
         raise Refused(
             what="there is nothing to fold",
             where=source.name,
             why="it is a plain architecture, which loads without custom code"
-            + (" (its factor is a setting of its config)" if source.patched and source.patched["embeddings"] else ""),
+            + (" (its factor is a setting of its config)" if source.patched and source.patched.embeddings else ""),
             remedy="use it as it is; fold takes what a patched model's save_pretrained wrote",
         )
     assert source.folder is not None
@@ -195,28 +181,20 @@ def _record(source: Source) -> Mapping[str, Any]:
     return source.patched
 
 
-def _notes(shards: Shards, match: Match, edits: Mapping[str, Any]) -> Iterator[str]:
+def _notes(shards: Shards, match: Match, edits: Iterable[EmbeddingEdit]) -> Iterator[str]:
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in shards.tensors if t.dtype.is_floating_point})
     yield f"run in {' and '.join(dtypes)}, as stored, its logits are the patched model's; in a narrower dtype, rounded"
-    if any(edit.keys() != {"gradient"} for edit in edits.values()):
+    if not all(isinstance(edit, DetachEmbedding) for edit in edits):
         yield "for use, not for training on: Adam's step relative to the size of an embedding row is another one now"
     if match.unused:
         yield f"{len(match.unused)} tensors of the source are not part of the architecture and left out"
 
 
-def _folded_tables(plain: nn.Module, held: Mapping[str, Holds]) -> Iterator[str]:
+def _folded_tables(held: Mapping[str, Holds]) -> Iterator[str]:
     """What has become of the rows of each table that is not as it was."""
     for name, rows in held.items():
-        if not isinstance(rows, Rows):
-            continue
-        match json.loads(rows.edit):
-            case {"norm": kind}:
-                yield f"{name}: its rows went through the {NORM_NAMES[kind]}"
-            case {"factor": "sqrt(width)"}:
-                width = plain.get_parameter(name).shape[-1]
-                yield f"{name}: its rows were multiplied by {math.sqrt(width):.6g} = sqrt(d)"
-            case {"factor": factor}:
-                yield f"{name}: its rows were multiplied by {factor:.6g}"
+        if isinstance(rows, Rows):
+            yield f"{name}: its rows are the embedding's {rows.edit.words} now"
 
 
 def _texts(source: Source, plain: Any, result: Folded) -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spikepatch.apply.folder.fresh_process import digest, outputs
+from spikepatch.apply.folder.fresh_process import described, digest, outputs
 from spikepatch.apply.folder.loader import Loader
 from spikepatch.apply.folder.small_twin import UNLIKE
 from spikepatch.errors import Refused, on_one_line
@@ -29,6 +29,7 @@ from spikepatch.source.formats import some
 from spikepatch.source.layout import layout
 from spikepatch.source.meta import skeleton
 from spikepatch.source.private import own_buffers, own_parameters
+from spikepatch.source.tied import first_names
 from spikepatch.source.tokenizer import PROBE, SAMPLE, load_tokenizer
 
 #: Differences of summation in float32, relative to the largest output.
@@ -146,14 +147,13 @@ def read_into(model: nn.Module, folder: Path, dtypes: Mapping[str, str]) -> nn.M
     twin = skeleton(model)
     targets = layout(twin)
     live = copy.deepcopy(model)
-    real: dict[int, nn.Parameter] = {}
-    first = {id(p): name for name, p in live.named_parameters()}
-    for name, parameter in list(live.named_parameters(remove_duplicate=False)):
+    real = {
+        name: nn.Parameter(torch.zeros(p.shape, dtype=getattr(torch, dtypes.get(name, "float32"))), requires_grad=False)
+        for name, p in live.named_parameters()
+    }
+    for name, first in first_names(live).items():
         owner, _, own = name.rpartition(".")
-        if id(parameter) not in real:
-            dtype = getattr(torch, dtypes.get(first[id(parameter)], "float32"))
-            real[id(parameter)] = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype), requires_grad=False)
-        own_parameters(live.get_submodule(owner))[own] = real[id(parameter)]
+        own_parameters(live.get_submodule(owner))[own] = real[first]
     for name, buffer in list(live.named_buffers()):
         owner, _, own = name.rpartition(".")
         own_buffers(live.get_submodule(owner))[own] = torch.zeros_like(buffer, device="cpu").copy_(
@@ -172,15 +172,12 @@ def _structure(answer: Mapping[str, Any], wanted: Wanted) -> Iterator[str]:
         yield f"its class is {answer['class']}, not {wanted.class_name}"
     for kind, found in answer["problems"].items():
         yield f"{kind.replace('_', ' ')}: {some(found)}"
-    names: dict[int, list[str]] = {}
-    for name, parameter in wanted.model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    tied = sorted(sorted(group) for group in names.values() if len(group) > 1)
-    if answer["tied"] != tied:
-        yield f"tied are {_groups(answer['tied'])}, and not {_groups(tied)}"
-    shapes = {name: list(p.shape) for name, p in wanted.model.named_parameters()}
+    here = described(wanted.model)
+    if answer["tied"] != here["tied"]:
+        yield f"tied are {_groups(answer['tied'])}, and not {_groups(here['tied'])}"
+    shapes = here["shapes"]
     odd = sorted(n for n in shapes.keys() | answer["shapes"].keys() if shapes.get(n) != answer["shapes"].get(n))
-    if odd and answer["tied"] == tied:
+    if odd and answer["tied"] == here["tied"]:
         yield f"parameters are missing, new or of another shape: {some(odd)}"
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from spikepatch.plans.plan import recorded_edits
 from spikepatch.source.apart import stored_apart
 from spikepatch.source.formats import some
 
@@ -28,19 +28,13 @@ def whose_weights(source: Source, plan: Plan) -> Iterator[str]:
         yield f"fresh weights: the learned weights of {source.name} are NOT used; --reinit none keeps them"
     else:
         yield "fresh weights: a model to pre-train"
-    if source.patched is not None and source.patched["embeddings"]:
-        old = ", ".join([source.patched["recipe"], *_factors(source.patched["embeddings"], plan)])
+    if source.patched is not None and source.patched.embeddings:
+        edits = recorded_edits(source.patched.embeddings, plan.width)
+        old = ", ".join([source.patched.recipe, *(f"{name}: {edit.words}" for name, edit in edits.items())])
         note = f"{source.name} is patched already ({old}): the new plan takes the old one's place"
         yield note + (", and the learned weights were trained with the old one" if plan.reinit != "all" else "")
     if apart := sorted(stored_apart(source.checkpoint)):
         yield f"the config ties {', '.join(apart)}, the checkpoint does not: kept apart, as transformers loads them"
-
-
-def _factors(embeddings: Mapping[str, Mapping[str, Any]], plan: Plan) -> Iterator[str]:
-    for name, edit in embeddings.items():
-        if "factor" in edit:
-            factor = math.sqrt(plan.width) if edit["factor"] == "sqrt(width)" else edit["factor"]
-            yield f"{name} * {factor:.6g}"
 
 
 def how_it_loads(plan: Plan, route: Route, *, trust: bool) -> str:

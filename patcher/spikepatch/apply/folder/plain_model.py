@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from spikepatch.apply.disk.write import Planned
 from spikepatch.apply.folder.shards import Shards, as_in
 from spikepatch.apply.values.loading import stable_settings
 from spikepatch.errors import BadSource, Refused
+from spikepatch.plans.plan import DetachEmbedding, EmbeddingEdit
 from spikepatch.residual.identity import Values, forward_of
 from spikepatch.residual.ops import LOOKUPS, op
 from spikepatch.residual.trace import Trace
@@ -26,6 +27,7 @@ from spikepatch.source.layout import layout
 from spikepatch.source.match import Match
 from spikepatch.source.meta import as_read, build_meta, skeleton
 from spikepatch.source.open import Source
+from spikepatch.source.tied import first_names
 
 if TYPE_CHECKING:
     from spikepatch.apply.disk.pipeline import Content
@@ -36,14 +38,14 @@ _ROWS = 4096
 
 @dataclass(frozen=True)
 class Rows:
-    """The table ``table`` of the patched model, with ``edit`` (JSON) applied to its rows.
+    """The table ``table`` of the patched model, with ``edit`` (which names no module) applied to its rows.
 
     ``module`` is the embedding that was patched, where the edit has parameters of its own; equal edits without any
     give equal rows.
     """
 
     table: str
-    edit: str
+    edit: EmbeddingEdit
     module: str
 
 
@@ -51,7 +53,7 @@ class Rows:
 Holds = str | Rows
 
 
-def plain_model(source: Source, patched: Any, edits: Mapping[str, Any]) -> tuple[Any, dict[str, Holds]]:
+def plain_model(source: Source, patched: Any, edits: Mapping[str, EmbeddingEdit]) -> tuple[Any, dict[str, Holds]]:
     """The plain model, and what each of its tensors holds; untied only where one tensor would have to hold two values.
 
     Raises:
@@ -86,18 +88,18 @@ def plain_model(source: Source, patched: Any, edits: Mapping[str, Any]) -> tuple
     return plain, held
 
 
-def _held(plain: nn.Module, patched: nn.Module, edits: Mapping[str, Any]) -> dict[str, Holds] | str:
+def _held(plain: nn.Module, patched: nn.Module, edits: Mapping[str, EmbeddingEdit]) -> dict[str, Holds] | str:
     """Tensor of the plain model -> what it holds; or the name of one that would have to hold two things."""
     known = _first_names(patched)
     found: dict[str, Holds] = {}
     names = _first_names(plain)
-    folded = {names[f"{module}.weight"] for module, edit in edits.items() if edit.keys() != {"gradient"}}
+    folded = {names[f"{module}.weight"] for module, edit in edits.items() if _folds(edit)}
     for name, first in names.items():
         module, _, _ = name.rpartition(".")
         value: Holds = known[name]
-        if module in edits and edits[module].keys() != {"gradient"}:
+        if module in edits and _folds(edits[module]):
             owns = any(other.startswith(f"{module}.norm.") for other in known)
-            value = Rows(known[name], json.dumps(edits[module], sort_keys=True), module if owns else "")
+            value = Rows(known[name], dataclasses.replace(edits[module], module=""), module if owns else "")
         elif first in folded and isinstance(plain.get_submodule(module), nn.Embedding):
             continue  # a table by another name, such as T5's `shared`: whether it is looked up in is seen by the proof
         if found.setdefault(first, value) != value:
@@ -105,14 +107,19 @@ def _held(plain: nn.Module, patched: nn.Module, edits: Mapping[str, Any]) -> dic
     return found
 
 
+def _folds(edit: EmbeddingEdit) -> bool:
+    """It changes what is looked up, not its gradient alone."""
+    return not isinstance(edit, DetachEmbedding)
+
+
 def _first_names(model: nn.Module) -> dict[str, str]:
     """Every name of a parameter -> the first one; a buffer's -> itself."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    names = {name: name for name in model.state_dict()}
-    return names | {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    return {name: name for name in model.state_dict()} | first_names(model)
 
 
-def _proven(plain: nn.Module, patched: nn.Module, held: Mapping[str, Hashable], edits: Mapping[str, Any]) -> bool:
+def _proven(
+    plain: nn.Module, patched: nn.Module, held: Mapping[str, Hashable], edits: Mapping[str, EmbeddingEdit]
+) -> bool:
     """The patched model computes what the plain one does, f(E[ids]) being E'[ids]."""
     values = Values()
     graph = forward_of(patched)
@@ -137,12 +144,12 @@ def _proven(plain: nn.Module, patched: nn.Module, held: Mapping[str, Hashable], 
     return values.output(forward_of(plain), tensors=held) == wanted
 
 
-def _step(module: nn.Module, edit: Any) -> tuple[Trace, Node]:
+def _step(module: nn.Module, edit: EmbeddingEdit) -> tuple[Trace, Node]:
     """What ``edit`` does behind a lookup, recorded on a plain embedding of the same size; and the lookup itself."""
     table: Any = module.weight
     rows, width = table.shape
     alone = nn.Embedding(rows, width, device="meta", dtype=table.dtype)
-    change_output(alone, edit)
+    change_output(alone, edit.record)
     graph = forward_of(alone, {"input": torch.zeros(1, 1, dtype=torch.long)})
     return graph, next(node for node in graph.graph.nodes if op(node) in LOOKUPS)
 
@@ -182,7 +189,7 @@ def fold_shards(source: Source, plain: nn.Module, held: Mapping[str, Holds], mat
                 why="the source's weights are not finite",
                 remedy="use a sound checkpoint",
             )
-        return _folded(table, json.loads(rows.edit), lambda own: read_tensor(match.owners[f"{rows.module}.{own}"]))
+        return _folded(table, rows.edit, lambda own: read_tensor(match.owners[f"{rows.module}.{own}"]))
 
     return Shards(
         tensors,
@@ -194,7 +201,7 @@ def fold_shards(source: Source, plain: nn.Module, held: Mapping[str, Holds], mat
 
 
 @torch.no_grad()
-def _folded(table: torch.Tensor, edit: Any, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+def _folded(table: torch.Tensor, edit: EmbeddingEdit, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """What the patched embedding returns for each row, (rows, width), in the table's dtype.
 
     Args:
@@ -202,7 +209,7 @@ def _folded(table: torch.Tensor, edit: Any, read: Callable[[str], torch.Tensor])
     """
     rows, width = table.shape
     module = nn.Embedding(rows, width, _weight=table, _freeze=True)
-    change_output(module, edit)
+    change_output(module, edit.record)
     for name, parameter in module.named_parameters():
         if name != "weight":
             parameter.copy_(read(name))

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spikepatch._version import __version__
 from spikepatch.apply.generated.adopt import generated_classes
-from spikepatch.apply.generated.render import check_generated, stored_as_code
+from spikepatch.apply.generated.render import check_generated
 from spikepatch.errors import BadSource, Refused
-from spikepatch.plans.plan import Plan, Untie
+from spikepatch.plans.plan import EmbeddingEdit, NormEmbedding, Plan, ScaleEmbedding, Untie, recorded_edits
 from spikepatch.quiet import quiet
 from spikepatch.runtime.embedding import install, patched_embeddings
 from spikepatch.source import meta
@@ -34,7 +32,7 @@ def build_as_it_is(source: Source) -> PreTrainedModel:
     model = build_meta(source)
     if source.patched is not None:
         try:
-            install(model, source.patched)
+            install(model, source.patched.entries)
         except (ValueError, TypeError, AttributeError, KeyError) as error:  # it may have been edited by hand
             raise BadSource(
                 "config.json has no usable record of the patch",
@@ -53,7 +51,7 @@ def load_as_it_is(source: Source) -> Any:
     assert source.folder is not None
     if source.patched is None:
         return load_learned(source.model_class, source.folder)
-    if stored_as_code(source.patched):
+    if source.patched.as_code:
         return load_learned(generated_classes(original_in(source)).model, source.folder)
     from transformers import AutoModelForCausalLM
 
@@ -108,7 +106,7 @@ def check_known(source: Source) -> None:
     if source.patched is None:
         return
     build_as_it_is(source)
-    if stored_as_code(source.patched):
+    if source.patched.as_code:
         assert source.folder is not None
         check_generated(source.folder, original_in(source))
 
@@ -117,23 +115,24 @@ def check_replaced(source: Source, plan: Plan) -> None:
     """Of a patched source with its learned weights, the new plan takes the old one's place."""
     if source.patched is None or plan.reinit == "all":
         return
-    before = {name: _resolved(edit, plan) for name, edit in source.patched["embeddings"].items()}
-    after = {name: _resolved(edit, plan) for name, edit in plan.record(__version__)["embeddings"].items()}
-    if any(edit.get("affine") for edit in before.values()):
+    before = {_fixed(edit) for edit in recorded_edits(source.patched.embeddings, plan.width).values()}
+    after = {_fixed(edit) for edit in plan.select(EmbeddingEdit)}
+    if any(isinstance(edit, NormEmbedding) and edit.affine for edit in before):
         raise Refused(
             what="the learned norm behind the embedding cannot be replaced",
             where=source.name,
-            why=f"it is patched already ({source.patched['recipe']}), and the norm's gain and bias are learned weights",
+            why=f"it is patched already ({source.patched.recipe}), and the norm's gain and bias are learned weights",
             remedy="put the norm into the embedding with `spikepatch fold` first, or use --reinit all",
         )
     if plan.reinit == "none" and before == after and not plan.select(Untie):
         raise Refused(
             what="the model is patched already, with just this",
             where=source.name,
-            why=f"its recipe is {source.patched['recipe']}; what is planned takes the old patch's place, and is equal",
+            why=f"its recipe is {source.patched.recipe}; what is planned takes the old patch's place, and is equal",
             remedy="give another --factor, or --reinit residual or all",
         )
 
 
-def _resolved(edit: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
-    return {"factor": math.sqrt(plan.width)} if edit.get("factor") == "sqrt(width)" else edit
+def _fixed(edit: EmbeddingEdit) -> EmbeddingEdit:
+    """With the factor as a number: two that are equal at this width do the same."""
+    return dataclasses.replace(edit, per_width=False) if isinstance(edit, ScaleEmbedding) else edit

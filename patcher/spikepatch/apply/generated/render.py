@@ -73,11 +73,6 @@ def original_entries(original: Original, config: Any) -> dict[str, Any]:
     }
 
 
-def stored_as_code(record: Mapping[str, Any]) -> bool:
-    """The model of this ``config.spikepatch`` runs on generated files."""
-    return "auto_map" in record["original"]
-
-
 def check_generated(folder: Path, original: Original) -> None:
     """The generated files in ``folder`` are those that this version writes, so what they do is known without a run.
 

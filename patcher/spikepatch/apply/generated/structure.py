@@ -12,6 +12,7 @@ from spikepatch.plans.plan import Plan, Untie
 from spikepatch.runtime.embedding import install
 from spikepatch.source.meta import build_meta
 from spikepatch.source.private import is_transformers_model
+from spikepatch.source.tied import tied
 
 
 def restructure(twin: nn.Module, plan: Plan) -> None:
@@ -45,7 +46,7 @@ def _check_untied(twin: Any, edit: Untie) -> None:
         return
     config = type(twin.config).from_dict(twin.config.to_dict())
     built = build_meta(type(twin), config, where=type(twin).__name__)
-    wanted, found = _tied(twin), _tied(built)
+    wanted, found = ({frozenset(group) for group in tied(model)} for model in (twin, built))
     if wanted != found:
         names = sorted(set().union(*(wanted ^ found)))
         raise Refused(
@@ -56,10 +57,3 @@ def _check_untied(twin: Any, edit: Untie) -> None:
             else f"with the head it unties {', '.join(names)} from each other",
             remedy="leave --untie out",
         )
-
-
-def _tied(model: nn.Module) -> set[frozenset[str]]:
-    names: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    return {frozenset(group) for group in names.values() if len(group) > 1}

@@ -21,6 +21,7 @@ from spikepatch.plans.plan import Plan, ValueEdit
 from spikepatch.source.layout import Target, persistent
 from spikepatch.source.meta import check_default_device, check_module
 from spikepatch.source.private import WRAPPED, fsdp_handles, own_buffers, own_children, own_parameters
+from spikepatch.source.tied import firsts
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,7 @@ def _places(module: nn.Module, path: str = "") -> Iterator[tuple[str, _Place]]:
 
 def _ties(skeleton: nn.Module) -> dict[str, str]:
     """Second and further names of a tensor -> its first name."""
-    first: dict[int, str] = {}
-    owners = {name: first.setdefault(id(place.tensor), name) for name, place in _places(skeleton)}
+    owners = firsts((name, place.tensor) for name, place in _places(skeleton))
     return {name: owner for name, owner in owners.items() if owner != name}
 
 

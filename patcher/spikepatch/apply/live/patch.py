@@ -19,8 +19,8 @@ from spikepatch.apply.values.loading import stable_settings
 from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import EmbeddingEdit, ModelPart, Plan, Recipe, Reinit, Untie, ValueEdit
-from spikepatch.recipes.plan_of import check_learned
-from spikepatch.recipes.plan_of import plan as make_plan
+from spikepatch.recipes.plan_of import check_learned, plan_model
+from spikepatch.recipes.request import parse_request
 from spikepatch.residual.example import Given
 from spikepatch.runtime.embedding import check_patchable, install, patched_embeddings
 from spikepatch.source.formats import some
@@ -77,18 +77,10 @@ def patch(
                 why="whether learned weights are to be replaced is not guessed",
                 remedy='reinit="all": a fresh model; "residual" or "none": learned weights are kept',
             )
-        plan = make_plan(
-            model,
-            plan,
-            reinit=reinit,
-            seed=seed,
-            factor=factor,
-            positions=positions,
-            replace=replace,
-            untie=untie,
-            part=part,
-            example_inputs=example_inputs,
+        request = parse_request(
+            plan, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie, part=part
         )
+        plan = plan_model(model, request, example_inputs)
     _check(model, plan)
     tables = dict(model.named_parameters(remove_duplicate=False))
     check_numbers(

@@ -25,6 +25,7 @@ from spikepatch.quiet import quiet
 from spikepatch.source.classes import is_remote, original_of
 from spikepatch.source.meta import check_module
 from spikepatch.source.private import registered_auto_class
+from spikepatch.source.tied import first_names
 from spikepatch.source.tokenizer import refit
 
 
@@ -109,9 +110,7 @@ def pretrained(
 def _gathered(model: nn.Module) -> dict[str, Any]:
     """All tensors whole, on the CPU of the first rank; tied ones are one again, which gathering takes apart."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = first.setdefault(id(parameter), name)
+    for name, owner in first_names(model).items():
         if name in state and owner in state:
             state[name] = state[owner]
     return state

@@ -21,6 +21,7 @@ from spikepatch.plans.plan import (
     ScaleEmbedding,
     ValueEdit,
 )
+from spikepatch.residual.map import pattern as dotted_pattern
 
 #: The initialiser's name in the user's file, and the sign that the file is patched.
 INITIALISER = "spike_no_more_init"
@@ -156,9 +157,12 @@ def _draws(plan: Plan, shapes: Mapping[str, Sequence[int]], names: Names) -> dic
 
 
 def _patterns(name: str) -> Iterator[str]:
-    """With a star for every number, every number that is a part of its own, the first number (the layer's), or none."""
+    """With a star for every number, every number that is a part of its own, the first number (the layer's), or none.
+
+    In code that numbers its attributes (``layer0``) a number is no part of its own; which of these holds is tried.
+    """
     yield re.sub(r"\d+", "*", name)
-    yield re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+    yield dotted_pattern(name)
     yield re.sub(r"\d+", "*", name, count=1)
     yield name
 

@@ -74,7 +74,7 @@ def _deviations(plan: Plan, edited: Built) -> Iterator[str]:
             continue
         count, mean, std = edited.moments[edit.parameter]
         if isinstance(edit, Constant):
-            value = edit.value + edit.offset
+            value = edit.written
             near = math.isclose(mean, value, rel_tol=_EPS) and math.isclose(std, abs(value), rel_tol=_EPS)
             wanted = f"all {value:.6g}"
         else:

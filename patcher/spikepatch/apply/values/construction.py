@@ -31,6 +31,7 @@ from spikepatch.source.private import (
     own_children,
     own_parameters,
 )
+from spikepatch.source.tied import firsts
 
 #: Sizes that a required argument is tried with, and how many combinations of them.
 _SIZES, _TRIES = 6, 36
@@ -85,12 +86,12 @@ def _rebuild(
             own_buffers(module).update(own_buffers(modules[name]))
         yield from ((path + name, sure) for name, _ in _tensors(model))
     else:
-        memo: dict[int, Any] = {}
+        adopted: dict[int, Any] = {}
         for own in (own_parameters(twin), own_buffers(twin)):
-            for name, tensor in own.items():
-                if tensor is not None:
-                    fake = memo.setdefault(id(tensor), recording.adopt(tensor))
-                    own[name] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+            for name, value in own.items():
+                if value is not None:
+                    fake = adopted.setdefault(id(value), recording.adopt(value))
+                    own[name] = nn.Parameter(fake, requires_grad=False) if isinstance(value, nn.Parameter) else fake
         silent = not _may_write(type(model))
         for name, child in own_children(model).items():
             copied = own_children(twin)[name]
@@ -185,8 +186,9 @@ def _alike(module: nn.Module, built: nn.Module, sure: bool) -> bool:
 
 
 def _structure(module: nn.Module) -> list[tuple[str, tuple[int, ...], str]]:
-    first: dict[int, str] = {}
-    return [(name, tuple(tensor.shape), first.setdefault(id(tensor), name)) for name, tensor in _tensors(module)]
+    tensors = list(_tensors(module))
+    first = firsts(tensors)
+    return [(name, tuple(tensor.shape), first[name]) for name, tensor in tensors]
 
 
 def _numbers(module: nn.Module) -> Mapping[str, object]:

@@ -43,7 +43,7 @@ def draw(edit: ValueEdit, seed: int, name: str, start: int, stop: int) -> torch.
     - ``uniform``: (2 k + 1) / 2^24 - 1 for the i-th draw k of 24 bits: symmetric, and never 0.
     """
     if isinstance(edit, Constant):
-        return torch.full((stop - start,), edit.value + edit.offset, dtype=torch.float32)
+        return torch.full((stop - start,), edit.written, dtype=torch.float32)
     units: Units
     match edit.distribution:
         case "normal":

@@ -48,9 +48,9 @@ def _values(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> Iterator[str]:
                     yield f"values of std {edit.std:.3g} are rounded to 0 in {_named(dtypes[name])} ({name})"
                 elif _TAIL * edit.std > limits.max:
                     yield f"values of std {edit.std:.3g} are infinite in {_named(dtypes[name])} ({name})"
-            case Constant(parameter=name, value=value, offset=offset) if name in dtypes:
-                if not _keeps(value + offset, dtypes[name]):
-                    yield f"{value + offset:.3g} is no number of {_named(dtypes[name])} ({name})"
+            case Constant(parameter=name) if name in dtypes:
+                if not _keeps(edit.written, dtypes[name]):
+                    yield f"{edit.written:.3g} is no number of {_named(dtypes[name])} ({name})"
             case NormEmbedding(module=name, eps=eps):
                 if not _keeps(eps, torch.float32) or eps <= 0:
                     yield f"a norm's eps of {eps:.3g} is none in float32 ({name})"

@@ -1,0 +1,33 @@
+"""A plan in words: what ``convert`` prints, and what the card of its output says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from spikepatch.plans.plan import Plan, ValueEdit
+
+
+def streams(plan: Plan) -> str:
+    """The width and the depth of each residual stream."""
+    return "; ".join(f"width d = {s.width}, S = {len(s.sublayers)} sub-layers" for s in plan.streams)
+
+
+def changes(plan: Plan, quote: str = "") -> Iterator[str]:
+    """A line for each change of structure, for all parameters that get equal values, and for the rest.
+
+    Args:
+        quote: stands on both sides of every name.
+    """
+    alike: dict[str, list[str]] = {}
+    for edit in plan.edits:
+        _, name = edit.target
+        if isinstance(edit, ValueEdit):
+            alike.setdefault(edit.words, []).append(name)
+        else:
+            yield f"{quote}{name}{quote}: {edit.words}"
+    for words, names in alike.items():
+        yield f"{words}: {len(names)} parameters, such as {quote}{names[-1]}{quote}"
+    others = {skip.target for skip in plan.skips} - plan.written
+    yield f"{len(others)} other tensors: " + (
+        "by the architecture's own initialiser" if plan.reinit == "all" else "kept as learned"
+    )
