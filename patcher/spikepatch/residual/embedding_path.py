@@ -42,6 +42,7 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
     seeds = dict.fromkeys(trace.inputs, 0)
     result: dict[Node, Measured] = {}
     tables = {lookup: _table(trace, lookup, seeds) for lookup in stream.tables}
+    weighted = stream.facts.behind([stream.start]) & trace.parameters.keys() - set(map(table_of, tables))
     for lookup, table in tables.items():
         kind = _kind(trace, lookup)
         at_one, at_two, at_three = (_start(trace, stream, tables, lookup, factor) for factor in (1.0, 2.0, 3.0))
@@ -50,7 +51,8 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
         linear &= _size(once) > _ROUNDING * _size(at_one)
         looked_up = table[_rows(trace, lookup, seeds).flatten() % len(table)] if op(lookup) in LOOKUPS else table
         size = _size(at_one)
-        scale = _size(once) / _size(looked_up) if linear else size if size < _SMALL else 1.0
+        small = size < _SMALL and not weighted  # a gain's value is not known here
+        scale = _size(once) / _size(looked_up) if linear else size if small else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
     return result
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused, on_one_line
 from spikepatch.quiet import quiet
-from spikepatch.source.private import as_parsed, from_config, is_partitioned, replaced_here
+from spikepatch.source.private import COMPILED, as_parsed, from_config, is_partitioned, own_children, replaced_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -91,6 +91,20 @@ def check_module(model: object) -> None:
             why=f"{partitioned[0]} and {len(partitioned) - 1} more are empty here: each process holds a part of them",
             remedy="call spikepatch before deepspeed.initialize, on a model built outside of deepspeed.zero.Init",
         )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What is to be looked at and changed: the model that ``torch.compile`` has put a wrapper around.
+
+    Raises:
+        Refused: as ``check_module``.
+    """
+    check_module(model)
+    while tuple(own_children(model)) == COMPILED:
+        (inner,) = own_children(model).values()
+        assert inner is not None
+        model = inner
+    return model
 
 
 def check_default_device() -> None:
