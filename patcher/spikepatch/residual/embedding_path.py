@@ -36,8 +36,8 @@ class Measured(NamedTuple):
 def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
     """Run the embedding path of ``stream`` once per table and case; float32, on the CPU.
 
-    Affine in the table: f(3 E) - f(E) = 2 (f(2 E) - f(E)), and not 0. A norm on the way breaks that. No table is zero: a
-    norm without eps divides by the size of what it reads.
+    Affine in the table: f(3 E) - f(E) = 2 (f(2 E) - f(E)), and not 0. A norm on the way breaks that. No table is zero:
+    a norm without eps divides by the size of what it reads.
     """
     seeds = dict.fromkeys(trace.inputs, 0)
     result: dict[Node, Measured] = {}
