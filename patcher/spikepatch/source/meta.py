@@ -210,9 +210,11 @@ def skeleton(model: nn.Module, *, keep_buffers: bool = False) -> nn.Module:
 def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy, in which functions that hold modules hold the copied ones: Python copies no function."""
     functions: dict[int, FunctionType] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            _find_functions(value, {id(each) for each in model.modules()}, functions)
+    modules = {id(module): module for module in model.modules()}
+    for module in modules.values():
+        for name, value in vars(module).items():
+            if name not in {"_parameters", "_buffers", "_modules"}:
+                _find_functions(value, modules.keys(), functions)
     cells = {number: [CellType() for _ in function.__closure__ or ()] for number, function in functions.items()}
     for number, function in functions.items():
         again = FunctionType(
