@@ -205,14 +205,15 @@ class ZerosAdded(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _additions(lab: Lab, residual: ResidualMap) -> list[str]:
     """S against the additions that the running model makes: with every projection zero, each adds nothing.
 
-    A parallel block may add its sub-layers up first; a norm with a bias behind a projection makes something of nothing.
+    A parallel block may add its sub-layers up first; a bias behind the projections makes something of nothing.
     """
     streams = (residual, *residual.streams)
+    projections = [p for stream in streams for p in stream.residual_projections]
     biased = {norm.module for stream in streams for norm in stream.norms if norm.bias is not None}
-    branch_norms = {p.branch_norm for stream in streams for p in stream.residual_projections}
-    if biased & branch_norms or lab.model_type in INTERPOLATED:
-        return []
     parts = {part for name, own in lab.biases.items() for part in (name, *own)}
+    added = {lab.alias[b.parameter] for p in projections for b in p.between if b.kind == "bias" and b.parameter}
+    if added - parts or biased & {p.branch_norm for p in projections} or lab.model_type in INTERPOLATED:
+        return []
     for name in parts:
         lab.parameters[name].data.zero_()
     counting = ZerosAdded({stream.width for stream in streams})
