@@ -73,6 +73,9 @@ TRAINED = ("reformer",)
 #: Types that run the same blocks several times: the map counts every pass, and names a weight for its first.
 REPEATED = ("albert", "dory", "hrm_text")
 
+#: Types whose layers add a share of the difference between their output and the stream.
+INTERPOLATED = ("dory",)
+
 #: Type -> the mapping that it is built for; a type of several mappings once.
 CASES: dict[str, configs.Mapping] = {
     t: mapping for mapping, t in reversed(list(configs.entries())) if mapping != "tower"
@@ -194,7 +197,7 @@ class ZerosAdded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}:
             first, second = args[:2]
             alike = isinstance(second, torch.Tensor) and first.numel() == second.numel()
-            if alike and first.is_floating_point() and first.shape[-1] in self.widths:
+            if alike and first.is_floating_point() and first.ndim > 1 and first.shape[-1] in self.widths:
                 self.count += bool(first.any()) != bool(second.any())
         return func(*args, **(kwargs or {}))
 
@@ -202,13 +205,15 @@ class ZerosAdded(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _additions(lab: Lab, residual: ResidualMap) -> list[str]:
     """S against the additions that the running model makes: with every projection zero, each adds nothing.
 
-    A parallel block may add its sub-layers up first; a norm with a bias behind a projection makes something of nothing.
+    A parallel block may add its sub-layers up first; a bias behind the projections makes something of nothing.
     """
     streams = (residual, *residual.streams)
+    projections = [p for stream in streams for p in stream.residual_projections]
     biased = {norm.module for stream in streams for norm in stream.norms if norm.bias is not None}
-    if biased & {p.branch_norm for stream in streams for p in stream.residual_projections}:
-        return []
     parts = {part for name, own in lab.biases.items() for part in (name, *own)}
+    added = {lab.alias[b.parameter] for p in projections for b in p.between if b.kind == "bias" and b.parameter}
+    if added - parts or biased & {p.branch_norm for p in projections} or lab.model_type in INTERPOLATED:
+        return []
     for name in parts:
         lab.parameters[name].data.zero_()
     counting = ZerosAdded({stream.width for stream in streams})

@@ -26,7 +26,7 @@ from spikepatch.residual.ops import shape
 from spikepatch.residual.trace import trace
 from spikepatch.source.layout import layout
 from spikepatch.source.match import Match
-from spikepatch.source.meta import build_meta, check_module, on_meta, skeleton
+from spikepatch.source.meta import build_meta, on_meta, skeleton, unwrapped
 from spikepatch.source.private import is_transformers_model, promised_ties
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def audit(
         source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell)
         subject, name = of_source(source, seed), source.name
     else:
-        check_module(model)
+        model = unwrapped(model)
         subject, name = of_model(model, seed), type(model).__name__
     tell("mapping the residual stream", 0, 0)
     found: Followed | str

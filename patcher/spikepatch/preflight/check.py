@@ -36,7 +36,7 @@ from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import shape
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace, trace
-from spikepatch.source.meta import check_module, settings_read
+from spikepatch.source.meta import settings_read, unwrapped
 from spikepatch.source.private import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def check(
             )
             base = of_source(source, seed)
         else:
-            check_module(model)
+            model = unwrapped(model)
             base = of_model(model, seed)
         name = source.name if source is not None else type(base.structure).__name__
         setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)

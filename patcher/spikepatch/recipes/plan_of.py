@@ -22,7 +22,7 @@ from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source.layout import tensor_shapes
 from spikepatch.source.match import Match, match_source
-from spikepatch.source.meta import check_module, on_meta
+from spikepatch.source.meta import on_meta, unwrapped
 from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.pieces import loaded_pieces, pieces
 from spikepatch.source.tokenizer import known_ids
@@ -72,7 +72,7 @@ def plan(
 
 def plan_model(model: nn.Module, request: Request, example_inputs: Given = None) -> Plan:
     """The plan of a loaded model."""
-    check_module(model)
+    model = unwrapped(model)
     return plan_on(Mapped(model, inspect(model, example_inputs=example_inputs), example=example_inputs), request)
 
 

@@ -34,7 +34,7 @@ from spikepatch.residual.stream import Stream, find, projections
 from spikepatch.residual.trace import Trace, trace
 from spikepatch.residual.ways import compared
 from spikepatch.residual.weights import fan, gain, matrix_weight
-from spikepatch.source.meta import build_meta, check_default_device, check_module
+from spikepatch.source.meta import build_meta, check_default_device, unwrapped
 from spikepatch.source.private import is_transformers_model
 from spikepatch.source.tied import tied
 
@@ -59,7 +59,7 @@ def inspect(model: nn.Module, *, example_inputs: Given = None, source: str = "")
         Refused: it is no module, its forward pass cannot be traced, or there is no residual sum in it.
     """
     check_default_device()
-    check_module(model)
+    model = unwrapped(model)
     source = source or type(model).__name__
     if any(buffer.is_meta for buffer in model.buffers()) and is_transformers_model(model):
         model = build_meta(type(model), model.config, where=source)  # some embeddings' factor is the value of a buffer
