@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,9 +115,11 @@ def check(
             model = unwrapped(model)
             base = of_model(model, seed)
         name = source.name if source is not None else type(base.structure).__name__
-        inputs = _inputs(base, source, example_inputs, text, tokens=tokens, batch=batch, seed=seed)
-        tell("mapping the residual stream", 0, 0)
-        found = proven(base, inputs, name)
+        setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
+        with _in_memory(base, setting):
+            inputs = _inputs(base, source, example_inputs, text, tokens=tokens, batch=batch, seed=seed)
+            tell("mapping the residual stream", 0, 0)
+            found = proven(base, inputs, name)
     # A text is ids alone; plans are made, and weights audited, by all that the model takes.
     whole = found if text is None else followed(base.structure, trace(base.structure, example_inputs), name)
     plain = base
@@ -132,7 +135,6 @@ def check(
         except Refused as error:
             subjects.append(_refused(error, name, shown, base))
     audit = audit_subject(base, whole, name, progress=tell)
-    setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
     reports = []
     while subjects:  # one model's weights in memory at a time
         subject = subjects.pop(0)
@@ -142,15 +144,11 @@ def check(
         own = audit if subject is base else None
         learned = audit.learned and (own is not None or reinit != "all")
         about = _about(subject.recipe or "as it is", tell) if recipes else tell
-        try:
+        with _in_memory(subject, setting):
             about("mapping the residual stream", 0, 0)
             judge = _Judge(limits, own, learned, partial(_remedy, subject, source, partial(ground, "all"), read))
             mapped = found if subject is base else proven(subject, inputs, name)
             reports.append(_check(subject, mapped, setting, judge, about))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise _too_large(subject, setting, error) from error
     if example_inputs is None and 0 < reports[0].tokens < tokens:
         what = f"sequences of {reports[0].tokens} tokens, not {tokens}: the model has no more positions"
         findings = (*reports[0].findings, Finding("tokens", "note", what))
@@ -272,14 +270,22 @@ def _check(subject: Subject, found: Followed, setting: _Setting, judge: _Judge, 
         return dataclasses.replace(draft, findings=(finding,), not_measured=(reason,))
 
 
-def _too_large(subject: Subject, setting: _Setting, error: BaseException) -> Refused:
-    elsewhere = "" if setting.device.type == "cpu" else ", or --device cpu"
-    return Refused(
-        what="it does not fit into memory",
-        where=setting.source + (f" with {subject.recipe}" if subject.recipe else ""),
-        why=f"{setting.batch} x {setting.tokens} tokens on {setting.device}: {first_line(error)}",
-        remedy=f"give fewer sequences or shorter ones: --batch 1, --tokens {max(2, setting.tokens // 4)}{elsewhere}",
-    )
+@contextlib.contextmanager
+def _in_memory(subject: Subject, setting: _Setting) -> Iterator[None]:
+    """Out of memory is a refusal."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        elsewhere = "" if setting.device.type == "cpu" else ", or --device cpu"
+        less = f"--batch 1, --tokens {max(2, setting.tokens // 4)}{elsewhere}"
+        raise Refused(
+            what="it does not fit into memory",
+            where=setting.source + (f" with {subject.recipe}" if subject.recipe else ""),
+            why=f"{setting.batch} x {setting.tokens} tokens on {setting.device}: {first_line(error)}",
+            remedy=f"give fewer sequences or shorter ones: {less}",
+        ) from error
 
 
 def _measured_all(
