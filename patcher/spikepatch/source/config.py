@@ -28,7 +28,7 @@ class Recorded:
 
     Attributes:
         recipe: its name.
-        embeddings: what is done to each embedding, by module; ``plans.edits.recorded_edits`` reads it.
+        embeddings: what is done to each embedding, by module; ``plans.edits.recorded_edit`` reads it.
         as_code: the model runs on generated files that lie beside the weights.
         entries: all that is recorded.
     """
