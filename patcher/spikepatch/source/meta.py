@@ -212,9 +212,8 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     functions: dict[int, FunctionType] = {}
     modules = {id(module): module for module in model.modules()}
     for module in modules.values():
-        for name, value in vars(module).items():
-            if name not in {"_parameters", "_buffers", "_modules"}:
-                _find_functions(value, modules.keys(), functions)
+        for value in vars(module).values():
+            _find_functions(value, modules.keys(), functions)
     cells = {number: [CellType() for _ in function.__closure__ or ()] for number, function in functions.items()}
     for number, function in functions.items():
         again = FunctionType(
