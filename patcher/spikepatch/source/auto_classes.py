@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 #: Where several load a class, or a config names no architecture, the one that names its task best.
-PREFERRED = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
+PREFERRED = (
+    "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForImageTextToText",
+    "AutoModelForSpeechSeq2Seq", "AutoModelForMultimodalLM", "AutoModel",
+)  # fmt: skip
+
+#: Before all others for a config that says that it is of an encoder and a decoder: the classes of both.
+OF_BOTH = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line, unprintable
 from spikepatch.quiet import quiet
-from spikepatch.source.auto_classes import PREFERRED, auto_classes, in_order
+from spikepatch.source.auto_classes import OF_BOTH, auto_classes, in_order
 from spikepatch.source.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
 from spikepatch.source.redirects import check_config, entries
 
@@ -287,10 +286,16 @@ def _named_class(config: PreTrainedConfig, where: str) -> Architecture:
 
 
 def _preferred_class(config: PreTrainedConfig, where: str) -> Architecture:
-    """The first class of the type that one of the preferred Auto classes has."""
-    for auto_class, classes in itertools.islice(auto_classes(type(config)), len(PREFERRED)):
-        for model_class in classes:
-            return Architecture(_config_for(model_class, config), model_class, auto_class)
+    """The first class of the type, in the order of the Auto classes; of a part only where none is of the whole."""
+    known = dict(auto_classes(type(config)))
+    both = OF_BOTH if getattr(config, "is_encoder_decoder", False) else ()
+    found = (
+        Architecture(_config_for(model_class, config), model_class, auto_class)
+        for auto_class in dict.fromkeys((*both, *known))
+        for model_class in known[auto_class]
+    )
+    for architecture in sorted(found, key=lambda each: each.config is not config):
+        return architecture
     raise Refused(
         f"transformers has no model for the type {config.model_type!r} by itself",
         where=where,
