@@ -176,9 +176,9 @@ def test_the_command() -> None:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["vanilla", "--for", "megatron"], "--for needs --width and --layers."),
-        (["--for", "megatron"], "--for needs NAME, --width and --layers."),
-        (["--for", "megatron", "--width", "8", "--layers", "2"], "--for needs NAME."),
+        (["vanilla", "--for", "megatron"], "--for needs --width and --layers"),
+        (["--for", "megatron"], "--for needs NAME, --width and --layers"),
+        (["--for", "megatron", "--width", "8", "--layers", "2"], "--for needs NAME"),
         (["vanilla", "--width", "8"], "go with --for"),
         (["embed-ln", "--for", "megatron", "--width", "8", "--layers", "2", "--factor", "2"], "scale the embedding"),
         (["scaled-embed", "--for", "megatron", "--width", "8", "--layers", "2", "--factor", "0"], "positive number"),
