@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,10 @@ TRAINED = ("reformer",)
 
 #: Types that run the same blocks several times: the map counts every pass, and names a weight for its first.
 REPEATED = ("albert", "dory", "hrm_text")
+
+#: Types whose additions are not counted: their layers add a share of the difference between their output and the
+#: stream; or work on blocks of tokens, padded, and on global tokens beside them.
+UNCOUNTED = ("dory", "pegasus_x")
 
 #: Type -> the mapping that it is built for; a type of several mappings once.
 CASES: dict[str, configs.Mapping] = {
@@ -186,15 +191,16 @@ def disagreements(model: PreTrainedModel, residual: ResidualMap, model_type: str
 class ZerosAdded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts additions of nothing: of a value that is zero throughout to one of the stream's size that is not."""
 
-    def __init__(self, widths: Set[int]) -> None:
+    def __init__(self, widths: Set[int], tokens: Set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.widths, self.count = widths, 0
+        self.sizes = {width * count for width in widths for count in tokens}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}:
             first, second = args[:2]
             alike = isinstance(second, torch.Tensor) and first.numel() == second.numel()
-            if alike and first.is_floating_point() and first.shape[-1] in self.widths:
+            if alike and first.numel() in self.sizes and not self.widths.isdisjoint(first.shape):
                 self.count += bool(first.any()) != bool(second.any())
         return func(*args, **(kwargs or {}))
 
@@ -202,16 +208,19 @@ class ZerosAdded(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _additions(lab: Lab, residual: ResidualMap) -> list[str]:
     """S against the additions that the running model makes: with every projection zero, each adds nothing.
 
-    A parallel block may add its sub-layers up first; a norm with a bias behind a projection makes something of nothing.
+    A parallel block may add its sub-layers up first; a bias behind the projections makes something of nothing.
     """
     streams = (residual, *residual.streams)
+    projections = [p for stream in streams for p in stream.residual_projections]
     biased = {norm.module for stream in streams for norm in stream.norms if norm.bias is not None}
-    if biased & {p.branch_norm for stream in streams for p in stream.residual_projections}:
-        return []
     parts = {part for name, own in lab.biases.items() for part in (name, *own)}
+    added = {lab.alias[b.parameter] for p in projections for b in p.between if b.kind == "bias" and b.parameter}
+    if added - parts or biased & {p.branch_norm for p in projections} or lab.model_type in UNCOUNTED:
+        return []
     for name in parts:
         lab.parameters[name].data.zero_()
-    counting = ZerosAdded({stream.width for stream in streams})
+    tokens = {math.prod(value.shape[:2]) for value in lab.inputs.values()}
+    counting = ZerosAdded({stream.width for stream in streams}, tokens)
     with torch.no_grad(), counting:
         lab.model(**lab.inputs, use_cache=False)
     for name in parts:

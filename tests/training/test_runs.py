@@ -317,7 +317,7 @@ def test_the_verdict_comes_before_the_page(place: str, inputs: Path, tmp_path: P
 
 def test_the_record(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "tokens-0.part").touch()
+    (tmp_path / "data" / ".tokens-0.bin.new.spikepatch").touch()
     for resume in (True, False):
         check_out(tmp_path, resume=resume)  # as a command leaves it that was killed before its first step
     (tmp_path / "data" / "mine.txt").touch()

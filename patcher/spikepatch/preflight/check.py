@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from spikepatch.preflight.program import compile_program
 from spikepatch.preflight.remedies import of_a_model, of_a_source, of_a_tied_head
 from spikepatch.preflight.result import Finding, StabilityReport
 from spikepatch.preflight.steps import run_steps
-from spikepatch.preflight.subject import Subject, of_model, of_source, to_plan_on, vocabulary_of, with_recipe
+from spikepatch.preflight.subject import Subject, of_model, of_source, proven, to_plan_on, vocabulary_of, with_recipe
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes.plan_of import Mapped
 from spikepatch.recipes.request import Request, parse_requests
@@ -114,18 +115,16 @@ def check(
             model = unwrapped(model)
             base = of_model(model, seed)
         name = source.name if source is not None else type(base.structure).__name__
-        if text is not None:
-            inputs: Given = text_tokens(Path(text), source, tokens=tokens, batch=batch)
-        elif example_inputs is not None or not hasattr(base.structure, "config"):
-            inputs = None if example_inputs is None else given(example_inputs, base.structure)
-        else:
-            inputs = random_tokens(base.structure, tokens=tokens, batch=batch, seed=seed)
-        tell("mapping the residual stream", 0, 0)
-        found = _proven(base, inputs, name)
+        setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
+        with _in_memory(base, setting):
+            inputs = _inputs(base, source, example_inputs, text, tokens=tokens, batch=batch, seed=seed)
+            tell("mapping the residual stream", 0, 0)
+            found = proven(base, inputs, name)
     # A text is ids alone; plans are made, and weights audited, by all that the model takes.
-    whole = found if text is None else _proven(base, example_inputs, name)
-    patched = source is not None and source.patched is not None  # a recipe takes the place of the patch
-    plain = of_source(source, seed, patched=False) if source is not None and patched and recipes else base
+    whole = found if text is None else followed(base.structure, trace(base.structure, example_inputs), name)
+    plain = base
+    if recipes and source is not None and source.patched is not None:  # a recipe takes the place of the patch
+        plain = of_source(source, seed, patched=False)
     known = whole if plain is base else None
     ground = cache(lambda reinit: to_plan_on(plain, known, source, reinit=reinit, example=example_inputs))
     subjects: list[Subject | StabilityReport] = [base]
@@ -136,7 +135,6 @@ def check(
         except Refused as error:
             subjects.append(_refused(error, name, shown, base))
     audit = audit_subject(base, whole, name, progress=tell)
-    setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
     reports = []
     while subjects:  # one model's weights in memory at a time
         subject = subjects.pop(0)
@@ -146,15 +144,11 @@ def check(
         own = audit if subject is base else None
         learned = audit.learned and (own is not None or reinit != "all")
         about = _about(subject.recipe or "as it is", tell) if recipes else tell
-        try:
+        with _in_memory(subject, setting):
             about("mapping the residual stream", 0, 0)
-            judge = _Judge(limits, own, learned, partial(_remedy, subject, partial(ground, "all"), read))
-            mapped = found if subject is base else _proven(subject, inputs, name)
+            judge = _Judge(limits, own, learned, partial(_remedy, subject, source, partial(ground, "all"), read))
+            mapped = found if subject is base else proven(subject, inputs, name)
             reports.append(_check(subject, mapped, setting, judge, about))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise _too_large(subject, setting, error) from error
     if example_inputs is None and 0 < reports[0].tokens < tokens:
         what = f"sequences of {reports[0].tokens} tokens, not {tokens}: the model has no more positions"
         findings = (*reports[0].findings, Finding("tokens", "note", what))
@@ -162,21 +156,16 @@ def check(
     return dataclasses.replace(reports[0], models=tuple(reports[1:]))
 
 
-def _proven(subject: Subject, inputs: Given, name: str) -> Followed:
-    """The streams of a model and their map, for what it is measured on.
-
-    Raises:
-        Refused: the map is not proven.
-    """
-    found = followed(subject.structure, trace(subject.structure, inputs), name)
-    if not found.residual.proven:
-        raise Refused(
-            what="its residual stream is not proven, so what would be measured is not known",
-            where=name,
-            why="; ".join(found.residual.leaks[:3]),
-            remedy="`spikepatch inspect` shows the map; please report the architecture",
-        )
-    return found
+def _inputs(
+    base: Subject, source: Source | None, example: Given, text: str | Path | None, *, tokens: int, batch: int, seed: int
+) -> Given:
+    """What is measured: a text, the caller's own, or random tokens; None for a plain module without any."""
+    if text is not None:
+        return text_tokens(Path(text), source, tokens=tokens, batch=batch)
+    if example is not None:
+        return given(example, base.structure)
+    has_config = hasattr(base.structure, "config")
+    return random_tokens(base.structure, tokens=tokens, batch=batch, seed=seed) if has_config else None
 
 
 def _names(requests: Sequence[Request]) -> list[str]:
@@ -210,21 +199,26 @@ def _refused(error: Refused, source: str, recipe: str, base: Subject) -> Stabili
 
 
 def _remedy(
-    subject: Subject, fresh: Callable[[], Mapped], read: Collection[str], whole: ResidualMap, *, untie: bool = False
+    subject: Subject,
+    source: Source | None,
+    fresh: Callable[[], Mapped],
+    read: Collection[str],
+    whole: ResidualMap,
+    *,
+    untie: bool = False,
 ) -> str:
     """What makes a fresh model of it that is not at risk; planned for it, and empty where nothing can be.
 
     Args:
-        fresh: what is planned on where nothing is kept.
+        fresh: what is planned on where nothing of the source is kept.
         whole: the map of the subject.
         untie: the same recipe with a head of its own.
     """
-    source = fresh().source
     if untie:
         return of_a_tied_head(Mapped(subject.structure, whole, source), subject.request) if subject.request else ""
     if subject.request is not None or (source is not None and source.patched is not None):
         return "another recipe: `spikepatch recipes` lists them"
-    return of_a_model(fresh()) if source is None else of_a_source(fresh(), source, read)
+    return of_a_model(Mapped(subject.structure, whole)) if source is None else of_a_source(fresh(), source, read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,14 +270,22 @@ def _check(subject: Subject, found: Followed, setting: _Setting, judge: _Judge, 
         return dataclasses.replace(draft, findings=(finding,), not_measured=(reason,))
 
 
-def _too_large(subject: Subject, setting: _Setting, error: BaseException) -> Refused:
-    elsewhere = "" if setting.device.type == "cpu" else ", or --device cpu"
-    return Refused(
-        what="it does not fit into memory",
-        where=setting.source + (f" with {subject.recipe}" if subject.recipe else ""),
-        why=f"{setting.batch} x {setting.tokens} tokens on {setting.device}: {first_line(error)}",
-        remedy=f"give fewer sequences or shorter ones: --batch 1, --tokens {max(2, setting.tokens // 4)}{elsewhere}",
-    )
+@contextlib.contextmanager
+def _in_memory(subject: Subject, setting: _Setting) -> Iterator[None]:
+    """Out of memory is a refusal."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        elsewhere = "" if setting.device.type == "cpu" else ", or --device cpu"
+        less = f"--batch 1, --tokens {max(2, setting.tokens // 4)}{elsewhere}"
+        raise Refused(
+            what="it does not fit into memory",
+            where=setting.source + (f" with {subject.recipe}" if subject.recipe else ""),
+            why=f"{setting.batch} x {setting.tokens} tokens on {setting.device}: {first_line(error)}",
+            remedy=f"give fewer sequences or shorter ones: {less}",
+        ) from error
 
 
 def _measured_all(

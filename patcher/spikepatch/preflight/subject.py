@@ -16,7 +16,8 @@ from spikepatch.preflight.values import cached, fresh, live, load_buffers, plann
 from spikepatch.recipes.plan_of import Mapped, plan_on
 from spikepatch.recipes.request import Request
 from spikepatch.residual.example import Given
-from spikepatch.residual.inspect import Followed, inspect
+from spikepatch.residual.inspect import Followed, followed, inspect
+from spikepatch.residual.trace import trace
 from spikepatch.source.layout import persistent
 from spikepatch.source.match import Match, match_source
 from spikepatch.source.meta import build_meta, skeleton
@@ -87,6 +88,23 @@ def of_source(source: Source, seed: int, *, patched: bool = True) -> Subject:
     source.fetch_weights()
     load_buffers(structure, match)
     return Subject(structure, _kept(structure, stored(structure, match)), f"of {source.name}", match=match)
+
+
+def proven(subject: Subject, inputs: Given, name: str) -> Followed:
+    """The streams of a model and their map, for what it is measured on.
+
+    Raises:
+        Refused: the map is not proven.
+    """
+    found = followed(subject.structure, trace(subject.structure, inputs), name)
+    if not found.residual.proven:
+        raise Refused(
+            what="its residual stream is not proven, so what would be measured is not known",
+            where=name,
+            why="; ".join(found.residual.leaks[:3]),
+            remedy="`spikepatch inspect` shows the map; please report the architecture",
+        )
+    return found
 
 
 def to_plan_on(

@@ -122,7 +122,7 @@ def parse_requests(
     Raises:
         Refused: as ``parse_request``.
     """
-    asked = [name for name, value in options.items() if name != "seed" and value not in (None, False)]
+    asked = [name for name, value in options.items() if name != "seed" and value is not None and value is not False]
     if asked and not recipes:
         raise Refused(
             what=f"{', '.join(f'--{name}' for name in asked)} without a recipe",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line
+from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line, unprintable
 from spikepatch.quiet import quiet
 from spikepatch.source.auto_classes import OF_BOTH, auto_classes, in_order
 from spikepatch.source.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
@@ -27,7 +27,7 @@ class Recorded:
 
     Attributes:
         recipe: its name.
-        embeddings: what is done to each embedding, by module; ``plans.edits.recorded_edits`` reads it.
+        embeddings: what is done to each embedding, by module; ``plans.edits.recorded_edit`` reads it.
         as_code: the model runs on generated files that lie beside the weights.
         entries: all that is recorded.
     """
@@ -98,6 +98,13 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
         check_config(each, where)
         if any(key == "quantization_config" and entry is not None for _, key, entry in entries(each)):
             raise _quantised(where)
+    if hidden := unprintable(_names(written)):
+        raise BadSource(
+            "config.json has a name with control characters",
+            where=where,
+            why=f"no model is called {', '.join(hidden)}, and a terminal would show something else",
+            remedy="do not trust this model; get it from its author again",
+        )
     kernels = [reference for reference in _code_references(written) if not reference.startswith("Auto")]
     code = sorted({*_code_references(raw), *kernels})
     if code and not trusted:
@@ -192,6 +199,15 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
             "config.json is not a JSON object", where=where, why=f"it is a {type(raw).__name__}", remedy=DOWNLOAD_AGAIN
         )
     return raw
+
+
+def _names(config: dict[str, Any]) -> Iterator[str]:
+    """Keys at any depth, and what names classes and types."""
+    for _, key, value in entries(config):
+        yield key
+        if key in {"model_type", "architectures", "auto_map"}:
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            yield from (part for part in parts if isinstance(part, str))
 
 
 def _code_references(config: dict[str, Any]) -> Iterator[str]:

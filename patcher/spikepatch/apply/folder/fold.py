@@ -35,7 +35,7 @@ from spikepatch.apply.folder.shards import Shards, write_folder
 from spikepatch.apply.generated.patched_source import build_as_it_is
 from spikepatch.apply.generated.render import check_generated
 from spikepatch.errors import Refused
-from spikepatch.plans.plan import DetachEmbedding, EmbeddingEdit, recorded_edits
+from spikepatch.plans.plan import DetachEmbedding, EmbeddingEdit, recorded_edit
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes.plan_of import check_weights
 from spikepatch.source.classes import original_in
@@ -119,7 +119,7 @@ def fold(
         report("proving that it folds")
         patched = build_as_it_is(found)
         edits = {
-            name: recorded_edits({name: entry}, patched.get_submodule(name).embedding_dim)[name]
+            name: recorded_edit(name, entry, patched.get_submodule(name).embedding_dim)
             for name, entry in record.embeddings.items()
         }
         plain, held = plain_model(found, patched, edits)
