@@ -142,12 +142,15 @@ def test_sources_with_such_names_are_refused(hostile: str, tmp_path: Path) -> No
 
 
 def test_a_tensor_with_such_a_name(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "gpt2"}')
     header = json.dumps({"a\x1b[2J": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    done = CliRunner().invoke(main, ["convert", str(tmp_path), str(tmp_path / "out"), "--reinit", "none"])
+    (source / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    done = CliRunner().invoke(main, ["convert", str(source), str(tmp_path / "out"), "--reinit", "none"])
     assert done.exit_code == 2
     assert "names with control characters: 'a\\x1b[2J'" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_names_no_command_that_is_not_there() -> None:
