@@ -125,7 +125,6 @@ def test_a_part_of_a_model_is_no_source() -> None:
         ("bart", "Seq2SeqLM", "BartForConditionalGeneration"),  # not its decoder alone, which CausalLM has
         ("whisper", "SpeechSeq2Seq", "WhisperForConditionalGeneration"),
         ("llava", "ImageTextToText", "LlavaForConditionalGeneration"),  # not the model without a head
-        ("llama4", "ImageTextToText", "Llama4ForConditionalGeneration"),  # CausalLM has its text part
         ("depth_anything", "DepthEstimation", "DepthAnythingForDepthEstimation"),
     ],
 )

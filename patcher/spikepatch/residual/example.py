@@ -79,6 +79,7 @@ def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
     if codebooks := getattr(config, "num_codebooks", 0):
         ids = ids.repeat(codebooks, 1)  # (codebooks, tokens)
     name = getattr(model, "main_input_name", "input_ids")
+    name = name[0] if isinstance(name, (list, tuple)) else name
     example = {name: ids}
     if name == "pixel_values":
         size = _setting(config, "image_size", "input_size", otherwise=224)

@@ -118,19 +118,19 @@ def _mapped(model_type: str, architecture: str) -> ResidualMap:
     from spikepatch.source.meta import build_meta, not_buildable
 
     where = f"arch:{model_type}"
-    model_class: Any = getattr(transformers, architecture)
     with quiet():
         try:
-            config = transformers.AutoConfig.for_model(model_type)
+            model_class: Any = getattr(transformers, architecture)
+            config = config_of(model_class, transformers.AutoConfig.for_model(model_type))
             short = transformers.AutoConfig.for_model(model_type)
-        except Exception as error:
+        except Exception as error:  # a class may need a package that is not installed, or be none at all
             raise not_buildable(where, error) from error
     for part in config_parts(short):
         keep_one_layer_of_each_kind(part)
     try:
         model = build_meta(model_class, config_of(model_class, short), where=where)
     except Refused:  # the cut may be what it cannot be built from
-        model = build_meta(model_class, config_of(model_class, config), where=where)
+        model = build_meta(model_class, config, where=where)
     return inspect(model, source=where)
 
 

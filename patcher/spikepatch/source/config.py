@@ -286,16 +286,12 @@ def _named_class(config: PreTrainedConfig, where: str) -> Architecture:
 
 
 def _preferred_class(config: PreTrainedConfig, where: str) -> Architecture:
-    """The first class of the type, in the order of the Auto classes; of a part only where none is of the whole."""
+    """The first class of the type, in the order of the Auto classes."""
     known = dict(auto_classes(type(config)))
     both = OF_BOTH if getattr(config, "is_encoder_decoder", False) else ()
-    found = (
-        Architecture(_config_for(model_class, config), model_class, auto_class)
-        for auto_class in dict.fromkeys((*both, *known))
-        for model_class in known[auto_class]
-    )
-    for architecture in sorted(found, key=lambda each: each.config is not config):
-        return architecture
+    for auto_class in dict.fromkeys((*both, *known)):
+        for model_class in known[auto_class]:
+            return Architecture(_config_for(model_class, config), model_class, auto_class)
     raise Refused(
         f"transformers has no model for the type {config.model_type!r} by itself",
         where=where,

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 
@@ -51,6 +52,8 @@ KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implement
 
 #: In it calls run for real, with memory.
 without_fakes = unset_fake_temporarily
+#: The same, and nothing is recorded.
+without_modes = _disable_current_modes
 
 
 # torch: modules and tensors

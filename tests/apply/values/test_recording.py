@@ -17,6 +17,8 @@ from spikepatch.apply.values import calls
 from spikepatch.apply.values.draw import BLOCK, entropy, gaussian
 from spikepatch.apply.values.recording import Recording
 
+REAL = torch.linspace(0, 1, 30).view(6, 5)
+
 
 class Weights(nn.Module):
     def __init__(self, write: Callable[[Any], None]) -> None:
@@ -66,13 +68,18 @@ def by_deepcopy(m: Any) -> None:
     nn.init.constant_(m.b, 0.25)
 
 
+def by_a_real_copy(m: Any) -> None:
+    m.a.copy_(copy.deepcopy(REAL))
+    m.b.copy_(m.a)
+
+
 def by_out(m: Any) -> None:
     torch.arange(30.0, out=m.a.view(-1))
     torch._foreach_copy_([m.a, m.b], [m.a + 1, m.a - 1])
     torch._foreach_mul_([m.a, m.b], 3.0)
 
 
-@pytest.mark.parametrize("write", [in_rows, by_data, by_numpy, by_values, by_deepcopy, by_out])
+@pytest.mark.parametrize("write", [in_rows, by_data, by_numpy, by_values, by_deepcopy, by_a_real_copy, by_out])
 def test_what_is_computed_has_the_same_bits(write: Callable[[Any], None]) -> None:
     with torch.random.fork_rng(devices=[]):
         real = Weights(write)

@@ -41,6 +41,7 @@ from spikepatch.source.private import (
     tree_map,
     truncated_normals_here,
     without_fakes,
+    without_modes,
 )
 
 _aten = torch.ops.aten
@@ -274,8 +275,11 @@ class _Seen(TorchFunctionMode):
             args, kwargs = self.recording.seen((args, kwargs or {}))
             with without_fakes():
                 return func(*args, **kwargs)
-        if func is torch.Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):  # torch's looks for its memory
-            return _copy_of(*args)
+        if func is torch.Tensor.__deepcopy__:
+            if isinstance(args[0], FakeTensor):  # torch's looks for its memory
+                return _copy_of(*args)
+            with without_modes():  # a real one, such as an argument of the constructor
+                return func(*args)  # type: ignore[no-untyped-call]
         if func == _SET_DATA and isinstance(args[0], FakeTensor) and not isinstance(args[1], FakeTensor):
             args = (args[0], self.recording.fake(args[1]))
         return func(*args, **(kwargs or {}))
