@@ -15,15 +15,18 @@ from torch import nn
 from spikepatch.auditing.fault import Audit
 from spikepatch.errors import Refused, first_line
 from spikepatch.plans.plan import ModelPart, Reinit
-from spikepatch.preflight.arguments import check_numbers, device_of
+from spikepatch.preflight.arguments import check_numbers, check_together, device_of
 from spikepatch.preflight.assemble import View, bound_product, growth
 from spikepatch.preflight.audit import audit_subject
+from spikepatch.preflight.estimate import estimate
 from spikepatch.preflight.forward import measure
 from spikepatch.preflight.inputs import random_tokens, text_tokens
 from spikepatch.preflight.judge import Thresholds, judged, worst
 from spikepatch.preflight.program import compile_program
+from spikepatch.preflight.refusals_of_check import not_proven, refused_column, too_large
 from spikepatch.preflight.remedies import of_a_model, of_a_source, of_a_tied_head
 from spikepatch.preflight.result import Finding, StabilityReport
+from spikepatch.preflight.shorter import extended, in_words, shortened
 from spikepatch.preflight.steps import run_steps
 from spikepatch.preflight.subject import Subject, of_model, of_source, vocabulary_of, with_recipe
 from spikepatch.progress import Progress, silent
@@ -58,6 +61,7 @@ def check(
     deep: bool = False,
     steps: int = 0,
     lr: float = 1e-3,
+    layers: int | None = None,
     thresholds: Mapping[str, float] | None = None,
     example_inputs: Given = None,
     revision: str | None = None,
@@ -81,6 +85,7 @@ def check(
         device: ``auto`` (a GPU where there is one) or as torch names it.
         deep: measure Jacobians.
         steps, lr: also run AdamW steps at this learning rate.
+        layers: run the first layers only, at full width, and extrapolate by their growth; for what takes too long.
         thresholds: instead of the defaults of ``preflight.judge.Thresholds``, by name.
         example_inputs: keyword arguments of ``forward`` in place of random tokens, as in ``spikepatch.inspect``; needed
             for a plain module.
@@ -91,7 +96,8 @@ def check(
         SpikepatchError: the model cannot be read or mapped, or a recipe does not apply.
     """
     limits = Thresholds.changed(dict(thresholds or {}))
-    check_numbers(tokens=tokens, batch=batch, seed=seed, steps=steps, lr=lr)
+    check_numbers(tokens=tokens, batch=batch, seed=seed, steps=steps, lr=lr, layers=2 if layers is None else layers)
+    check_together(steps, layers)
     torch_device = device_of(device)
     tell = progress or silent
     source: Source | None = None
@@ -126,9 +132,9 @@ def check(
             subject = with_recipe(plain or base, recipe, source=source, reinit=reinit, seed=seed, options=options)
             subjects.append(dataclasses.replace(subject, recipe=shown))
         except Refused as error:
-            subjects.append(_refused(error, name, shown, base))
+            subjects.append(refused_column(error, name, shown, base))
     audit = audit_subject(base, name, source=source, example_inputs=example_inputs, progress=tell)
-    setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
+    setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr, layers)
     found = []
     while subjects:  # one model's weights in memory at a time
         next_one = subjects.pop(0)
@@ -146,7 +152,7 @@ def check(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise _too_large(subject, setting, error) from error
+            raise too_large(subject, name, torch_device, batch=batch, tokens=tokens, error=error) from error
     if example_inputs is None and 0 < found[0].tokens < tokens:
         what = f"sequences of {found[0].tokens} tokens, not {tokens}: the model has no more positions"
         findings = (*found[0].findings, Finding("tokens", "note", what))
@@ -163,25 +169,6 @@ def _names(recipes: Sequence[str]) -> list[str]:
 def _about(model: str, progress: Progress) -> Progress:
     """``progress``, told which of several models, or of its streams, a step belongs to."""
     return lambda step, done=0, total=0: progress(f"{model}: {step}", done, total)
-
-
-def _refused(error: Refused, source: str, recipe: str, base: Subject) -> StabilityReport:
-    """The column of a recipe that does not apply."""
-    return StabilityReport(
-        source=source,
-        recipe=recipe,
-        architecture=type(base.structure).__name__,
-        weights="-",
-        placement="-",
-        width=0,
-        sublayers=0,
-        device="-",
-        tokens=0,
-        batch=0,
-        seed=0,
-        refused=f"{error.what}: {error.why}",
-        findings=(Finding("refused", "note", f"refused: {error.what}: {error.why}", remedy=error.remedy),),
-    )
 
 
 def _remedy(subject: Subject, source: Source | None, whole: ResidualMap, *, untie: bool = False) -> str:
@@ -217,6 +204,7 @@ class _Setting:
     deep: bool
     steps: int
     lr: float
+    layers: int | None
 
 
 def _check(
@@ -230,14 +218,13 @@ def _check(
     if inputs is None and hasattr(subject.structure, "config"):
         inputs = random_tokens(subject.structure, tokens=setting.tokens, batch=setting.batch, seed=setting.seed)
     graph = trace(subject.structure, inputs)
-    residual = map_of(subject.structure, graph, setting.source)
+    residual = whole = map_of(subject.structure, graph, setting.source)
+    if residual.proven and setting.layers is not None and setting.layers < residual.layers:
+        subject = shortened(subject, residual, setting.layers, setting.source)
+        graph = trace(subject.structure, inputs)
+        residual = map_of(subject.structure, graph, setting.source)
     if not residual.proven:
-        raise Refused(
-            what="its residual stream is not proven, so what would be measured is not known",
-            where=setting.source,
-            why="; ".join(residual.leaks[:3]),
-            remedy="`spikepatch inspect` shows the map; please report the architecture",
-        )
+        raise not_proven(residual, setting.source)
     ids = next((x for x in graph.inputs.values() if not x.is_floating_point()), None)
     draft = StabilityReport(
         source=setting.source,
@@ -256,7 +243,7 @@ def _check(
     streams = find(graph)
     assert not isinstance(streams, str)
     try:
-        return _measured_all(draft, subject, streams, residual, setting, judge, progress)
+        return _measured_all(draft, subject, streams, residual, whole, setting, judge, progress)
     except (RuntimeError, NotImplementedError, IndexError) as error:  # an operation of the model
         if is_out_of_memory(error):
             raise
@@ -265,21 +252,12 @@ def _check(
         return dataclasses.replace(draft, findings=(finding,), not_measured=(reason,))
 
 
-def _too_large(subject: Subject, setting: _Setting, error: BaseException) -> Refused:
-    elsewhere = "" if setting.device.type == "cpu" else ", or --device cpu"
-    return Refused(
-        what="it does not fit into memory",
-        where=setting.source + (f" with {subject.recipe}" if subject.recipe else ""),
-        why=f"{setting.batch} x {setting.tokens} tokens on {setting.device}: {first_line(error)}",
-        remedy=f"give fewer sequences or shorter ones: --batch 1, --tokens {max(2, setting.tokens // 4)}{elsewhere}",
-    )
-
-
 def _measured_all(
     draft: StabilityReport,
     subject: Subject,
     streams: tuple[Stream, ...],
     residual: ResidualMap,
+    whole: ResidualMap,
     setting: _Setting,
     judge: _Judge,
     progress: Progress,
@@ -288,15 +266,15 @@ def _measured_all(
     graph = streams[0].facts.trace
     vocabulary = _logits_over(subject.structure, graph) if residual.head is not None else None
     judge = dataclasses.replace(judge, remedy=cache(partial(judge.remedy, whole=residual)))
-    main = _measured(draft, subject, streams[0], residual, setting, judge, progress, vocabulary)
+    main = _measured(draft, subject, streams[0], residual, whole, setting, judge, progress, vocabulary)
     further = []
-    for stream, part in zip(streams[1:], residual.streams, strict=True):
+    for stream, part, of in zip(streams[1:], residual.streams, whole.streams, strict=True):
         blank = dataclasses.replace(
             draft, stream="encoder", audit=None, placement=part.placement, width=part.width, sublayers=part.sublayers
         )
         once = dataclasses.replace(setting, steps=0)
         about = _about(blank.stream, progress)
-        found = _measured(blank, subject, stream, part, once, judge, about, vocabulary)
+        found = _measured(blank, subject, stream, part, of, once, judge, about, vocabulary)
         further.append(dataclasses.replace(found, initial_loss=None, log_vocab=None, gradients={}))  # the same
     return dataclasses.replace(main, streams=tuple(further), verdict=worst([main, *further]))
 
@@ -306,12 +284,15 @@ def _measured(
     subject: Subject,
     stream: Stream,
     residual: ResidualMap,
+    whole: ResidualMap,
     setting: _Setting,
     judge: _Judge,
     progress: Progress,
     vocabulary: int | None,
 ) -> StabilityReport:
     program = compile_program(stream, setting.device)
+    if long := estimate(program, subject.weights, setting.tokens * setting.batch, of=whole.layers):
+        progress(long)
     found = measure(program, residual, subject.weights, deep=setting.deep, vocabulary=vocabulary, progress=progress)
     view = View(program, residual, found, judge.limits)
     layers = view.layers()
@@ -343,8 +324,13 @@ def _measured(
         steps=tuple(steps) if setting.steps else (),  # nothing is run before
         not_measured=tuple(found.problems),
     )
+    report = extended(report, whole, setting.source)
     finite = found.finite and all(w.finite for w in found.weights.values())
-    return judged(report, residual, judge.limits, finite=finite, learned=judge.learned, remedy=judge.remedy)
+    found_all = judged(report, residual, judge.limits, finite=finite, learned=judge.learned, remedy=judge.remedy)
+    if report.shortened is None:
+        return found_all
+    notes = tuple(Finding("layers", "note", words) for words in in_words(report.shortened))
+    return dataclasses.replace(found_all, findings=(*found_all.findings, *notes))
 
 
 def _logits_over(model: nn.Module, graph: Trace) -> int | None:
