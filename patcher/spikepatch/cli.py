@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -26,6 +28,16 @@ from spikepatch.commands.train import train_command
 from spikepatch.commands.verify import verify_command
 from spikepatch.errors import SpikepatchError, check_platform, first_line
 
+#: What the system refuses and nobody here can help -> the remedy.
+_FULL = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room within the quota",
+    errno.EROFS: "give a place that can be written to",
+    errno.EIO: "check the disk",
+    errno.EMFILE: "allow more open files: ulimit -n",
+    errno.ENFILE: "allow more open files on this machine",
+}
+
 _SMALLER = "give less at a time (--batch, --micro-batch, --tokens, --seq-len), or a machine with more memory"
 
 
@@ -37,24 +49,65 @@ def _out_of_memory(error: Exception) -> bool:
     return is_out_of_memory(error)
 
 
+def _usage(error: click.UsageError) -> SpikepatchError:
+    """What the option parser says, in the form of every other error."""
+    command = error.ctx.command_path if error.ctx is not None else "spikepatch"
+    usage = error.ctx.get_usage().removeprefix("Usage: ") if error.ctx is not None else command
+    near: Sequence[str] = getattr(error, "possibilities", None) or ()
+    said = error.message if near else error.format_message()
+    remedy = f"did you mean {' or '.join(sorted(near)[:3])}? " if near else ""
+    return SpikepatchError(
+        said.rstrip("."),
+        where=command,
+        why=f"it is used as {usage}",
+        remedy=f"{remedy}{command} --help explains every option",
+    )
+
+
+def _forget_stdout() -> None:
+    """What could not be written is not tried again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class _Group(click.Group):
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Every command takes -v and -q."""
         cmd.params.extend(level_options())
         super().add_command(cmd, name)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """As ``invoke``, for options before the command."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            click.echo(f"error: {_usage(error)}", err=True)
+            sys.exit(2)
+
     def invoke(self, ctx: click.Context) -> Any:
-        """Errors that are the user's to mend: one message, exit code 2. Our own: exit code 3."""
+        """Errors that are the user's to mend: one message, exit code 2. Our own: 3. All are in docs/exit_codes.md."""
         before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             check_platform()
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a full disk is seen here
+            return result
         except SpikepatchError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):  # click ends on these
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            ctx.exit(128 + signal.SIGINT)
+        except click.UsageError as error:
+            click.echo(f"error: {_usage(error)}", err=True)
+            ctx.exit(2)
+        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):  # click ends on these
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _FULL:
+                where = f": {error.filename}" if error.filename else ""
+                click.echo(f"error: {error.strerror}{where}\n  remedy: {_FULL[error.errno]}", err=True)
+                _forget_stdout()
+                ctx.exit(2)
             if _out_of_memory(error):
                 click.echo(f"error: out of memory: {first_line(error)}\n  remedy: {_SMALLER}", err=True)
                 ctx.exit(2)

@@ -6,6 +6,17 @@ import difflib
 import sys
 from collections.abc import Iterable
 
+#: Of each part of a message, so many characters are shown.
+SHOWN = 4000
+
+
+def shown(text: object) -> str:
+    """A part of a message as a terminal may show it: control characters and marks that turn the writing's direction as
+    escapes, but for ends of lines; and no longer than ``SHOWN``.
+    """
+    told = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text)[: SHOWN + 1])
+    return told if len(told) <= SHOWN else f"{told[:SHOWN]} ..."
+
 
 class SpikepatchError(Exception):
     """A refusal or a bad input. The command prints it and exits with code 2; nothing has been written.
@@ -22,7 +33,8 @@ class SpikepatchError(Exception):
         self.where: str = where
         self.why: str = why
         self.remedy: str = remedy
-        super().__init__(f"{where}: {what}\n  why: {why}\n  remedy: {remedy}")
+        one_line = shown(where).replace("\n", "\\n")
+        super().__init__(f"{one_line}: {shown(what)}\n  why: {shown(why)}\n  remedy: {shown(remedy)}")
 
 
 class BadSource(SpikepatchError):
@@ -52,6 +64,14 @@ def check_platform() -> None:
             why="output that appears whole or not at all needs file locks and renames that it does not have",
             remedy="run it on one of these; on Windows, in the Windows Subsystem for Linux",
         ) from error
+
+
+def unprintable(names: Iterable[str]) -> list[str]:
+    """Of ``names``, those that would not show as they are, as Python writes them.
+
+    No model needs one, and one can make a terminal or a page say something else.
+    """
+    return [ascii(name) for name in names if not name.isprintable()]
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:

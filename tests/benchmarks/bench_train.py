@@ -162,7 +162,7 @@ def contend(name: str, setting: Setting, folder: Path, pipe: Connection) -> None
     import transformers
 
     from spikepatch.training.batches import Tokens
-    from spikepatch.training.entries import Entry, build
+    from spikepatch.training.entries import build, parse_entries
     from spikepatch.training.loop import train  # noqa: F401 - all imports before memory is measured
 
     torch.set_num_threads(1)
@@ -173,7 +173,8 @@ def contend(name: str, setting: Setting, folder: Path, pipe: Connection) -> None
     own.mkdir()
     transformers.Trainer, transformers.TrainingArguments  # noqa: B018 - lazy
     before = status("VmRSS")
-    model: Any = build(Entry("model", str(folder / "config"), recipe, recipe is not None), seed=0)
+    (entry,) = parse_entries([f"model={folder / 'config'}" + (f"@{recipe}" if recipe else "")])
+    model: Any = build(entry, seed=0)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     started = (0.0, 0.0)

@@ -19,7 +19,7 @@ from spikepatch.plans.edits import (
     NormEmbedding,
     ScaleEmbedding,
     Untie,
-    recorded_edits,
+    recorded_edit,
 )
 from spikepatch.plans.in_words import changes, streams
 from tests.residual.maps import plan_of
@@ -52,16 +52,16 @@ def test_every_kind_says_what_it_is() -> None:
 
 @given(edit=embedding_edits, width=st.integers(1, 2**20))
 def test_a_record_comes_back(edit: EmbeddingEdit, width: int) -> None:
-    assert recorded_edits({"e": json.loads(json.dumps(edit.record))}, width) == {"e": edit}
+    assert recorded_edit("e", json.loads(json.dumps(edit.record)), width) == edit
     root = ScaleEmbedding("e", math.sqrt(width), per_width=True)
     assert root.record == {"factor": "sqrt(width)"}
-    assert recorded_edits({"e": root.record}, width) == {"e": root}
+    assert recorded_edit("e", root.record, width) == root
 
 
 @pytest.mark.parametrize("entry", [{}, {"factor": 1.0, "eps": 1e-5}, {"norm": "batchnorm", "eps": 1, "affine": True}])
 def test_another_record_is_of_no_kind(entry: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="an edit for e that this version does not know"):
-        recorded_edits({"e": entry}, 8)
+        recorded_edit("e", entry, 8)
 
 
 def test_a_plan_in_words() -> None:

@@ -22,6 +22,7 @@ from spikepatch.plans.plan import (
     NormEmbedding,
     Plan,
     Recipe,
+    Reinit,
     ScaleEmbedding,
     Skip,
     StreamShape,
@@ -30,7 +31,8 @@ from spikepatch.plans.plan import (
     cut_std,
 )
 from spikepatch.plans.work_out import make_plan
-from spikepatch.recipes.built_in import RECIPES, find, with_options
+from spikepatch.recipes.built_in import RECIPES
+from spikepatch.recipes.request import parse_request
 from spikepatch.residual.map import ResidualMap, pattern
 from tests.residual.maps import SCALED_ALREADY, TYPES, mapped, plan_of
 
@@ -145,7 +147,7 @@ def test_behind_a_branch_norm(model_type: str) -> None:
 
 @pytest.mark.parametrize("reinit", ["all", "residual", "none"])
 @pytest.mark.parametrize("model_type", TYPES)
-def test_every_tensor_once(model_type: str, reinit: str) -> None:
+def test_every_tensor_once(model_type: str, reinit: Reinit) -> None:
     """Filled, or skipped with a reason; never both, never neither."""
     recipe = "vanilla" if model_type in SCALED_ALREADY else "scaled-embed"
     residual, tensors = mapped(model_type)
@@ -290,7 +292,7 @@ def test_record_of_layers_that_differ() -> None:
 
 
 @pytest.mark.parametrize("reinit", ["residual", "none"])
-def test_kept_weights_are_not_drawn_by_generated_code(reinit: str) -> None:
+def test_kept_weights_are_not_drawn_by_generated_code(reinit: Reinit) -> None:
     assert plan_of("gpt2", reinit=reinit, std=1.0).record("1")["init"] is None
 
 
@@ -324,7 +326,10 @@ def test_duplicates(edit: Edit, name: str) -> None:
         yield edit
 
     residual, tensors = mapped("gpt2")
-    transforms: tuple[Transform, ...] = (*with_options(find("scaled-embed"), untie=True).transforms, again)
+    transforms: tuple[Transform, ...] = (
+        *parse_request("scaled-embed", reinit="all", untie=True).recipe.transforms,
+        again,
+    )
     with pytest.raises(Refused, match=f"two transforms(.|\n)*{name} "):
         make_plan(residual, tensors, Recipe("twice", transforms), reinit="all", seed=0)
 

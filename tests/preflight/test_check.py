@@ -377,8 +377,12 @@ def test_every_remedy_that_is_printed_runs(model_type: str, tmp_path: Path) -> N
     strict = {"ratio_at_risk": 1e-3, "ratio_unstable": 1e6}
     tiny_config(model_type, tie_word_embeddings=True, vocab_size=60).save_pretrained(tmp_path / "source")
     source, model, ran = str(tmp_path / "source"), tiny_model(model_type), 0
+    own = tmp_path / "of our own.toml"
+    kinds = "".join(f'[[transform]]\nkind = "{kind}"\n' for kind in ("small_init", "residual_init", "embed_norm"))
+    own.write_text(f'name = "own"\n{kinds}')
     for subject in (source, model):
-        report = spikepatch.check(subject, recipes=["vanilla", "embed-ln"], tokens=12, thresholds=strict)
+        report = spikepatch.check(subject, recipes=["vanilla", str(own)], tokens=12, thresholds=strict)
+        assert [each.recipe for each in report.models] == ["vanilla", "own"]
         assert any("spikepatch" in f.remedy for f in report.findings)
         for remedy in {f.remedy for each in report.every for f in each.findings if f.remedy.startswith("spikepatch")}:
             ran += 1

@@ -17,7 +17,7 @@ from spikepatch.errors import Refused
 from spikepatch.preflight.forward import Measurement, measure
 from spikepatch.preflight.program import NodeValues, Program, Weights, compile_program, run_piece
 from spikepatch.preflight.values import live
-from spikepatch.residual.inspect import map_of
+from spikepatch.residual.inspect import followed
 from spikepatch.residual.stream import find
 from spikepatch.residual.trace import trace
 from tests.architectures import tiny_model
@@ -61,7 +61,7 @@ def value_at(program: Program, point: Any, weights: Weights) -> torch.Tensor:
 
 def measured(model: PreTrainedModel, ids: torch.Tensor, *, deep: bool = False) -> tuple[Program, Measurement]:
     program = program_of(model, ids)
-    residual = map_of(model, program.stream.facts.trace, "model")
+    residual = followed(model, program.stream.facts.trace, "model").residual
     found = measure(
         program, residual, live(model), deep=deep, vocabulary=model.config.vocab_size, progress=lambda *_: None
     )
@@ -134,7 +134,7 @@ def test_a_model_whose_output_is_the_end_of_its_stream() -> None:
     model = transformers.BertModel(transformers.BertConfig(vocab_size=60, **sizes)).eval()
     ids = random_ids(model)
     program = program_of(model, ids)
-    residual = map_of(model, program.stream.facts.trace, "model")
+    residual = followed(model, program.stream.facts.trace, "model").residual
     found = measure(program, residual, live(model), deep=False, vocabulary=None, progress=lambda *_: None)
     states = model(ids, output_hidden_states=True).hidden_states
     direction = torch.randn(states[-1].shape, generator=torch.Generator().manual_seed(0))
@@ -189,7 +189,7 @@ def test_the_weights_of_one_piece_at_a_time() -> None:
 
         ids = random_ids(model)
         program = program_of(model, ids)
-        residual = map_of(model, program.stream.facts.trace, "model")
+        residual = followed(model, program.stream.facts.trace, "model").residual
         measure(program, residual, weight, deep=True, vocabulary=500, progress=lambda *_: None)
         peaks[layers] = peak
     assert peaks[2] == peaks[8] > 0

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spikepatch
-from spikepatch.preflight.subject import of_model, of_source, with_recipe
+from spikepatch.plans.plan import Reinit
+from spikepatch.preflight.subject import Subject, of_model, of_source, to_plan_on, with_recipe
+from spikepatch.recipes.request import Request, parse_request
 from spikepatch.source.meta import build_meta
 from spikepatch.source.open import open_source
 from tests.architectures import tiny_config, tiny_model
@@ -32,14 +34,18 @@ def test_of_a_checkpoint(model_type: str, save_tiny: Callable[..., Path]) -> Non
         assert torch.equal(subject.weights(name), model.get_parameter(name)), name
 
 
+def planned_for(model: PreTrainedModel, request: Request) -> Subject:
+    base = of_model(model, request.seed)
+    return with_recipe(base, to_plan_on(base, None, None, reinit=request.reinit, example=None), request)
+
+
 @pytest.mark.parametrize("reinit", ["all", "residual", "none"])
 @pytest.mark.parametrize(("model_type", "recipe"), [("gpt2", "scaled-embed"), ("llama", "embed-ln")])
-def test_of_a_recipe(model_type: str, recipe: str, reinit: str) -> None:
+def test_of_a_recipe(model_type: str, recipe: str, reinit: Reinit) -> None:
     """What is measured is what ``patch`` makes."""
     model = tiny_model(model_type)
-    patched = spikepatch.patch(copy.deepcopy(model), recipe, reinit=reinit, seed=3)  # type: ignore[arg-type]
-    options = {"factor": None, "positions": False, "untie": False}
-    subject = with_recipe(of_model(model, 3), recipe, source=None, reinit=reinit, seed=3, options=options)  # type: ignore[arg-type]
+    patched = spikepatch.patch(copy.deepcopy(model), recipe, reinit=reinit, seed=3)
+    subject = planned_for(model, parse_request(recipe, reinit=reinit, seed=3))
     names = [name for name, _ in patched.named_parameters()]
     assert names == [name for name, _ in subject.structure.named_parameters()]
     for name in names:
@@ -48,8 +54,7 @@ def test_of_a_recipe(model_type: str, recipe: str, reinit: str) -> None:
 
 def test_of_an_untied_head() -> None:
     model = tiny_model("gpt2")
-    options = {"factor": None, "positions": False, "untie": True}
-    subject = with_recipe(of_model(model, 0), "scaled-embed", source=None, reinit="none", seed=0, options=options)
+    subject = planned_for(model, parse_request("scaled-embed", reinit="none", untie=True))
     table = model.get_parameter("transformer.wte.weight")
     assert torch.equal(subject.weights("lm_head.weight"), table)
     assert dict(model.named_parameters(remove_duplicate=False))["lm_head.weight"] is table  # the model is as it was

@@ -19,8 +19,9 @@ from click.testing import CliRunner
 from spikepatch.cli import main
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import Fill, Plan, Recipe, ScaleEmbedding, Untie
-from spikepatch.recipes.built_in import RECIPES, find, with_options
+from spikepatch.recipes.built_in import RECIPES
 from spikepatch.recipes.megatron import Expressed, express
+from spikepatch.recipes.request import parse_request
 from spikepatch_transforms.embed_init import EmbedInit
 from spikepatch_transforms.embed_scale import EmbedScale
 from spikepatch_transforms.residual_init import ResidualInit
@@ -91,8 +92,10 @@ def planned_stds(plan: Plan) -> dict[str, set[float]]:
 
 CASES = {
     **RECIPES,
-    "untied": dataclasses.replace(with_options(find("scaled-embed"), untie=True), name="untied"),
-    "times-8": dataclasses.replace(with_options(find("scaled-embed"), factor=8.0, positions=True), name="times-8"),
+    "untied": dataclasses.replace(parse_request("scaled-embed", reinit="all", untie=True).recipe, name="untied"),
+    "times-8": dataclasses.replace(
+        parse_request("scaled-embed", reinit="all", factor=8.0, positions=True).recipe, name="times-8"
+    ),
     "mitchell": Recipe("mitchell", (SmallInit(base="fan_in"), ResidualInit(scale="mitchell"))),
     "two-means": Recipe("two-means", (SmallInit(token_embedding=False), ResidualInit(), EmbedInit(0.1), EmbedScale())),
 }

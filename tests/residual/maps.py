@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spikepatch.plans.plan import Plan, Recipe
+from spikepatch.plans.plan import Plan, Recipe, Reinit
 from spikepatch.plans.work_out import make_plan
-from spikepatch.recipes.built_in import checked_recipe
+from spikepatch.recipes.request import parse_request
 from spikepatch.residual.map import ResidualMap
 
 FILE = Path(__file__).with_name("maps.json")
@@ -41,18 +41,17 @@ def plan_of(
     model_type: str,
     recipe: str | Recipe = "scaled-embed",
     *,
-    reinit: str = "all",
+    reinit: Reinit = "all",
     std: float | None = None,
     changes: dict[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
     """``spikepatch.plan`` of a model whose map is known; ``std``: of its learned token embeddings."""
     residual, shapes = mapped(model_type, **changes or {})
-    asked = {"seed": 0, "factor": None, "positions": False, "replace": False, "untie": False} | options
     tables = [stream.token_embedding for stream in (residual, *residual.streams)]
     stds = {table.parameter: std for table in tables if table is not None and std is not None}
-    found = checked_recipe(recipe, reinit=reinit, **asked)
-    return make_plan(residual, shapes, found, reinit=reinit, seed=asked["seed"], embedding_stds=stds)  # type: ignore[arg-type]
+    asked = parse_request(recipe, reinit=reinit, **options)
+    return make_plan(residual, shapes, asked.recipe, reinit=reinit, seed=asked.seed, embedding_stds=stds)
 
 
 def _key(model_type: str, changes: dict[str, Any]) -> str:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import spikepatch
@@ -71,6 +73,10 @@ TRAINED = ("reformer",)
 
 #: Types that run the same blocks several times: the map counts every pass, and names a weight for its first.
 REPEATED = ("albert", "dory", "hrm_text")
+
+#: Types whose additions are not counted: their layers add a share of the difference between their output and the
+#: stream; or work on blocks of tokens, padded, and on global tokens beside them.
+UNCOUNTED = ("dory", "pegasus_x")
 
 #: Type -> the mapping that it is built for; a type of several mappings once.
 CASES: dict[str, configs.Mapping] = {
@@ -166,11 +172,13 @@ def disagreements(model: PreTrainedModel, residual: ResidualMap, model_type: str
     drawn = {name: p.detach().clone() for name, p in parameters.items()}
     lab = Lab(model, model_type, example(model), parameters, alias, drawn, biases)
 
+    problems = _additions(lab, residual)
     trained = lab.hear(())
     others: set[str] = set()
     for stream in residual.streams:
         others |= _on_stream(lab, stream)
-    problems, claimed = _of_one(lab, residual, trained, projections, others)
+    more, claimed = _of_one(lab, residual, trained, projections, others)
+    problems += more
     for stream in residual.streams:  # heard through the main stream, which all speaks
         silent = [p.parameter for p in stream.residual_projections]
         more, found = _of_one(lab, stream, trained - claimed - _on_stream(lab, residual), silent, set())
@@ -178,6 +186,49 @@ def disagreements(model: PreTrainedModel, residual: ResidualMap, model_type: str
         claimed |= found
     problems += [f"{name}: trained by the model, and in no part of the map" for name in trained - claimed - others]
     return sorted(problems)
+
+
+class ZerosAdded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts additions of nothing: of a value that is zero throughout to one of the stream's size that is not."""
+
+    def __init__(self, widths: Set[int], tokens: Set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.widths, self.count = widths, 0
+        self.sizes = {width * count for width in widths for count in tokens}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}:
+            first, second = args[:2]
+            alike = isinstance(second, torch.Tensor) and first.numel() == second.numel()
+            if alike and first.numel() in self.sizes and not self.widths.isdisjoint(first.shape):
+                self.count += bool(first.any()) != bool(second.any())
+        return func(*args, **(kwargs or {}))
+
+
+def _additions(lab: Lab, residual: ResidualMap) -> list[str]:
+    """S against the additions that the running model makes: with every projection zero, each adds nothing.
+
+    A parallel block may add its sub-layers up first; a bias behind the projections makes something of nothing.
+    """
+    streams = (residual, *residual.streams)
+    projections = [p for stream in streams for p in stream.residual_projections]
+    biased = {norm.module for stream in streams for norm in stream.norms if norm.bias is not None}
+    parts = {part for name, own in lab.biases.items() for part in (name, *own)}
+    added = {lab.alias[b.parameter] for p in projections for b in p.between if b.kind == "bias" and b.parameter}
+    if added - parts or biased & {p.branch_norm for p in projections} or lab.model_type in UNCOUNTED:
+        return []
+    for name in parts:
+        lab.parameters[name].data.zero_()
+    tokens = {math.prod(value.shape[:2]) for value in lab.inputs.values()}
+    counting = ZerosAdded({stream.width for stream in streams}, tokens)
+    with torch.no_grad(), counting:
+        lab.model(**lab.inputs, use_cache=False)
+    for name in parts:
+        lab.parameters[name].data.copy_(lab.drawn[name])
+    wanted = sum(stream.sublayers for stream in streams)
+    several = any(stream.placement in {"parallel", "mixed"} for stream in streams)
+    right = 0 < counting.count <= wanted if several else counting.count == wanted
+    return [] if right else [f"{wanted} sub-layers by the map, and {counting.count} additions in the running model"]
 
 
 def _of_one(

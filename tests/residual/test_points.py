@@ -71,6 +71,7 @@ def test_one_size_of_the_stream(model_type: str, gpt2_tokenizer: Path, tmp_path:
     assert [watched[i] for i in range(3)] == same(sizes)
     assert report.steps[0].sigma_first == report.sigma_start == same(sizes[0])
     assert report.steps[0].sigma_last == same(report.sigma_end)
+    assert report.initial_loss == report.steps[0].loss == same(drift[0].loss)
     assert all(abs(other / size - 1) > 1e-3 for other, size in zip(others, 2 * sizes, strict=True))
 
 

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
-from spikepatch.plans.plan import ScaleEmbedding, recorded_edits
+from spikepatch.plans.plan import ScaleEmbedding, recorded_edit
 from spikepatch.residual import map as residual_map
 from spikepatch.runtime.embedding import detach_output, install, norm_output, pattern, scale_output
 from spikepatch.runtime.fresh import initialise
@@ -202,7 +202,7 @@ def test_install_names_modules_as_the_full_model_does() -> None:
     full, base = GPT2LMHeadModel(tiny()), GPT2Model(tiny())
     install(full, edits)
     install(base, edits)
-    planned = recorded_edits(edits["embeddings"], 16)["transformer.wte"]
+    planned = recorded_edit("transformer.wte", edits["embeddings"]["transformer.wte"], 16)
     assert isinstance(planned, ScaleEmbedding)
     for transformer in (full.transformer, base):
         assert transformer.wte.embed_scale == planned.factor == 4.0

@@ -115,7 +115,23 @@ def test_a_default_config_that_cannot_be_built(broken: str, monkeypatch: pytest.
 
 
 def test_a_part_of_a_model_is_no_source() -> None:
-    assert "no model for the type" in refusal("arch:depth_anything", Refused).what
+    assert "no model for the type" in refusal("arch:sam_mask_decoder", Refused).what
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto_class", "name"),
+    [
+        ("gpt2", "CausalLM", "GPT2LMHeadModel"),
+        ("bart", "Seq2SeqLM", "BartForConditionalGeneration"),  # not its decoder alone, which CausalLM has
+        ("whisper", "SpeechSeq2Seq", "WhisperForConditionalGeneration"),
+        ("llava", "ImageTextToText", "LlavaForConditionalGeneration"),  # not the model without a head
+        ("llama4", "ImageTextToText", "Llama4ForConditionalGeneration"),  # CausalLM has its text part
+        ("depth_anything", "DepthEstimation", "DepthAnythingForDepthEstimation"),
+    ],
+)
+def test_the_class_that_is_meant(model_type: str, auto_class: str, name: str) -> None:
+    source = open_source(f"arch:{model_type}", weights=False)
+    assert (source.auto_class, source.model_class.__name__) == (f"AutoModelFor{auto_class}", name)
 
 
 def test_a_folder_with_weights(smollm2: Path) -> None:

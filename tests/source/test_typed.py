@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikepatch.source.typed import parsed
+from spikepatch.source.typed import finite, parsed
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,7 @@ def test_what_went_in_comes_back(tree: Tree) -> None:
 def test_another_shape_is_refused(data: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         parsed(Tree, data)
+
+
+def test_strict_json_has_null_for_what_is_no_number() -> None:
+    assert finite({"a": (1.0, math.nan), "b": [math.inf, True, "x"]}) == {"a": [1.0, None], "b": [None, True, "x"]}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from spikepatch.spikes.detector import SpikeDetector, news
-from spikepatch.training.folder import run_folder
 from spikepatch.training.log import open_log
+from spikepatch.training.run_identity import run_folder
 
 #: (model, learning rate, seed, step) -> loss; None ends the log there, as a kill does.
 Curve = Callable[[str, float, int, int], float | None]

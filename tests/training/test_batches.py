@@ -182,12 +182,12 @@ def test_what_a_killed_run_leaves_is_not_used(damage: str, tmp_path: Path) -> No
         case "broken description":
             description.write_text('{"key": ')
         case "left over":
-            first.file.rename(first.file.with_suffix(".part"))
+            first.file.rename(first.file.with_name(f".{first.file.name}.new.spikepatch"))
     module._mapped.cache_clear()
     again = prepare([path], as_bytes(), tmp_path / "data")
     assert again == first
     assert np.array_equal(content(again), expected)
-    assert not list((tmp_path / "data").glob("*.part"))
+    assert not list((tmp_path / "data").glob(".tokens-*"))
 
 
 def _prepare(path: str, folder: Path) -> None:

@@ -18,6 +18,7 @@ from spikepatch.errors import BadSource, Refused, SpikepatchError
 from spikepatch.quiet import quiet
 from spikepatch.source.meta import skeleton
 from spikepatch.training.entries import Entry, build, check_causal, parse_entries, tokenizer_of
+from spikepatch.training.run_identity import TrainedModel
 from tests.architectures import ids, tiny_config
 from tests.residual.configs import model_class, tiny_config_for
 
@@ -37,8 +38,9 @@ def config_only(folder: Path, model_type: str, **changes: Any) -> str:
     return str(folder)
 
 
-def entry(source: str, recipe: str | None = None) -> Entry:
-    return Entry("model", source, recipe, patched=recipe is not None)
+def entry(source: str, recipe: str | None = None, **options: Any) -> Entry:
+    (found,) = parse_entries([f"model={source}" + (f"@{recipe}" if recipe else "")], **options)
+    return found
 
 
 def saved(model: Any, folder: Path) -> dict[str, torch.Tensor]:
@@ -76,7 +78,7 @@ def test_an_argument(argument: str, expected: tuple[Any, ...], gpt2: str) -> Non
     Path(gpt2, "own.toml").write_text('name = "own"\n[[transform]]\nkind = "small_init"\n')
     values = tuple(value.replace("{}", gpt2) if isinstance(value, str) else value for value in expected)
     (found,) = parse_entries([argument.replace("{}", gpt2)])
-    assert dataclasses.astuple(found) == values
+    assert dataclasses.astuple(found.model) == values
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "gpt2"])
@@ -105,15 +107,15 @@ def test_a_model_that_needs_more_than_token_ids() -> None:
 def test_a_path_with_our_characters(tmp_path: Path) -> None:
     """What exists is taken as it stands."""
     folder = config_only(tmp_path / "lr=1@2", "gpt2")
-    assert parse_entries([folder]) == (Entry("lr-1-2", folder, None, False),)
-    assert parse_entries([f"a={folder}@wang"]) == (Entry("a", folder, "wang", False),)
+    models = [each.model for each in parse_entries([folder, f"a={folder}@wang"])]
+    assert models == [TrainedModel("lr-1-2", folder, None, False), TrainedModel("a", folder, "wang", False)]
 
 
 def test_a_patched_folder_is_known(gpt2: str, tmp_path: Path) -> None:
     for recipe in ("scaled-embed", "vanilla"):
         spikepatch.convert(gpt2, tmp_path / recipe, recipe=recipe)
     found = parse_entries([gpt2, str(tmp_path / "scaled-embed"), str(tmp_path / "vanilla")])
-    assert [each.patched for each in found] == [False, True, False]
+    assert [each.model.patched for each in found] == [False, True, False]
 
 
 def test_refused_arguments(gpt2: str, tmp_path: Path, save_tiny: Save) -> None:

@@ -16,9 +16,9 @@ from spikepatch.report.document import Page
 from spikepatch.report.html import render, write_page
 from spikepatch.report.svg import svg
 from spikepatch.source.typed import parsed
-from spikepatch.training.folder import run_folder
 from spikepatch.training.log import open_log, read
 from spikepatch.training.page import page
+from spikepatch.training.run_identity import run_folder
 from spikepatch.training.verdict import Verdict
 from tests.report.test_html import BROWSER, browse
 from tests.training.synthetic import calm, folder
@@ -49,7 +49,9 @@ def test_every_run_and_every_event(tmp_path: Path) -> None:
         ("vanilla", "spikes", "warning"), ("patched", "healthy", "good"),
     ]  # fmt: skip
     runs, curves, rates, events = found.sections[:4]
-    table, models, scores = runs.tables
+    arms, table, models, scores = runs.tables
+    assert [row[:3] for row in arms.rows[:2]] == [("0.001", "vanilla", "2 of 2"), ("0.001", "patched", "0 of 2")]
+    assert runs.paragraphs[0].startswith("lr 0.001: patched: 0 of 2 runs have a loss event, 2 of 2 of vanilla")
     assert len(table.rows) == len(scores.rows) == 2 * 3 * 2
     assert {row[0]: row[4] for row in models.rows} == {"vanilla": "-", "patched": "0.004"}
     assert len(curves.charts) == 2 * 3 * 2
@@ -122,7 +124,7 @@ def test_an_unfinished_training(tmp_path: Path) -> None:
     found = page(path)
     told = found.sections[0].paragraphs[0]
     assert told.startswith("Not finished. patched is at step 69; 2 runs not begun: vanilla/lr1e-3-seed1")
-    assert len(found.sections[0].tables[0].rows) == 2
+    assert len(found.sections[0].tables[1].rows) == 2
     assert "69 of 200" in texts(found, "Runs")
     assert "Not finished" in render(found)
     done = run(str(path))

@@ -6,25 +6,32 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import spikepatch
 from spikepatch.cli import main
 from spikepatch.errors import BadTarget, Refused
-from spikepatch.training.folder import check_out, run_folder, write_record
+from spikepatch.source.open import open_source
+from spikepatch.training.folder import check_out, write_record
 from spikepatch.training.log import read
+from spikepatch.training.run_identity import run_folder
 from tests import ROOT
+from tests.counting import counted
 from tests.folders import hashes
 from tests.training.models import config_folder, text
+
+if TYPE_CHECKING:
+    from tests.conftest import LocalHub
 
 pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
 
@@ -310,7 +317,7 @@ def test_the_verdict_comes_before_the_page(place: str, inputs: Path, tmp_path: P
 
 def test_the_record(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "tokens-0.part").touch()
+    (tmp_path / "data" / ".tokens-0.bin.new.spikepatch").touch()
     for resume in (True, False):
         check_out(tmp_path, resume=resume)  # as a command leaves it that was killed before its first step
     (tmp_path / "data" / "mine.txt").touch()
@@ -367,3 +374,60 @@ def test_accelerate_launch(inputs: Path, tmp_path: Path) -> None:
         assert {n: t.shape for n, t in models[kind].items()} == {n: t.shape for n, t in models["one"].items()}
         fresh = AutoModelForCausalLM.from_pretrained(outs[kind] / "a/lr3e-3-seed0/model")
         assert all(bool(p.isfinite().all()) for p in fresh.parameters())
+
+
+def test_every_source_is_opened_once(inputs: Path, tmp_path: Path) -> None:
+    """Three models of two sources, with two seeds."""
+    models = ("plain=:gpt2", "patched=:gpt2@scaled-embed", "other=:llama@vanilla")
+    with counted(open_source) as counts:
+        run(inputs, tmp_path / "x", "--seeds", "0,1", models=models, steps=1, code=1)
+    assert counts == {"open_source": 2}
+
+
+def test_a_factor_of_the_model_is_replaced(tmp_path: Path, inputs: Path) -> None:
+    """As the refusal says; the baseline beside it takes no such option."""
+    source = config_folder(tmp_path / "gemma", "gemma")
+    models = (f"scaled={source}@scaled-embed", f"small={source}@vanilla")
+    more = arguments(inputs, tmp_path / "x", models=(), steps=1)
+    refused = CliRunner().invoke(main, [*more, *models])
+    assert refused.exit_code == 2
+    assert "--replace divides that factor out" in refused.output
+    shutil.rmtree(tmp_path / "x")
+    assert CliRunner().invoke(main, [*more, *models, "--replace", "--factor", "3"]).exit_code == 1
+    record = json.loads((tmp_path / "x/run.json").read_text())["models"]
+    assert [model.get("replace") for model in record.values()] == [True, None]
+    plan = json.loads((tmp_path / "x/scaled/lr3e-3-seed0/model/spikepatch.json").read_text())["plan"]
+    (edit,) = (edit for edit in plan["edits"] if edit["edit"] == "ScaleEmbedding")
+    assert edit["factor"] == pytest.approx(3 / math.sqrt(32))
+    other = CliRunner().invoke(main, [*more, *models, "--resume"])
+    assert "models.scaled.replace was true and is null" in other.output
+
+
+def test_a_branch_that_moves(inputs: Path, tmp_path: Path, hub: LocalHub) -> None:
+    """Both models and both seeds have the commit that was there when the training began; after it is resumed, too."""
+    for name, seed in (("first", 0), ("second", 1)):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(inputs / "gpt2")).save_pretrained(tmp_path / name)
+    commit = hub.add("org/model", tmp_path / "first")
+    hub.before["model.safetensors"] = lambda: hub.add("org/model", tmp_path / "second")
+    models = ("plain=org/model", "patched=org/model@scaled-embed")
+    words = [*arguments(inputs, tmp_path / "x", "--seeds", "0,1", models=(), steps=1), *models]
+    environment = hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
+
+    def train(*more: str) -> str:
+        command = [sys.executable, "-m", "spikepatch", *words, *more]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stderr
+        record = json.loads((tmp_path / "x/run.json").read_text())
+        assert {model["commit"] for model in record["models"].values()} == {commit}
+        losses = [read(log).steps[0].loss for log in sorted(tmp_path.glob("x/plain/*/log.jsonl"))]
+        assert len(losses) == 2
+        return str(losses)
+
+    first = train()
+    assert not hub.before
+    by_name = [line for line in hub.requests if "/main/" in line]
+    assert by_name == [f"{how} /org/model/resolve/main/config.json" for how in ("HEAD", "GET")]
+    shutil.rmtree(tmp_path / "x/plain")
+    shutil.rmtree(tmp_path / "home")
+    assert train("--resume") == first

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from spikepatch.errors import Refused
-from spikepatch.plans.plan import Context, Fill, Recipe
+from spikepatch.plans.plan import Context, Fill, Recipe, Reinit
 from spikepatch_transforms.embed_init import EmbedInit
 from spikepatch_transforms.small_init import SmallInit
 from tests.residual.maps import mapped, plan_of
@@ -35,7 +35,7 @@ def test_a_tied_head(std: float) -> None:
 
 
 @pytest.mark.parametrize("reinit", ["residual", "none"])
-def test_learned_embeddings_are_kept(reinit: str) -> None:
+def test_learned_embeddings_are_kept(reinit: Reinit) -> None:
     with pytest.raises(Refused, match=r"draws the token embedding afresh(.|\n)*reinit=" + reinit):
         plan_of("gpt2", "unit-embed", reinit=reinit)
 

@@ -62,13 +62,12 @@ class EmbedScale:
         yield from enlarge_entrances(residual, context)
 
     def _scaled(self, embedding: Embedding, residual: ResidualMap, context: Context) -> Edit | Skip:
-        factor, per_width = math.sqrt(residual.width), True
-        if self.factor is not None:
-            factor, per_width = self.factor, False
-        elif context.embedding_std is not None:
-            factor, per_width = _reciprocal(context.embedding_std, residual.source), False
+        chosen = self.factor
+        if chosen is None and context.embedding_std is not None:
+            chosen = _reciprocal(context.embedding_std, residual.source)
+        factor = math.sqrt(residual.width) if chosen is None else chosen
         if not _multiplied_already(embedding, residual):
-            return ScaleEmbedding(embedding.module, factor, per_width)
+            return ScaleEmbedding(embedding.module, factor, per_width=chosen is None)
         if not self.replace:
             raise multiplied(residual, embedding, "; --replace divides that factor out")
         if abs(factor / embedding.scale - 1) < _ROUNDED:

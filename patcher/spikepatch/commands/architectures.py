@@ -57,7 +57,7 @@ def _print(rows: Sequence[Row]) -> None:
             ", ".join([row.placement, *row.kinds]) if row.placement else "",
             _per_layer(row.sublayers, row.layers),
             ", ".join(row.embeddings),
-            "yes" if row.proven else row.reason,
+            row.reason or ("for some inputs" if row.conditions else "yes"),
         )
     console = Console()
     console.print(table)

@@ -34,10 +34,7 @@ _THRESHOLDS = (
     help="Compare with this recipe, as `spikepatch convert` takes it; may be repeated.",
 )
 @options.reinit
-@options.factor
-@options.positions
-@options.untie
-@options.part
+@options.of_recipes
 @click.option("--tokens", type=click.IntRange(min=2), default=256, show_default=True, help="Length of a sequence.")
 @click.option("--batch", type=click.IntRange(min=1), default=2, show_default=True, help="Number of sequences.")
 @click.option("--text", type=click.Path(), metavar="FILE", help="Take the tokens from here.  [default: random tokens]")
@@ -84,8 +81,8 @@ def check_command(
     hold for fresh ones: the audit, what was measured, and what continued training can do.
 
     SOURCE is a hub id (gpt2), a local folder (with or without weights), or arch:TYPE (arch:gpt2). Without weights it is
-    checked as its own initialiser makes it. --reinit, --factor, --positions and --untie are of the recipes. -v prints
-    every layer, and --report draws them.
+    checked as its own initialiser makes it. --reinit, --factor, --positions, --replace, --untie and --part are of the
+    recipes. -v prints every layer, and --report draws them.
 
     \b
         spikepatch check arch:gpt2

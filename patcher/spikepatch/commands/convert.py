@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 @options.out
 @options.recipe
 @options.reinit
-@options.factor
-@options.positions
-@options.replace
-@options.untie
-@options.part
+@options.of_recipes
 @click.option(
     "--storage",
     type=click.Choice(["auto", "plain", "native", "host", "code"]),

@@ -65,6 +65,15 @@ untie: Decorator = click.option("--untie", is_flag=True, help="Give a tied head 
 part: Decorator = click.option(
     "--part", type=click.Choice(["language"]), help="Leave what computes features of images and sounds as it is."
 )
+
+
+def of_recipes(command: Any) -> Any:
+    """What goes with a recipe."""
+    for option in (part, untie, replace, positions, factor):
+        command = option(command)
+    return command
+
+
 seed: Decorator = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything that is drawn at random."
 )

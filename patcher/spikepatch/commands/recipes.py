@@ -66,7 +66,7 @@ def recipes_command(
         [[transform]]
         kind = "embed_scale"
     """
-    from spikepatch.recipes.built_in import RECIPES, find, with_options
+    from spikepatch.recipes.built_in import RECIPES, find
 
     if program is not None:
         if name is None or width is None or layers is None:
@@ -74,9 +74,10 @@ def recipes_command(
             missing = [option for option, given in needed.items() if given is None]
             raise click.UsageError(f"--for needs {', '.join(missing[:-1])}{' and ' * bool(missing[:-1])}{missing[-1]}.")
         from spikepatch.recipes.megatron import express
+        from spikepatch.recipes.request import parse_request
 
-        recipe = with_options(find(name), factor=factor, positions=positions, untie=untie)
-        expressed = express(recipe, width=width, layers=layers, vocab=vocab)
+        request = parse_request(name, reinit="all", factor=factor, positions=positions, untie=untie)
+        expressed = express(request.recipe, width=width, layers=layers, vocab=vocab)
         data: Any = expressed.to_dict()
         lines = _options(expressed)
     elif width or layers or vocab or factor is not None or positions or untie:

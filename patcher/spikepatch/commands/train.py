@@ -142,6 +142,7 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
     metavar="N",
     help="Steps between two measurements of stream and gradients in each layer; 0: none.",
 )
+@options.of_recipes
 @options.revision
 @options.trust_remote_code
 @options.as_json
@@ -166,8 +167,9 @@ def train_command(
     """Train each MODEL on the same batches, and say of each run whether it stayed free of loss spikes.
 
     MODEL is a hub id, a local folder (a converted one, for example), or arch:TYPE. MODEL@RECIPE patches it in memory,
-    NAME=MODEL gives it a name. A model without weights is drawn afresh from the seed. DATA is text, jsonl or parquet
-    files or globs, datasets:NAME, or builtin:stdlib, the sources of Python's standard library on this machine.
+    NAME=MODEL gives it a name. --factor, --positions, --replace, --untie and --part are of the recipes. A model without
+    weights is drawn afresh from the seed. DATA is text, jsonl or parquet files or globs, datasets:NAME, or
+    builtin:stdlib, the sources of Python's standard library on this machine.
 
     \b
         spikepatch train arch:gpt2 arch:gpt2@scaled-embed --data builtin:stdlib --out runs/x --steps 2000 --lr 5e-4
@@ -185,13 +187,14 @@ def train_command(
     from spikepatch.training.tables import print_verdict
 
     main = int(os.environ.get("RANK", "0")) == 0
+    given: Any = {name: settings.pop(name) for name in ("factor", "positions", "replace", "untie", "part")}
     count = len(models) * len(multipliers) * len(seeds)
     with reporting(count, main=main and not is_quiet()) as progress, _steps() as steps:
         verdict = run_all(
             models, data, out, Settings(**settings), lr=lr, multipliers=multipliers, seeds=seeds, eval_data=eval_data,
             log_with=log_with, resume=resume, revision=revision, trust_remote_code=trust_remote_code,
             command=shlex.join(["spikepatch", *sys.argv[1:]]), steps=steps, progress=progress,
-            say=(lambda text: None) if is_quiet() else (lambda text: click.echo(text, err=True)),
+            say=(lambda text: None) if is_quiet() else (lambda text: click.echo(text, err=True)), **given,
         )  # fmt: skip
     if main:
         if as_json:

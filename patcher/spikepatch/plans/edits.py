@@ -212,25 +212,21 @@ EmbeddingEdit = ScaleEmbedding | NormEmbedding | DetachEmbedding
 Edit = ValueEdit | EmbeddingEdit | Untie
 
 
-def recorded_edits(embeddings: Mapping[str, Mapping[str, Any]], width: int) -> dict[str, EmbeddingEdit]:
-    """The inverse of ``record``: what a config says of its embeddings, each ``width`` wide, by module.
+def recorded_edit(module: str, entry: Mapping[str, Any], width: int) -> EmbeddingEdit:
+    """The inverse of ``record``: what a config says of the embedding ``module``, whose rows are ``width`` long.
 
     Raises:
-        ValueError: an entry is of no kind that is known.
+        ValueError: it is of no kind that is known.
     """
-    found: dict[str, EmbeddingEdit] = {}
-    for module, entry in embeddings.items():
-        match dict(entry):
-            case {"factor": factor, **more} if not more:
-                root = factor == _ROOT
-                found[module] = ScaleEmbedding(module, math.sqrt(width) if root else float(factor), root)
-            case {"norm": "layernorm" | "rmsnorm" as kind, "eps": eps, "affine": affine, **more} if not more:
-                found[module] = NormEmbedding(module, eps, kind, affine)
-            case {"gradient": gradient, **more} if not more:
-                found[module] = DetachEmbedding(module, gradient)
-            case _:
-                raise ValueError(f"config.spikepatch has an edit for {module} that this version does not know: {entry}")
-    return found
+    match dict(entry):
+        case {"factor": factor, **more} if not more:
+            root = factor == _ROOT
+            return ScaleEmbedding(module, math.sqrt(width) if root else float(factor), root)
+        case {"norm": "layernorm" | "rmsnorm" as kind, "eps": eps, "affine": affine, **more} if not more:
+            return NormEmbedding(module, eps, kind, affine)
+        case {"gradient": gradient, **more} if not more:
+            return DetachEmbedding(module, gradient)
+    raise ValueError(f"config.spikepatch has an edit for {module} that this version does not know: {entry}")
 
 
 def cut_std(cut: float) -> float:

@@ -28,7 +28,7 @@ from spikepatch.plans.edits import Skip as Skip
 from spikepatch.plans.edits import Untie as Untie
 from spikepatch.plans.edits import ValueEdit as ValueEdit
 from spikepatch.plans.edits import cut_std as cut_std
-from spikepatch.plans.edits import recorded_edits as recorded_edits
+from spikepatch.plans.edits import recorded_edit as recorded_edit
 from spikepatch.residual.map import ResidualMap, pattern
 from spikepatch.source.typed import parsed
 

@@ -16,18 +16,18 @@ from spikepatch.auditing.examine import examine
 from spikepatch.auditing.fault import Audit
 from spikepatch.errors import Refused, SpikepatchError
 from spikepatch.plans.plan import Plan, Recipe
-from spikepatch.preflight.subject import Subject, of_model, of_source, vocabulary_of
+from spikepatch.preflight.subject import Subject, of_model, of_source, to_plan_on, vocabulary_of
 from spikepatch.progress import Progress, silent
-from spikepatch.recipes.plan_of import plan
+from spikepatch.recipes.plan_of import plan_on
+from spikepatch.recipes.request import parse_request
 from spikepatch.residual.example import Given
-from spikepatch.residual.inspect import map_of
-from spikepatch.residual.map import ResidualMap, pattern
+from spikepatch.residual.inspect import Followed, followed
+from spikepatch.residual.map import pattern
 from spikepatch.residual.ops import shape
-from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.trace import trace
 from spikepatch.source.layout import layout
-from spikepatch.source.match import match_source
-from spikepatch.source.meta import build_meta, check_module, on_meta, skeleton
+from spikepatch.source.match import Match
+from spikepatch.source.meta import build_meta, on_meta, skeleton, unwrapped
 from spikepatch.source.private import is_transformers_model, promised_ties
 
 if TYPE_CHECKING:
@@ -60,46 +60,65 @@ def audit(
             audit says so and reads the values.
     """
     tell = progress or silent
+    source: Source | None = None
     if isinstance(model, str):
         from spikepatch.source.open import open_source
 
         tell("reading the source", 0, 0)
         source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell)
-        planned = _planned(model, expect, revision=revision, trust_remote_code=trust_remote_code)
-        return audit_subject(of_source(source, seed), source.name, source=source, planned=planned, progress=tell)
-    check_module(model)
-    subject, name = of_model(model, seed), type(model).__name__
-    planned = _planned(model, expect, example_inputs=example_inputs)
-    return audit_subject(subject, name, example_inputs=example_inputs, planned=planned, progress=tell)
-
-
-def _planned(model: nn.Module | str, recipe: str | Recipe | None, **options: Any) -> tuple[Plan, bool] | None:
-    """What the recipe makes of the model, and whether a factor that the model has had to be taken out first."""
-    if recipe is None:
-        return None
+        subject, name = of_source(source, seed), source.name
+    else:
+        model = unwrapped(model)
+        subject, name = of_model(model, seed), type(model).__name__
+    tell("mapping the residual stream", 0, 0)
+    found: Followed | str
     try:
-        return plan(model, recipe, reinit="all", **options), False
+        found = followed(subject.structure, trace(subject.structure, example_inputs), name)
+    except SpikepatchError as error:
+        found = error.why
+    planned = None if expect is None else _planned(subject, found, source, expect, example_inputs)
+    return audit_subject(subject, found, name, planned=planned, progress=tell)
+
+
+def _planned(
+    subject: Subject, found: Followed | str, source: Source | None, recipe: str | Recipe, example: Given
+) -> tuple[Plan, bool]:
+    """What the recipe makes of the model, and whether a factor that the model has had to be taken out first."""
+    known = None if isinstance(found, str) else found
+    if source is not None and source.patched is not None:
+        subject, known = of_source(source, 0, patched=False), None
+    mapped = to_plan_on(subject, known, source, reinit="all", example=example)
+    try:
+        return plan_on(mapped, parse_request(recipe, reinit="all")), False
     except Refused:
         with contextlib.suppress(Refused):
-            return plan(model, recipe, reinit="all", replace=True, **options), True
+            return plan_on(mapped, parse_request(recipe, reinit="all", replace=True)), True
         raise
 
 
 def audit_subject(
     subject: Subject,
+    found: Followed | str,
     name: str,
     *,
-    source: Source | None = None,
-    example_inputs: Given = None,
     planned: tuple[Plan, bool] | None = None,
     progress: Progress = silent,
 ) -> Audit:
-    """The audit of what ``check`` measures, with the weights that it measures."""
+    """The audit of what ``check`` measures, with the weights that it measures.
+
+    Args:
+        found: the subject's map; or why there is none.
+    """
     model: Any = subject.structure
-    progress("mapping the residual stream", 0, 0)
     not_said: list[str] = []
-    residual, stream = _mapped(model, name, example_inputs, not_said)
-    stored = _stored(source, model) if source is not None and source.checkpoint is not None else None
+    residual, stream = None, None
+    if isinstance(found, str):
+        not_said.append(f"stds, gains and the head: {found}")
+    elif not found.residual.proven:
+        not_said.append(f"stds, gains and the head: the map is not proven ({found.residual.leaks[0]})")
+    else:
+        residual, stream = found.residual, found.streams[0]
+    stored = None if subject.match is None else _stored(subject.match, model)
     names = [each for each, p in model.named_parameters() if p.is_floating_point()]
     if stored is None and on_meta(model) and sum(p.numel() for p in model.parameters()) > _WHOLE:
         names, layers = _first_layers(model, names)
@@ -125,23 +144,6 @@ def audit_subject(
         not_said=not_said,
         planned=planned,
     )
-
-
-def _mapped(
-    model: nn.Module, name: str, example_inputs: Given, not_said: list[str]
-) -> tuple[ResidualMap | None, Stream | None]:
-    try:
-        graph = trace(model, example_inputs)
-        residual = map_of(model, graph, name)
-    except SpikepatchError as error:
-        not_said.append(f"stds, gains and the head: {error.why}")
-        return None, None
-    streams = find(graph)
-    assert not isinstance(streams, str)
-    if not residual.proven:
-        not_said.append(f"stds, gains and the head: the map is not proven ({residual.leaks[0]})")
-        return None, None
-    return residual, streams[0]
 
 
 #: Elements; of a larger model without weights, drawing all of it takes as long as the rest of a check.
@@ -175,9 +177,8 @@ def _contents(
     return found
 
 
-def _stored(source: Source, model: nn.Module) -> Callable[[str], Contents]:
+def _stored(match: Match, model: nn.Module) -> Callable[[str], Contents]:
     """Contents from the checkpoint: parts that are stored apart (an expert each) are read apart."""
-    match = match_source(source, model)
     twin = skeleton(model)
     shapes = {name: tuple(p.shape) for name, p in twin.named_parameters()}
     parts: dict[str, list[str]] = {}

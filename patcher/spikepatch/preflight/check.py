@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,21 +24,21 @@ from spikepatch.preflight.forward import measure
 from spikepatch.preflight.inputs import random_tokens, text_tokens
 from spikepatch.preflight.judge import Thresholds, judged, worst
 from spikepatch.preflight.program import compile_program
-from spikepatch.preflight.refusals_of_check import not_proven, refused_column, too_large
 from spikepatch.preflight.remedies import of_a_model, of_a_source, of_a_tied_head
 from spikepatch.preflight.result import Finding, StabilityReport
 from spikepatch.preflight.shorter import extended, in_words, shortened
 from spikepatch.preflight.steps import run_steps
-from spikepatch.preflight.subject import Subject, of_model, of_source, vocabulary_of, with_recipe
+from spikepatch.preflight.subject import Subject, of_model, of_source, proven, to_plan_on, vocabulary_of, with_recipe
 from spikepatch.progress import Progress, silent
-from spikepatch.recipes.built_in import find as find_recipe
+from spikepatch.recipes.plan_of import Mapped
+from spikepatch.recipes.request import Request, parse_requests
 from spikepatch.residual.example import Given, given
-from spikepatch.residual.inspect import map_of
+from spikepatch.residual.inspect import Followed, followed
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import shape
-from spikepatch.residual.stream import Stream, find
+from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace, trace
-from spikepatch.source.meta import check_module
+from spikepatch.source.meta import settings_read, unwrapped
 from spikepatch.source.private import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def check(
     reinit: Reinit = "all",
     factor: float | None = None,
     positions: bool = False,
+    replace: bool = False,
     untie: bool = False,
     part: ModelPart | None = None,
     tokens: int = 256,
@@ -78,7 +80,8 @@ def check(
         model: a loaded model, or a SOURCE: a hub id, a folder, ``arch:TYPE``. Without weights (``arch:TYPE``, a model
             on the meta device) it is checked as its own initialiser makes it.
         recipes: to be compared with the model as it is.
-        reinit, factor, positions, untie, part: of the recipes; as in ``spikepatch.plan``.
+        reinit, factor, positions, replace, untie, part: of the recipes; as in ``spikepatch.plan``. Recipes that scale
+            no embedding are compared without ``factor``, ``positions`` and ``replace``, beside others that do.
         tokens, batch: length and number of the random sequences.
         text: a file to take the tokens from instead, by the source's tokenizer.
         seed: of random tokens and of every random weight.
@@ -100,70 +103,80 @@ def check(
     check_together(steps, layers)
     torch_device = device_of(device)
     tell = progress or silent
+    requests = parse_requests(
+        recipes, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie, part=part
+    )
     source: Source | None = None
-    plain: Subject | None = None
-    if isinstance(model, str):
-        from spikepatch.source.open import open_source
+    with settings_read() as read:
+        if isinstance(model, str):
+            from spikepatch.source.open import open_source
 
-        tell("reading the source", 0, 0)
-        source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell)
-        base = of_source(source, seed)
-        if recipes and source.patched is not None:  # a recipe takes the place of the patch
-            plain = of_source(source, seed, patched=False)
-    else:
-        check_module(model)
-        base = of_model(model, seed)
-    name = source.name if source is not None else type(base.structure).__name__
-    inputs = None if example_inputs is None else given(example_inputs, base.structure)
-    if text is not None:
-        inputs = text_tokens(Path(text), source, tokens=tokens, batch=batch)
-    options = {
-        "factor": factor,
-        "positions": positions,
-        "untie": untie,
-        "part": part,
-        "example_inputs": example_inputs,
-        "trust_remote_code": trust_remote_code,
-    }
+            tell("reading the source", 0, 0)
+            source = open_source(
+                model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell
+            )
+            base = of_source(source, seed)
+        else:
+            model = unwrapped(model)
+            base = of_model(model, seed)
+        name = source.name if source is not None else type(base.structure).__name__
+        setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
+        with _in_memory(base, setting):
+            inputs = _inputs(base, source, example_inputs, text, tokens=tokens, batch=batch, seed=seed)
+            tell("mapping the residual stream", 0, 0)
+            found = proven(base, inputs, name)
+    # A text is ids alone; plans are made, and weights audited, by all that the model takes.
+    whole = found if text is None else followed(base.structure, trace(base.structure, example_inputs), name)
+    plain = base
+    if recipes and source is not None and source.patched is not None:  # a recipe takes the place of the patch
+        plain = of_source(source, seed, patched=False)
+    known = whole if plain is base else None
+    ground = cache(lambda reinit: to_plan_on(plain, known, source, reinit=reinit, example=example_inputs))
     subjects: list[Subject | StabilityReport] = [base]
-    for recipe, shown in zip(recipes, _names(recipes), strict=True):
+    for request, shown in zip(requests, _names(requests), strict=True):
         tell(f"planning {shown}", 0, 0)  # whatever is refused is refused before anything is measured
         try:
-            subject = with_recipe(plain or base, recipe, source=source, reinit=reinit, seed=seed, options=options)
-            subjects.append(dataclasses.replace(subject, recipe=shown))
+            subjects.append(dataclasses.replace(with_recipe(plain, ground(request.reinit), request), recipe=shown))
         except Refused as error:
-            subjects.append(refused_column(error, name, shown, base))
-    audit = audit_subject(base, name, source=source, example_inputs=example_inputs, progress=tell)
-    setting = _Setting(name, tokens, batch, seed, torch_device, deep, steps, lr, layers)
-    found = []
+            subjects.append(_refused(error, name, shown, base))
+    audit = audit_subject(base, whole, name, progress=tell)
+    reports = []
     while subjects:  # one model's weights in memory at a time
-        next_one = subjects.pop(0)
-        if isinstance(next_one, StabilityReport):
-            found.append(next_one)
+        subject = subjects.pop(0)
+        if isinstance(subject, StabilityReport):
+            reports.append(subject)
             continue
-        subject = next_one
-        own = audit if subject.recipe is None else None
+        own = audit if subject is base else None
         learned = audit.learned and (own is not None or reinit != "all")
-
         about = _about(subject.recipe or "as it is", tell) if recipes else tell
-        try:
-            judge = _Judge(limits, own, learned, partial(_remedy, subject, source))
-            found.append(_check(subject, setting, inputs, judge, about))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise too_large(subject, name, torch_device, batch=batch, tokens=tokens, error=error) from error
-    if example_inputs is None and 0 < found[0].tokens < tokens:
-        what = f"sequences of {found[0].tokens} tokens, not {tokens}: the model has no more positions"
-        findings = (*found[0].findings, Finding("tokens", "note", what))
-        found[0] = dataclasses.replace(found[0], findings=findings)
-    return dataclasses.replace(found[0], models=tuple(found[1:]))
+        with _in_memory(subject, setting):
+            about("mapping the residual stream", 0, 0)
+            judge = _Judge(limits, own, learned, partial(_remedy, subject, source, partial(ground, "all"), read))
+            mapped = found if subject is base else proven(subject, inputs, name)
+            reports.append(_check(*_cut(subject, mapped, layers, inputs, name), setting, judge, about))
+    if example_inputs is None and 0 < reports[0].tokens < tokens:
+        what = f"sequences of {reports[0].tokens} tokens, not {tokens}: the model has no more positions"
+        findings = (*reports[0].findings, Finding("tokens", "note", what))
+        reports[0] = dataclasses.replace(reports[0], findings=findings)
+    return dataclasses.replace(reports[0], models=tuple(reports[1:]))
 
 
-def _names(recipes: Sequence[str]) -> list[str]:
+def _inputs(
+    base: Subject, source: Source | None, example: Given, text: str | Path | None, *, tokens: int, batch: int, seed: int
+) -> Given:
+    """What is measured: a text, the caller's own, or random tokens; None for a plain module without any."""
+    if text is not None:
+        return text_tokens(Path(text), source, tokens=tokens, batch=batch)
+    if example is not None:
+        return given(example, base.structure)
+    has_config = hasattr(base.structure, "config")
+    return random_tokens(base.structure, tokens=tokens, batch=batch, seed=seed) if has_config else None
+
+
+def _names(requests: Sequence[Request]) -> list[str]:
     """What the compared recipes are called; as they were given, where several have the same name."""
-    names = [find_recipe(recipe).name for recipe in recipes]
-    return [given if names.count(name) > 1 else name for given, name in zip(recipes, names, strict=True)]
+    names = [request.base.name for request in requests]
+    return [str(r.given) if names.count(r.base.name) > 1 else r.base.name for r in requests]
 
 
 def _about(model: str, progress: Progress) -> Progress:
@@ -171,17 +184,46 @@ def _about(model: str, progress: Progress) -> Progress:
     return lambda step, done=0, total=0: progress(f"{model}: {step}", done, total)
 
 
-def _remedy(subject: Subject, source: Source | None, whole: ResidualMap, *, untie: bool = False) -> str:
+def _refused(error: Refused, source: str, recipe: str, base: Subject) -> StabilityReport:
+    """The column of a recipe that does not apply."""
+    return StabilityReport(
+        source=source,
+        recipe=recipe,
+        architecture=type(base.structure).__name__,
+        weights="-",
+        placement="-",
+        width=0,
+        sublayers=0,
+        device="-",
+        tokens=0,
+        batch=0,
+        seed=0,
+        refused=f"{error.what}: {error.why}",
+        findings=(Finding("refused", "note", f"refused: {error.what}: {error.why}", remedy=error.remedy),),
+    )
+
+
+def _remedy(
+    subject: Subject,
+    source: Source | None,
+    fresh: Callable[[], Mapped],
+    read: Collection[str],
+    whole: ResidualMap,
+    *,
+    untie: bool = False,
+) -> str:
     """What makes a fresh model of it that is not at risk; planned for it, and empty where nothing can be.
 
     Args:
+        fresh: what is planned on where nothing of the source is kept.
+        whole: the map of the subject.
         untie: the same recipe with a head of its own.
     """
     if untie:
-        return of_a_tied_head(subject.recipe, source, subject.structure, whole) if subject.recipe is not None else ""
-    if subject.recipe is not None or (source is not None and source.patched is not None):
+        return of_a_tied_head(Mapped(subject.structure, whole, source), subject.request) if subject.request else ""
+    if subject.request is not None or (source is not None and source.patched is not None):
         return "another recipe: `spikepatch recipes` lists them"
-    return of_a_source(source) if source is not None else of_a_model(subject.structure, whole)
+    return of_a_model(Mapped(subject.structure, whole)) if source is None else of_a_source(fresh(), source, read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,27 +246,23 @@ class _Setting:
     deep: bool
     steps: int
     lr: float
-    layers: int | None
+
+
+def _cut(
+    subject: Subject, found: Followed, layers: int | None, inputs: Given, name: str
+) -> tuple[Subject, Followed, ResidualMap]:
+    """What is run, its streams, and the map of the whole."""
+    whole = found.residual
+    if layers is not None and layers < whole.layers:
+        subject = shortened(subject, whole, layers, name)
+        found = proven(subject, inputs, name)
+    return subject, found, whole
 
 
 def _check(
-    subject: Subject,
-    setting: _Setting,
-    inputs: Mapping[str, torch.Tensor] | None,
-    judge: _Judge,
-    progress: Progress,
+    subject: Subject, found: Followed, whole: ResidualMap, setting: _Setting, judge: _Judge, progress: Progress
 ) -> StabilityReport:
-    progress("mapping the residual stream", 0, 0)
-    if inputs is None and hasattr(subject.structure, "config"):
-        inputs = random_tokens(subject.structure, tokens=setting.tokens, batch=setting.batch, seed=setting.seed)
-    graph = trace(subject.structure, inputs)
-    residual = whole = map_of(subject.structure, graph, setting.source)
-    if residual.proven and setting.layers is not None and setting.layers < residual.layers:
-        subject = shortened(subject, residual, setting.layers, setting.source)
-        graph = trace(subject.structure, inputs)
-        residual = map_of(subject.structure, graph, setting.source)
-    if not residual.proven:
-        raise not_proven(residual, setting.source)
+    residual, graph = found.residual, found.streams[0].facts.trace
     ids = next((x for x in graph.inputs.values() if not x.is_floating_point()), None)
     draft = StabilityReport(
         source=setting.source,
@@ -240,10 +278,8 @@ def _check(
         batch=ids.shape[0] if ids is not None else 1,
         seed=setting.seed,
     )
-    streams = find(graph)
-    assert not isinstance(streams, str)
     try:
-        return _measured_all(draft, subject, streams, residual, whole, setting, judge, progress)
+        return _measured_all(draft, subject, found, whole, setting, judge, progress)
     except (RuntimeError, NotImplementedError, IndexError) as error:  # an operation of the model
         if is_out_of_memory(error):
             raise
@@ -252,20 +288,38 @@ def _check(
         return dataclasses.replace(draft, findings=(finding,), not_measured=(reason,))
 
 
+@contextlib.contextmanager
+def _in_memory(subject: Subject, setting: _Setting) -> Iterator[None]:
+    """Out of memory is a refusal."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        elsewhere = "" if setting.device.type == "cpu" else ", or --device cpu"
+        less = f"--batch 1, --tokens {max(2, setting.tokens // 4)}{elsewhere}"
+        raise Refused(
+            what="it does not fit into memory",
+            where=setting.source + (f" with {subject.recipe}" if subject.recipe else ""),
+            why=f"{setting.batch} x {setting.tokens} tokens on {setting.device}: {first_line(error)}",
+            remedy=f"give fewer sequences or shorter ones: {less}",
+        ) from error
+
+
 def _measured_all(
     draft: StabilityReport,
     subject: Subject,
-    streams: tuple[Stream, ...],
-    residual: ResidualMap,
+    found: Followed,
     whole: ResidualMap,
     setting: _Setting,
     judge: _Judge,
     progress: Progress,
 ) -> StabilityReport:
     """The stream that feeds the output with all others; the verdict is the worst of them."""
+    streams, residual = found.streams, found.residual
     graph = streams[0].facts.trace
     vocabulary = _logits_over(subject.structure, graph) if residual.head is not None else None
-    judge = dataclasses.replace(judge, remedy=cache(partial(judge.remedy, whole=residual)))
+    judge = dataclasses.replace(judge, remedy=cache(partial(judge.remedy, whole=whole)))
     main = _measured(draft, subject, streams[0], residual, whole, setting, judge, progress, vocabulary)
     further = []
     for stream, part, of in zip(streams[1:], residual.streams, whole.streams, strict=True):
@@ -274,8 +328,8 @@ def _measured_all(
         )
         once = dataclasses.replace(setting, steps=0)
         about = _about(blank.stream, progress)
-        found = _measured(blank, subject, stream, part, of, once, judge, about, vocabulary)
-        further.append(dataclasses.replace(found, initial_loss=None, log_vocab=None, gradients={}))  # the same
+        own = _measured(blank, subject, stream, part, of, once, judge, about, vocabulary)
+        further.append(dataclasses.replace(own, initial_loss=None, log_vocab=None, gradients={}))  # the same
     return dataclasses.replace(main, streams=tuple(further), verdict=worst([main, *further]))
 
 
@@ -326,11 +380,11 @@ def _measured(
     )
     report = extended(report, whole, setting.source)
     finite = found.finite and all(w.finite for w in found.weights.values())
-    found_all = judged(report, residual, judge.limits, finite=finite, learned=judge.learned, remedy=judge.remedy)
+    report = judged(report, residual, judge.limits, finite=finite, learned=judge.learned, remedy=judge.remedy)
     if report.shortened is None:
-        return found_all
+        return report
     notes = tuple(Finding("layers", "note", words) for words in in_words(report.shortened))
-    return dataclasses.replace(found_all, findings=(*found_all.findings, *notes))
+    return dataclasses.replace(report, findings=(*report.findings, *notes))
 
 
 def _logits_over(model: nn.Module, graph: Trace) -> int | None:

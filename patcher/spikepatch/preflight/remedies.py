@@ -3,75 +3,69 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Collection
 
-from torch import nn
-
+from spikepatch.apply.disk.manifest import command_line
 from spikepatch.apply.folder.routes import choose
-from spikepatch.apply.generated.patched_source import check_known, check_replaced
 from spikepatch.apply.generated.structure import restructure
 from spikepatch.errors import SpikepatchError
 from spikepatch.plans.plan import Recipe
-from spikepatch.plans.work_out import make_plan
-from spikepatch.recipes.built_in import checked_recipe
-from spikepatch.residual.inspect import inspect
-from spikepatch.residual.map import ResidualMap
-from spikepatch.source.layout import tensor_shapes
-from spikepatch.source.meta import settings_read
+from spikepatch.recipes.plan_of import Mapped, plan_on
+from spikepatch.recipes.request import Request, parse_request
 from spikepatch.source.open import Source, build_meta
 from spikepatch.source.private import is_transformers_model
 from spikepatch_transforms.untie import UntieHead
-
-if TYPE_CHECKING:
-    from spikepatch.plans.plan import Plan
 
 #: In this order: the recipe, and whether a factor of the architecture's own is to be taken out first.
 _TRIED = (("scaled-embed", False), ("scaled-embed", True), ("embed-ln", False), ("vanilla", False))
 
 
-def of_a_source(source: Source) -> str:
-    """``spikepatch convert SOURCE OUT --recipe R``, R the first recipe that can be planned and stored; else empty."""
-    with contextlib.suppress(SpikepatchError), settings_read() as read:
-        check_known(source)
-        model = build_meta(source)
-        residual = inspect(model, source=source.name)
-        for recipe, replace in _TRIED:
-            with contextlib.suppress(SpikepatchError):
-                plan = _plan(residual, model, recipe, replace)
-                check_replaced(source, plan)
-                patched = build_meta(source)
-                restructure(patched, plan)
-                choose(source, plan, patched, "auto", read=read)
-                name = shlex.quote(source.name)
-                options = f" --revision {shlex.quote(source.revision)}" if source.revision else ""
-                options += " --trust-remote-code" if source.needs_code else ""
-                return f"spikepatch convert {name} OUT --recipe {recipe}{' --replace' if replace else ''}{options}"
+def of_a_source(mapped: Mapped, source: Source, read: Collection[str]) -> str:
+    """``spikepatch convert SOURCE OUT --recipe R``, R the first recipe that can be planned and stored; else empty.
+
+    Args:
+        mapped: the source's structure without weights.
+        read: the settings that it reads; see ``routes.choose``.
+    """
+    for recipe, replace in _TRIED:
+        with contextlib.suppress(SpikepatchError):
+            plan = plan_on(mapped, parse_request(recipe, reinit="all", replace=replace))
+            patched = build_meta(source)
+            restructure(patched, plan)
+            choose(source, plan, patched, "auto", read=read)
+            return command_line(
+                ("convert", source.name, "OUT"),
+                recipe=recipe,
+                replace=replace,
+                revision=source.revision,
+                trust_remote_code=source.needs_code,
+            )
     return ""
 
 
-def of_a_model(model: nn.Module, residual: ResidualMap) -> str:
+def of_a_model(mapped: Mapped) -> str:
     """``spikepatch.patch(model, R, reinit="all")``, with the first recipe that can be planned; else empty."""
     for recipe, replace in _TRIED:
         with contextlib.suppress(SpikepatchError):
-            _plan(residual, model, recipe, replace)
+            plan_on(mapped, parse_request(recipe, reinit="all", replace=replace))
             options = ", replace=True" if replace else ""
-            options += "" if is_transformers_model(model) else ", example_inputs=example_inputs"
+            options += "" if is_transformers_model(mapped.model) else ", example_inputs=example_inputs"
             return f'spikepatch.patch(model, "{recipe}", reinit="all"{options})'
     return ""
 
 
-def of_a_tied_head(recipe: str, source: Source | None, model: nn.Module, residual: ResidualMap) -> str:
-    """The same comparison with ``--untie``, where the head can be given a matrix of its own; else empty."""
+def of_a_tied_head(mapped: Mapped, request: Request) -> str:
+    """The same comparison with ``--untie``, where the head can be given a matrix of its own; else empty.
+
+    Args:
+        mapped: what was made of the model as ``request`` asks.
+    """
     with contextlib.suppress(SpikepatchError):
-        untied = Recipe("untie", (UntieHead(),))
-        make_plan(residual, tensor_shapes(model), untied, reinit="all", seed=0, embedding_stds={})
-        if source is not None:
-            return f"spikepatch check {shlex.quote(source.name)} --recipe {shlex.quote(recipe)} --untie"
-        return f'spikepatch.check(model, recipes=["{recipe}"], untie=True)'
+        plan_on(mapped, parse_request(Recipe("untie", (UntieHead(),)), reinit="all"))
+        options = {**request.options, "untie": True}
+        if (source := mapped.source) is None:
+            given = "".join(f", {name}={value!r}" for name, value in options.items())
+            return f'spikepatch.check(model, recipes=["{request.given}"]{given})'
+        options |= {"revision": source.revision, "trust_remote_code": source.needs_code}
+        return command_line(("check", source.name), recipe=request.given, **options)
     return ""
-
-
-def _plan(residual: ResidualMap, model: nn.Module, recipe: str, replace: bool) -> Plan:
-    chosen = checked_recipe(recipe, reinit="all", seed=0, factor=None, positions=False, replace=replace, untie=False)
-    return make_plan(residual, tensor_shapes(model), chosen, reinit="all", seed=0, embedding_stds={})

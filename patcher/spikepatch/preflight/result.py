@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spikepatch.auditing.fault import Audit
+from spikepatch.source.typed import finite
 
 Stability = Literal["stable", "learned", "at-risk", "unstable", "unknown"]
 Severity = Literal["note", "at-risk", "unstable"]
@@ -217,17 +217,9 @@ class StabilityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON without the numbers that JSON does not have: those become None, and are findings."""
-        data: dict[str, Any] = _finite(dataclasses.asdict(self))
+        data: dict[str, Any] = finite(dataclasses.asdict(self))
         return data
 
     def to_json(self) -> str:
         """``to_dict`` as text, as ``spikepatch check --json`` prints it."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

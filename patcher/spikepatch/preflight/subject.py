@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,13 @@ from spikepatch.errors import Refused
 from spikepatch.plans.plan import Reinit
 from spikepatch.preflight.program import Weights
 from spikepatch.preflight.values import cached, fresh, live, load_buffers, planned, stored
-from spikepatch.recipes.plan_of import check_weights, plan
-from spikepatch.source.match import match_source
+from spikepatch.recipes.plan_of import Mapped, plan_on
+from spikepatch.recipes.request import Request
+from spikepatch.residual.example import Given
+from spikepatch.residual.inspect import Followed, followed, inspect
+from spikepatch.residual.trace import trace
+from spikepatch.source.layout import persistent
+from spikepatch.source.match import Match, match_source
 from spikepatch.source.meta import build_meta, skeleton
 from spikepatch.source.private import is_transformers_model
 
@@ -28,11 +32,15 @@ _KEPT = 500_000_000
 
 @dataclass(frozen=True)
 class Subject:
-    """``structure``: parameters on meta or real, buffers real. ``weights``: by name. ``about``: whose they are."""
+    """``structure``: parameters on meta or real, buffers real. ``weights``: by name. ``about``: whose they are.
+    ``match``: where in a checkpoint they are. ``request``: what was made of it, and ``recipe``: as shown.
+    """
 
     structure: nn.Module
     weights: Weights
     about: str
+    match: Match | None = None
+    request: Request | None = None
     recipe: str | None = None
 
 
@@ -79,36 +87,65 @@ def of_source(source: Source, seed: int, *, patched: bool = True) -> Subject:
     match = match_source(source, structure)
     source.fetch_weights()
     load_buffers(structure, match)
-    return Subject(structure, _kept(structure, stored(structure, match)), f"of {source.name}")
+    return Subject(structure, _kept(structure, stored(structure, match)), f"of {source.name}", match=match)
 
 
-def with_recipe(
-    base: Subject, recipe: str, *, source: Source | None, reinit: Reinit, seed: int, options: Mapping[str, Any]
-) -> Subject:
-    """The same model with a recipe planned and applied; ``base`` has no patch, and is not changed.
+def proven(subject: Subject, inputs: Given, name: str) -> Followed:
+    """The streams of a model and their map, for what it is measured on.
+
+    Raises:
+        Refused: the map is not proven.
+    """
+    found = followed(subject.structure, trace(subject.structure, inputs), name)
+    if not found.residual.proven:
+        raise Refused(
+            what="its residual stream is not proven, so what would be measured is not known",
+            where=name,
+            why="; ".join(found.residual.leaks[:3]),
+            remedy="`spikepatch inspect` shows the map; please report the architecture",
+        )
+    return found
+
+
+def to_plan_on(
+    base: Subject, found: Followed | None, source: Source | None, *, reinit: Reinit, example: Given
+) -> Mapped:
+    """What recipes are planned on: ``base``, and where nothing is kept, with all buffers as the constructor makes them.
+
+    Args:
+        base: without a patch.
+        found: its map, where there is one already; it is not made again but for another structure.
+    """
+    model: Any = base.structure
+    as_built = source is not None and (base.match is None or not persistent(model, dict(model.named_buffers())))
+    if reinit == "all" and not as_built and is_transformers_model(model):
+        found, model = None, build_meta(type(model), model.config, where=type(model).__name__)
+    name = source.name if source is not None else type(model).__name__
+    residual = found.residual if found is not None else inspect(model, example_inputs=example, source=name)
+    return Mapped(model, residual, source, base.match, example)
+
+
+def with_recipe(base: Subject, mapped: Mapped, request: Request) -> Subject:
+    """The same model with a recipe planned and applied; ``base`` is not changed.
+
+    Args:
+        mapped: see ``to_plan_on``.
 
     Raises:
         SpikepatchError: the recipe does not apply.
     """
-    structure: Any = base.structure
-    if source is not None:
-        check_weights(source, reinit)
-    if reinit == "all" and is_transformers_model(structure):  # nothing learned survives, persistent buffers included
-        structure = build_meta(type(structure), structure.config, where=type(structure).__name__)
-    if source is not None and reinit != "all":  # the plan reads the learned embedding
-        found = plan(source.name, recipe, reinit=reinit, seed=seed, revision=source.revision, **options)
-        check_replaced(source, found)
-    else:
-        found = plan(structure, recipe, reinit=reinit, seed=seed, **options)
-    patched = skeleton(structure, keep_buffers=True)
+    found = plan_on(mapped, request)
+    if mapped.source is not None:
+        check_replaced(mapped.source, found)
+    patched = skeleton(mapped.model, keep_buffers=True)
     restructure(patched, found)
-    weights = planned(patched, found, base.weights, structure)
+    weights = planned(patched, found, base.weights, mapped.model)
     about = {
         "all": "fresh",
         "residual": f"{base.about}, residual projections fresh",
         "none": base.about,
-    }[reinit]
-    return Subject(patched, _kept(patched, weights), about, recipe)
+    }[request.reinit]
+    return Subject(patched, _kept(patched, weights), about, request=request)
 
 
 def vocabulary_of(model: nn.Module) -> int | None:

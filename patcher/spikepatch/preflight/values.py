@@ -6,7 +6,7 @@ Each is a function from a parameter's name to its values, asked when they are ne
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from spikepatch.apply.values.initialiser import check_explained, own_values
 from spikepatch.plans.plan import Plan, Untie
 from spikepatch.preflight.program import Weights
 from spikepatch.source.checkpoint import read_tensor
-from spikepatch.source.layout import Target, layout
+from spikepatch.source.layout import Target, layout, persistent
 from spikepatch.source.meta import skeleton
 from spikepatch.source.private import own_buffers
 
@@ -47,7 +47,7 @@ def planned(patched: nn.Module, plan: Plan, kept: Weights, model: nn.Module) -> 
     """
     copies = {edit.head: edit.embedding for edit in plan.select(Untie)}
     twin = skeleton(patched)
-    value = values(plan, twin, model, _persistent(patched))
+    value = values(plan, twin, model, persistent(patched, dict(patched.named_buffers())))
 
     def of(target: Target) -> torch.Tensor:
         new = value(target)
@@ -93,8 +93,3 @@ def _assembled(twin: nn.Module, model: nn.Module, value: Callable[[Target], torc
         return whole
 
     return weight
-
-
-def _persistent(model: nn.Module) -> Mapping[str, torch.Tensor]:
-    kept = set(model.state_dict())
-    return {name: buffer for name, buffer in model.named_buffers() if name in kept}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from spikepatch.errors import Refused, did_you_mean
-from spikepatch.plans.plan import REINITS, Recipe, cut_std
+from spikepatch.plans.plan import Recipe, cut_std
 from spikepatch.recipes.files import check_choices, read_recipe
 from spikepatch.source.own_object import imported
 from spikepatch_transforms.embed_detach import EmbedDetach
@@ -156,57 +155,3 @@ def _imported(place: str) -> Recipe:
             remedy="make it a spikepatch.Recipe(name, transforms)",
         )
     return found
-
-
-def with_options(
-    recipe: Recipe, *, factor: float | None = None, positions: bool = False, replace: bool = False, untie: bool = False
-) -> Recipe:
-    """The recipe with a call's options in its transforms.
-
-    Raises:
-        Refused: it has no transform that takes an option, or the option makes no sense.
-    """
-    changes = {"factor": factor, "positions": positions, "replace": replace}
-    asked = {name: value for name, value in changes.items() if value is not None and value is not False}
-    transforms = recipe.transforms
-    if asked:
-        transforms = tuple(dataclasses.replace(t, **asked) if isinstance(t, EmbedScale) else t for t in transforms)  # type: ignore[arg-type]
-        if not any(isinstance(transform, EmbedScale) for transform in transforms):
-            raise Refused(
-                what="--factor, --positions and --replace are for recipes that scale the embedding",
-                where=recipe.name,
-                why="it does not multiply an embedding",
-                remedy="leave them out, or use --recipe scaled-embed",
-            )
-    if untie and not any(isinstance(transform, UntieHead) for transform in transforms):
-        transforms = (UntieHead(), *transforms)
-    return dataclasses.replace(recipe, transforms=transforms)
-
-
-def checked_recipe(
-    recipe: str | Recipe,
-    *,
-    reinit: str,
-    seed: int,
-    factor: float | None,
-    positions: bool,
-    replace: bool,
-    untie: bool,
-) -> Recipe:
-    """The recipe with the options in its transforms, once all are found to be sensible.
-
-    Raises:
-        Refused: they are not, or there is no such recipe.
-    """
-    if reinit not in REINITS:
-        raise Refused(
-            what=f"there is no reinit mode {reinit!r}",
-            where="reinit",
-            why="the modes are " + ", ".join(REINITS),
-            remedy=did_you_mean(
-                reinit, REINITS, "all: a fresh model to pre-train; residual or none: learned weights are kept"
-            ),
-        )
-    if seed < 0:
-        raise Refused(what="a negative seed", where=f"seed={seed}", why="seeds count from 0", remedy="give 0 or more")
-    return with_options(find(recipe), factor=factor, positions=positions, replace=replace, untie=untie)

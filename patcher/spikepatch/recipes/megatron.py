@@ -59,7 +59,7 @@ def express(recipe: Recipe, *, width: int, layers: int, vocab: int | None = None
     """Plan ``recipe`` on a classic decoder with fresh weights, and say the plan in Megatron-LM's options.
 
     Args:
-        recipe: as ``recipes.find`` and ``recipes.with_options`` give it; with ``untie``, the head gets its own matrix.
+        recipe: with its options, as ``Request.recipe`` has it.
         width: d, of the stream.
         layers: N.
         vocab: rows of the token table, as padded; only for recipes whose tables' stds go with it.

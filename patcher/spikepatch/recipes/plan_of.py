@@ -1,9 +1,11 @@
-"""``plan(model_or_source, recipe) -> Plan``: from a loaded model or a SOURCE string to a plan."""
+"""``plan(model_or_source, recipe) -> Plan``: the one path from a loaded model or a SOURCE to a plan."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,13 +15,14 @@ from spikepatch.errors import BadSource, Refused
 from spikepatch.plans.plan import EmbeddingEdit, ModelPart, Plan, Recipe, Reinit
 from spikepatch.plans.work_out import make_plan
 from spikepatch.recipes import built_in
+from spikepatch.recipes.request import Request, parse_request
 from spikepatch.residual.example import Given
 from spikepatch.residual.feature_size import feature_sizes
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source.layout import tensor_shapes
 from spikepatch.source.match import Match, match_source
-from spikepatch.source.meta import check_module, on_meta
+from spikepatch.source.meta import on_meta, unwrapped
 from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.pieces import loaded_pieces, pieces
 from spikepatch.source.tokenizer import known_ids
@@ -58,58 +61,108 @@ def plan(
     Raises:
         SpikepatchError: the model cannot be read or mapped, or the recipe does not apply to it.
     """
-    recipe = built_in.checked_recipe(
-        recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie
+    request = parse_request(
+        recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie, part=part
     )
-    stds: dict[str, float] = {}
     if isinstance(model, str):
         source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=reinit != "all")
-        check_weights(source, reinit)
-        built = build_meta(source)
-        residual = inspect(built, example_inputs=example_inputs, source=model)
-        if reinit != "all":
-            stds = embedding_stds(source, match_source(source, built), residual)
-        return plan_on(built, residual, recipe, reinit=reinit, seed=seed, stds=stds, part=part, example=example_inputs)
-    check_module(model)
-    check_learned(model, reinit)
-    residual = inspect(model, example_inputs=example_inputs)
-    if reinit != "all":
+        return plan_on(map_source(source, example_inputs), request)
+    return plan_model(model, request, example_inputs)
+
+
+def plan_model(model: nn.Module, request: Request, example_inputs: Given = None) -> Plan:
+    """The plan of a loaded model."""
+    model = unwrapped(model)
+    return plan_on(Mapped(model, inspect(model, example_inputs=example_inputs), example=example_inputs), request)
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A model and its map: what plans are worked out on. What else they need is read once.
+
+    Attributes:
+        model: its learned values in memory, or in the checkpoint of ``source``.
+        residual: its map.
+        source: where it comes from, if not from memory.
+        match: its tensors in the source's checkpoint.
+        example: what it was mapped with, where the caller gave it.
+    """
+
+    model: nn.Module
+    residual: ResidualMap
+    source: Source | None = None
+    match: Match | None = None
+    example: Given = None
+
+    @functools.cached_property
+    def embedding_stds(self) -> dict[str, float]:
+        """std of the elements of each stream's learned token embedding, in float64, by its parameter: of the rows that
+        tokens use, as far as it can be told; see ``element_std``. Rows that no id of the source's tokenizer stands for
+        are not.
+
+        Raises:
+            BadSource: one in a checkpoint is not finite, so nothing can be derived from it.
+        """
+        residual = self.residual
         names = [each.token_embedding.parameter for each in (residual, *residual.streams) if each.token_embedding]
-        tables = {name: model.get_parameter(name) for name in names}
-        stds = {name: element_std(loaded_pieces(table), table.shape) for name, table in tables.items()}
-    return plan_on(model, residual, recipe, reinit=reinit, seed=seed, stds=stds, part=part, example=example_inputs)
+        if self.source is None:
+            tables = {name: self.model.get_parameter(name) for name in names}
+            return {name: element_std(loaded_pieces(table), table.shape) for name, table in tables.items()}
+        owners = {} if self.match is None else self.match.owners
+        entries = {name: owners[name] for name in names if name in owners}
+        ids = known_ids(self.source) if entries else None
+        stds = {name: element_std(pieces(entry), entry.shape, ids) for name, entry in entries.items()}
+        for name in (name for name, std in stds.items() if not math.isfinite(std)):
+            raise BadSource(
+                f"{entries[name].name} holds NaN or infinite values",
+                where=str(entries[name].file),
+                why="the source's weights are not finite, and a learned embedding's factor is worked out from its std",
+                remedy="use a sound checkpoint; --reinit all does not need it",
+            )
+        return stds
+
+    @functools.cached_property
+    def feature_sizes(self) -> dict[str, float]:
+        """What the matrices before entrances of features read, with fresh weights; see ``feature_size.py``."""
+        return feature_sizes(self.model, self.example) if self.residual.entrances else {}
 
 
-def plan_on(
-    model: nn.Module,
-    residual: ResidualMap,
-    recipe: Recipe,
-    *,
-    reinit: Reinit,
-    seed: int,
-    stds: Mapping[str, float],
-    part: ModelPart | None,
-    example: Given,
-) -> Plan:
-    """``make_plan``, with what it must know of the model beside its map."""
-    sizes = feature_sizes(model, example) if residual.entrances and reinit == "all" and part is None else {}
+def map_source(source: Source, example_inputs: Given = None) -> Mapped:
+    """The source's model, without weights and without a patch of ours, and its map."""
+    model = build_meta(source)
+    residual = inspect(model, example_inputs=example_inputs, source=source.name)
+    match = None if source.checkpoint is None else match_source(source, model)
+    return Mapped(model, residual, source, match, example_inputs)
+
+
+def plan_on(mapped: Mapped, request: Request) -> Plan:
+    """Work a request out; see ``make_plan``.
+
+    Raises:
+        SpikepatchError: weights are to be kept that are not there, or the recipe does not apply.
+    """
+    if mapped.source is None:
+        check_learned(mapped.model, request.reinit)
+    else:
+        check_weights(mapped.source, request.reinit)
+    fresh = request.reinit == "all"
     found = make_plan(
-        residual,
-        tensor_shapes(model),
-        recipe,
-        reinit=reinit,
-        seed=seed,
-        embedding_stds=stds,
-        part=part,
-        feature_sizes=sizes,
+        mapped.residual,
+        tensor_shapes(mapped.model),
+        request.recipe,
+        reinit=request.reinit,
+        seed=request.seed,
+        embedding_stds={} if fresh else mapped.embedding_stds,
+        part=request.part,
+        feature_sizes=mapped.feature_sizes if fresh and request.part is None else {},
     )
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(mapped.model.named_modules(remove_duplicate=False))
     for edit in found.select(EmbeddingEdit):
         module = modules.get(edit.module)
         if not isinstance(module, nn.Embedding):
             raise Refused(
                 what="the embedding is none that can be patched",
-                where=edit.module or type(model).__name__,
+                where=edit.module or type(mapped.model).__name__,
                 why=f"it is a {type(module).__name__}, and a patch changes what an nn.Embedding returns",
                 remedy="use the recipe unit-embed, which draws the embedding large itself; or make it an nn.Embedding",
             )
@@ -136,30 +189,6 @@ def check_weights(source: Source, reinit: Reinit) -> None:
             why="it is an architecture without weights" if source.kind == "arch" else "the folder holds no safetensors",
             remedy="use --reinit all for a fresh model, or a source with weights",
         )
-
-
-def embedding_stds(source: Source, match: Match, residual: ResidualMap) -> dict[str, float]:
-    """std of the elements of each stream's learned token embedding, in float64, by its parameter: of the rows that
-    tokens use, as far as it can be told; see ``element_std``. Rows that no id of the source's tokenizer stands for are
-    not.
-
-    Raises:
-        BadSource: one is not finite, so nothing can be derived from it.
-    """
-    tokens = [each.token_embedding for each in (residual, *residual.streams)]
-    entries = {token.parameter: match.owners.get(token.parameter) for token in tokens if token is not None}
-    ids = known_ids(source)
-    stds = {name: element_std(pieces(entry), entry.shape, ids) for name, entry in entries.items() if entry is not None}
-    for name, std in stds.items():
-        if not math.isfinite(std):
-            entry = match.owners[name]
-            raise BadSource(
-                f"{entry.name} holds NaN or infinite values",
-                where=str(entry.file),
-                why="the source's weights are not finite, and a learned embedding's factor is worked out from its std",
-                remedy="use a sound checkpoint; --reinit all does not need it",
-            )
-    return stds
 
 
 #: A row whose RMS is below this share of the usual row's has not been learned: padding of the vocabulary, decayed.

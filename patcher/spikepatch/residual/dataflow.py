@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import accumulate
 from typing import Any
 
@@ -11,12 +12,16 @@ from torch.fx import Graph, Node
 from spikepatch.residual.ops import COPIES, VIEWS, op, shape, writes
 
 
-def follow_data(graph: Graph) -> None:
-    """Make every node's operands the values that it really reads. The graph is changed in place, its values are not."""
+def follow_data(graph: Graph, inputs: Collection[Node] = ()) -> None:
+    """Make every node's operands the values that it really reads. The graph is changed in place, its values are not.
+
+    Args:
+        inputs: the placeholders of what the model is called with.
+    """
     _redirect_writes(graph)
     _undo_splits(graph)
     _take_apart(graph)
-    _look_up(graph)
+    _look_up(graph, inputs)
 
 
 def overwritten(value: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
@@ -93,21 +98,60 @@ def _take_apart(graph: Graph) -> None:
         graph.erase_node(node)
 
 
-def _look_up(graph: Graph) -> None:
-    """A product of rows that hold a single 1 with a matrix looks rows of the matrix up."""
+def _look_up(graph: Graph, inputs: Collection[Node]) -> None:
+    """Rows of a table are looked up by the input in three ways: as embedding, by its indices, and by rows that hold a
+    single 1, which the table is multiplied with.
+    """
     for node in graph.nodes:
-        if op(node) not in {"mm", "matmul", "linear"} or len(node.args) != 2:
+        if op(node) in {"mm", "matmul", "linear"} and len(node.args) == 2:
+            rows, table = node.args
+            transposed = op(node) == "linear"
+            if not isinstance(rows, Node) or not _one_hot(rows.meta.get("val")):
+                continue
+        elif op(node) == "index":
+            table, (rows, *more) = node.args[0], node.args[1]
+            transposed = False
+            if more or len(shape(table)) != 2 or not isinstance(rows, Node) or not _is_control(rows, inputs):
+                continue
+        else:
             continue
-        rows, table = node.args
-        if not (isinstance(rows, Node) and isinstance(table, Node) and _one_hot(rows.meta.get("val"))):
+        if not isinstance(table, Node) or not _is_data(table):
             continue
         with graph.inserting_before(node):
-            if op(node) == "linear":
-                table = _called(graph, torch.ops.aten.t.default, (table,), node)
-            ids = _called(graph, torch.ops.aten.argmax.default, (rows, -1), node)
+            ids = rows if op(node) == "index" else _ids_of(graph, rows, node, inputs)
+            table = _called(graph, torch.ops.aten.t.default, (table,), node) if transposed else table
             looked_up = graph.call_function(torch.ops.aten.embedding.default, (table, ids))
         looked_up.meta = dict(node.meta)
         node.replace_all_uses_with(looked_up)
+
+
+def _ids_of(graph: Graph, rows: Node, like: Node, inputs: Collection[Node]) -> Node:
+    """Where the single 1 of each row stands; the input itself, if it says that."""
+    places = rows.meta["val"].argmax(-1)
+    for ids in inputs:
+        value = ids.meta["val"]
+        if value.numel() == places.numel() and torch.equal(value.reshape(places.shape), places):
+            return _called(graph, torch.ops.aten.reshape.default, (ids, list(places.shape)), like)
+    return _called(graph, torch.ops.aten.argmax.default, (rows, -1), like)
+
+
+def _is_data(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def _is_control(node: Node, inputs: Collection[Node]) -> bool:
+    """It is computed from the inputs, and from nothing that weights have a part in."""
+    seen: set[Node] = set()
+    todo = [node]
+    while todo:
+        each = todo.pop()
+        if _is_data(each):
+            return False
+        if each not in seen:
+            seen.add(each)
+            todo.extend(each.all_input_nodes)
+    return not seen.isdisjoint(inputs)
 
 
 def _called(graph: Graph, target: Any, args: tuple[Any, ...], like: Node) -> Node:

@@ -18,6 +18,9 @@ from spikepatch.residual.trace import Trace
 #: Rows of a stand-in table where larger ones than ROWS are looked up (hashes of tokens): modulo this they are taken.
 MANY_ROWS = 4096
 
+#: What is smaller than a value by this factor comes from its rounding in float32, or is nothing beside it.
+_ROUNDING = 1e-4
+
 #: A norm that leaves the stream smaller than this is none that makes a large shortcut.
 _SMALL = 0.5
 
@@ -33,19 +36,23 @@ class Measured(NamedTuple):
 def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
     """Run the embedding path of ``stream`` once per table and case; float32, on the CPU.
 
-    Linear in the table: f(2 E) = 2 f(E) once the constant part f(0) is subtracted. A norm on the way breaks that.
+    Affine in the table: f(3 E) - f(E) = 2 (f(2 E) - f(E)), and not 0. A norm on the way breaks that. No table is zero:
+    a norm without eps divides by the size of what it reads.
     """
     seeds = dict.fromkeys(trace.inputs, 0)
     result: dict[Node, Measured] = {}
     tables = {lookup: _table(trace, lookup, seeds) for lookup in stream.tables}
+    weighted = stream.facts.behind([stream.start]) & trace.parameters.keys() - set(map(table_of, tables))
     for lookup, table in tables.items():
         kind = _kind(trace, lookup)
-        silent, once, twice = (_start(trace, stream, tables, lookup, factor) for factor in (0.0, 1.0, 2.0))
-        once, twice = once - silent, twice - silent
+        at_one, at_two, at_three = (_start(trace, stream, tables, lookup, factor) for factor in (1.0, 2.0, 3.0))
+        once, twice = at_two - at_one, at_three - at_one
         linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
+        linear &= _size(once) > _ROUNDING * _size(at_one)
         looked_up = table[_rows(trace, lookup, seeds).flatten() % len(table)] if op(lookup) in LOOKUPS else table
-        size = _size(once)
-        scale = size / _size(looked_up) if linear else size if size < _SMALL else 1.0
+        size = _size(at_one)
+        small = size < _SMALL and not weighted  # a gain's value is not known here
+        scale = _size(once) / _size(looked_up) if linear else size if small else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
     return result
 
@@ -83,8 +90,8 @@ def _table(trace: Trace, node: Node, seeds: Mapping[Node, int]) -> torch.Tensor:
 def _start(
     trace: Trace, stream: Stream, tables: Mapping[Node, torch.Tensor], lookup: Node, factor: float
 ) -> torch.Tensor:
-    """The first point of the stream, with this table times ``factor`` and every other zero."""
-    values = {table_of(other): torch.zeros_like(table) for other, table in tables.items()}
+    """The first point of the stream, with this table times ``factor``, and next to nothing of the others."""
+    values = {table_of(other): _ROUNDING**2 * table for other, table in tables.items()}
     values[table_of(lookup)] = factor * tables[lookup]
     alone = {node: stream.facts.carries[node][0] for node in stream.entrances}  # as if no features entered
     result = run(trace, [stream.start], values, dict.fromkeys(trace.inputs, 0), alone)[stream.start]

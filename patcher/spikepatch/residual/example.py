@@ -81,16 +81,32 @@ def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
     name = getattr(model, "main_input_name", "input_ids")
     example = {name: ids}
     if name == "pixel_values":
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        example = {name: torch.zeros(1, config.num_channels, height, width)}
+        size = _setting(config, "image_size", "input_size", otherwise=224)
+        sizes = list(size.values()) if isinstance(size, dict) else size if isinstance(size, (list, tuple)) else [size]
+        channels = _setting(config, "num_channels", "in_channels", "in_chans", otherwise=3)
+        example = {name: torch.zeros(1, *(_number(each) for each in (channels, sizes[0], sizes[-1])))}
     elif name == "input_features":
-        example = {name: torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)}
+        bands = _setting(config, "num_mel_bins", "input_feat_per_channel", "feature_size", otherwise=80)
+        frames = _setting(config, "max_source_positions", otherwise=128)
+        example = {name: torch.zeros(1, _number(bands), 2 * _number(frames))}
     elif name == "input_values":
         example = {name: torch.zeros(1, 8000)}
     if getattr(config, "is_encoder_decoder", False):
         example["decoder_input_ids"] = ids.clone()
     return example
+
+
+def _setting(config: Any, *names: str, otherwise: object) -> Any:
+    """The first of these settings that the config has, or that one inside it has."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(type(config), "sub_configs", {}))]
+    found = (getattr(part, name, None) for part in parts for name in names)
+    return next((value for value in found if value is not None), otherwise)
+
+
+def _number(value: object) -> int:
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return value if isinstance(value, int) else 1
 
 
 def offered(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass
 
 from torch import nn
 from torch.fx import Node
@@ -33,7 +34,7 @@ from spikepatch.residual.stream import Stream, find, projections
 from spikepatch.residual.trace import Trace, trace
 from spikepatch.residual.ways import compared
 from spikepatch.residual.weights import fan, gain, matrix_weight
-from spikepatch.source.meta import build_meta, check_default_device, check_module
+from spikepatch.source.meta import build_meta, check_default_device, unwrapped
 from spikepatch.source.private import is_transformers_model
 from spikepatch.source.tied import tied
 
@@ -58,15 +59,23 @@ def inspect(model: nn.Module, *, example_inputs: Given = None, source: str = "")
         Refused: it is no module, its forward pass cannot be traced, or there is no residual sum in it.
     """
     check_default_device()
-    check_module(model)
+    model = unwrapped(model)
     source = source or type(model).__name__
     if any(buffer.is_meta for buffer in model.buffers()) and is_transformers_model(model):
         model = build_meta(type(model), model.config, where=source)  # some embeddings' factor is the value of a buffer
-    return map_of(model, trace(model, example_inputs), source)
+    return followed(model, trace(model, example_inputs), source).residual
 
 
-def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
-    """The map of ``model`` from its traced forward pass; see ``inspect``."""
+@dataclass(frozen=True)
+class Followed:
+    """The streams of one traced pass, and the map of them."""
+
+    streams: tuple[Stream, ...]
+    residual: ResidualMap
+
+
+def followed(model: nn.Module, graph: Trace, source: str) -> Followed:
+    """Find and prove the streams of ``model`` in its traced forward pass; see ``inspect``."""
     streams = find(graph)
     if isinstance(streams, str):
         raise Refused(
@@ -83,7 +92,7 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
     )
     strayed, unknown = compared(model, graph, streams) if main.proven else ((), ())
     leaks = (*strayed, *main.leaks)
-    return dataclasses.replace(
+    found = dataclasses.replace(
         whole,
         unread=unread,
         uses=tuple(_uses(model, streams, unread)),
@@ -91,6 +100,7 @@ def map_of(model: nn.Module, graph: Trace, source: str) -> ResidualMap:
         proven=not leaks,
         conditions=(*unknown, *_parts_not_run(model, whole, unread)),
     )
+    return Followed(streams, found)
 
 
 def _unread(model: nn.Module, graph: Trace) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ conditions, so that as many branches as possible are entered. ``Recorder.asked``
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -44,6 +45,8 @@ _SIZES = frozenset(
 )
 
 _NUMBERS = frozenset((torch.tensor, torch.as_tensor, torch.asarray))
+#: Elements of a new tensor that is not made for real.
+_LARGE = 1 << 22
 _INDEX = torch.ops.aten.index.Tensor
 _SPLIT = torch.ops.aten.split_with_sizes.default
 _NONZERO = torch.ops.aten.nonzero.default
@@ -178,6 +181,10 @@ def _placed(
 ) -> Any:
     """The arguments that ``func`` is run on: all on meta for data; control stays real, wherever it is asked for."""
     if not as_data:
+        sizes = args[0] if args and not tensors and isinstance(args[0], (list, tuple)) else ()
+        wanted = kwargs.get("dtype") or torch.get_default_dtype()
+        if wanted.is_floating_point and math.prod(sizes) >= _LARGE:  # a mask for all positions that there may be, say
+            kwargs = {**kwargs, "device": _META}
         return args, kwargs
     if func is _INDEX:
         args = (args[0], _rows(args[1]))

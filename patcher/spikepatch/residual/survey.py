@@ -19,6 +19,15 @@ _TABLES = {
     "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
 }
+#: The types that these do not have, by what their models take.
+_OTHERS = {
+    "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "speech": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "multimodal": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    "image": "MODEL_FOR_IMAGE_MAPPING_NAMES",
+    "audio": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "other": "MODEL_MAPPING_NAMES",
+}
 
 #: Config fields that hold the number of layers, and lists as long as it that hold anything but kinds of layers.
 _COUNTS = (
@@ -35,12 +44,14 @@ class Row:
     """What was found for one type. ``reason``: why there is no proven map; empty where there is one.
 
     Attributes:
-        task: ``causal``, ``seq2seq`` or ``masked``.
+        task: ``causal``, ``seq2seq`` or ``masked``; of other types ``image-text``, ``speech``, ``multimodal``,
+            ``image``, ``audio`` or ``other``.
         placement: where the norms stand; None without a map.
         layers: N of the shortened model; an encoder's not included.
         sublayers: S of the same.
         kinds: what its sub-layers compute.
         embeddings: the factor with which each table enters the stream, ``normed``, or both kinds in order.
+        conditions: for which inputs alone a proven map holds; empty: for all.
     """
 
     type: str
@@ -53,10 +64,13 @@ class Row:
     sublayers: int | None = None
     kinds: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
 
 
 def types(text: str = "") -> list[tuple[str, str, str]]:
-    """(task, type, class) of all language models of the installed transformers whose type contains ``text``."""
+    """(task, type, class) of the installed transformers' types that contain ``text``: language models under each of
+    their tasks, every other type once.
+    """
     from transformers.models.auto import modeling_auto
 
     found = [
@@ -64,6 +78,12 @@ def types(text: str = "") -> list[tuple[str, str, str]]:
         for task, table in _TABLES.items()
         for model_type, architecture in getattr(modeling_auto, table).items()
     ]
+    known = {model_type for _, model_type, _ in found}
+    for task, table in _OTHERS.items():
+        for model_type, architecture in getattr(modeling_auto, table, {}).items():
+            if model_type not in known:
+                known.add(model_type)
+                found.append((task, model_type, architecture if isinstance(architecture, str) else architecture[0]))
     return [entry for entry in found if text in entry[1]]
 
 
@@ -86,6 +106,7 @@ def survey(text: str = "") -> Iterator[Row]:
             residual.sublayers,
             tuple(dict.fromkeys(p.kind for p in residual.residual_projections)),
             tuple(f"{e.kind} {'normed' if e.normed else f'x {e.scale:g}'}" for e in residual.embeddings),
+            residual.conditions,
         )
 
 

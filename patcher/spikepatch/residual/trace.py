@@ -124,12 +124,13 @@ def recorded(model: nn.Module, example: Mapping[str, Any], mode: Mode = "example
     recorder, result = record(twin, example, mode)
     output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
     recorder.graph.output(recorder.node(output))
-    follow_data(recorder.graph)
+    inputs = {recorder.node(t): t for t in example.values() if isinstance(t, torch.Tensor)}
+    follow_data(recorder.graph, inputs)
     return Trace(
         graph=recorder.graph,
         parameters={recorder.node(p): name for name, p in twin.named_parameters()},
         buffers={recorder.node(b): b for b in buffers} | recorder.constants,
-        inputs={recorder.node(t): t for t in example.values() if isinstance(t, torch.Tensor)},
+        inputs=inputs,
         output=recorder.node(output),
         example=example,
         asked=recorder.asked,

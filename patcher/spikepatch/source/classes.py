@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikepatch.errors import Refused
+from spikepatch.source.auto_classes import auto_classes, in_order
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
-
-#: Where a class is the head of several auto classes, the one that names its task best.
-_PREFERRED = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
 
 #: The package in which transformers imports the code that comes with a model.
 _REMOTE = "transformers_modules."
@@ -63,7 +61,8 @@ def original_of(
     config_class = config_class or getattr(model_class, "config_class", None)
     if config_class is None or not all(map(_is_known, (model_class, config_class))) or _is_generated(model_class):
         raise _not_own(model_class)
-    heads = _remote_heads(model_class, auto_map or {}) if is_remote(model_class) else _own_heads(config_class)
+    remote = is_remote(model_class)
+    heads = _remote_heads(model_class, auto_map or {}) if remote else dict(auto_classes(config_class))
     auto_class = next((name for name, classes in heads.items() if model_class in classes), None)
     if auto_class is None:
         raise Refused(
@@ -99,32 +98,17 @@ def stem(cls: type) -> str:
     return cls.__module__.rpartition(".")[2]
 
 
-def _own_heads(config_class: type) -> dict[str, tuple[type, ...]]:
-    """Auto class -> the classes that it has for a config of transformers; the preferred ones first."""
-    from transformers.models.auto import modeling_auto
-
-    from spikepatch.source.private import classes_for
-
-    names = _in_order(vars(modeling_auto))
-    return {name: classes_for(getattr(modeling_auto, name), config_class) for name in names}
-
-
 def _remote_heads(model_class: type, auto_map: Mapping[str, Any]) -> dict[str, tuple[type, ...]]:
-    """The same for code that came with the model: ``module.Class``, or ``repository--module.Class``."""
+    """``auto_classes`` of code that came with the model: ``module.Class``, or ``repository--module.Class``."""
     package = model_class.__module__.rpartition(".")[0]
     heads: dict[str, tuple[type, ...]] = {}
-    for auto_class in _in_order(auto_map):
+    for auto_class in in_order(auto_map):
         module, _, name = str(auto_map[auto_class]).rpartition("--")[2].rpartition(".")
         if name == model_class.__name__:
             heads[auto_class] = (model_class,)
         elif auto_class == "AutoModel":
             heads[auto_class] = (getattr(importlib.import_module(f"{package}.{module}"), name),)
     return heads
-
-
-def _in_order(auto_classes: Iterable[str]) -> list[str]:
-    names = [name for name in auto_classes if name.startswith("AutoModel")]
-    return [*(name for name in _PREFERRED if name in names), *sorted(set(names) - set(_PREFERRED))]
 
 
 def class_name(original: type) -> str:

@@ -8,17 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line
+from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line, unprintable
 from spikepatch.quiet import quiet
+from spikepatch.source.auto_classes import OF_BOTH, auto_classes, in_order
 from spikepatch.source.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
 from spikepatch.source.redirects import check_config, entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-#: In order of preference for a config that names no architecture.
-_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
-
 
 #: Auto classes whose code runs when a model is built.
 _BUILDERS = ("AutoConfig", "AutoModel", "AutoBackbone")
@@ -30,7 +27,7 @@ class Recorded:
 
     Attributes:
         recipe: its name.
-        embeddings: what is done to each embedding, by module; ``plans.edits.recorded_edits`` reads it.
+        embeddings: what is done to each embedding, by module; ``plans.edits.recorded_edit`` reads it.
         as_code: the model runs on generated files that lie beside the weights.
         entries: all that is recorded.
     """
@@ -101,6 +98,13 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
         check_config(each, where)
         if any(key == "quantization_config" and entry is not None for _, key, entry in entries(each)):
             raise _quantised(where)
+    if hidden := unprintable(_names(written)):
+        raise BadSource(
+            "config.json has a name with control characters",
+            where=where,
+            why=f"no model is called {', '.join(hidden)}, and a terminal would show something else",
+            remedy="do not trust this model; get it from its author again",
+        )
     kernels = [reference for reference in _code_references(written) if not reference.startswith("Auto")]
     code = sorted({*_code_references(raw), *kernels})
     if code and not trusted:
@@ -197,6 +201,15 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
     return raw
 
 
+def _names(config: dict[str, Any]) -> Iterator[str]:
+    """Keys at any depth, and what names classes and types."""
+    for _, key, value in entries(config):
+        yield key
+        if key in {"model_type", "architectures", "auto_map"}:
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            yield from (part for part in parts if isinstance(part, str))
+
+
 def _code_references(config: dict[str, Any]) -> Iterator[str]:
     """Code that building the model would fetch or import: the model's own classes, and kernels, at any depth."""
     from spikepatch.source.private import KERNEL_KEYS
@@ -232,7 +245,7 @@ def _remote_class(config: PreTrainedConfig, folder: Path, where: str) -> Archite
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     auto_map: dict[str, Any] = getattr(config, "auto_map", None) or {}
-    named = [auto for auto in (*_AUTO_CLASSES, *sorted(auto_map)) if auto in auto_map and auto.startswith("AutoModel")]
+    named = in_order(auto_map)
     if not named:
         return None
     try:
@@ -273,14 +286,16 @@ def _named_class(config: PreTrainedConfig, where: str) -> Architecture:
 
 
 def _preferred_class(config: PreTrainedConfig, where: str) -> Architecture:
-    """The first class of the type, in the order of ``_AUTO_CLASSES``."""
-    import transformers
-
-    from spikepatch.source.private import classes_for
-
-    for auto_class in _AUTO_CLASSES:
-        for model_class in classes_for(getattr(transformers, auto_class), type(config)):
-            return Architecture(_config_for(model_class, config), model_class, auto_class)
+    """The first class of the type, in the order of the Auto classes; of a part only where none is of the whole."""
+    known = dict(auto_classes(type(config)))
+    both = OF_BOTH if getattr(config, "is_encoder_decoder", False) else ()
+    found = (
+        Architecture(_config_for(model_class, config), model_class, auto_class)
+        for auto_class in dict.fromkeys((*both, *known))
+        for model_class in known[auto_class]
+    )
+    for architecture in sorted(found, key=lambda each: each.config is not config):
+        return architecture
     raise Refused(
         f"transformers has no model for the type {config.model_type!r} by itself",
         where=where,
@@ -297,22 +312,7 @@ def _config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
 
 def _auto_class(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     """The Auto class that has ``model_class`` for this config's type; the class's own name where none has."""
-    import transformers
-
-    from spikepatch.source.private import classes_for
-
-    for auto_class in _auto_classes():
-        if model_class in classes_for(getattr(transformers, auto_class), type(config)):
-            return auto_class
-    return str(model_class.__name__)
-
-
-def _auto_classes() -> Iterator[str]:
-    """The preferred ones first: it takes 0.1 s to list the others."""
-    import transformers
-
-    yield from _AUTO_CLASSES
-    yield from sorted(name for name in dir(transformers) if name.startswith("AutoModelFor"))
+    return next((n for n, found in auto_classes(type(config)) if model_class in found), model_class.__name__)
 
 
 def _unknown_type(model_type: object, where: str, remedy: str) -> BadSource:

@@ -34,7 +34,8 @@ class Snapshot:
 
 
 def locate(repository: str, revision: str | None, *, learned: bool = False) -> Snapshot:
-    """Resolve a revision, list its files with one request, and fetch its config.json. Without the Hub, use the cache.
+    """Fetch config.json of a revision, which says its commit; and list what that commit holds, with one request.
+    Without the Hub, use the cache.
 
     Args:
         learned: only a trained model will do, so ``arch:TYPE`` is no remedy.
@@ -42,15 +43,12 @@ def locate(repository: str, revision: str | None, *, learned: bool = False) -> S
     Raises:
         BadSource: no such repository or revision, no access, no config.json, or neither Hub nor cache has it.
     """
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    listing: frozenset[str] | None = None
-    unreachable: Exception | None = None
     with _silent():
         try:
-            info = HfApi().model_info(repository, revision=revision, timeout=_REQUEST_SECONDS)
-            listing = frozenset(sibling.rfilename for sibling in info.siblings or ())
+            config = hf_hub_download(repository, "config.json", revision=revision)
         except HFValidationError as error:
             raise BadSource(
                 "is neither a folder nor a model id",
@@ -59,26 +57,36 @@ def locate(repository: str, revision: str | None, *, learned: bool = False) -> S
                 remedy="give a folder that exists, or a hub id such as org/name"
                 + ("" if learned else "; or arch:TYPE"),
             ) from error
-        except HfHubHTTPError as error:
-            if error.response.status_code < 500:
-                raise _refusal(error, repository, revision) from error
-            unreachable = error
-        except Exception as error:  # of httpx or requests, whichever this huggingface_hub is built on
-            unreachable = error
-        try:
-            config = hf_hub_download(
-                repository, "config.json", revision=revision, local_files_only=unreachable is not None
-            )
+        except LocalEntryNotFoundError as error:  # the Hub did not answer
+            cause: Any = error.__cause__ or error
+            if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500:
+                raise _refusal(cause, repository, revision) from error
+            what = "is no folder here, cannot be fetched, and is not"
+            raise not_reachable(repository, cause, what, learned=learned) from error
         except EntryNotFoundError as error:
-            if unreachable is not None or listing is None or "config.json" in listing:
-                what = "is no folder here, cannot be fetched, and is not"
-                raise not_reachable(repository, unreachable or error, what, learned=learned) from error
-            raise no_config(listing, repository) from error
+            raise no_config(_listed(repository, revision) or (), repository) from error
         except HfHubHTTPError as error:
             raise _refusal(error, repository, revision) from error
-    folder = Path(config).parent
+        folder = Path(config).parent
+        listing = _listed(repository, folder.name)
     cached = frozenset(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return Snapshot(repository, folder.name, folder, listing or cached, online=listing is not None)
+
+
+def _listed(repository: str, revision: str | None) -> frozenset[str] | None:
+    """The files of a commit; None where the Hub cannot be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        info = HfApi().model_info(repository, revision=revision, timeout=_REQUEST_SECONDS)
+    except HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            raise _refusal(error, repository, revision) from error
+        return None
+    except Exception:  # of httpx or requests, whichever this huggingface_hub is built on
+        return None
+    return frozenset(sibling.rfilename for sibling in info.siblings or ())
 
 
 def fetch(snapshot: Snapshot, files: Sequence[str]) -> None:
@@ -104,7 +112,8 @@ def fetch(snapshot: Snapshot, files: Sequence[str]) -> None:
 def first_bytes(snapshot: Snapshot, file: str, count: int) -> tuple[bytes, int]:
     """The first ``count`` bytes of a file of the snapshot, or all that it has, and its size; nothing is stored.
 
-    It takes one request, for a range. Where a server knows no ranges, the rest of its answer is not read.
+    It takes one request, for a range. Where a server knows no ranges, the rest of its answer is not read:
+    ``HfApi.parse_safetensors_file_metadata`` would take it all, and does not say how large the file is.
 
     Raises:
         BadSource: the Hub became unreachable, or refuses the file.

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from spikepatch.errors import Refused, on_one_line
 from spikepatch.quiet import quiet
-from spikepatch.source.private import as_parsed, from_config, is_partitioned, replaced_here
+from spikepatch.source.private import COMPILED, as_parsed, from_config, is_partitioned, own_children, replaced_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -91,6 +91,20 @@ def check_module(model: object) -> None:
             why=f"{partitioned[0]} and {len(partitioned) - 1} more are empty here: each process holds a part of them",
             remedy="call spikepatch before deepspeed.initialize, on a model built outside of deepspeed.zero.Init",
         )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What is to be looked at and changed: the model that ``torch.compile`` has put a wrapper around.
+
+    Raises:
+        Refused: as ``check_module``.
+    """
+    check_module(model)
+    while tuple(own_children(model)) == COMPILED:
+        (inner,) = own_children(model).values()
+        assert inner is not None
+        model = inner
+    return model
 
 
 def check_default_device() -> None:
@@ -196,9 +210,10 @@ def skeleton(model: nn.Module, *, keep_buffers: bool = False) -> nn.Module:
 def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy, in which functions that hold modules hold the copied ones: Python copies no function."""
     functions: dict[int, FunctionType] = {}
-    for module in model.modules():
+    modules = {id(module): module for module in model.modules()}
+    for module in modules.values():
         for value in vars(module).values():
-            _find_functions(value, {id(each) for each in model.modules()}, functions)
+            _find_functions(value, modules.keys(), functions)
     cells = {number: [CellType() for _ in function.__closure__ or ()] for number, function in functions.items()}
     for number, function in functions.items():
         again = FunctionType(

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 #: The only child of a module that torch.compile or a checkpoint wrapper has put around another one.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
+#: The children of what ``torch.compile`` makes of a module.
+COMPILED = WRAPPED[:1]
+
 #: A number, or a truth value, is taken out of a tensor.
 TAKE_NUMBER = torch.ops.aten._local_scalar_dense.default
 

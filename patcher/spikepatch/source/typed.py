@@ -1,15 +1,28 @@
-"""JSON back into frozen data: the inverse of ``dataclasses.asdict`` and ``json.dumps``."""
+"""Frozen data and JSON: ``parsed`` is the inverse of ``dataclasses.asdict`` and ``json.dumps``."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 AnyData = TypeVar("AnyData")
 _Reader = Callable[[Any], Any]
+
+
+def finite(value: Any) -> Any:
+    """``value``, for strict JSON: with None for every number that is not finite, and lists for tuples."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {name: finite(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [finite(inner) for inner in value]
+    return value
 
 
 def parsed(kind: type[AnyData], data: Any) -> AnyData:

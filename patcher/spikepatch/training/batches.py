@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
+from spikepatch.apply.disk.atomic import placing
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.progress import Progress, silent
 from spikepatch.training.documents import PIECE, Input, TextPiece, inputs
@@ -225,13 +225,12 @@ def _write(
     report: Progress,
 ) -> Tokens:
     file, description = _paths(folder, key)
-    scratch = file.with_suffix(".part")
     dtype = np.dtype("uint16" if tokenizing.vocabulary <= 1 << 16 else "uint32")
     total = sum(each.size for each in (*training, *evaluation))
     hashed = hashlib.sha256(tokenizing.fingerprint.encode())
     documents = 0
     counts = []  # of training, of evaluation
-    try:
+    with placing(file) as scratch:
         with open(scratch, "wb") as out:
             for files, before in ((training, 0), (evaluation, sum(each.size for each in training))):
                 start = out.tell()
@@ -242,19 +241,14 @@ def _write(
                     documents += sum(piece.last for piece in pieces)
                     report("tokenising", before + read, total)
                 counts.append((out.tell() - start) // dtype.itemsize)
-            out.flush()
-            os.fsync(out.fileno())
         if not counts[0] or (evaluation and not counts[1]):
             raise _no_text("--eval-data" if counts[0] else "--data")
-        held_out = counts[1] if evaluation else min(int(counts[0] * _HELD_OUT), _HELD_OUT_MOST)
-        hashed.update(b"%d" % held_out)
-        os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
+    held_out = counts[1] if evaluation else min(int(counts[0] * _HELD_OUT), _HELD_OUT_MOST)
+    hashed.update(b"%d" % held_out)
     found = Tokens(file, sum(counts), str(dtype), documents, hashed.hexdigest(), tokenizing.vocabulary, held_out)
     record = {name: value for name, value in dataclasses.asdict(found).items() if name != "file"}
-    scratch.write_text(json.dumps({"key": key, "tokenizer": tokenizing.name, "tokens": record}, indent=2))
-    os.replace(scratch, description)
+    with placing(description) as scratch:
+        scratch.write_text(json.dumps({"key": key, "tokenizer": tokenizing.name, "tokens": record}, indent=2))
     return found
 
 

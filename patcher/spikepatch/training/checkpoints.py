@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from spikepatch.apply.disk.write import sync
+from spikepatch.apply.disk.atomic import put, sync
 from spikepatch.errors import BadSource, BadTarget, Refused
 from spikepatch.quiet import quiet
 
@@ -84,10 +84,8 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         text = json.dumps({**state, "step": step, "ranks": _ranks()}, allow_nan=False, indent=2)
         (new / "state.json").write_text(text)
         sync(new / "state.json")
-        sync(new)
         _log.debug("commit")
-        os.replace(new, path)
-        sync(folder)
+        put(new, path)
         _log.debug("delete older ones")
         for older in committed(folder)[:-_KEEP]:
             _remove(older)

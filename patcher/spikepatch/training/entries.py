@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -18,11 +19,13 @@ from spikepatch.plans.plan import Recipe
 from spikepatch.preflight.values import fresh
 from spikepatch.quiet import quiet
 from spikepatch.recipes import built_in
-from spikepatch.recipes.plan_of import plan
+from spikepatch.recipes.plan_of import map_source, plan_model, plan_on
+from spikepatch.recipes.request import Options, Request, parse_requests
 from spikepatch.source.match import match_source
-from spikepatch.source.open import Source, open_source
+from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.private import from_config
 from spikepatch.training.folder import DATA, RECORD
+from spikepatch.training.run_identity import TrainedModel
 from spikepatch.training.tokenizing import Tokenizing, of_source, shared
 
 if TYPE_CHECKING:
@@ -36,41 +39,51 @@ _TAKEN = (DATA, RECORD, "verdict.json", "report.html")
 
 @dataclass(frozen=True)
 class Entry:
-    """A model that is to be trained.
+    """A model that is to be trained: as every record names it, its source, and what is to be made of it in memory."""
 
-    Attributes:
-        name: of its folder, and in the report.
-        source: a hub id, a folder, or ``arch:TYPE``.
-        recipe: to be applied in memory.
-        patched: by ``recipe``, or it is a folder that spikepatch has patched; with a recipe that is to satisfy both of
-            the paper's conditions, or the user's own. One that leaves a condition out, as ``vanilla``, is a baseline.
-    """
+    model: TrainedModel
+    source: Source
+    request: Request | None
 
-    name: str
-    source: str
-    recipe: str | None
-    patched: bool
+    @property
+    def name(self) -> str:
+        return self.model.name
 
 
 def parse_entries(
-    arguments: Sequence[str], *, revision: str | None = None, trust_remote_code: bool = False
+    arguments: Sequence[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    commits: Mapping[str, str | None] = MappingProxyType({}),
+    **options: Unpack[Options],
 ) -> tuple[Entry, ...]:
-    """What the arguments MODEL stand for; each source is found and checked, and no weight is read.
+    """What the arguments MODEL stand for; each source is found and checked once, and no weight is read.
 
     An argument is ``SOURCE``, ``NAME=SOURCE``, ``SOURCE@RECIPE`` or ``NAME=SOURCE@RECIPE``. The default name is the
     last part of the source's, with the recipe's: ``arch:gpt2@embed-ln`` is ``gpt2-embed-ln``.
+
+    Args:
+        revision, trust_remote_code: of the sources.
+        commits: source -> the commit that it stands for, where that is known already.
+        options: of the recipes; see ``parse_requests``.
 
     Raises:
         BadSource: a source is missing or malformed.
         Refused: a source is not trusted or is no causal language model, there is no such recipe, or two models have the
             same name.
     """
+    models = [(argument, *_split(argument)) for argument in arguments]
+    recipes = {recipe: argument for argument, _, _, recipe in reversed(models) if recipe is not None}
+    requests = {str(r.given): r for r in parse_requests([*recipes], recipes, reinit="all", **options)}
+    sources: dict[str, Source] = {}
     entries: dict[str, Entry] = {}
-    for argument in arguments:
-        name, spec, recipe = _split(argument)
-        source = open_source(spec, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-        _check_causal(source)
-        check_known(source)
+    for argument, name, spec, recipe in models:
+        if spec not in sources:
+            at = commits.get(spec) or revision
+            sources[spec] = open_source(spec, revision=at, trust_remote_code=trust_remote_code, weights=True)
+            _check_causal(sources[spec])
+            check_known(sources[spec])
         if name in entries:
             raise Refused(
                 what=f"two models have the name {name!r}",
@@ -78,27 +91,25 @@ def parse_entries(
                 why="each has a folder of its own under --out",
                 remedy=f"name one of them: NAME={argument}",
             )
-        entries[name] = Entry(name, spec, recipe, _is_patched(source, recipe))
+        source, request = sources[spec], requests[recipe] if recipe is not None else None
+        if request is not None and source.checkpoint is not None:
+            request = replace(request, reinit="none")
+        model = TrainedModel(name, spec, recipe, _is_patched(source, request))
+        entries[name] = Entry(model, source, request)
     return tuple(entries.values())
 
 
-def tokenizer_of(
-    entries: Sequence[Entry], *, revision: str | None = None, trust_remote_code: bool = False
-) -> Tokenizing:
+def tokenizer_of(entries: Sequence[Entry]) -> Tokenizing:
     """The one tokenizer of all models: what lies in their folders; bytes, where none of them has one.
 
     Raises:
         BadSource: a tokenizer cannot be used.
         Refused: the models have different ones, or one has a vocabulary that is too small.
     """
-    found = []
-    for entry in entries:
-        source = open_source(entry.source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-        found.append((entry.name, of_source(source, entry.name)))
-    return shared(found)
+    return shared([(entry.name, of_source(entry.source, entry.name)) for entry in entries])
 
 
-def build(entry: Entry, *, seed: int, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def build(entry: Entry, *, seed: int) -> PreTrainedModel:
     """The model, on the CPU, with weights in float32 and in training mode.
 
     A source with weights keeps them, and a recipe is planned with ``reinit="none"``. One without is initialised afresh:
@@ -108,16 +119,14 @@ def build(entry: Entry, *, seed: int, revision: str | None = None, trust_remote_
 
     Args:
         seed: of every random weight.
-        revision, trust_remote_code: of the source.
 
     Raises:
         SpikepatchError: the source cannot be read, or the recipe does not apply to it.
     """
-    source = open_source(entry.source, revision=revision, trust_remote_code=trust_remote_code, weights=True)
-    _check_causal(source)
-    check_known(source)
-    model = _learned(source, entry, seed) if source.checkpoint is not None else _fresh(source, entry, seed)
-    return model.train()
+    request = None if entry.request is None else replace(entry.request, seed=seed)
+    made = _learned(entry.source, request) if entry.source.checkpoint is not None else _fresh(entry, request, seed)
+    model: PreTrainedModel = made.train()
+    return model
 
 
 def check_causal(model: PreTrainedModel, name: str, length: int) -> None:
@@ -165,23 +174,21 @@ def _beginnings(model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torc
     return first, second
 
 
-def _learned(source: Source, entry: Entry, seed: int) -> Any:
-    from spikepatch.source.open import build_meta
-
-    match_source(source, build_meta(source))  # names every tensor that is missing or misshapen
+def _learned(source: Source, request: Request | None) -> Any:
+    mapped = None if request is None else map_source(source)
+    if mapped is None:
+        match_source(source, build_meta(source))  # names every tensor that is missing or misshapen
     source.fetch_weights()
-    if entry.recipe is None:
+    if mapped is None or request is None:
         return load_as_it_is(source)
-    trusted = source.needs_code
-    found = plan(
-        source.name, entry.recipe, reinit="none", seed=seed, revision=source.revision, trust_remote_code=trusted
-    )
+    found = plan_on(mapped, request)
     check_replaced(source, found)
     return patch(load_unpatched(source), found)
 
 
-def _fresh(source: Source, entry: Entry, seed: int) -> Any:
-    if source.patched is not None and entry.recipe is None:
+def _fresh(entry: Entry, request: Request | None, seed: int) -> Any:
+    source = entry.source
+    if source.patched is not None and request is None:
         raise Refused(
             what="it is patched, and has no weights",
             where=source.name,
@@ -195,8 +202,8 @@ def _fresh(source: Source, entry: Entry, seed: int) -> Any:
         torch.manual_seed(0)
         model: Any = from_config(source.model_class, config)
     model.float()
-    if entry.recipe is not None:
-        return patch(model, entry.recipe, reinit="all", seed=seed)
+    if request is not None:
+        return patch(model, plan_model(model, request))
     weight = fresh(model, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -213,8 +220,6 @@ def _split(argument: str) -> tuple[str, str, str | None]:
     if not Path(spec).expanduser().exists():
         source, at, after = spec.rpartition("@")
         spec, recipe = (source, after) if at else (spec, None)
-    if recipe is not None:
-        built_in.find(recipe, argument)
     if not named:
         last = Path(spec.removeprefix("arch:")).expanduser()
         parts = [last.name or last.resolve().name, *([Path(recipe).name.removesuffix(".toml")] if recipe else [])]
@@ -240,9 +245,9 @@ def _check_causal(source: Source) -> None:
         )
 
 
-def _is_patched(source: Source, recipe: str | None) -> bool:
-    if recipe is not None:
-        known: Recipe | None = built_in.find(recipe)
+def _is_patched(source: Source, request: Request | None) -> bool:
+    if request is not None:
+        known: Recipe | None = request.base
     else:
         if source.patched is None:
             return False

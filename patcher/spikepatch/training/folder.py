@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from spikepatch._version import __version__
-from spikepatch.apply.disk.write import sync
+from spikepatch.apply.disk.atomic import placing
 from spikepatch.errors import BadTarget, Refused
 
 #: What is run. Written before the first step; its keys but ``versions`` and ``command`` stay as they are.
@@ -49,7 +47,8 @@ def check_out(out: Path, *, resume: bool) -> None:
 
 def _holds_tokens(data: Path) -> bool:
     """And nothing else."""
-    return data.is_dir() and all(path.name == LOCK or path.name.startswith(TOKENS) for path in data.iterdir())
+    names = [path.name for path in data.iterdir()] if data.is_dir() else [""]
+    return all(name == LOCK or name.lstrip(".").startswith(TOKENS) for name in names)
 
 
 @contextlib.contextmanager
@@ -119,6 +118,13 @@ def write_record(out: Path, wanted: Mapping[str, Any], command: str) -> None:
     write_json(path, {**new, "versions": versions, "commands": commands})
 
 
+def recorded_commits(out: Path) -> dict[str, str | None]:
+    """Source -> the commit of the Hub that it stood for when the training began."""
+    record = json.loads((out / RECORD).read_text()) if (out / RECORD).exists() else {"models": {}}
+    models: dict[str, dict[str, Any]] = record["models"]
+    return {model["source"]: model.get("commit") for model in models.values()}
+
+
 def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
     """What differs, one sentence each, by the path of its keys."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -133,17 +139,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def run_folder(name: str, lr: float, seed: int) -> str:
-    """``NAME/lr5e-4-seed0``: all digits of the rate that tell it from others, 15 of them, beyond which floats round."""
-    digits, exponent = f"{lr:.14e}".split("e")
-    short = seed if seed < 10**40 else hashlib.sha256(str(seed).encode()).hexdigest()[:40]  # names have 255 characters
-    return f"{name}/lr{digits.rstrip('0').rstrip('.')}e{int(exponent)}-seed{short}"
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a file that is the old one or the new one, whenever the process is killed."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    sync(new)
-    os.replace(new, path)
-    sync(path.parent)
+    with placing(path) as new:
+        new.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

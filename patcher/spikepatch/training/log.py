@@ -7,7 +7,6 @@ handed to the operating system when it is written, so a killed run loses nothing
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,24 +15,18 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from spikepatch.errors import BadSource
-from spikepatch.source.typed import parsed
+from spikepatch.source.typed import finite, parsed
 from spikepatch.spikes.events import Event
+from spikepatch.training.run_identity import Run
 
 #: Told every record of a run, as it is written to the log.
 Reporter = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class RunHeader:
+class RunHeader(Run):
     """The first record. ``Layers.stream`` is measured at the ``points``, ``Layers.gradients`` of the ``layers``."""
 
-    name: str
-    source: str
-    recipe: str | None
-    patched: bool
-    lr: float
-    multiplier: float
-    seed: int
     steps: int
     warmup_steps: int
     parameters: int
@@ -140,7 +133,7 @@ class Log:
         Raises:
             TypeError: the record is none of the log's, or holds what JSON does not know.
         """
-        written: dict[str, Any] = _finite(record)
+        written: dict[str, Any] = finite(record)
         if written.get("type") == "step" and None in (written["loss"], written["gradient_norm"]):
             written["flags"] = [*dict.fromkeys([*written["flags"], "nonfinite"])]
         _parse(written)
@@ -279,18 +272,6 @@ def _parse(data: Any) -> LogRecord:
     if kind not in _KINDS:
         raise TypeError(f"no such type of record: {kind!r}")
     return parsed(_KINDS[kind], fields)
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with None for every number that is not finite."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {name: _finite(inner) for name, inner in value.items()}
-        case list() | tuple():
-            return [_finite(inner) for inner in value]
-    return value
 
 
 def _kept(records: Iterable[LogRecord]) -> Iterable[Step]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from spikepatch.errors import BadSource
-from spikepatch.training.folder import RECORD, run_folder
+from spikepatch.training.folder import RECORD
 from spikepatch.training.log import RunLog, begun, read
+from spikepatch.training.run_identity import all_runs
 from spikepatch.training.verdict import Verdict, compared, judge_run, rows_of, summarise
 
 
@@ -43,14 +44,9 @@ def outcome(folder: str | os.PathLike[str]) -> Outcome:
     folder = Path(folder)
     record = _record(folder)
     try:
-        names = [
-            run_folder(name, record["lr"] * multiplier, seed)
-            for multiplier in record["multipliers"]
-            for seed in record["seeds"]
-            for name in record["models"]
-        ]
+        names = [run.folder for run in all_runs(record)]
         missing = [key for key in ("settings", "data", "versions", "commands") if key not in record]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _no_training(folder, f"{RECORD} does not tell which runs there are: {error}") from error
     if missing:
         raise _no_training(folder, f"{RECORD} has no {', '.join(missing)}")

@@ -11,9 +11,10 @@ from spikepatch.report.document import Badge, Page, Section, Table
 from spikepatch.spikes.conclusion import norm_line
 from spikepatch.spikes.spike_page import TONES
 from spikepatch.spikes.statistic import WARMUP
+from spikepatch.training.arms import told
 from spikepatch.training.curves import Pair, curves, heat_maps, pairs, rates, which
 from spikepatch.training.outcome import Outcome, outcome
-from spikepatch.training.tables import event_table, model_table, run_table, score_notes, score_table
+from spikepatch.training.tables import arm_table, event_table, model_table, run_table, score_notes, score_table
 from spikepatch.training.verdict import LEVEL, Verdict
 
 _FOOTER = (
@@ -37,11 +38,12 @@ def page_of(found: Outcome) -> Page:
     compared = pairs(found.logs, verdict)
     runs = len(found.logs) + len(found.waiting)
     about = f"{_count(len(names), 'model')}, {_count(runs, 'run')}; {_data(found.record)}"
+    arms = [arm_table(verdict)] if verdict.arms else []
     sections = [
         Section(
             "Runs",
-            (*_state(found), *_norms(verdict), *score_notes(verdict)),
-            (run_table(verdict, in_words=True), model_table(verdict), score_table(verdict)),
+            (*_state(found), *told(verdict.arms), *_norms(verdict), *score_notes(verdict)),
+            (*arms, run_table(verdict, in_words=True), model_table(verdict), score_table(verdict)),
         )
     ]
     if compared:

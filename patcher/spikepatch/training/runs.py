@@ -13,46 +13,33 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from spikepatch.apply.live.save import pretrained, save, sharded
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.progress import Progress, silent
+from spikepatch.recipes.request import Options
 from spikepatch.residual.points import Points, points_of
-from spikepatch.source.open import Source, open_source
+from spikepatch.source.open import Source
 from spikepatch.source.tokenizer import has_tokenizer, source_tokenizer
 from spikepatch.spikes.conclusion import LEAST_ROWS
 from spikepatch.training import checkpoints
 from spikepatch.training.batches import Tokens, check_enough, prepare
 from spikepatch.training.entries import Entry, build, check_causal, parse_entries, tokenizer_of
-from spikepatch.training.folder import DATA, RECORD, check_out, locked, run_folder, write_json, write_record
+from spikepatch.training.folder import DATA, RECORD, check_out, locked, recorded_commits, write_json, write_record
 from spikepatch.training.launch import Launch, launched
 from spikepatch.training.log import Reporter, read
 from spikepatch.training.loop import train
+from spikepatch.training.run_identity import Run, all_runs
 from spikepatch.training.settings import Settings
 from spikepatch.training.tokenizing import BYTES, Tokenizing
 from spikepatch.training.trackers import check_installed, tracking
 from spikepatch.training.verdict import Verdict, compared, judge_run, rows_of, summarise
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model at one learning rate and seed."""
-
-    entry: Entry
-    source: Source
-    multiplier: float
-    lr: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder under OUT."""
-        return run_folder(self.entry.name, self.lr, self.seed)
 
 
 def run_all(
@@ -73,6 +60,7 @@ def run_all(
     steps: Progress = silent,
     progress: Reporter = lambda record: None,
     say: Callable[[str], None] = lambda text: None,
+    **options: Unpack[Options],
 ) -> Verdict:
     """Train every model at every learning rate and seed, one after the other. Called on every process alike.
 
@@ -82,15 +70,16 @@ def run_all(
         lr, multipliers: a run's learning rate is one times the other.
         log_with: names of ``trackers.TRACKERS``.
         resume: go on with what ``out`` holds; runs that are done are not run again.
+        revision, trust_remote_code: of the models. A training stays with the commits that it began with.
         command: the command line, to be recorded.
         steps, progress, say: told what is being prepared; each record of a run's log; and what the user should know. Of
             one process only.
+        options: of the models' recipes.
 
     Raises:
         SpikepatchError: the input cannot be used; or ``out`` holds something, without ``resume``; or with it, something
             else.
     """
-    access: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_installed(log_with)
     with launched(settings) as launch, contextlib.ExitStack() as stack:
         main = launch.accelerator.is_main_process
@@ -102,20 +91,23 @@ def run_all(
                 say(note)
         quiet_steps: Progress = steps if main else silent
         quiet_steps("reading the models")
-        entries = parse_entries(models, **access)
-        _check_apart([run_folder(e.name, lr * m, seed) for m in multipliers for seed in seeds for e in entries])
-        sources = {entry.name: open_source(entry.source, **access, weights=False) for entry in entries}
-        _check_models(sources, settings)
-        tokenizing = tokenizer_of(entries, **access)
+        parse = partial(parse_entries, models, trust_remote_code=trust_remote_code, **options)
+        entries = _of_one_commit(partial(parse, revision=revision), recorded_commits(out) if resume else {})
+        wanted: dict[str, Any] = {
+            "settings": dataclasses.asdict(settings),
+            "lr": lr, "multipliers": multipliers, "seeds": seeds,
+            "models": {entry.name: _recorded(entry) for entry in entries}, "revision": revision,
+        }  # fmt: skip
+        runs = tuple(all_runs(wanted))
+        _check_apart([run.folder for run in runs])
+        _check_models(entries, settings)
+        tokenizing = tokenizer_of(entries)
         tokens = prepare(data, tokenizing, out / DATA, eval_data=eval_data, progress=quiet_steps)
         check_enough(tokens, sequences=settings.sequences, length=settings.seq_len)
         if main:
             for note in _notes(tokens, tokenizing, settings):
                 say(note)
-        wanted = {
-            "settings": dataclasses.asdict(settings),
-            "lr": lr, "multipliers": multipliers, "seeds": seeds,
-            "models": {e.name: {**dataclasses.asdict(e), "config": _digest(sources[e.name])} for e in entries},
+        wanted |= {
             "data": {"files": data, "evaluation": eval_data, "tokens": tokens.count, "fingerprint": tokens.fingerprint},
             "ranks": launch.accelerator.num_processes, "sharded": launch.shard,
         }  # fmt: skip
@@ -124,19 +116,23 @@ def run_all(
         launch.accelerator.wait_for_everyone()
 
         results, curves, points = [], [], dict[str, Points]()
-        for run in (Run(e, sources[e.name], m, lr * m, seed) for m in multipliers for seed in seeds for e in entries):
-            folder = out / run.name
+        by_name = {entry.name: entry for entry in entries}
+        for run in runs:
+            folder, entry = out / run.folder, by_name[run.name]
             if (folder / "result.json").exists():
                 if main:
                     progress({"type": "run", **dataclasses.asdict(read(folder / "log.jsonl").run)})
             else:
-                quiet_steps(f"building {run.entry.name}")
-                model = build(run.entry, seed=run.seed, **access)
-                if run.entry.name not in points:
-                    check_causal(model, run.entry.source, settings.seq_len)
+                quiet_steps(f"building {run.name}")
+                model = build(entry, seed=run.seed)
+                if run.name not in points:
+                    check_causal(model, run.source, settings.seq_len)
                     needed = settings.watch_every or launch.shard
-                    points[run.entry.name] = points_of(model) if needed else Points((), (), 0)
-                _run(run, model, tokens, settings, folder, launch, points[run.entry.name], log_with, command, progress)
+                    points[run.name] = points_of(model) if needed else Points((), (), 0)
+                _run(
+                    run, entry.source, model, tokens, settings, folder, launch, points[run.name], log_with, command,
+                    progress,
+                )  # fmt: skip
                 del model
             launch.accelerator.wait_for_everyone()
             log = read(folder / "log.jsonl")
@@ -148,6 +144,24 @@ def run_all(
         if main:
             write_json(out / "verdict.json", verdict.to_dict())
         return verdict
+
+
+def _of_one_commit(parse: Callable[..., tuple[Entry, ...]], known: Mapping[str, str | None]) -> tuple[Entry, ...]:
+    """The models, every source at the commit that the first process has found, or that a training began with: a branch
+    may move between two openings.
+    """
+    entries = parse(commits=known)
+    here = {entry.model.source: entry.source.commit for entry in entries}
+    (first,) = broadcast_object_list([here])
+    return entries if first == here else parse(commits=first)
+
+
+def _recorded(entry: Entry) -> dict[str, Any]:
+    """What ``run.json`` says of a model. The config's digest: a folder may have been changed since."""
+    source = entry.source
+    config = json.dumps(source.config.to_dict(), sort_keys=True, default=str).encode()
+    about = {"commit": source.commit, "config": hashlib.sha256(config).hexdigest()[:16]}
+    return dataclasses.asdict(entry.model) | about | (entry.request.options if entry.request else {})
 
 
 def _check_apart(folders: Sequence[str]) -> None:
@@ -176,6 +190,7 @@ def _notes(tokens: Tokens, tokenizing: Tokenizing, settings: Settings) -> Iterat
 
 def _run(
     run: Run,
+    source: Source,
     model: nn.Module,
     tokens: Tokens,
     settings: Settings,
@@ -192,12 +207,11 @@ def _run(
     checkpoints.sweep(folder / "checkpoints")
     versions = json.loads((folder.parents[1] / RECORD).read_text())["versions"]
     about = {
-        **dataclasses.asdict(run.entry),
-        "lr": run.lr, "multiplier": run.multiplier, "seed": run.seed, "steps": settings.steps,
+        **dataclasses.asdict(run), "steps": settings.steps,
         "parameters": sum(p.numel() for p in model.parameters()), "versions": versions, "command": command,
     }  # fmt: skip
     try:
-        with tracking(log_with if main else (), run.name, folder, about) as track:
+        with tracking(log_with if main else (), run.folder, folder, about) as track:
 
             def observe(record: Mapping[str, Any]) -> None:
                 progress(record)
@@ -208,7 +222,7 @@ def _run(
                 points=points, shard=launch.shard, progress=observe,
             )  # fmt: skip
         if stop is None:
-            _save(model, folder / "model", run.source, main)
+            _save(model, folder / "model", source, main)
     except OSError as error:
         raise BadTarget(
             "the run cannot be written",
@@ -233,8 +247,8 @@ def _save(model: nn.Module, out: Path, source: Source, main: bool) -> None:
             pass
 
 
-def _check_models(sources: Mapping[str, Source], settings: Settings) -> None:
-    for source in sources.values():
+def _check_models(entries: Sequence[Entry], settings: Settings) -> None:
+    for source in (entry.source for entry in entries):
         longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and longest < settings.seq_len:
             raise Refused(
@@ -250,8 +264,3 @@ def _check_models(sources: Mapping[str, Source], settings: Settings) -> None:
                 why=f"{source.model_class.__name__} does not support it",
                 remedy="leave --activation-checkpointing out",
             )
-
-
-def _digest(source: Source) -> str:
-    """Of the config: a folder may have been changed since."""
-    return hashlib.sha256(json.dumps(source.config.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:16]

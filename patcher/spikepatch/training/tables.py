@@ -13,6 +13,7 @@ from spikepatch.spikes.conclusion import norm_line
 from spikepatch.spikes.events import Event
 from spikepatch.spikes.scores import LEAST
 from spikepatch.spikes.spike_page import ORIGINS
+from spikepatch.training.arms import told
 from spikepatch.training.verdict import RunResult, Verdict
 
 #: Events that are printed; the page has all.
@@ -57,6 +58,28 @@ def score_notes(verdict: Verdict) -> Iterator[str]:
     silent = [f"{name} (from {least:,} steps on)" for name, least in LEAST.items() if done < least]
     if silent:
         yield f"Of runs of {done:,} steps these say nothing: {', '.join(silent)}."
+
+
+def arm_table(verdict: Verdict) -> Table:
+    """A row for each model at each learning rate, over its seeds; empty for one model."""
+    rows = [
+        (
+            f"{arm.lr:g}",
+            arm.model,
+            f"{arm.with_events} of {arm.runs}",
+            str(arm.events),
+            f"{number(arm.excess[0])} / {number(arm.excess[1])}",
+            str(arm.not_back),
+            number(arm.fisher, 2) if arm.baseline else "baseline",
+            number(arm.permutation, 2),
+        )
+        for arm in verdict.arms
+    ]
+    headers = (
+        "lr", "model", "runs with a loss event", "events", "excess, median / largest", "not back", "Fisher's p",
+        "p of the excess",
+    )  # fmt: skip
+    return Table("Arms, over seeds", headers, tuple(rows))
 
 
 def model_table(verdict: Verdict) -> Table:
@@ -113,6 +136,10 @@ def print_verdict(verdict: Verdict) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=max(console.width, 120))
     print_table(run_table(verdict), console)
+    if verdict.arms:
+        print_table(arm_table(verdict), console)
+        for line in told(verdict.arms):
+            console.print(line, markup=False, soft_wrap=True)
     if verdict.models:
         print_table(model_table(verdict), console)
     if any(value is not None for run in verdict.runs for value in run.scores.values()):

@@ -14,18 +14,20 @@ from spikepatch.spikes.events import Event, Form, Origin
 from spikepatch.spikes.hindsight import Curve, with_hindsight
 from spikepatch.spikes.scores import scores
 from spikepatch.spikes.twin import twin_of
+from spikepatch.training.arms import Arm, RunSpikes, arms
 from spikepatch.training.log import RunLog
+from spikepatch.training.run_identity import Run, TrainedModel, identity
 
 #: Applied steps whose mean is a level of the loss.
 LEVEL = 50
 
 
 @dataclass(frozen=True)
-class RunResult:
+class RunResult(Run):
     """One run, judged.
 
     Attributes:
-        name, source, recipe, patched, lr, multiplier, seed, steps, warmup_steps: as in the log's first record.
+        steps, warmup_steps: as in the log's first record.
         done: steps in the log that no rewind took back.
         verdict, text: of ``spikes/conclusion.py``, by the loss, and as a line; what a rewind took back counts too.
         judged: the first and the last step that were judged.
@@ -38,13 +40,6 @@ class RunResult:
         tokens: trained on. seconds: of all steps, rewound ones too.
     """
 
-    name: str
-    source: str
-    recipe: str | None
-    patched: bool
-    lr: float
-    multiplier: float
-    seed: int
     steps: int
     warmup_steps: int
     done: int
@@ -67,7 +62,7 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class ModelResult:
+class ModelResult(TrainedModel):
     """One model over its runs.
 
     Attributes:
@@ -76,10 +71,6 @@ class ModelResult:
         sensitivity: to the learning rate, see ``sensitivity``; None for fewer than two rates.
     """
 
-    name: str
-    source: str
-    recipe: str | None
-    patched: bool
     runs: int
     stable_lr: float | None
     sensitivity: float | None
@@ -87,17 +78,21 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All runs, all models, and the exit code: 0 if every patched model, or where none is patched every model, is
-    healthy, or has blips only, at multiplier 1 for every seed; else 1. Other multipliers do not count."""
+    """All runs and all models; the arms, where there are two models; and the exit code: 0 if every patched model, or
+    where none is patched every model, is healthy, or has blips only, at multiplier 1 for every seed; else 1. Other
+    multipliers do not count.
+    """
 
     runs: tuple[RunResult, ...]
     models: tuple[ModelResult, ...]
+    arms: tuple[Arm, ...]
     exit_code: int
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON, the content of ``verdict.json``."""
         return {
             "exit_code": self.exit_code,
+            "arms": [dataclasses.asdict(arm) for arm in self.arms],
             "models": [dataclasses.asdict(model) for model in self.models],
             "runs": [run.to_dict() for run in self.runs],
         }
@@ -117,13 +112,7 @@ def judge_run(log: RunLog) -> RunResult:
     concluded = conclude(rows, events, after=run.warmup_steps)
     ended = f"; it stopped at step {log.stop.step} of {run.steps}: {log.stop.why}" if log.stop else ""
     return RunResult(
-        name=run.name,
-        source=run.source,
-        recipe=run.recipe,
-        patched=run.patched,
-        lr=run.lr,
-        multiplier=run.multiplier,
-        seed=run.seed,
+        **identity(run),
         steps=run.steps,
         warmup_steps=run.warmup_steps,
         done=done,
@@ -173,20 +162,37 @@ def summarise(results: Iterable[RunResult]) -> Verdict:
         by_name.setdefault(run.name, []).append(run)
     models = tuple(
         ModelResult(
-            name=name,
-            source=own[0].source,
-            recipe=own[0].recipe,
-            patched=own[0].patched,
+            **identity(own[0], TrainedModel),
             runs=len(own),
             stable_lr=_stable_lr(own),
             sensitivity=sensitivity(own),
         )
-        for name, own in by_name.items()
+        for own in by_name.values()
     )
     judged_names = {m.name for m in models if m.patched} or set(by_name)
     at_one = [run for run in runs if run.name in judged_names and run.multiplier == 1]
     passed = {run.name for run in at_one} == judged_names != set() and all(r.verdict in PASSED for r in at_one)
-    return Verdict(runs, models, 0 if passed else 1)
+    return Verdict(runs, models, _arms(runs, models), 0 if passed else 1)
+
+
+def _arms(runs: Sequence[RunResult], models: Sequence[ModelResult]) -> tuple[Arm, ...]:
+    """Per learning rate, each model over its seeds; the baseline is the first model without a patch, or the first."""
+    if len(models) < 2:
+        return ()
+    baseline = next((model.name for model in models if not model.patched), models[0].name)
+    found: dict[tuple[str, float], list[RunSpikes]] = {}
+    for rate in sorted({run.lr for run in runs}):
+        for model in models:
+            own = [run for run in runs if (run.name, run.lr) == (model.name, rate) and run.verdict != "cannot tell"]
+            if own:
+                found[model.name, rate] = [_spikes(run) for run in own]
+    return arms(found, baseline)
+
+
+def _spikes(run: RunResult) -> RunSpikes:
+    seen = [event for event in run.events if event.kind != "gradient_norm" and event.origin != "data"]
+    broken = any(event.kind == "nonfinite" and event.back is None for event in seen)
+    return RunSpikes(len(seen), math.inf if broken else run.largest_excess, run.verdict != "not back")
 
 
 def sensitivity(runs: Sequence[RunResult]) -> float | None:

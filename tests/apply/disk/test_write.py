@@ -37,7 +37,7 @@ def planned(tensors: dict[str, torch.Tensor]) -> list[Planned]:
 def write(folder: Path, tensors: dict[str, torch.Tensor], files: dict[str, list[str]]) -> tuple[dict[str, str], int]:
     steps: list[int] = []
     written = write_checkpoint(folder, planned(tensors), files, tensors.__getitem__, steps.append)
-    return written.hashes, sum(steps)
+    return dict(written.hashes), sum(steps)
 
 
 def examples() -> dict[str, torch.Tensor]:

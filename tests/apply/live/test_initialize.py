@@ -179,10 +179,10 @@ def test_no_more_than_a_chunk_is_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_every_language_model() -> None:
-    """Of all that transformers has, at tiny widths; persistent buffers and ones of no checkpoint among them."""
+def test_every_third_language_model() -> None:
+    """Of those that transformers has, at tiny widths; persistent buffers and ones of no checkpoint among them."""
     filled_types, buffers = [], 0
-    for model_type in CLASSES["causal"]:
+    for model_type in sorted(CLASSES["causal"])[::3]:
         config, built = tiny_config_for(model_type, "causal"), model_class(model_type, "causal")
         with torch.device("meta"):
             model: Any = built._from_config(config)
@@ -199,8 +199,8 @@ def test_every_language_model() -> None:
         compare(model, whole)
         filled_types.append(model_type)
         buffers += len(list(model.buffers()))
-    assert len(filled_types) >= 160
-    assert buffers > 300
+    assert len(filled_types) >= 55
+    assert buffers > 100
 
 
 # Refusals. Nothing is written.

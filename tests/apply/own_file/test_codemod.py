@@ -29,7 +29,8 @@ from spikepatch.apply.own_file.syntax import parse
 from spikepatch.cli import main
 from spikepatch.errors import BadSource, BadTarget, Refused, SpikepatchError
 from spikepatch.plans.plan import Fill, Plan, Recipe
-from spikepatch.recipes.built_in import RECIPES, checked_recipe
+from spikepatch.recipes.built_in import RECIPES
+from spikepatch.recipes.request import parse_request
 from spikepatch.runtime.embedding import install
 
 MODELS = Path(__file__).parent / "models"
@@ -128,11 +129,6 @@ def seen(factory: Callable[[], Any]) -> Built:
     return observe(model, watch)
 
 
-def with_options(recipe: str | Recipe, **options: Any) -> Recipe:
-    plain = {"factor": None, "positions": False, "replace": False, "untie": False}
-    return checked_recipe(recipe, reinit="all", seed=0, **plain | options)
-
-
 def source(model: str, *, crlf: bool = False) -> bytes:
     data = (MODELS / f"{model}.py").read_bytes()
     return data.replace(b"\n", b"\r\n") if crlf else data
@@ -145,7 +141,9 @@ def edited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     before = source(case.model, crlf=case.crlf)
     original = module_of(file, before).build
     built = seen(original)
-    plan, text = rewrite(parse(str(file), before.decode()), built, with_options(case.recipe, **case.options))
+    plan, text = rewrite(
+        parse(str(file), before.decode()), built, parse_request(case.recipe, reinit="all", **case.options)
+    )
     result = Codemod(file, before, text.encode(), "utf-8", plan, ())
     build = module_of(tmp_path_factory.mktemp("after") / file.name, result.after).build
     return Edited(case, result, original, build, list(differences(plan, built, seen(build))))
@@ -303,10 +301,10 @@ def gpt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Built]:
     return file, module, seen(module.build)
 
 
-def rebuilt(gpt: tuple[Path, Any, Built], recipe: Recipe, folder: Path) -> Any:
+def rebuilt(gpt: tuple[Path, Any, Built], recipe: str | Recipe, folder: Path) -> Any:
     """The module with the recipe in it, once it builds what the recipe says."""
     file, _, built = gpt
-    plan, text = rewrite(parse(str(file), file.read_text()), built, recipe)
+    plan, text = rewrite(parse(str(file), file.read_text()), built, parse_request(recipe, reinit="all"))
     module = module_of(folder / file.name, text.encode())
     assert list(differences(plan, built, seen(module.build))) == []
     return module
@@ -327,7 +325,7 @@ def test_a_recipe_with_a_std_for_every_layer(gpt: tuple[Path, Any, Built], tmp_p
     """It says nothing of layers that were not there, so a model with more of them is not built."""
     file = tmp_path / "own.toml"
     file.write_text(TOML)
-    module = rebuilt(gpt, with_options(str(file)), tmp_path)
+    module = rebuilt(gpt, str(file), tmp_path)
     model, original = module.build(width=64), gpt[1].build(width=64)
     plan = spikepatch.plan(original, str(file), reinit="all", example_inputs=example(original))
     assert len({fill.std for fill in plan.select(Fill)}) > 3
@@ -344,8 +342,8 @@ def test_a_factor_that_is_there_already(tmp_path: Path) -> None:
     module = module_of(file, text.replace(old, "x = self.embed(tokens) * 2.0\n").encode())
     parsed, built = parse(str(file), file.read_text()), seen(module.build)
     with pytest.raises(Refused, match="already multiplied by 2"):
-        rewrite(parsed, built, with_options("scaled-embed"))
-    plan, edited = rewrite(parsed, built, with_options("scaled-embed", replace=True, factor=7.0))
+        rewrite(parsed, built, parse_request("scaled-embed", reinit="all"))
+    plan, edited = rewrite(parsed, built, parse_request("scaled-embed", reinit="all", replace=True, factor=7.0))
     assert "super().forward(ids) * 3.5\n" in edited
     (tmp_path / "after").mkdir()
     assert list(differences(plan, built, seen(module_of(tmp_path / "after/model.py", edited.encode()).build))) == []
@@ -369,8 +367,8 @@ def test_built_in_processes_of_their_own(case: Case, tmp_path: Path, monkeypatch
     other = tmp_path / "here" / file.name
     other.parent.mkdir()
     built = seen(module_of(other, result.before).build)
-    recipe = with_options(case.recipe, **case.options)
-    _, text = rewrite(parse(str(other), result.before.decode()), built, recipe)
+    request = parse_request(case.recipe, reinit="all", **case.options)
+    _, text = rewrite(parse(str(other), result.before.decode()), built, request)
     assert result.text == text
     tied = case.model == "module_dict" and not case.options
     assert ["the head is tied" in note for note in result.notes] == [True] * tied
@@ -450,7 +448,7 @@ def changed(changes: dict[str, str]) -> str:
 def rewritten(folder: Path, changes: dict[str, str], recipe: str = "scaled-embed", **options: Any) -> tuple[Plan, str]:
     file = folder / "helper_factory.py"
     built = seen(module_of(file, changed(changes).encode()).build)
-    return rewrite(parse(str(file), file.read_text()), built, with_options(recipe, **options))
+    return rewrite(parse(str(file), file.read_text()), built, parse_request(recipe, reinit="all", **options))
 
 
 def check_refusal(
@@ -533,7 +531,7 @@ def test_a_model_of_another_file(tmp_path: Path) -> None:
     file = tmp_path / "model.py"
     built = seen(module_of(file, source("helper_factory")).build)
     with pytest.raises(BadSource, match="builds a model of another file") as refused:
-        rewrite(parse(str(tmp_path / "other.py"), file.read_text()), built, with_options("vanilla"))
+        rewrite(parse(str(tmp_path / "other.py"), file.read_text()), built, parse_request("vanilla", reinit="all"))
     assert f"Model is defined in {file}" in refused.value.why
 
 

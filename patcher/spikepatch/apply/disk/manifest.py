@@ -69,9 +69,9 @@ def _manifest(source: Mapping[str, Any], command: str, hashes: Mapping[str, str]
     return json.dumps(data, indent=2) + "\n"
 
 
-def command_line(command: str, source: str, **options: object) -> str:
-    """The command that would write the folder again, with OUT for its path; without options that are None or False."""
-    words = ["spikepatch", command, source, "OUT"]
+def command_line(given: Sequence[str], **options: object) -> str:
+    """``spikepatch`` with these words and options; without options that are None or False."""
+    words = ["spikepatch", *given]
     for name, value in options.items():
         if value is not None and value is not False:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]

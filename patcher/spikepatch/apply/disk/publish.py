@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spikepatch.apply.disk.write import sync
+from spikepatch.apply.disk.atomic import put, sync
 from spikepatch.errors import BadTarget
 from spikepatch.source.formats import size
 
@@ -259,11 +259,11 @@ def _acquire(lock: Path, out: Path) -> tuple[int, bool]:
 def _swap(new: Path, out: Path, old: Path) -> None:
     _log.debug("swap")
     if _occupant(out) is None:
-        os.replace(new, out)
+        put(new, out)
     elif not _exchange(new, out):
         os.replace(out, old)
         _log.debug("swap, second half")
-        os.replace(new, out)
+        put(new, out)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spikepatch.apply.disk.atomic import sync
 from spikepatch.apply.disk.pipeline import Job, Tally, in_order, workers
 from spikepatch.errors import Refused, did_you_mean
 from spikepatch.source.formats import INDEX_FILE, STORED
@@ -59,10 +60,19 @@ class Written:
         notes: what the user should know, one sentence each.
     """
 
-    hashes: dict[str, str] = field(default_factory=dict)
-    tallies: dict[str, Tally] = field(default_factory=dict)
-    copies: dict[Path, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    tallies: Mapping[str, Tally] = field(default_factory=dict)
+    copies: Mapping[Path, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def plus(self, other: Written) -> Written:
+        """What both say; they are about different files and tensors."""
+        return Written(
+            {**self.hashes, **other.hashes},
+            {**self.tallies, **other.tallies},
+            {**self.copies, **other.copies},
+            (*self.notes, *other.notes),
+        )
 
 
 def split(tensors: Sequence[Planned], max_shard_size: str | int) -> dict[str, list[str]]:
@@ -128,7 +138,9 @@ def write_checkpoint(
     with workers() as pool:
         syncs = []
         for file, names in files.items():
-            _write_shard(folder / file, [by_name[name] for name in names], content, advance, pool, written)
+            written = written.plus(
+                _write_shard(folder / file, [by_name[name] for name in names], content, advance, pool)
+            )
             syncs.append(pool.submit(sync, folder / file))
         for result in syncs:
             result.result()
@@ -141,7 +153,7 @@ def write_checkpoint(
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        written.hashes[INDEX_FILE] = write_text(folder / INDEX_FILE, text)
+        written = written.plus(Written({INDEX_FILE: write_text(folder / INDEX_FILE, text)}))
     return written
 
 
@@ -152,27 +164,18 @@ def write_text(path: Path, text: str) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write_shard(
     path: Path,
     tensors: list[Planned],
     content: Callable[[str], Content],
     advance: Callable[[int], None],
     pool: ThreadPoolExecutor,
-    written: Written,
-) -> None:
+) -> Written:
     import torch
 
     head, places = _header(tensors)
     originals: dict[str, TensorEntry] = {}
+    tallies: dict[str, Tally] = {}
     digest = hashlib.sha256()
     with contextlib.ExitStack() as handles:
         out = handles.enter_context(open(path, "w+b", buffering=0)).fileno()
@@ -206,13 +209,12 @@ def _write_shard(
                     flushes.append(pool.submit(os.fsync, out))
                     behind = 0
                 if job.dtype is not None:
-                    written.tallies[job.name] = written.tallies.get(job.name, Tally()).plus(tally)
+                    tallies[job.name] = tallies.get(job.name, Tally()).plus(tally)
                     advance(len(raw))
         for flush in flushes:
             flush.result()
-    written.hashes[path.name] = digest.hexdigest()
-    if (original := _original(head, places, originals)) is not None:
-        written.copies[original] = digest.hexdigest()
+    sha256, original = digest.hexdigest(), _original(head, places, originals)
+    return Written({path.name: sha256}, tallies, {} if original is None else {original: sha256})
 
 
 def _header(tensors: Sequence[Planned]) -> tuple[bytes, dict[Planned, int]]:

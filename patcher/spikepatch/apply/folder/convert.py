@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from spikepatch.apply.folder import notes
 from spikepatch.apply.folder.drift import Behaviour, drift_planned, drift_written, expected_initial_loss
 from spikepatch.apply.folder.load_test import Wanted, check_loads, fits, outcome
 from spikepatch.apply.folder.loader import Loader, loader
-from spikepatch.apply.folder.routes import RouteKind, Storage, check_storage, choose
+from spikepatch.apply.folder.routes import Route, RouteKind, Storage, check_storage, choose
 from spikepatch.apply.folder.shards import Shards, plan_shards, write_folder
 from spikepatch.apply.folder.small_twin import try_small
 from spikepatch.apply.folder.texts import texts
@@ -33,13 +34,12 @@ from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
 from spikepatch.plans.plan import ModelPart, Plan, Recipe, Reinit, ScaleEmbedding
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes import built_in
-from spikepatch.recipes.built_in import checked_recipe
-from spikepatch.recipes.plan_of import check_weights, embedding_stds, plan_on
-from spikepatch.residual.inspect import inspect
+from spikepatch.recipes.plan_of import Mapped, check_weights, map_source, plan_on
+from spikepatch.recipes.request import Request, parse_request
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source.classes import original_in
 from spikepatch.source.header import torch_dtype
-from spikepatch.source.match import Match, match_source
+from spikepatch.source.match import Match
 from spikepatch.source.meta import settings_read
 from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.pieces import pieces
@@ -136,155 +136,174 @@ def convert(
     Raises:
         SpikepatchError: nothing is at ``out``, or what was there before.
     """
-    asked: dict[str, Any] = dict(locals())
-    with loader(load_test and not dry_run) as process:
-        return _convert(**asked, process=process)
-
-
-def _convert(
-    source: str,
-    out: str | os.PathLike[str],
-    recipe: str | Recipe,
-    reinit: Reinit,
-    factor: float | None,
-    positions: bool,
-    replace: bool,
-    untie: bool,
-    part: ModelPart | None,
-    storage: Storage,
-    seed: int,
-    dtype: str | None,
-    max_shard_size: str | int | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    allow_nonfinite: bool,
-    example_inputs: str | None,
-    overwrite: bool,
-    load_test: bool,
-    dry_run: bool,
-    progress: Progress | None,
-    process: Loader | None,
-) -> Conversion:
-    report: Progress = progress or silent
-    given = recipe
-    recipe = checked_recipe(
-        recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie
+    request = parse_request(
+        recipe, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie, part=part
     )
     check_storage(storage)
     check_shard_size(max_shard_size)
-    asked = None if dtype is None else parse_dtype(dtype)
-    folder = Path(out)
+    stored = None if dtype is None else parse_dtype(dtype)
+    folder, report = Path(out), progress or silent
     # Before anything is fetched, and again once it is known where in the cache a hub id lies.
     check_local_target(folder, source, overwrite=overwrite)
-    report("reading the source")
-    found = open_source(
-        source,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        weights=reinit != "all",
-        learned=reinit != "all",
-        report=report,
-    )
-    check_target(folder, found.folder, overwrite=overwrite)
-    check_weights(found, reinit)
-    check_known(found)
-    found = dataclasses.replace(found, config=_with_dtype(found, asked))
+    kept = reinit != "all"
+    with loader(load_test and not dry_run) as process:
+        report("reading the source")
+        found = open_source(
+            source,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            weights=kept,
+            learned=kept,
+            report=report,
+        )
+        check_target(folder, found.folder, overwrite=overwrite)
+        check_weights(found, reinit)
+        check_known(found)
+        found = dataclasses.replace(found, config=_with_dtype(found, stored))
+        job = _job(found, request, storage, stored, max_shard_size, example_inputs, report)
+        result = _result(job, folder)
+        if dry_run:
+            return _tried(job, result, report)
+        options = {"reinit": reinit, **request.options, "storage": storage, "seed": seed, "dtype": dtype}
+        options |= {"max_shard_size": max_shard_size, "revision": revision, "trust_remote_code": trust_remote_code}
+        options |= {"allow_nonfinite": allow_nonfinite, "example_inputs": example_inputs}
+        command = _command(source, request, options, load_test=load_test)
+        try:
+            with publishing(folder, overwrite=overwrite) as scratch:
+                return _written(
+                    job, result, scratch, process, command, report, unsound=allow_nonfinite, load_test=load_test
+                )
+        except OSError as error:
+            raise unwritable(folder, error) from error
 
+
+@dataclass(frozen=True)
+class _Job:
+    """All that is worked out before the first byte is written. ``patched``: the structure that the plan makes."""
+
+    source: Source
+    request: Request
+    mapped: Mapped
+    plan: Plan
+    patched: Any
+    route: Route
+    settings: Mapping[str, Any]
+    shards: Shards
+    texts: Mapping[str, str]
+
+    @property
+    def trust(self) -> bool:
+        return self.route.kind == "code" or self.source.needs_code
+
+
+def _job(
+    source: Source,
+    request: Request,
+    storage: Storage,
+    dtype: torch.dtype | None,
+    max_shard_size: str | int | None,
+    example_inputs: str | None,
+    report: Progress,
+) -> _Job:
     report("mapping the residual stream")
     with settings_read() as read:
-        model = build_meta(found)
-        residual = inspect(model, example_inputs=example_inputs, source=source)
-    match = None if reinit == "all" else match_source(found, model)
-    stds = {} if match is None else embedding_stds(found, match, residual)
-    plan = plan_on(model, residual, recipe, reinit=reinit, seed=seed, stds=stds, part=part, example=example_inputs)
-    check_replaced(found, plan)
+        mapped = map_source(source, example_inputs)
+    plan = plan_on(mapped, request)
+    check_replaced(source, plan)
     report("choosing how it is stored")
-    patched = build_meta(found)
+    patched = build_meta(source)
     restructure(patched, plan)
-    route = choose(found, plan, patched, storage, read=read)
-    trust = route.kind == "code" or found.needs_code
-    settings = stable_settings(model, plan) if route.kind != "code" else {}
+    route = choose(source, plan, patched, storage, read=read)
+    settings = stable_settings(mapped.model, plan) if route.kind != "code" else {}
     shards = plan_shards(
-        plan, model, checkpoint=found.checkpoint, match=match, dtype=asked, max_shard_size=max_shard_size
+        plan, patched, checkpoint=source.checkpoint, match=mapped.match, dtype=dtype, max_shard_size=max_shard_size
     )
-    _check_numbers(plan, shards, match, patched)
-    files = texts(found, plan, route, settings, trust=trust)
-    vocabulary = getattr(found.config.get_text_config(), "vocab_size", None)
+    _check_numbers(plan, shards, mapped.match, patched)
+    files = texts(source, plan, route, settings, trust=route.kind == "code" or source.needs_code)
+    return _Job(source, request, mapped, plan, patched, route, settings, shards, files)
+
+
+def _result(job: _Job, folder: Path) -> Conversion:
+    """The conversion as far as it is known before anything is written."""
+    source, plan, residual = job.source, job.plan, job.mapped.residual
+    vocabulary = getattr(source.config.get_text_config(), "vocab_size", None)
     log_vocab = math.log(vocabulary) if vocabulary else None
-    expected_loss = expected_initial_loss(plan, residual) if reinit == "all" else None
-    result = Conversion(
+    expected_loss = expected_initial_loss(plan, residual) if plan.reinit == "all" else None
+    return Conversion(
         out=folder,
         plan=plan,
         residual=residual,
-        storage=route.kind,
-        trust=trust,
-        auto_class=found.auto_class,
-        dtype=str(found.config.dtype).removeprefix("torch."),
-        parameters=shards.elements,
-        bytes=shards.bytes,
+        storage=job.route.kind,
+        trust=job.trust,
+        auto_class=source.auto_class,
+        dtype=str(source.config.dtype).removeprefix("torch."),
+        parameters=job.shards.elements,
+        bytes=job.shards.bytes,
         expected_loss=expected_loss,
         log_vocab=log_vocab,
         notes=(
-            *notes.whose_weights(found, plan),
-            notes.how_it_loads(plan, route, trust=trust),
-            *notes.others(settings, match, expected_loss, log_vocab),
+            *notes.whose_weights(source, plan),
+            notes.how_it_loads(plan, job.route, trust=job.trust),
+            *notes.others(job.settings, job.mapped.match, expected_loss, log_vocab),
         ),
     )
-    if dry_run:
-        for name in shards.fresh:
-            shards.produce(name)
-        if reinit == "all":
-            return result
-        report("measuring the loss over factors")
-        return _with_drift(result, drift_planned(found, residual, plan, stds))
 
-    options = {
-        "reinit": reinit,
-        "factor": factor,
-        "positions": positions,
-        "replace": replace,
-        "untie": untie,
-        "part": part,
-        "storage": storage,
-        "seed": seed,
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "allow_nonfinite": allow_nonfinite,
-        "example_inputs": example_inputs,
-    }
-    model_class = generated_classes(original_in(found)).model if route.kind == "code" else route.model_class
-    scaled = [edit.factor for edit in plan.select(ScaleEmbedding)]
 
-    def small(folder: str, target: Path) -> object:
-        own: dict[str, Any] = {"positions": positions, "replace": replace, "untie": untie, "dtype": dtype, "seed": seed}
-        own["factor"] = factor if factor is not None or reinit == "all" or not scaled else scaled[0]
-        own |= {"storage": route.kind, "part": part, "example_inputs": example_inputs}
-        return convert(folder, target, recipe=given, trust_remote_code=trust_remote_code, **own)
+def _tried(job: _Job, result: Conversion, report: Progress) -> Conversion:
+    """What a dry run says; whatever would be refused is refused."""
+    for name in job.shards.fresh:
+        job.shards.produce(name)
+    if job.plan.reinit == "all":
+        return result
+    report("measuring the loss over factors")
+    drift = drift_planned(job.source, job.mapped.residual, job.plan, job.mapped.embedding_stds)
+    return _with_drift(result, drift)
 
-    wanted = Wanted(patched, model_class.__name__, found.auto_class, trust, unsound=allow_nonfinite)
-    if isinstance(given, str) or given == built_in.RECIPES.get(given.name):
-        named = given if isinstance(given, str) else given.name
-        command = command_line("convert", source, recipe=named, **options, no_load_test=not load_test)
-    else:
-        command = python_line(source, given, options)
-    try:
-        with publishing(folder, overwrite=overwrite) as scratch:
-            check_space(folder, shards.bytes, found.checkpoint)
-            written, origin = write_folder(scratch, shards, files, found, report, allow_nonfinite=allow_nonfinite)
-            if process is not None:
-                report("loading what was written")
-                check_loads(process, scratch, wanted, tokenizer=has_tokenizer(found.copied_files), out=folder)
-            test = outcome(process, wanted, lambda: try_small(found, fits, small))
-            write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes, test))
-            result = _noted(_with_casts(result, written), *notes.load_test(test, asked=load_test))
-            if reinit == "all":
-                return result
-            report("measuring the loss before and after")
-            return _with_drift(result, drift_written(found, residual, scratch, model_class))
-    except OSError as error:
-        raise unwritable(folder, error) from error
+
+def _written(
+    job: _Job,
+    result: Conversion,
+    scratch: Path,
+    process: Loader | None,
+    command: str,
+    report: Progress,
+    *,
+    unsound: bool,
+    load_test: bool,
+) -> Conversion:
+    """Write the folder, and try what was written."""
+    source, plan, route = job.source, job.plan, job.route
+    model_class: Any = generated_classes(original_in(source)).model if route.kind == "code" else route.model_class
+    wanted = Wanted(job.patched, model_class.__name__, source.auto_class, job.trust, unsound=unsound)
+    check_space(result.out, job.shards.bytes, source.checkpoint)
+    written, origin = write_folder(scratch, job.shards, job.texts, source, report, allow_nonfinite=unsound)
+    if process is not None:
+        report("loading what was written")
+        check_loads(process, scratch, wanted, tokenizer=has_tokenizer(source.copied_files), out=result.out)
+    test = outcome(process, wanted, lambda: try_small(source, fits, partial(_convert_small, job)))
+    write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes, test))
+    result = _noted(_with_casts(result, written), *notes.load_test(test, asked=load_test))
+    if plan.reinit == "all":
+        return result
+    report("measuring the loss before and after")
+    return _with_drift(result, drift_written(source, job.mapped.residual, scratch, model_class))
+
+
+def _convert_small(job: _Job, folder: str, out: Path) -> Conversion:
+    """The same of a small folder without weights, with the factor that was worked out from the large one's."""
+    scaled = [edit.factor for edit in job.plan.select(ScaleEmbedding)] if job.plan.reinit != "all" else []
+    factor = {"factor": scaled[0]} if scaled and job.request.factor is None else {}
+    options: dict[str, Any] = {"seed": job.plan.seed, "example_inputs": job.mapped.example, "storage": job.route.kind}
+    options |= job.request.options | factor
+    return convert(folder, out, recipe=job.request.base, trust_remote_code=job.source.needs_code, **options)
+
+
+def _command(source: str, request: Request, options: Mapping[str, Any], *, load_test: bool) -> str:
+    """What writes the folder again: a command, or Python for a recipe that has no name."""
+    name = request.given if isinstance(request.given, str) else request.base.name
+    if isinstance(request.given, str) or request.base == built_in.RECIPES.get(name):
+        return command_line(("convert", source, "OUT"), recipe=name, **options, no_load_test=not load_test)
+    return python_line(source, request.base, options)
 
 
 def _check_numbers(plan: Plan, shards: Shards, match: Match | None, model: nn.Module) -> None:

@@ -29,13 +29,13 @@ from spikepatch.apply.disk.publish import check_local_target, check_space, check
 from spikepatch.apply.disk.write import write_text
 from spikepatch.apply.folder import notes
 from spikepatch.apply.folder.load_test import Wanted, check_loads, outcome
-from spikepatch.apply.folder.loader import Loader, loader
+from spikepatch.apply.folder.loader import loader
 from spikepatch.apply.folder.plain_model import Holds, Rows, fold_shards, plain_model
 from spikepatch.apply.folder.shards import Shards, write_folder
 from spikepatch.apply.generated.patched_source import build_as_it_is
 from spikepatch.apply.generated.render import check_generated
 from spikepatch.errors import Refused
-from spikepatch.plans.plan import DetachEmbedding, EmbeddingEdit, recorded_edits
+from spikepatch.plans.plan import DetachEmbedding, EmbeddingEdit, recorded_edit
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes.plan_of import check_weights
 from spikepatch.source.classes import original_in
@@ -104,78 +104,62 @@ def fold(
         Refused: the model is plain already, or what was patched cannot be folded exactly; with the reason.
         SpikepatchError: it cannot be read or written.
     """
-    asked: dict[str, Any] = dict(locals())
-    with loader(load_test) as process:
-        return _fold(**asked, process=process)
-
-
-def _fold(
-    trained: str,
-    out: str | os.PathLike[str],
-    revision: str | None,
-    trust_remote_code: bool,
-    allow_nonfinite: bool,
-    overwrite: bool,
-    load_test: bool,
-    progress: Progress | None,
-    process: Loader | None,
-) -> Folded:
     report: Progress = progress or silent
     folder = Path(out)
     check_local_target(folder, trained, overwrite=overwrite)
-    report("reading the source")
-    found = open_source(
-        trained, revision=revision, trust_remote_code=trust_remote_code, weights=True, learned=True, report=report
-    )
-    check_target(folder, found.folder, overwrite=overwrite)
-    record = _record(found)
-    check_weights(found, "none")
+    with loader(load_test) as process:
+        report("reading the source")
+        found = open_source(
+            trained, revision=revision, trust_remote_code=trust_remote_code, weights=True, learned=True, report=report
+        )
+        check_target(folder, found.folder, overwrite=overwrite)
+        record = _record(found)
+        check_weights(found, "none")
 
-    report("proving that it folds")
-    patched = build_as_it_is(found)
-    edits = {
-        name: recorded_edits({name: entry}, patched.get_submodule(name).embedding_dim)[name]
-        for name, entry in record.embeddings.items()
-    }
-    plain, held = plain_model(found, patched, edits)
-    match = match_source(found, patched)
-    shards = fold_shards(found, plain, held, match)
-    result = Folded(
-        out=folder,
-        architecture=type(plain).__name__,
-        auto_class=found.auto_class,
-        trust=found.needs_code,
-        tables=tuple(name for name, value in held.items() if isinstance(value, Rows)),
-        untied=_ties(found.config) and not _ties(plain.config),
-        parameters=shards.elements,
-        bytes=shards.bytes,
-        notes=(*_notes(shards, match, edits.values()), *_folded_tables(held)),
-    )
-    wanted = Wanted(plain, type(plain).__name__, found.auto_class, found.needs_code, unsound=allow_nonfinite)
-    try:
-        with publishing(folder, overwrite=overwrite) as scratch:
-            check_space(folder, shards.bytes, found.checkpoint)
-            texts = _texts(found, plain, result)
-            written, origin = write_folder(scratch, shards, texts, found, report, allow_nonfinite=allow_nonfinite)
-            command = command_line(
-                "fold",
-                trained,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                allow_nonfinite=allow_nonfinite,
-                no_load_test=not load_test,
-            )
-            if process is not None:
-                report("loading what was written")
-                check_loads(process, scratch, wanted, tokenizer=has_tokenizer(found.copied_files), out=folder)
-            test = outcome(process, wanted)
-            write_text(scratch / MANIFEST, fold_manifest(record.entries, origin, command, written.hashes, test))
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    unsound = notes.unsound_values(written.tallies, str(found.config.dtype).removeprefix("torch."))
-    return dataclasses.replace(
-        result, notes=(*result.notes, *unsound, *written.notes, *notes.load_test(test, asked=load_test))
-    )
+        report("proving that it folds")
+        patched = build_as_it_is(found)
+        edits = {
+            name: recorded_edit(name, entry, patched.get_submodule(name).embedding_dim)
+            for name, entry in record.embeddings.items()
+        }
+        plain, held = plain_model(found, patched, edits)
+        match = match_source(found, patched)
+        shards = fold_shards(found, plain, held, match)
+        result = Folded(
+            out=folder,
+            architecture=type(plain).__name__,
+            auto_class=found.auto_class,
+            trust=found.needs_code,
+            tables=tuple(name for name, value in held.items() if isinstance(value, Rows)),
+            untied=_ties(found.config) and not _ties(plain.config),
+            parameters=shards.elements,
+            bytes=shards.bytes,
+            notes=(*_notes(shards, match, edits.values()), *_folded_tables(held)),
+        )
+        wanted = Wanted(plain, type(plain).__name__, found.auto_class, found.needs_code, unsound=allow_nonfinite)
+        try:
+            with publishing(folder, overwrite=overwrite) as scratch:
+                check_space(folder, shards.bytes, found.checkpoint)
+                texts = _texts(found, plain, result)
+                written, origin = write_folder(scratch, shards, texts, found, report, allow_nonfinite=allow_nonfinite)
+                command = command_line(
+                    ("fold", trained, "OUT"),
+                    revision=revision,
+                    trust_remote_code=trust_remote_code,
+                    allow_nonfinite=allow_nonfinite,
+                    no_load_test=not load_test,
+                )
+                if process is not None:
+                    report("loading what was written")
+                    check_loads(process, scratch, wanted, tokenizer=has_tokenizer(found.copied_files), out=folder)
+                test = outcome(process, wanted)
+                write_text(scratch / MANIFEST, fold_manifest(record.entries, origin, command, written.hashes, test))
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        unsound = notes.unsound_values(written.tallies, str(found.config.dtype).removeprefix("torch."))
+        return dataclasses.replace(
+            result, notes=(*result.notes, *unsound, *written.notes, *notes.load_test(test, asked=load_test))
+        )
 
 
 def _ties(config: Any) -> bool:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from spikepatch.plans.plan import recorded_edits
+from spikepatch.plans.plan import recorded_edit
 from spikepatch.source.apart import stored_apart
 from spikepatch.source.formats import some
 
@@ -29,8 +29,8 @@ def whose_weights(source: Source, plan: Plan) -> Iterator[str]:
     else:
         yield "fresh weights: a model to pre-train"
     if source.patched is not None and source.patched.embeddings:
-        edits = recorded_edits(source.patched.embeddings, plan.width)
-        old = ", ".join([source.patched.recipe, *(f"{name}: {edit.words}" for name, edit in edits.items())])
+        edits = (recorded_edit(name, entry, plan.width) for name, entry in source.patched.embeddings.items())
+        old = ", ".join([source.patched.recipe, *(f"{edit.module}: {edit.words}" for edit in edits)])
         note = f"{source.name} is patched already ({old}): the new plan takes the old one's place"
         yield note + (", and the learned weights were trained with the old one" if plan.reinit != "all" else "")
     if apart := sorted(stored_apart(source.checkpoint)):

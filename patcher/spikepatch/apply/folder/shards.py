@@ -16,7 +16,6 @@ from torch import nn
 from spikepatch.apply.disk.manifest import file_hash, fingerprint
 from spikepatch.apply.disk.pipeline import Tally
 from spikepatch.apply.disk.write import Planned, Written, split, write_checkpoint, write_text
-from spikepatch.apply.generated.structure import restructure
 from spikepatch.apply.values.assign import values
 from spikepatch.apply.values.draw import draw
 from spikepatch.errors import BadSource
@@ -25,7 +24,7 @@ from spikepatch.progress import Progress
 from spikepatch.source.checkpoint import Checkpoint, check_unchanged, read_checkpoint
 from spikepatch.source.formats import SINGLE_FILE, some
 from spikepatch.source.header import TensorEntry, torch_dtype
-from spikepatch.source.layout import Target, check_covered, layout
+from spikepatch.source.layout import Target, check_covered, layout, persistent
 from spikepatch.source.match import Match
 from spikepatch.source.meta import skeleton
 from spikepatch.source.tokenizer import has_tokenizer, refit, source_tokenizer
@@ -71,32 +70,30 @@ class Shards:
 
 def plan_shards(
     plan: Plan,
-    model: nn.Module,
+    patched: nn.Module,
     *,
     checkpoint: Checkpoint | None = None,
     match: Match | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str | int | None = None,
 ) -> Shards:
-    """Lay out what ``plan`` makes of ``model``. No weight is read or drawn.
+    """Lay out what ``plan`` writes. No weight is read or drawn.
 
     Args:
-        model: the source's architecture, parameters on meta in the dtype to store, persistent buffers real.
+        patched: the source's architecture with the plan's changes of structure, parameters on meta in the dtype to
+            store, persistent buffers real.
         checkpoint, match: of the source, where learned weights are kept.
         dtype: asked for; without it kept tensors, and those drawn in their place, have the source's dtype.
         max_shard_size: without it, the source's own shards, and ``DEFAULT_SHARD_SIZE`` for a fresh model.
     """
-    twin = skeleton(model)
-    restructure(twin, plan)
+    twin = skeleton(patched)
     targets = {target.name: target for target in layout(twin)}
     originals = {} if match is None else _originals(plan, targets.values(), match)
     tensors = tuple(Planned(n, _dtype(t, originals.get(n), dtype), t.shape) for n, t in targets.items())
     check_covered(plan.written, twin, targets.values(), every=plan.reinit == "all")
     by_owner: dict[str, ValueEdit] = {edit.parameter: edit for edit in plan.select(ValueEdit)}
     edits = {name: by_owner[target.owner] for name, target in targets.items() if target.owner in by_owner}
-    persistent = set(model.state_dict())
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    fresh = values(plan, twin, model, buffers)
+    fresh = values(plan, twin, patched, persistent(patched, dict(patched.named_buffers())))
 
     def produce(name: str) -> Content:
         edit = edits.get(name)
@@ -170,9 +167,7 @@ def _write(folder: Path, shards: Shards, texts: Mapping[str, str], source: Sourc
         else:
             hashes |= {name: file_hash(folder / name) for name in refit(original, folder)}
     written = write_checkpoint(folder, shards.tensors, shards.files, shards.produce, advance)
-    written.hashes.update(hashes)
-    written.notes.extend(notes)
-    return written
+    return written.plus(Written(hashes, notes=tuple(notes)))
 
 
 def check_shards(folder: Path, shards: Shards, written: Written, *, allow_nonfinite: bool) -> None:

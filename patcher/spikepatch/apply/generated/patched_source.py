@@ -12,7 +12,7 @@ import torch
 from spikepatch.apply.generated.adopt import generated_classes
 from spikepatch.apply.generated.render import check_generated
 from spikepatch.errors import BadSource, Refused
-from spikepatch.plans.plan import EmbeddingEdit, NormEmbedding, Plan, ScaleEmbedding, Untie, recorded_edits
+from spikepatch.plans.plan import EmbeddingEdit, NormEmbedding, Plan, ScaleEmbedding, Untie, recorded_edit
 from spikepatch.quiet import quiet
 from spikepatch.runtime.embedding import install, patched_embeddings
 from spikepatch.source import meta
@@ -115,7 +115,7 @@ def check_replaced(source: Source, plan: Plan) -> None:
     """Of a patched source with its learned weights, the new plan takes the old one's place."""
     if source.patched is None or plan.reinit == "all":
         return
-    before = {_fixed(edit) for edit in recorded_edits(source.patched.embeddings, plan.width).values()}
+    before = {_fixed(recorded_edit(name, entry, plan.width)) for name, entry in source.patched.embeddings.items()}
     after = {_fixed(edit) for edit in plan.select(EmbeddingEdit)}
     if any(isinstance(edit, NormEmbedding) and edit.affine for edit in before):
         raise Refused(

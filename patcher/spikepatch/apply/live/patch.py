@@ -19,13 +19,13 @@ from spikepatch.apply.values.loading import stable_settings
 from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import EmbeddingEdit, ModelPart, Plan, Recipe, Reinit, Untie, ValueEdit
-from spikepatch.recipes.plan_of import check_learned
-from spikepatch.recipes.plan_of import plan as make_plan
+from spikepatch.recipes.plan_of import check_learned, plan_model
+from spikepatch.recipes.request import parse_request
 from spikepatch.residual.example import Given
 from spikepatch.runtime.embedding import check_patchable, install, patched_embeddings
 from spikepatch.source.formats import some
 from spikepatch.source.layout import check_covered, layout, persistent, tensor_shapes
-from spikepatch.source.meta import build_meta, check_default_device, check_module, on_meta, skeleton
+from spikepatch.source.meta import build_meta, check_default_device, on_meta, skeleton, unwrapped
 from spikepatch.source.pieces import loaded_pieces
 from spikepatch.source.private import is_transformers_model
 
@@ -67,7 +67,7 @@ def patch(
         Refused: the plan does not fit, or the model cannot be written. The model is then as it was.
     """
     check_default_device()
-    check_module(model)
+    given, model = model, unwrapped(model)
     _check_unpatched(model)
     if not isinstance(plan, Plan):
         if reinit is None:
@@ -77,18 +77,10 @@ def patch(
                 why="whether learned weights are to be replaced is not guessed",
                 remedy='reinit="all": a fresh model; "residual" or "none": learned weights are kept',
             )
-        plan = make_plan(
-            model,
-            plan,
-            reinit=reinit,
-            seed=seed,
-            factor=factor,
-            positions=positions,
-            replace=replace,
-            untie=untie,
-            part=part,
-            example_inputs=example_inputs,
+        request = parse_request(
+            plan, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie, part=part
         )
+        plan = plan_model(model, request, example_inputs)
     _check(model, plan)
     tables = dict(model.named_parameters(remove_duplicate=False))
     check_numbers(
@@ -125,7 +117,7 @@ def patch(
     model._spikepatch_plan = plan  # type: ignore[assignment]
     if blueprint is not None:
         model._spikepatch_blueprint = blueprint  # type: ignore[assignment]
-        return model
+        return given
     state = model.state_dict(keep_vars=True) | dict(model.named_parameters(remove_duplicate=False))
     written: set[str] = set()
     with torch.no_grad():
@@ -145,7 +137,7 @@ def patch(
             type(model).__name__,
             some(kept, 20),
         )
-    return model
+    return given
 
 
 def _count(model: nn.Module, plan: Plan, written: Collection[str]) -> None:

@@ -80,14 +80,15 @@ def build(file: Path, text: str, factory: str) -> Built:
         # Not the caller's folder first on the path: what we import ourselves is not to be found there.
         command = [sys.executable, "-P", "-m", __name__, str(asked), str(answered)]
         done = subprocess.run(command, env={**kept, "PYTHONPATH": paths}, capture_output=True, check=False)
-        if not answered.exists():
+        try:
+            reply = json.loads(answered.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError) as error:  # it was not written, or not to its end
             raise BadSource(
                 "the process that builds the model ended early",
                 where=f"--factory {factory}",
                 why=f"exit code {done.returncode}; {_last_line(done.stderr) or 'it printed nothing'}",
                 remedy="check that the factory runs, in a process of its own and without arguments",
-            )
-        reply = json.loads(answered.read_text(encoding="utf-8"))
+            ) from error
     if "bug" in reply:
         raise RuntimeError(reply["bug"])
     if "error" in reply:
@@ -111,9 +112,7 @@ def main(asked: str, answered: str) -> None:
         reply |= {"why": error.why, "remedy": error.remedy}
     except Exception:
         reply = {"bug": traceback.format_exc()}
-    scratch = Path(answered + ".part")
-    scratch.write_text(json.dumps(reply), encoding="utf-8")
-    scratch.rename(answered)
+    Path(answered).write_text(json.dumps(reply), encoding="utf-8")
 
 
 def _answer(file: str, text: str, factory: str) -> Built:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import io
 import os
 import re
 import stat
-import tempfile
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import libcst as cst
 
+from spikepatch.apply.disk.atomic import placing
 from spikepatch.apply.own_file import definitions, placement
 from spikepatch.apply.own_file.build import Built, build
 from spikepatch.apply.own_file.recheck import differences
@@ -25,7 +24,7 @@ from spikepatch.errors import BadSource, BadTarget, Refused
 from spikepatch.plans.plan import EmbeddingEdit, NormEmbedding, Plan, Recipe, ScaleEmbedding, Untie
 from spikepatch.plans.work_out import make_plan
 from spikepatch.recipes import built_in
-from spikepatch.recipes.built_in import checked_recipe
+from spikepatch.recipes.request import Request, parse_request
 
 #: What the inserted code uses.
 _MODULES = ("torch.nn", "math", "re")
@@ -99,9 +98,7 @@ def codemod(
         BadTarget: the file cannot be written, or has changed meanwhile. In all cases it is as it was.
     """
     path, real = Path(file), Path(os.path.realpath(file))
-    found = checked_recipe(
-        recipe, reinit="all", seed=0, factor=factor, positions=positions, replace=replace, untie=untie
-    )
+    request = parse_request(recipe, reinit="all", factor=factor, positions=positions, replace=replace, untie=untie)
     _check_factory(factory)
     before, encoding = _read(path)
     if write:
@@ -110,7 +107,7 @@ def codemod(
     parsed = parse(str(real), text)
     _guard_patched(parsed)
     original = build(real, text, factory)
-    plan, edited = rewrite(parsed, original, found)
+    plan, edited = rewrite(parsed, original, request)
     again = _verified(real, edited, factory, plan, original)
     result = Codemod(path, before, edited.encode(encoding), encoding, plan, tuple(_notes(again, plan)))
     if write:
@@ -118,8 +115,8 @@ def codemod(
     return result
 
 
-def rewrite(parsed: Parsed, built: Built, recipe: Recipe) -> tuple[Plan, str]:
-    """The recipe, worked out for what the file builds, and the file with it.
+def rewrite(parsed: Parsed, built: Built, request: Request) -> tuple[Plan, str]:
+    """The request, worked out for what the file builds, and the file with it.
 
     Raises:
         BadSource: the model's class is not defined in the file.
@@ -132,8 +129,8 @@ def rewrite(parsed: Parsed, built: Built, recipe: Recipe) -> tuple[Plan, str]:
             why=f"{built.class_name} is defined in {built.class_file or 'no file'}",
             remedy="give the file that defines the model's class, or a factory that returns the model itself",
         )
-    plan = make_plan(built.residual, built.shapes, recipe, reinit="all", seed=0)
-    edits, modules = _edits(parsed, built, plan, recipe)
+    plan = make_plan(built.residual, built.shapes, request.recipe, reinit=request.reinit, seed=request.seed)
+    edits, modules = _edits(parsed, built, plan, request.recipe)
     return plan, with_imports(splice(parsed.text, edits), modules)
 
 
@@ -280,13 +277,10 @@ def _check_writable(path: Path, real: Path) -> None:
 
 def _write(result: Codemod, real: Path) -> None:
     """Write a new file beside the old one and give it the old one's name; a link keeps pointing to it."""
-    handle, name = tempfile.mkstemp(prefix=f".{real.name}.", suffix=".spikepatch", dir=real.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(result.after)
-            file.flush()
-            os.fchmod(file.fileno(), stat.S_IMODE(real.stat().st_mode))
-            os.fsync(file.fileno())
+    with placing(real) as new:
+        new.touch(0o600)
+        new.write_bytes(result.after)
+        new.chmod(stat.S_IMODE(real.stat().st_mode))
         if real.read_bytes() != result.before:
             raise BadTarget(
                 "the file changed while it was being worked on",
@@ -294,8 +288,3 @@ def _write(result: Codemod, real: Path) -> None:
                 why="its bytes are no longer those that were read, so somebody's edit would be lost",
                 remedy="run the command again",
             )
-        os.replace(name, real)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -62,19 +63,22 @@ def constructed(model: nn.Module, seed: int) -> tuple[Recording, Mapping[str, bo
                 recording = Recording(seed)
         with recording.active():
             twin = skeleton(model)
-            known = dict(_rebuild(twin, model, recording))
+            usual = Counter(n for _, tensor in _tensors(model) for n in tensor.shape).most_common(_SIZES)
+            known = dict(_rebuild(twin, model, recording, [n for n, _ in usual]))
             _initialise_as_transformers(twin)
             recording.name(twin)
     return recording, known
 
 
-def _rebuild(twin: nn.Module, model: nn.Module, recording: Recording, path: str = "") -> Iterator[tuple[str, bool]]:
+def _rebuild(
+    twin: nn.Module, model: nn.Module, recording: Recording, usual: Sequence[int], path: str = ""
+) -> Iterator[tuple[str, bool]]:
     """Put tensors that ``model``'s code has written in the place of those of ``twin``, a copy without values.
 
     Yields:
         Names of the tensors that nothing else can have written; and whether all arguments of that code were known.
     """
-    again, sure = _again(model)
+    again, sure = _again(model, usual)
     if again is not None:
         modules = dict(again.named_modules(remove_duplicate=False))
         for name, module in twin.named_modules(remove_duplicate=False):
@@ -92,7 +96,7 @@ def _rebuild(twin: nn.Module, model: nn.Module, recording: Recording, path: str 
         for name, child in own_children(model).items():
             copied = own_children(twin)[name]
             if child is not None and copied is not None:
-                found = list(_rebuild(copied, child, recording, f"{path}{name}."))
+                found = list(_rebuild(copied, child, recording, usual, f"{path}{name}."))
                 yield from found if silent else ()
         if silent and callable(getattr(model, "reset_parameters", None)):
             yield from ((path + name, True) for name in (*own_parameters(model), *own_buffers(model)))
@@ -126,12 +130,12 @@ def _initialise_as_transformers(model: nn.Module) -> None:
         apply(model, None)
 
 
-def _again(module: nn.Module) -> tuple[nn.Module | None, bool]:
+def _again(module: nn.Module, usual: Sequence[int]) -> tuple[nn.Module | None, bool]:
     """A module like ``module`` from the same constructor, or None; and whether every argument was known."""
     kind = type(module)
     if kind.__module__.startswith("torch.") or kind.__init__ is nn.Module.__init__:
         return None, False
-    for arguments, sure in _arguments(module):
+    for arguments, sure in _arguments(module, usual):
         try:
             built = kind(**copy.deepcopy(arguments))
         except Exception:  # whatever a constructor raises for arguments that are not its own
@@ -141,8 +145,12 @@ def _again(module: nn.Module) -> tuple[nn.Module | None, bool]:
     return None, False
 
 
-def _arguments(module: nn.Module) -> Iterator[tuple[dict[str, Any], bool]]:
-    """What the constructor may have been called with, likeliest first; and whether every argument was found."""
+def _arguments(module: nn.Module, usual: Sequence[int]) -> Iterator[tuple[dict[str, Any], bool]]:
+    """What the constructor may have been called with, likeliest first; and whether every argument was found.
+
+    Args:
+        usual: lengths that many tensors of the model have; a missing argument may be one of them.
+    """
     parameters = inspect.signature(type(module)).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if any(p.kind is p.POSITIONAL_ONLY for p in named):
@@ -154,7 +162,8 @@ def _arguments(module: nn.Module) -> Iterator[tuple[dict[str, Any], bool]]:
     settings = [v for n, v in fields.items() if n not in known and _is_config(v)]
     if len(missing) == 1 and settings:
         yield from (({**known, missing[0]: value}, sure) for value in settings)
-    sizes = list(dict.fromkeys(n for _, tensor in _tensors(module) for n in tensor.shape))[:_SIZES]
+    own = [n for _, tensor in _tensors(module) for n in tensor.shape]
+    sizes = list(dict.fromkeys((*own, *usual)))[:_SIZES]
     if missing and len(sizes) ** len(missing) > _TRIES:
         return
     for chosen in itertools.product(sizes, repeat=len(missing)):

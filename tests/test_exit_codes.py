@@ -1,0 +1,160 @@
+"""The table of docs/exit_codes.md, and what a terminal is shown of hostile names."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from spikepatch import cli
+from spikepatch.cli import main
+from spikepatch.errors import SHOWN, SpikepatchError, unprintable
+from tests import ROOT
+
+#: What a terminal obeys, and what turns the writing's direction.
+HOSTILE = ("\x1b[2J", "\r", "\x07", "\x9b1m", "\u202e", "\u2066", "\x00", "\x7f")
+
+
+def ending(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """Exit code and stderr of a command that ends so."""
+
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "check_platform", fails)
+    done = CliRunner().invoke(main, ["recipes"])
+    return done.exit_code, done.stderr
+
+
+def table() -> dict[int, str]:
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "docs" / "exit_codes.md").read_text(), re.MULTILINE)
+    return {int(code): text for code, text in rows}
+
+
+def test_every_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    losses = [2 + 0.01 * (i % 3) + (9 if 300 <= i < 310 else 0) for i in range(600)]
+    log.write_text("".join(json.dumps({"step": i, "loss": loss}) + "\n" for i, loss in enumerate(losses)))
+    found = {
+        0: CliRunner().invoke(main, ["recipes"]).exit_code,
+        1: CliRunner().invoke(main, ["spikes", str(log)]).exit_code,
+        2: CliRunner().invoke(main, ["inspect", str(tmp_path / "absent")]).exit_code,
+        3: ending(ZeroDivisionError("a bug"), monkeypatch)[0],
+        130: ending(KeyboardInterrupt(), monkeypatch)[0],
+        143: ending(SystemExit(128 + signal.SIGTERM), monkeypatch)[0],
+    }
+    assert found.keys() == table().keys()
+    assert all(code == seen for code, seen in found.items()), found
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE])
+def test_what_the_system_refuses_is_no_bug(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_forget_stdout", lambda: None)
+    code, said = ending(OSError(number, os.strerror(number), "some/file"), monkeypatch)
+    assert code == 2
+    assert said.startswith(f"error: {os.strerror(number)}: some/file\n  remedy: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--foo"], "No such option '--foo'"),
+        (["convrt"], "did you mean convert?"),
+        (["convert"], "Missing argument 'SOURCE'"),
+        (["convert", "--recpie", "x"], "did you mean --recipe"),
+        (["check", "--seed", "x", "arch:gpt2"], "'x' is not a valid"),
+        (["inspect", "arch:gpt2", "more"], "unexpected extra argument"),
+    ],
+)
+def test_the_option_parser_says_why_and_what_to_do(words: list[str], says: str) -> None:
+    done = CliRunner().invoke(main, words, prog_name="spikepatch")
+    assert done.exit_code == 2
+    assert re.fullmatch(r"error: spikepatch.*: .*\n  why: it is used as .*\n  remedy: .* --help .*\n", done.stderr)
+    assert says in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals(number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "spikepatch", "check", "arch:llama"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        process.stderr.readline()  # it has begun
+        time.sleep(0.2)
+        process.send_signal(number)
+        said = process.stderr.read()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_full_disk_behind_stdout() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "spikepatch", "recipes"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: No space left on device\n  remedy: make room on the disk\n"
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
+def test_messages_are_shown_as_they_are_written(hostile: str) -> None:
+    error = SpikepatchError(f"a{hostile}b", where=f"c{hostile}d\ne", why=f"f{hostile}\ng", remedy="h" * 10_000)
+    said = str(error)
+    assert hostile not in said
+    assert len(said) < SHOWN + 200
+    assert "d\\ne: a" in said  # a place is one line
+    assert said.count("\n") == 3  # a reason may have several
+    assert all(c.isprintable() or c == "\n" for c in said)
+    assert error.where == f"c{hostile}d\ne"  # as data it is what it was
+
+
+@pytest.mark.parametrize("hostile", [*HOSTILE, "\n"], ids=ascii)
+def test_sources_with_such_names_are_refused(hostile: str, tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "architectures": [f"GPT2{hostile}"]}
+    for i, changed in enumerate(
+        (
+            config,
+            {"model_type": f"gp{hostile}"},
+            {"model_type": "gpt2", f"n_{hostile}": 1},
+            {"model_type": "x", "auto_map": {"AutoConfig": f"a{hostile}.B"}},
+        )
+    ):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(changed))
+        done = CliRunner().invoke(main, ["inspect", str(folder)])
+        assert done.exit_code == 2, done.stderr
+        assert "control characters" in done.stderr
+        assert all(c.isprintable() or c == "\n" for c in done.stderr)
+    assert unprintable(["fine", f"not{hostile}"]) == [ascii(f"not{hostile}")]
+
+
+def test_a_tensor_with_such_a_name(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "gpt2"}')
+    header = json.dumps({"a\x1b[2J": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (source / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    done = CliRunner().invoke(main, ["convert", str(source), str(tmp_path / "out"), "--reinit", "none"])
+    assert done.exit_code == 2
+    assert "names with control characters: 'a\\x1b[2J'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_no_command_that_is_not_there() -> None:
+    named = set(re.findall(r"^ +spikepatch (\w+) ", main.help or "", re.MULTILINE))
+    assert named
+    assert named <= set(main.commands)
+    assert isinstance(main, click.Group)

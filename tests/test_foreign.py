@@ -1,0 +1,92 @@
+"""Models as other people write them: proven or refused as is true, and patched with nothing changed in silence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import spikepatch
+from spikepatch.recipes.plan_of import Mapped, plan_on
+from spikepatch.recipes.request import parse_request
+from tests.foreign import MODELS
+
+#: In the default suite; the others are slow.
+SAMPLE = frozenset(("one plus w", "own table", "one-hot", "closure", "reset by a parent", "own config", "a mode"))
+BY_NAME = [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in MODELS]
+
+
+def made(name: str, seed: int = 0) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name].make()
+
+
+def inside(model: Any) -> nn.Module:
+    return getattr(model, "_orig_mod", model)  # type: ignore[no-any-return]
+
+
+def test_there_are_many() -> None:
+    assert len(MODELS) >= 50
+    assert MODELS.keys() > SAMPLE
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_foreign(name: str) -> None:
+    """The map is proven, with this many sub-layers. What the recipe does not draw is what the code makes of it:
+    constants have the same bits though they were learned since, random values the same range. A large shortcut is made,
+    and the stream starts at sqrt(2/5); or what is said is true.
+    """
+    case, model = MODELS[name], made(name)
+    if case.leak:
+        with pytest.raises(spikepatch.Refused, match=case.leak):
+            spikepatch.plan(model, "vanilla", reinit="all", example_inputs=case.example)
+        return
+    residual = spikepatch.inspect(model, example_inputs=case.example)
+    assert residual.proven, residual.leaks
+    assert (residual.sublayers, residual.width, residual.conditions) == (case.sublayers, 32, ())
+
+    def plan(recipe: str) -> Any:
+        mapped = Mapped(inside(model), residual, example=case.example)
+        return plan_on(mapped, parse_request(recipe, reinit="all"))
+
+    if case.unscaled:
+        with pytest.raises(spikepatch.Refused, match=case.unscaled):
+            plan("scaled-embed")
+    else:
+        scaled = made(name)
+        spikepatch.patch(scaled, plan("scaled-embed"))
+        size = float(scaled.wte(torch.arange(48)).detach().std())
+        assert abs(size / 0.4**0.5 - 1) < 6 / (2 * 48 * 32) ** 0.5
+        with torch.no_grad():
+            scaled(**case.example)
+    before, after = _patched(name, plan("vanilla"))
+    assert len(before) + len(plan("vanilla").written) >= len(list(model.parameters()))
+    other = dict(inside(made(name, seed=1)).named_parameters())
+    for parameter, old in before.items():
+        if torch.equal(old, other[parameter]):
+            assert torch.equal(after[parameter], old), parameter
+        else:
+            assert old.min() - old.std() < after[parameter].mean() < old.max() + old.std(), parameter
+            assert not torch.equal(after[parameter], old), parameter
+
+
+def _patched(name: str, plan: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What the plan does not draw: as the model was built, and after it was learned, and patched."""
+    model = made(name)
+    parameters = {n: p for n, p in inside(model).named_parameters() if n not in plan.written}
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2)), alpha=0.01)
+    assert spikepatch.patch(model, plan) is model
+    return before, {n: p.detach() for n, p in parameters.items()}
+
+
+@pytest.mark.parametrize("name", ["own config", "a mode"])
+def test_check(name: str) -> None:
+    report = spikepatch.check(made(name), recipes=["scaled-embed"], example_inputs=MODELS[name].example)
+    assert report.sublayers == MODELS[name].sublayers
+    assert report.models[0].verdict == "stable"
