@@ -43,6 +43,12 @@ _THRESHOLDS = (
 @click.option("--deep", is_flag=True, help="Measure every sub-layer's Jacobian too, and the attention bounds.")
 @click.option("--steps", type=click.IntRange(min=0), default=0, metavar="N", help="Run N AdamW steps as well.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of --steps.")
+@click.option(
+    "--layers",
+    type=click.IntRange(min=2),
+    metavar="L",
+    help="Run the first L layers only, at full width, and extrapolate by their growth.  [default: all]",
+)
 @click.option("--threshold", "thresholds", multiple=True, metavar="NAME=X", help=_THRESHOLDS)
 @click.option(
     "--report",

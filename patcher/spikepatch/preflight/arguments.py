@@ -26,9 +26,20 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def check_together(steps: int, layers: int | None) -> None:
+    """Refuse what says nothing of the whole model."""
+    if steps and layers is not None:
+        raise Refused(
+            what="optimiser steps of a model cut to fewer layers say nothing of the whole",
+            where="--steps with --layers",
+            why="sizes and gradients at the start are extrapolated; what training does to them is not",
+            remedy="leave one of the two out",
+        )
+
+
 def check_numbers(**numbers: float) -> None:
     """Refuse what leaves nothing to measure."""
-    least = {"tokens": 2, "batch": 1, "seed": 0, "steps": 0}
+    least = {"tokens": 2, "batch": 1, "seed": 0, "steps": 0, "layers": 2}
     for name, value in numbers.items():
         if (name == "lr" and not 0 < value < math.inf) or value < least.get(name, 0):
             raise Refused(

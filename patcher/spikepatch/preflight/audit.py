@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,9 +121,13 @@ def audit_subject(
     stored = None if subject.match is None else _stored(subject.match, model)
     names = [each for each, p in model.named_parameters() if p.is_floating_point()]
     if stored is None and on_meta(model) and sum(p.numel() for p in model.parameters()) > _WHOLE:
-        names = _first_layers(model, names)
-        not_said.append("layers from the fourth on: the architecture's own initialiser was run on the first three")
-    contents = _contents(names, stored or (lambda each: of_tensor(subject.weights(each))), progress)
+        names, layers = _first_layers(model, names)
+        which = "fourth on: the architecture's own initialiser was run on the first three"
+        if layers == 1:
+            which = "second on: the architecture's own initialiser was run on the first of each kind"
+        not_said.append(f"layers from the {which}")
+    of = stored or (lambda each: of_tensor(subject.weights(each)))
+    contents = _contents(names, of, progress, threads=min(os.cpu_count() or 1, _THREADS) if stored else 1)
     vocabulary = vocabulary_of(model)
     logits = stream is not None and vocabulary is not None and shape(stream.facts.trace.output)[-1:] >= (vocabulary,)
     return examine(
@@ -143,27 +148,32 @@ def audit_subject(
 
 #: Elements; of a larger model without weights, drawing all of it takes as long as the rest of a check.
 _WHOLE = 500_000_000
-#: Layers that tell whether a std goes with depth.
+#: Layers that tell whether a std goes with depth; one, where three take minutes to draw.
 _LAYERS = 3
+#: Tensors of a checkpoint that are read at a time, a block of each in memory.
+_THREADS = 8
 
 
-def _first_layers(model: nn.Module, names: list[str]) -> list[str]:
-    """Of each group of parameters the first few."""
-    count: Counter[tuple[str, torch.Size]] = Counter()
-    kept = []
+def _first_layers(model: nn.Module, names: list[str]) -> tuple[list[str], int]:
+    """Of each group of parameters the first few, and how many."""
+    groups: dict[tuple[str, torch.Size], list[str]] = {}
     for name in names:
-        key = pattern(name), model.get_parameter(name).shape
-        count[key] += 1
-        if count[key] <= _LAYERS:
-            kept.append(name)
-    return kept
+        groups.setdefault((pattern(name), model.get_parameter(name).shape), []).append(name)
+    drawn = sum(shape.numel() * min(len(group), _LAYERS) for (_, shape), group in groups.items())
+    layers = _LAYERS if drawn <= 2 * _WHOLE else 1
+    kept = {name for group in groups.values() for name in group[:layers]}
+    return [name for name in names if name in kept], layers
 
 
-def _contents(names: list[str], of: Callable[[str], Contents], progress: Progress) -> dict[str, Contents]:
+def _contents(
+    names: list[str], of: Callable[[str], Contents], progress: Progress, *, threads: int
+) -> dict[str, Contents]:
+    """In the order of ``names``, whatever the number of threads."""
     found = {}
-    for i, name in enumerate(names):
-        progress("auditing the weights", i, len(names))
-        found[name] = of(name)
+    with ThreadPoolExecutor(threads) as pool:
+        for i, (name, contents) in enumerate(zip(names, (pool.map if threads > 1 else map)(of, names), strict=True)):
+            progress("auditing the weights", i, len(names))
+            found[name] = contents
     return found
 
 

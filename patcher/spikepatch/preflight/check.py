@@ -16,15 +16,17 @@ from torch import nn
 from spikepatch.auditing.fault import Audit
 from spikepatch.errors import Refused, first_line
 from spikepatch.plans.plan import ModelPart, Reinit
-from spikepatch.preflight.arguments import check_numbers, device_of
+from spikepatch.preflight.arguments import check_numbers, check_together, device_of
 from spikepatch.preflight.assemble import View, bound_product, growth
 from spikepatch.preflight.audit import audit_subject
+from spikepatch.preflight.estimate import estimate
 from spikepatch.preflight.forward import measure
 from spikepatch.preflight.inputs import random_tokens, text_tokens
 from spikepatch.preflight.judge import Thresholds, judged, worst
 from spikepatch.preflight.program import compile_program
 from spikepatch.preflight.remedies import of_a_model, of_a_source, of_a_tied_head
 from spikepatch.preflight.result import Finding, StabilityReport
+from spikepatch.preflight.shorter import extended, in_words, shortened
 from spikepatch.preflight.steps import run_steps
 from spikepatch.preflight.subject import Subject, of_model, of_source, proven, to_plan_on, vocabulary_of, with_recipe
 from spikepatch.progress import Progress, silent
@@ -61,6 +63,7 @@ def check(
     deep: bool = False,
     steps: int = 0,
     lr: float = 1e-3,
+    layers: int | None = None,
     thresholds: Mapping[str, float] | None = None,
     example_inputs: Given = None,
     revision: str | None = None,
@@ -85,6 +88,7 @@ def check(
         device: ``auto`` (a GPU where there is one) or as torch names it.
         deep: measure Jacobians.
         steps, lr: also run AdamW steps at this learning rate.
+        layers: run the first layers only, at full width, and extrapolate by their growth; for what takes too long.
         thresholds: instead of the defaults of ``preflight.judge.Thresholds``, by name.
         example_inputs: keyword arguments of ``forward`` in place of random tokens, as in ``spikepatch.inspect``; needed
             for a plain module.
@@ -95,7 +99,8 @@ def check(
         SpikepatchError: the model cannot be read or mapped, or a recipe does not apply.
     """
     limits = Thresholds.changed(dict(thresholds or {}))
-    check_numbers(tokens=tokens, batch=batch, seed=seed, steps=steps, lr=lr)
+    check_numbers(tokens=tokens, batch=batch, seed=seed, steps=steps, lr=lr, layers=2 if layers is None else layers)
+    check_together(steps, layers)
     torch_device = device_of(device)
     tell = progress or silent
     requests = parse_requests(
@@ -148,7 +153,7 @@ def check(
             about("mapping the residual stream", 0, 0)
             judge = _Judge(limits, own, learned, partial(_remedy, subject, source, partial(ground, "all"), read))
             mapped = found if subject is base else proven(subject, inputs, name)
-            reports.append(_check(subject, mapped, setting, judge, about))
+            reports.append(_check(*_cut(subject, mapped, layers, inputs, name), setting, judge, about))
     if example_inputs is None and 0 < reports[0].tokens < tokens:
         what = f"sequences of {reports[0].tokens} tokens, not {tokens}: the model has no more positions"
         findings = (*reports[0].findings, Finding("tokens", "note", what))
@@ -243,7 +248,20 @@ class _Setting:
     lr: float
 
 
-def _check(subject: Subject, found: Followed, setting: _Setting, judge: _Judge, progress: Progress) -> StabilityReport:
+def _cut(
+    subject: Subject, found: Followed, layers: int | None, inputs: Given, name: str
+) -> tuple[Subject, Followed, ResidualMap]:
+    """What is run, its streams, and the map of the whole."""
+    whole = found.residual
+    if layers is not None and layers < whole.layers:
+        subject = shortened(subject, whole, layers, name)
+        found = proven(subject, inputs, name)
+    return subject, found, whole
+
+
+def _check(
+    subject: Subject, found: Followed, whole: ResidualMap, setting: _Setting, judge: _Judge, progress: Progress
+) -> StabilityReport:
     residual, graph = found.residual, found.streams[0].facts.trace
     ids = next((x for x in graph.inputs.values() if not x.is_floating_point()), None)
     draft = StabilityReport(
@@ -261,7 +279,7 @@ def _check(subject: Subject, found: Followed, setting: _Setting, judge: _Judge, 
         seed=setting.seed,
     )
     try:
-        return _measured_all(draft, subject, found.streams, residual, setting, judge, progress)
+        return _measured_all(draft, subject, found, whole, setting, judge, progress)
     except (RuntimeError, NotImplementedError, IndexError) as error:  # an operation of the model
         if is_out_of_memory(error):
             raise
@@ -291,26 +309,27 @@ def _in_memory(subject: Subject, setting: _Setting) -> Iterator[None]:
 def _measured_all(
     draft: StabilityReport,
     subject: Subject,
-    streams: tuple[Stream, ...],
-    residual: ResidualMap,
+    found: Followed,
+    whole: ResidualMap,
     setting: _Setting,
     judge: _Judge,
     progress: Progress,
 ) -> StabilityReport:
     """The stream that feeds the output with all others; the verdict is the worst of them."""
+    streams, residual = found.streams, found.residual
     graph = streams[0].facts.trace
     vocabulary = _logits_over(subject.structure, graph) if residual.head is not None else None
-    judge = dataclasses.replace(judge, remedy=cache(partial(judge.remedy, whole=residual)))
-    main = _measured(draft, subject, streams[0], residual, setting, judge, progress, vocabulary)
+    judge = dataclasses.replace(judge, remedy=cache(partial(judge.remedy, whole=whole)))
+    main = _measured(draft, subject, streams[0], residual, whole, setting, judge, progress, vocabulary)
     further = []
-    for stream, part in zip(streams[1:], residual.streams, strict=True):
+    for stream, part, of in zip(streams[1:], residual.streams, whole.streams, strict=True):
         blank = dataclasses.replace(
             draft, stream="encoder", audit=None, placement=part.placement, width=part.width, sublayers=part.sublayers
         )
         once = dataclasses.replace(setting, steps=0)
         about = _about(blank.stream, progress)
-        found = _measured(blank, subject, stream, part, once, judge, about, vocabulary)
-        further.append(dataclasses.replace(found, initial_loss=None, log_vocab=None, gradients={}))  # the same
+        own = _measured(blank, subject, stream, part, of, once, judge, about, vocabulary)
+        further.append(dataclasses.replace(own, initial_loss=None, log_vocab=None, gradients={}))  # the same
     return dataclasses.replace(main, streams=tuple(further), verdict=worst([main, *further]))
 
 
@@ -319,12 +338,15 @@ def _measured(
     subject: Subject,
     stream: Stream,
     residual: ResidualMap,
+    whole: ResidualMap,
     setting: _Setting,
     judge: _Judge,
     progress: Progress,
     vocabulary: int | None,
 ) -> StabilityReport:
     program = compile_program(stream, setting.device)
+    if long := estimate(program, subject.weights, setting.tokens * setting.batch, of=whole.layers):
+        progress(long)
     found = measure(program, residual, subject.weights, deep=setting.deep, vocabulary=vocabulary, progress=progress)
     view = View(program, residual, found, judge.limits)
     layers = view.layers()
@@ -356,8 +378,13 @@ def _measured(
         steps=tuple(steps) if setting.steps else (),  # nothing is run before
         not_measured=tuple(found.problems),
     )
+    report = extended(report, whole, setting.source)
     finite = found.finite and all(w.finite for w in found.weights.values())
-    return judged(report, residual, judge.limits, finite=finite, learned=judge.learned, remedy=judge.remedy)
+    report = judged(report, residual, judge.limits, finite=finite, learned=judge.learned, remedy=judge.remedy)
+    if report.shortened is None:
+        return report
+    notes = tuple(Finding("layers", "note", words) for words in in_words(report.shortened))
+    return dataclasses.replace(report, findings=(*report.findings, *notes))
 
 
 def _logits_over(model: nn.Module, graph: Trace) -> int | None:

@@ -26,6 +26,7 @@ def summary_table(report: StabilityReport, thresholds: Thresholds, *, details: b
     rows: list[tuple[str, Callable[[StabilityReport], str]]] = [
         ("verdict", _verdict),
         ("weights", lambda m: m.weights),
+        ("layers run", lambda m: f"{m.shortened.layers} of {m.shortened.of}" if m.shortened else "-"),
         ("stream entering layer 1, std (near 1)", lambda m: number(m.sigma_start)),
         *((f"of it, {', '.join(e)}", partial(_entrance, e)) for e in _inputs(models)),
         (f"gradient, first over last (below {thresholds.ratio_at_risk:g})", lambda m: number(m.gradient_ratio)),

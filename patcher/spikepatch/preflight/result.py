@@ -121,6 +121,16 @@ class TrialStep:
 
 
 @dataclass(frozen=True)
+class ShortenedRun:
+    """The first ``layers`` ``of`` all were run: what was measured on them."""
+
+    layers: int
+    of: int
+    gradient_ratio: float | None
+    sigma_end: float | None
+
+
+@dataclass(frozen=True)
 class StabilityReport:
     """The verdict on one model, and what it rests on. It predicts, it does not promise: a run without spikes depends on
     data, optimiser and precision as well.
@@ -150,6 +160,7 @@ class StabilityReport:
         jacobian_product: of the measured Jacobians.
         gradients: parameter group -> norm of its gradient.
         steps: of ``--steps``.
+        shortened: only the first layers were run; sizes at the end and the gradient ratio are extrapolated from these.
         not_measured: what could not be, and why.
         stream: ``output`` (the one that feeds the output) or ``encoder``.
         streams: of an encoder-decoder the encoder's own report. It is measured with the same loss, its gradients come
@@ -188,6 +199,7 @@ class StabilityReport:
     jacobian_product: float | None = None
     gradients: dict[str, float] = field(default_factory=dict)
     steps: tuple[TrialStep, ...] = ()
+    shortened: ShortenedRun | None = None
     not_measured: tuple[str, ...] = ()
     stream: Literal["output", "encoder"] = "output"
     streams: tuple[StabilityReport, ...] = ()

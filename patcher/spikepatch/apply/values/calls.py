@@ -43,12 +43,13 @@ class StorageView:
         """It is all of its storage."""
         return math.prod(self.shape) * self.dtype.itemsize >= self.nbytes
 
-    def within(self, memory: Memory) -> torch.Tensor:
-        """The tensor; a storage that nothing has been written into is made, of NaN."""
+    def within(self, memory: Memory, *, overwritten: bool = False) -> torch.Tensor:
+        """The tensor; a storage that nothing has been written into is made, of NaN unless all of it is written next."""
         if self.storage not in memory:
             elements = -(-self.nbytes // self.dtype.itemsize)
             unwritten = float("nan") if self.dtype.is_floating_point else 0
-            memory[self.storage] = torch.full((elements,), unwritten, dtype=self.dtype).untyped_storage()
+            made = torch.empty(elements, dtype=self.dtype)
+            memory[self.storage] = (made if overwritten else made.fill_(unwritten)).untyped_storage()
         return torch.empty(0, dtype=self.dtype).set_(memory[self.storage], self.offset, self.shape, self.stride)
 
 
@@ -93,7 +94,14 @@ def carry_out(call: Call, memory: Memory, seed: int, key: str) -> None:
     if func is constant:
         call.views[0].within(memory).copy_(call.args[0])
         return
-    args, kwargs = tree_map(lambda a: a.within(memory) if isinstance(a, StorageView) else a, (call.args, call.kwargs))
+    fresh = call.storages if call.whole else ()
+
+    def real(argument: Any) -> Any:
+        if not isinstance(argument, StorageView):
+            return argument
+        return argument.within(memory, overwritten=argument.storage in fresh)
+
+    args, kwargs = tree_map(real, (call.args, call.kwargs))
     if func is truncated_normal:
         _draw_truncated(call.views[0].within(memory), seed, key, *args[1:])
     elif func in _NORMALS and not any(isinstance(a, torch.Tensor) for a in args[1:]):

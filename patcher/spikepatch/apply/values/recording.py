@@ -115,7 +115,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(found, StorageView):
             return found
         value = self._made([found])[0]
-        return None if value.is_floating_point() and bool(value.isnan().any()) else value
+        return None if value.is_floating_point() and _has_nan(value) else value
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of the tensor of this name; None where there is none."""
@@ -283,6 +283,11 @@ class _Seen(TorchFunctionMode):
         if func == _SET_DATA and isinstance(args[0], FakeTensor) and not isinstance(args[1], FakeTensor):
             args = (args[0], self.recording.fake(args[1]))
         return func(*args, **(kwargs or {}))
+
+
+def _has_nan(value: torch.Tensor) -> bool:
+    """By a sum first, which needs no memory: one that is finite has no NaN in it."""
+    return bool(value.sum().isnan()) and bool(value.isnan().any())
 
 
 def _copy_of(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
