@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from spikepatch.residual.ops import LOOKUPS, op, operands, shape
+from spikepatch.residual.ops import FACTORIES, LOOKUPS, op, operands, shape
 from spikepatch.residual.trace import Trace
 
 #: Rows of a stand-in table: the example's ids are below this, and learned positions start at small offsets.
@@ -88,7 +88,8 @@ def run(
         node = todo.pop()
         if node not in needed:
             needed.add(node)
-            todo.extend([instead[node]] if node in instead else [] if node in given else operands(node))
+            stops = node in given or op(node) in FACTORIES  # which read a tensor's shape and dtype only
+            todo.extend([instead[node]] if node in instead else [] if stops else operands(node))
     for node in needed - given.keys():
         if node in trace.buffers:
             buffer = trace.buffers[node].cpu()
@@ -103,10 +104,16 @@ def run(
     def value(node: Node) -> Any:
         while node in instead:
             node = instead[node]
-        return given[node] if node in given else results[node]
+        return given[node] if node in given else results[node] if node in results else _shaped(node)
 
     execute(computed, results, value=value, call=_call, keep={*wanted, *instead.values()})
     return {node: value(node) for node in wanted}
+
+
+def _shaped(node: Node) -> torch.Tensor:
+    """Something of the shape and dtype of a node's value, without memory."""
+    value: torch.Tensor = node.meta["val"]
+    return torch.empty((), dtype=_in_single(value.dtype, value.device)).expand(value.shape)
 
 
 def _parameter(size: tuple[int, ...]) -> torch.Tensor:

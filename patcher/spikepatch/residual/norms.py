@@ -200,8 +200,14 @@ def _eps_of(part: _Part, gain: float, width: int) -> float:
     for meant in (measured, measured * width, math.sqrt(measured), math.sqrt(measured * width)):
         for number in numbers:
             if math.isclose(number, meant, rel_tol=_ABOUT):
-                return float(f"{number:.6g}")  # torch writes out some norms with their eps rounded to float32
+                return _as_written(number)
     return float(f"{measured:.3g}")
+
+
+def _as_written(number: float) -> float:
+    """1e-05 for 9.999999747378752e-06: torch writes out some norms with their eps rounded to float32."""
+    short = float(f"{number:.6g}")
+    return short if float(torch.tensor(short, dtype=torch.float32)) == number else number
 
 
 def _eps(node: Node) -> float:
