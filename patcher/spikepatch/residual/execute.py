@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from spikepatch.residual.ops import FACTORIES, LOOKUPS, op, operands, shape
+from spikepatch.residual.ops import FACTORIES, LIKE_SECOND, LOOKUPS, op, operands, shape
 from spikepatch.residual.trace import Trace
 
 #: Rows of a stand-in table: the example's ids are below this, and learned positions start at small offsets.
@@ -88,8 +88,7 @@ def run(
         node = todo.pop()
         if node not in needed:
             needed.add(node)
-            stops = node in given or op(node) in FACTORIES  # which read a tensor's shape and dtype only
-            todo.extend([instead[node]] if node in instead else [] if stops else operands(node))
+            todo.extend([instead[node]] if node in instead else [] if node in given else _read(node))
     for node in needed - given.keys():
         if node in trace.buffers:
             buffer = trace.buffers[node].cpu()
@@ -108,6 +107,11 @@ def run(
 
     execute(computed, results, value=value, call=_call, keep={*wanted, *instead.values()})
     return {node: value(node) for node in wanted}
+
+
+def _read(node: Node) -> list[Node]:
+    """The operands whose values are needed; of others an operation reads the shape and dtype only."""
+    return [] if op(node) in FACTORIES else operands(node)[:1] if op(node) in LIKE_SECOND else operands(node)
 
 
 def _shaped(node: Node) -> torch.Tensor:

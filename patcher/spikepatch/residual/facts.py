@@ -39,7 +39,7 @@ class Facts:
         self.fed: set[Node] = self._fed()
         self.varies: set[Node] = self._input_dependent()
         self.inputs: dict[Node, frozenset[Node]] = self._inputs_of_data()
-        self.norm_at: dict[Node, NormNode] = norms(trace, self.data, self.weight, self.forms)
+        self.norm_at: dict[Node, NormNode] = norms(trace, self.data, self.varies, self.weight, self.forms)
         self.carries: dict[Node, list[Node]] = self._carriers(None)
 
     def rooted(self, root: Node) -> Facts:

@@ -72,12 +72,13 @@ Forms = dict[object, tuple[NormKind, float] | None]
 
 
 def norms(
-    trace: Trace, data: Callable[[Node], list[Node]], weight: Mapping[Node, str], known: Forms
+    trace: Trace, data: Callable[[Node], list[Node]], varies: Set[Node], weight: Mapping[Node, str], known: Forms
 ) -> dict[Node, NormNode]:
     """Every norm of the graph, by its output.
 
     Args:
         data: the operands of a node whose values depend on the tokens.
+        varies: nodes computed from embedded tokens, as data or as control.
         weight: nodes that are one parameter, seen through views.
         known: what has been measured, of this or another pass of the model; added to.
     """
@@ -87,7 +88,10 @@ def norms(
             kind: NormKind = "rmsnorm" if "rms" in op(node) else "layernorm"
             found[node] = NormNode(node, operands(node)[0], kind, _eps(node))
             continue
-        for part in _parts(node, data, weight, found.keys()):  # a cast or a gain before the norm is no part of it
+        parts = _parts(node, data, weight, found.keys())
+        for part in (
+            part for part in parts if _is_closed(part, varies)
+        ):  # a cast or a gain before the norm is no part of it
             key = _form(part, weight, trace.asked.length)
             if key not in known:
                 known[key] = _measured(trace, part)
@@ -122,6 +126,13 @@ def _parts(node: Node, data: Callable[[Node], list[Node]], weight: Mapping[Node,
         inside.add(latest)
         edge.update(data(latest))
     return found
+
+
+def _is_closed(part: _Part, varies: Set[Node]) -> bool:
+    """Of what the input decides it reads nothing but ``x``: no choice of experts, say."""
+    own = {part.x, *part.nodes}
+    read = (operands(node)[:1] if op(node) in ops.LIKE_SECOND else operands(node) for node in part.nodes)
+    return all(a in own or a not in varies for arguments in read for a in arguments)
 
 
 def _axes(x: Node) -> tuple[int, ...]:
