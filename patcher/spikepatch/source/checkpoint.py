@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spikepatch.errors import BadSource, unprintable
+from spikepatch.errors import BadSource
 from spikepatch.progress import Progress
 from spikepatch.quiet import quiet
 from spikepatch.source import hub
@@ -195,9 +195,6 @@ def _read_index(folder: Path, findings: list[_Finding]) -> dict[str, str]:
             raise MalformedError("lists no tensors")
     except MalformedError as error:
         findings.append(_Finding(INDEX_FILE, error.problem, error.remedy))
-        return {}
-    if hidden := unprintable([*weight_map, *weight_map.values()]):
-        findings.append(_Finding(INDEX_FILE, f"has names with control characters: {some(hidden)}", DOWNLOAD_AGAIN))
         return {}
     outside = {file for file in weight_map.values() if file in ("", ".", "..") or set(file) & set("/\\\0")}
     if outside:

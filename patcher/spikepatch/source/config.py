@@ -98,13 +98,6 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
         check_config(each, where)
         if any(key == "quantization_config" and entry is not None for _, key, entry in entries(each)):
             raise _quantised(where)
-    if hidden := unprintable(_names(written)):
-        raise BadSource(
-            "config.json has a name with control characters",
-            where=where,
-            why=f"no model is called {', '.join(hidden)}, and a terminal would show something else",
-            remedy="do not trust this model; get it from its author again",
-        )
     kernels = [reference for reference in _code_references(written) if not reference.startswith("Auto")]
     code = sorted({*_code_references(raw), *kernels})
     if code and not trusted:
@@ -117,6 +110,13 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
     remote_config = isinstance(raw.get("auto_map"), dict) and "AutoConfig" in raw["auto_map"]
     if not remote_config and (not isinstance(raw.get("model_type"), str) or raw["model_type"] not in CONFIG_MAPPING):
         raise _unknown_type(raw.get("model_type"), where, "update transformers, or correct config.json")
+    if hidden := unprintable([str(raw.get("model_type", ""))]):  # only code of its own can have it
+        raise BadSource(
+            "config.json has a model_type with control characters",
+            where=where,
+            why=f"no model is called {hidden[0]}, and a terminal would show something else",
+            remedy="do not trust this model; get it from its author again",
+        )
     with quiet():
         try:
             if patched is None:
@@ -199,15 +199,6 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
             "config.json is not a JSON object", where=where, why=f"it is a {type(raw).__name__}", remedy=DOWNLOAD_AGAIN
         )
     return raw
-
-
-def _names(config: dict[str, Any]) -> Iterator[str]:
-    """Keys at any depth, and what names classes and types."""
-    for _, key, value in entries(config):
-        yield key
-        if key in {"model_type", "architectures", "auto_map"}:
-            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-            yield from (part for part in parts if isinstance(part, str))
 
 
 def _code_references(config: dict[str, Any]) -> Iterator[str]:

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spikepatch.errors import unprintable
 from spikepatch.source.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
 
 if TYPE_CHECKING:
@@ -141,8 +140,6 @@ def _entries(path: Path, header: dict[str, Any], start: int, size: int) -> dict[
     quantised = [f"{name!r} ({f['dtype']})" for name, f in header.items() if _is_quantised_float(f)]
     if quantised:
         raise MalformedError(f"holds quantised weights: {some(quantised)}", DEQUANTISE)
-    if hidden := unprintable(header):
-        raise MalformedError(f"the header is wrong: names with control characters: {some(hidden)}")
     if wrong := [f"{name!r} {problem}" for name, fields in header.items() if (problem := _field_problem(fields))]:
         raise MalformedError(f"the header is wrong: {some(wrong)}")
     entries = [
