@@ -189,19 +189,24 @@ def disagreements(model: PreTrainedModel, residual: ResidualMap, model_type: str
 
 
 class ZerosAdded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts additions of nothing: of a value that is zero throughout to one of the stream's size that is not."""
+    """Counts additions of nothing: of a value that is zero throughout to one that is not, and as wide as the stream.
+
+    ``sized``: of those that have a vector for each token, wherever their width lies: some models put channels first.
+    ``count``: of all that end in the width: others pad the tokens, or pool them.
+    """
 
     def __init__(self, widths: Set[int], tokens: Set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.widths, self.count = widths, 0
+        self.widths, self.count, self.sized = widths, 0, 0
         self.sizes = {width * count for width in widths for count in tokens}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}:
             first, second = args[:2]
             alike = isinstance(second, torch.Tensor) and first.numel() == second.numel()
-            if alike and first.numel() in self.sizes and not self.widths.isdisjoint(first.shape):
-                self.count += bool(first.any()) != bool(second.any())
+            nothing = alike and first.ndim > 1 and bool(first.any()) != bool(second.any())
+            self.count += nothing and first.shape[-1] in self.widths
+            self.sized += nothing and first.numel() in self.sizes and not self.widths.isdisjoint(first.shape)
         return func(*args, **(kwargs or {}))
 
 
@@ -227,8 +232,9 @@ def _additions(lab: Lab, residual: ResidualMap) -> list[str]:
         lab.parameters[name].data.copy_(lab.drawn[name])
     wanted = sum(stream.sublayers for stream in streams)
     several = any(stream.placement in {"parallel", "mixed"} for stream in streams)
-    right = 0 < counting.count <= wanted if several else counting.count == wanted
-    return [] if right else [f"{wanted} sub-layers by the map, and {counting.count} additions in the running model"]
+    counts = (counting.count, counting.sized)
+    right = any(0 < count <= wanted if several else count == wanted for count in counts)
+    return [] if right else [f"{wanted} sub-layers by the map, and {counts} additions in the running model"]
 
 
 def _of_one(

@@ -16,7 +16,7 @@ _TONES: dict[Stability, Tone] = {
     "stable": "good", "learned": "neutral", "at-risk": "warning", "unstable": "bad", "unknown": "neutral",
 }  # fmt: skip
 #: Rows that have a limit, or say what was measured: they come first.
-_SHOWN = 6
+_SHOWN = 7
 
 
 def summary_table(report: StabilityReport, thresholds: Thresholds, *, details: bool = True) -> Table:

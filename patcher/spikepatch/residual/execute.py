@@ -115,9 +115,9 @@ def _read(node: Node) -> list[Node]:
 
 
 def _shaped(node: Node) -> torch.Tensor:
-    """Something of the shape and dtype of a node's value, without memory."""
+    """Something of the shape, strides and dtype of a node's value."""
     value: torch.Tensor = node.meta["val"]
-    return torch.empty((), dtype=_in_single(value.dtype, value.device)).expand(value.shape)
+    return torch.empty_strided(value.shape, value.stride(), dtype=_in_single(value.dtype, value.device))
 
 
 def _parameter(size: tuple[int, ...]) -> torch.Tensor:

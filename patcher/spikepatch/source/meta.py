@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from types import CellType, FunctionType
@@ -53,6 +54,11 @@ class _TensorsWithoutMemory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+#: Parameters of a model, at most: a wrong number of layers would be built until memory ends. Mixtures with a matrix for
+#: each expert have 70,000.
+_MOST = 300_000
+
+
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters move to meta as they are registered, buffers stay real, and shared parameters stay shared.
@@ -60,9 +66,13 @@ def _parameters_on_meta() -> Iterator[None]:
     (``accelerate.init_empty_weights`` makes a new parameter of one that is on meta already, which takes ties apart.)
     """
 
+    count = itertools.count()
+
     def register_on_meta(
         register: Callable[..., None], module: nn.Module, name: str, param: nn.Parameter | None
     ) -> None:
+        if next(count) > _MOST:
+            raise ValueError(f"the config asks for more than {_MOST:,} parameters, which no model has")
         parameter = param
         if parameter is not None and not parameter.is_meta:
             moved = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
