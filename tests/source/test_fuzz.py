@@ -143,13 +143,23 @@ def check_index(folder: Path, index: Any) -> bool:
     return True
 
 
+def largest(value: Any) -> float:
+    """The largest number in JSON."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return max(map(largest, value), default=0.0)
+    return abs(value) if isinstance(value, (int, float)) and value == value else 0.0
+
+
 def check_config(folder: Path, config: Any) -> bool:
     """What is accepted can be built, or is refused then."""
     (folder / "config.json").write_text(json.dumps(config))
     try:
         found = open_source(str(folder), weights=False)
         layers = found.config.num_hidden_layers
-        if not isinstance(layers, int) or layers < 50:  # as many modules as it asks for would be built
+        # As many modules as it asks for would be built, and some constructors make tables of the size of a number.
+        if (not isinstance(layers, int) or layers < 50) and largest(config) < 1 << 20:
             build_meta(found)
     except SpikepatchError as error:
         told(error)
