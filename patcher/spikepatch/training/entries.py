@@ -21,6 +21,7 @@ from spikepatch.quiet import quiet
 from spikepatch.recipes import built_in
 from spikepatch.recipes.plan_of import map_source, plan_model, plan_on
 from spikepatch.recipes.request import Options, Request, parse_requests
+from spikepatch.source.local import local_path
 from spikepatch.source.match import match_source
 from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.private import from_config
@@ -73,7 +74,7 @@ def parse_entries(
         Refused: a source is not trusted or is no causal language model, there is no such recipe, or two models have the
             same name.
     """
-    models = [(argument, *_split(argument)) for argument in arguments]
+    models = [(argument, *split(argument)) for argument in arguments]
     recipes = {recipe: argument for argument, _, _, recipe in reversed(models) if recipe is not None}
     requests = {str(r.given): r for r in parse_requests([*recipes], recipes, reinit="all", **options)}
     sources: dict[str, Source] = {}
@@ -211,17 +212,17 @@ def _fresh(entry: Entry, request: Request | None, seed: int) -> Any:
     return model
 
 
-def _split(argument: str) -> tuple[str, str, str | None]:
+def split(argument: str) -> tuple[str, str, str | None]:
     """Name, source and recipe. A path that exists is a source as it stands, whatever characters it has."""
     name, equals, rest = argument.partition("=")
-    named = bool(equals) and not Path(argument).expanduser().exists() and "/" not in name
+    named = bool(equals) and not local_path(argument).exists() and "/" not in name
     spec = rest if named else argument
     recipe = None
-    if not Path(spec).expanduser().exists():
+    if not local_path(spec).exists():
         source, at, after = spec.rpartition("@")
         spec, recipe = (source, after) if at else (spec, None)
     if not named:
-        last = Path(spec.removeprefix("arch:")).expanduser()
+        last = local_path(spec.removeprefix("arch:"))
         parts = [last.name or last.resolve().name, *([Path(recipe).name.removesuffix(".toml")] if recipe else [])]
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-._")
     if _NAME.fullmatch(name) is None or name in _TAKEN:
