@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +16,11 @@ import torch
 from spikepatch.apply.generated.patched_source import check_known, check_replaced, load_as_it_is, load_unpatched
 from spikepatch.apply.live.patch import patch
 from spikepatch.errors import Refused
-from spikepatch.plans.plan import Recipe
+from spikepatch.plans.plan import Plan, Recipe
 from spikepatch.preflight.values import fresh
 from spikepatch.quiet import quiet
 from spikepatch.recipes import built_in
-from spikepatch.recipes.plan_of import map_source, plan_model, plan_on
+from spikepatch.recipes.plan_of import Mapped, map_source, plan_on
 from spikepatch.recipes.request import Options, Request, parse_requests
 from spikepatch.source.local import local_path
 from spikepatch.source.match import match_source
@@ -49,6 +50,18 @@ class Entry:
     @property
     def name(self) -> str:
         return self.model.name
+
+    @functools.cached_property
+    def mapped(self) -> Mapped:
+        """What its plans, of whatever seed, are worked out on."""
+        return map_source(self.source)
+
+    def plan(self, seed: int) -> Plan | None:
+        """What the recipe asks for; None without one."""
+        if self.request is None:
+            return None
+        found = plan_on(self.mapped, replace(self.request, seed=seed))
+        return replace(found, source=self.source.short_name)
 
 
 def parse_entries(
@@ -124,8 +137,8 @@ def build(entry: Entry, *, seed: int) -> PreTrainedModel:
     Raises:
         SpikepatchError: the source cannot be read, or the recipe does not apply to it.
     """
-    request = None if entry.request is None else replace(entry.request, seed=seed)
-    made = _learned(entry.source, request) if entry.source.checkpoint is not None else _fresh(entry, request, seed)
+    plan = entry.plan(seed)
+    made = _learned(entry.source, plan) if entry.source.checkpoint is not None else _fresh(entry, plan, seed)
     model: PreTrainedModel = made.train()
     return model
 
@@ -175,21 +188,19 @@ def _beginnings(model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torc
     return first, second
 
 
-def _learned(source: Source, request: Request | None) -> Any:
-    mapped = None if request is None else map_source(source)
-    if mapped is None:
+def _learned(source: Source, plan: Plan | None) -> Any:
+    if plan is None:
         match_source(source, build_meta(source))  # names every tensor that is missing or misshapen
-    source.fetch_weights()
-    if mapped is None or request is None:
+        source.fetch_weights()
         return load_as_it_is(source)
-    found = plan_on(mapped, request)
-    check_replaced(source, found)
-    return patch(load_unpatched(source), found)
+    source.fetch_weights()
+    check_replaced(source, plan)
+    return patch(load_unpatched(source), plan)
 
 
-def _fresh(entry: Entry, request: Request | None, seed: int) -> Any:
+def _fresh(entry: Entry, plan: Plan | None, seed: int) -> Any:
     source = entry.source
-    if source.patched is not None and request is None:
+    if source.patched is not None and plan is None:
         raise Refused(
             what="it is patched, and has no weights",
             where=source.name,
@@ -203,8 +214,8 @@ def _fresh(entry: Entry, request: Request | None, seed: int) -> Any:
         torch.manual_seed(0)
         model: Any = from_config(source.model_class, config)
     model.float()
-    if request is not None:
-        return patch(model, plan_model(model, request))
+    if plan is not None:
+        return patch(model, plan)
     weight = fresh(model, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
