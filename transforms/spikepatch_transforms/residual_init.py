@@ -90,13 +90,14 @@ def _branch_gains(residual: ResidualMap) -> Iterator[Edit | Skip]:
     norms = {norm.module: norm for norm in residual.norms if norm.role == "branch"}
     last = {p.branch_norm: p for p in residual.residual_projections if p.branch_norm is not None}
     for module, projection in last.items():
-        target, parameter = f"{module} * 1/sqrt({residual.sublayers})", norms[module].parameter
+        target = f"{module} * 1/sqrt({residual.sublayers})"
+        norm = norms.get(module)  # None: a division by its own size that is no known norm
         steps = [step.kind for step in projection.between]
         norm_at = steps.index("norm")
-        if parameter is None:
+        if norm is None or norm.parameter is None:
             yield Skip(target, "the norm has no gain")
         elif "multiplier" in steps[:norm_at]:
             yield Skip(target, "a constant factor stands before the norm, which takes it out again")
         else:
             value = 1 / (abs(projection.multiplier) * math.sqrt(residual.sublayers))
-            yield Constant(parameter, value, offset=-1.0 if norms[module].gain == "1+w" else 0.0, depth=-0.5)
+            yield Constant(norm.parameter, value, offset=-1.0 if norm.gain == "1+w" else 0.0, depth=-0.5)

@@ -49,15 +49,21 @@ class Facts:
         return other
 
     def _weight_views(self) -> dict[Node, str]:
-        """Nodes that are one parameter, seen through views, casts, gathers and constant factors -> its name."""
+        """Nodes that are one parameter, seen through views, casts, gathers and constant factors -> its name.
+
+        A product of a parameter with a part of itself is none.
+        """
         weight: dict[Node, str] = dict(self.trace.parameters)
         for node in self.nodes:
             arguments = operands(node)
-            constant = all(a in weight or a in self.trace.buffers for a in arguments)
-            seen_through = op(node) in ops.VIEWS or (op(node) in ops.PRODUCTS and constant)
-            names = {weight[a] for a in arguments if a in weight}
-            if seen_through and len(names) == 1 and arguments[0] in weight:
-                weight[node] = names.pop()
+            scaled = sorted(arguments, key=weight.__contains__, reverse=True) if op(node) == "mul" else arguments
+            constant = all(a in self.trace.buffers for a in scaled[1:]) and not ops.squares(node)
+            if op(node) in ops.VIEWS:
+                names = {weight[a] for a in arguments if a in weight}
+                if len(names) == 1 and arguments[0] in weight:
+                    weight[node] = names.pop()
+            elif op(node) in ops.PRODUCTS and constant and scaled[:1] and scaled[0] in weight:
+                weight[node] = weight[scaled[0]]
         return weight
 
     def _fed(self) -> set[Node]:

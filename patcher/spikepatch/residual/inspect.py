@@ -244,7 +244,8 @@ class _Naming:
         found: dict[str, ResidualProjection] = {}
         for term, kind, sublayer in zip(self.stream.terms, self.kinds, self.sublayer, strict=True):
             for matmul, parameter in term.projections:
-                norm = next((n for n in steps(self.facts, term.node, matmul) if n in self.facts.norm_at), None)
+                norms = (n for n in steps(self.facts, term.node, matmul) if n in self.facts.norm_at)
+                norm = next(norms, self.stream.divided.get(term.node))
                 projection = ResidualProjection(
                     parameter=parameter,
                     layer=self._layer(parameter),
@@ -252,7 +253,7 @@ class _Naming:
                     kind=kind,
                     branch_norm=place(norm) if norm is not None else None,
                     multiplier=multiplier(self.facts, term.node, matmul),
-                    between=between(self.facts, term.node, matmul),
+                    between=between(self.stream, term, matmul),
                 )
                 first = found.setdefault(parameter, projection)
                 if first.sublayer == sublayer and len(first.between) < len(projection.between):

@@ -14,7 +14,7 @@ from spikepatch.residual.map import Between, SublayerKind
 from spikepatch.residual.ops import behind_views, op, operands, shape
 from spikepatch.residual.proof import Term
 from spikepatch.residual.stream import Stream
-from spikepatch.residual.weights import gain
+from spikepatch.residual.weights import gain, matrix_weight
 
 #: They pick an entry by its value, and say which.
 _CHOICES = frozenset("topk argmax argmin max min sort argsort multinomial".split())
@@ -105,11 +105,12 @@ def steps(facts: Facts, term: Node, matmul: Node) -> list[Node]:
     return found[1:]
 
 
-def between(facts: Facts, term: Node, matmul: Node) -> tuple[Between, ...]:
+def between(stream: Stream, term: Term, matmul: Node) -> tuple[Between, ...]:
     """What changes the product of ``matmul`` on its way to the stream, in order; see ``residual.map.Between``."""
+    facts, divided = stream.facts, stream.divided.get(term.node)
     found = [Between("bias", bias) for bias in _own_bias(facts, matmul)]
     of_norm: set[str | None] = set()  # gain and bias of a norm are part of it
-    for node in steps(facts, term, matmul):
+    for node in steps(facts, term.node, matmul):
         name = op(node)
         others = [a for a in operands(node) if a not in facts.varies]
         learned = _learned(facts, others)
@@ -117,6 +118,8 @@ def between(facts: Facts, term: Node, matmul: Node) -> tuple[Between, ...]:
             norm = gain(facts, facts.norm_at[node])
             of_norm = {norm.parameter, norm.bias}
             found.append(Between("norm", norm.parameter))
+        elif node is divided:
+            found.append(Between("norm", None))
         elif learned in of_norm and learned is not None:
             continue
         elif name in ops.CONVOLUTIONS:
@@ -158,12 +161,25 @@ def _learned(facts: Facts, nodes: Iterable[Node]) -> str | None:
 
 
 def multiplier(facts: Facts, term: Node, matmul: Node) -> float:
-    """Product of the constant factors between the projection and its addition."""
-    factor = 1.0
+    """Product of the constant factors between the projection and its addition, its weight's own ones included."""
+    factor = _of_weight(facts, matmul)
     for node in steps(facts, term, matmul):
         constant = _constant(facts, node) if op(node) in ops.PRODUCTS and node not in facts.norm_at else None
         if constant is not None:
             factor = factor * constant if op(node) == "mul" else factor / constant
+    return factor
+
+
+def _of_weight(facts: Facts, matmul: Node) -> float:
+    """The constant factors that the parameter is multiplied with before it multiplies anything."""
+    before = facts.data(matmul) if op(matmul) in ops.ADDS else [matmul]
+    node = matrix_weight(facts, behind_views(before[0]))
+    factor = 1.0
+    while node is not None and node not in facts.trace.parameters:
+        constant = _constant(facts, node) if op(node) in ops.PRODUCTS else None
+        if constant is not None:
+            factor = factor * constant if op(node) == "mul" else factor / constant
+        node = next(a for a in operands(node) if a in facts.weight)
     return factor
 
 

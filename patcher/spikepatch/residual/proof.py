@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts, floating
-from spikepatch.residual.ops import argument, op, operands, place
+from spikepatch.residual.ops import argument, behind_views, op, operands, place, shape
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,27 @@ def _without_projection(facts: Facts, term: Term) -> str:
     if not held:
         return f"{where}: this part of the sum is computed without any weight, so there is no projection to scale"
     sample = ", ".join(held[:3]) + (" ..." if len(held) > 3 else "")
-    return f"{where}: no projection found for this part of the sum, which holds {sample}"
+    return f"{where}: no projection found for this part of the sum, which holds {sample}: {_in_the_way(facts, term)}"
+
+
+def _in_the_way(facts: Facts, term: Term) -> str:
+    """What the walk back from a term without projections meets first that is not linear."""
+    node = term.node
+    while True:
+        data = [a for a in facts.data(node) if a in term.interior]
+        if facts.product(node):
+            if len(data) > 1:
+                return f"it ends in a product of computed values, in {place(node) or 'the model itself'}"
+            matrix = [a for a in operands(node) if a not in facts.varies and len(shape(a)) > 1]
+            made_by = op(behind_views(matrix[0])).strip("_").replace("_", " ") if matrix else ""
+            return f"its last matrix is no parameter, but computed{f' by {made_by}' if made_by else ''}"
+        norm = facts.norm_at.get(node)
+        linear = op(node) in ops.LINEAR_FIRST | ops.JOINS | ops.PRODUCTS and not ops.squares(node)
+        before = [norm.input] if norm is not None else data
+        if not before or (norm is None and not linear):
+            what = op(node).strip("_").replace("_", " ") or "an input"
+            return f"it ends in {what}, in {place(node) or 'the model itself'}"
+        node = max(before, key=facts.order.__getitem__)
 
 
 def _given_back(

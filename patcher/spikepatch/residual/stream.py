@@ -21,6 +21,7 @@ from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts, narrows
 from spikepatch.residual.norms import Forms
 from spikepatch.residual.ops import behind_views, last, op, operands, shape
+from spikepatch.residual.own_size import growth, other_law, product_with_itself
 from spikepatch.residual.proof import Term, left_over, prove
 from spikepatch.residual.refusals import copies, no_sum
 from spikepatch.residual.trace import Trace
@@ -37,6 +38,7 @@ class Stream:
     ``additions`` are the nodes of the spine that add a sub-layer's output, ``tables`` those at which tables of rows
     enter: lookups, and learned positions sliced from a parameter; ``later`` are other values that are added and read
     nothing of the stream. ``entrances`` are features of images or sounds, at the node of the spine by which they enter.
+    ``divided``: terms, by their node, that are divided by their own size, though by no known norm, and where.
     ``suffix`` lies between ``end`` (exclusive) and the output: the head. ``leaks`` says why the
     map is not proven; empty: proven. ``reaches`` names the parameters that the output still depends on with every
     residual projection cut.
@@ -51,6 +53,7 @@ class Stream:
     tables: tuple[Node, ...]
     later: frozenset[Node]
     entrances: Mapping[Node, tuple[Node, ...]]
+    divided: Mapping[Node, Node]
     suffix: frozenset[Node]
     leaks: tuple[str, ...]
     reaches: tuple[str, ...]
@@ -112,7 +115,10 @@ def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
     entrances = _entrances(facts, spine, later)
     features = frozenset(node for nodes in entrances.values() for node in nodes)
     proof = prove(facts, output, spine, start, terms)
-    lost = left_over(facts, output, spine, start, terms, beyond | features)
+    leaks = (*left_over(facts, output, spine, start, terms, beyond | features), *proof.leaks)
+    divided: dict[Node, Node] = {}
+    if not leaks:
+        divided, leaks = _own_sizes(facts, terms)
     return Stream(
         facts=facts,
         start=start,
@@ -123,10 +129,25 @@ def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
         tables=tuple(_tables(facts, spine, facts.behind([start], stop=features))),
         later=later - features,
         entrances=entrances,
+        divided=divided,
         suffix=frozenset(suffix),
-        leaks=(*lost, *proof.leaks),
+        leaks=leaks,
         reaches=proof.reaches,
     )
+
+
+def _own_sizes(facts: Facts, terms: Iterable[Term]) -> tuple[dict[Node, Node], tuple[str, ...]]:
+    """Where terms are divided by their own size; and why others do not grow in proportion to their projections."""
+    divided: dict[Node, Node] = {}
+    leaks: list[str] = []
+    for term in terms:
+        node = product_with_itself(facts, term)
+        grown = growth(facts, term) if node is not None else "in proportion"
+        if node is not None and grown == "not at all":
+            divided[term.node] = node
+        elif node is not None and grown == "otherwise":
+            leaks.append(other_law(facts, node, term))
+    return divided, tuple(leaks)
 
 
 def _possible_roots(facts: Facts, output: Node) -> list[Node]:

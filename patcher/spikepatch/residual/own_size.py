@@ -1,0 +1,85 @@
+"""How what a sub-layer adds depends on the size of its own projections' products: in proportion, not at all, or else.
+
+A recipe scales residual projections so that less is added to the stream. That works where what is added is in
+proportion to the products. A value that is divided by its own size, be it by an L1 norm or by the largest value of a
+batch, stays as large as it was; one that is multiplied by a function of itself follows some other law. Both are told by
+running what stands between on random products and on larger ones.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch.fx import Node
+
+from spikepatch.residual import ops
+from spikepatch.residual.execute import run
+from spikepatch.residual.facts import Facts, floating
+from spikepatch.residual.ops import op, operands, place, shape
+from spikepatch.residual.proof import Term
+
+#: What is added grows with the products, stays as it is, or does neither.
+Growth = Literal["in proportion", "not at all", "otherwise"]
+
+#: Sizes of the products that are tried; a norm's eps is far below them.
+_SIZES = (1.0, 10.0, 1000.0)
+
+#: Of the largest value. An eps of 1e-5 and of more, under the root, is no other law.
+_TOLERANCE = 1e-2
+
+
+def product_with_itself(facts: Facts, term: Term) -> Node | None:
+    """The first place where a projection's product is multiplied with, or divided by, something computed from it."""
+    from_products = term.path.union(matmul for matmul, _ in term.projections)
+    found = [n for n in term.path if op(n) in ops.PRODUCTS and len(from_products.intersection(facts.data(n))) > 1]
+    return min(found, key=facts.order.__getitem__, default=None)
+
+
+def growth(facts: Facts, term: Term) -> Growth:
+    """How the term grows with its projections' products; everything else that it is computed from is held."""
+    generator = torch.Generator().manual_seed(0)
+    matmuls = {matmul for matmul, _ in term.projections}
+    held: dict[Node, torch.Tensor] = {}
+    for node in sorted(term.path - matmuls, key=facts.order.__getitem__):
+        for operand in operands(node):
+            if operand in term.path or operand in held:
+                continue
+            if op(node) in ops.ADDS and operand not in facts.varies and shape(operand):
+                held[operand] = torch.zeros(shape(operand))  # a bias
+            elif operand in facts.varies and floating(operand):
+                held[operand] = torch.randn(shape(operand), generator=generator)
+            elif isinstance(value := operand.meta.get("val"), torch.Tensor) and not value.is_meta:
+                held[operand] = value
+    products = {
+        node: torch.randn(shape(node), generator=generator) for node in sorted(matmuls, key=facts.order.__getitem__)
+    }
+    seeds = dict.fromkeys(facts.trace.inputs, 0)
+
+    def added(size: float) -> torch.Tensor:
+        values = held | {node: size * product for node, product in products.items()}
+        result: torch.Tensor = run(facts.trace, [term.node], values, seeds)[term.node]
+        return result
+
+    try:
+        first, *others = map(added, _SIZES)
+    except (IndexError, RuntimeError, NotImplementedError):  # an operation that the CPU lacks
+        return "otherwise"
+
+    def equal(factors: list[float]) -> bool:
+        tolerance = _TOLERANCE * float(first.abs().max())
+        pairs = zip(others, factors, strict=True)
+        return all(torch.allclose(other / factor, first, rtol=0, atol=tolerance) for other, factor in pairs)
+
+    if equal([1.0, 1.0]):
+        return "not at all"
+    return "in proportion" if equal([size / _SIZES[0] for size in _SIZES[1:]]) else "otherwise"
+
+
+def other_law(facts: Facts, node: Node, term: Term) -> str:
+    """Why a term that grows otherwise is refused."""
+    names = ", ".join(name for _, name in term.projections[:3])
+    where = place(node) or node.name
+    return (
+        f"{where}: the product with {names} is multiplied by a function of itself, so that its size is not the weight's"
+    )
