@@ -21,7 +21,6 @@ from spikepatch.residual.told import SHORTEST, Mode, is_ours
 from spikepatch.residual.trace import Trace, recorded
 from spikepatch.source.private import CHECKING
 
-
 #: A length that is tried of every model. (That ``0.5 * n`` was computed of a length n, nobody is told.)
 _LONG = 512
 
