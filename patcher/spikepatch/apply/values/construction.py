@@ -30,6 +30,7 @@ from spikepatch.source.private import (
     own_buffers,
     own_children,
     own_parameters,
+    promised_ties,
 )
 from spikepatch.source.tied import firsts
 
@@ -68,6 +69,19 @@ def constructed(model: nn.Module, seed: int) -> tuple[Recording, Mapping[str, bo
             _initialise_as_transformers(twin)
             recording.name(twin)
     return recording, known
+
+
+def broken_ties(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of tensors that are one where the model's own code builds it, and two here."""
+    if is_transformers_model(model):
+        pairs = [*promised_ties(model).items()]
+    else:
+        with quiet(), Recording(0).active():
+            usual = Counter(n for _, tensor in _tensors(model) for n in tensor.shape).most_common(_SIZES)
+            again, _ = _again(model, [n for n, _ in usual])
+        pairs = [] if again is None else [(n, first) for n, first in firsts(_tensors(again)).items() if n != first]
+    tensors = dict(_tensors(model))
+    return [(n, first) for n, first in pairs if tensors.get(n) is not tensors.get(first)]
 
 
 def _rebuild(
@@ -176,19 +190,18 @@ def _is_config(value: object) -> bool:
 
 
 def _alike(module: nn.Module, built: nn.Module, sure: bool) -> bool:
-    """They have the same modules, and tensors of the same names, shapes and ties; numbers too unless it is ``sure``."""
+    """They have the same modules, and tensors of the same names, shapes and ties, but for ties that have been broken
+    since; numbers too unless it is ``sure``.
+    """
     ours, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (module, built))
     if [(n, type(m)) for n, m in ours.items()] != [(n, type(m)) for n, m in theirs.items()]:
         return False
-    if _structure(module) != _structure(built):
+    if [(name, t.shape) for name, t in _tensors(module)] != [(name, t.shape) for name, t in _tensors(built)]:
+        return False
+    first, their_first = firsts(_tensors(module)), firsts(_tensors(built))
+    if any(their_first[name] != their_first[other] for name, other in first.items()):
         return False
     return sure or all(_numbers(ours[name]) == _numbers(theirs[name]) for name in ours)
-
-
-def _structure(module: nn.Module) -> list[tuple[str, tuple[int, ...], str]]:
-    tensors = list(_tensors(module))
-    first = firsts(tensors)
-    return [(name, tuple(tensor.shape), first[name]) for name, tensor in tensors]
 
 
 def _numbers(module: nn.Module) -> Mapping[str, object]:
