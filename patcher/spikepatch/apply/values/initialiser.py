@@ -37,12 +37,13 @@ def own_values(model: nn.Module, seed: int) -> OwnValues:
         if now is None or recording.shape(name) != tuple(now.shape):
             return None
         made = recording.value(name)
-        if made is None or known.get(name, False):
+        origin = known[name]
+        if made is None or (origin.sure and origin.alone):
             return made
         drawn = recording.is_drawn(name)
         if now.is_meta:
-            return made if name in known and (drawn or _is_constant(made)) else None
-        return made if _may_be(now.detach(), made, drawn=drawn) else None
+            return made if origin.alone and (drawn or _is_constant(made)) else None
+        return made if _may_be(now.detach(), made, drawn=drawn, sure=origin.sure) else None
 
     return value
 
@@ -64,14 +65,16 @@ def check_explained(name: str, value: torch.Tensor | None, model: nn.Module) -> 
     return value
 
 
-def _may_be(now: torch.Tensor, made: torch.Tensor, *, drawn: bool) -> bool:
+def _may_be(now: torch.Tensor, made: torch.Tensor, *, drawn: bool, sure: bool) -> bool:
     """``now`` is ``made`` as it was once: learned since, or drawn by another seed."""
-    if now.numel() == 0:
+    if now.numel() < 2:
         return True
-    made, now = made.to(now.dtype).float(), now.float().cpu()
+    made, now = made.to(now.dtype), now.cpu()
+    if now.is_floating_point():
+        made, now = made.float(), now.float()
     if drawn and now.numel() > 1 and not _is_constant(now):
         return bool(made.min() <= now.median() <= made.max())
-    return torch.equal(now, made) or (not drawn and _is_constant(made) and not _is_constant(now))
+    return torch.equal(now, made) or not (drawn or _is_constant(now) or not (sure or _is_constant(made)))
 
 
 def _is_constant(values: torch.Tensor) -> bool:
