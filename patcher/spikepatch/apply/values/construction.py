@@ -9,6 +9,7 @@ and what initialises a part (``reset_parameters``) is run behind them, from the 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 from collections import Counter
@@ -128,6 +129,7 @@ def _rebuild(
                     yield inner, Origin(origin.sure, origin.alone and silent)
         if silent and callable(getattr(model, "reset_parameters", None)):
             yield from ((path + name, Origin(True, True)) for name in (*own_parameters(model), *own_buffers(model)))
+        _apply(twin, recording)
     _initialise(twin, recording)
 
 
@@ -140,6 +142,19 @@ def _initialise(module: nn.Module, recording: Recording) -> None:
                 with torch.no_grad():
                     method()
             except Exception:  # it needs what only its own program has
+                recording.undo(before)
+
+
+def _apply(module: nn.Module, recording: Recording) -> None:
+    """Run ``_init_weights(module)`` on each module, as constructors do by ``self.apply(self._init_weights)``."""
+    for name in INITIALISERS if not is_transformers_model(module) else ():
+        method = getattr(module, name, None)
+        if callable(method) and _required(method) and not _required(functools.partial(method, module)):
+            before = recording.mark()
+            try:
+                with torch.no_grad():
+                    module.apply(method)
+            except Exception:  # it is for something else
                 recording.undo(before)
 
 
