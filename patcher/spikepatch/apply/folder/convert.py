@@ -41,6 +41,7 @@ from spikepatch.recipes.request import Request, parse_request
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source.classes import original_in
 from spikepatch.source.header import torch_dtype
+from spikepatch.source.local import target_path
 from spikepatch.source.match import Match
 from spikepatch.source.meta import settings_read
 from spikepatch.source.open import Source, build_meta, open_source
@@ -146,7 +147,7 @@ def convert(
     check_storage(storage)
     check_shard_size(max_shard_size)
     stored = None if dtype is None else parse_dtype(dtype)
-    folder, report = Path(out), progress or silent
+    folder, report = target_path(out), progress or silent
     # Before anything is fetched, and again once it is known where in the cache a hub id lies.
     check_local_target(folder, source, overwrite=overwrite)
     kept = reinit != "all"
