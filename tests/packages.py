@@ -13,6 +13,7 @@ construction by two other seeds.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -319,7 +320,9 @@ def rows(prefix: str) -> Iterator[tuple[str, ...]]:
     for case in MODELS:
         if case.package.startswith(prefix):
             try:
-                yield row(case)
+                with contextlib.redirect_stdout(sys.stderr):
+                    cells = row(case)
+                yield cells
             except Exception as error:
                 yield case.package, case.model, f"FAILED: {type(error).__name__}: {error}", "", "", "", "", ""
 
