@@ -11,7 +11,7 @@ from torch import nn
 import spikepatch
 from spikepatch.auditing.fault import LEVELS
 from spikepatch.recipes.built_in import RECIPES
-from tests.auditing import bug_models, init_bugs, more_bugs
+from tests.auditing import bug_models, init_bugs, more_bugs, outside_bugs, outside_designs
 from tests.auditing.diagnosis import Case, Control, judge
 from tests.auditing.healthy_designs import CONTROLS, by_recipe
 from tests.auditing.mutations import build, outcomes
@@ -19,10 +19,12 @@ from tests.residual.configs import CLASSES, Mapping
 from tests.residual.generator import Model, example
 from tests.residual.test_generated import draw
 
-CASES = [*init_bugs.CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in more_bugs.CASES)]
+MORE = (*more_bugs.CASES, *outside_bugs.CASES)
+CASES = [*init_bugs.CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)]
+DESIGNS = [*CONTROLS, *(pytest.param(each, marks=pytest.mark.slow) for each in outside_designs.CONTROLS)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in (*init_bugs.CASES, *more_bugs.CASES)])
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in (*init_bugs.CASES, *MORE)])
 def test_a_bug_is_named(case: Case) -> None:
     model, extra = case.build()
     found = spikepatch.audit(model, **extra).findings
@@ -34,10 +36,10 @@ def test_a_bug_is_named(case: Case) -> None:
 
 
 def test_there_are_many_bugs() -> None:
-    assert len({case.name for case in (*init_bugs.CASES, *more_bugs.CASES)}) >= 60
+    assert len({case.name for case in (*init_bugs.CASES, *MORE)}) >= 90
 
 
-@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.name)
+@pytest.mark.parametrize("control", DESIGNS, ids=[each.name for each in (*CONTROLS, *outside_designs.CONTROLS)])
 def test_a_healthy_design_is_left_alone(control: Control) -> None:
     model, extra = control.build()
     assert spikepatch.audit(model, **extra).at_least("at-risk") == ()

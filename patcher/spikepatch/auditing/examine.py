@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from spikepatch.auditing.attention import attention, unscaled_queries
+from spikepatch.auditing.attention import attention, product_factors, unscaled_queries
 from spikepatch.auditing.broken import broken, copies
 from spikepatch.auditing.contents import Contents
 from spikepatch.auditing.depth import best_scheme, depth, scaled_on_purpose
@@ -53,6 +53,7 @@ def examine(
         contents,
         roles(stream.facts) if stream is not None else {},
         unscaled_queries(stream) if stream is not None else {},
+        product_factors(stream.facts) if stream is not None else {},
     )
     found: list[Fault] = [
         *broken(known),
@@ -90,7 +91,7 @@ def _of_stds(sound: Evidence) -> Iterator[Fault]:
     sound = sound.without({name for f in left for name in f.parameters})
     wrong = list(wrong_formulas(sound, best_scheme(sound)))
     yield from wrong
-    sound = sound.without({name for f in wrong if f.severity != "note" for name in f.parameters})
+    sound = sound.without({name for f in wrong if f.name != "fused-fan" for name in f.parameters})
     large = list(sizes(sound))
     yield from large
     sound = sound.without({name for f in large for name in f.parameters})
