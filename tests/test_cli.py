@@ -121,6 +121,7 @@ def test_options_are_the_arguments_of_the_function(command: str) -> None:
     parameters = set(inspect.signature(getattr(spikepatch, command)).parameters)
     parameters |= {"source", "sources"} if "model" in parameters else {"out"} if "folder" in parameters else set()
     only_printed = {"as_json", "verbose", "quiet", "report", "fail_on", "style"}
+    only_printed |= {"overwrite"} if command == "check" else set()  # of --report
     assert {p.name for p in main.commands[command].params} - only_printed <= parameters
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
+from spikepatch.errors import BadTarget
 from spikepatch.report.document import Badge, Chart, Line, Page, Section, Table
-from spikepatch.report.html import picture, render, write_page, write_picture
+from spikepatch.report.html import check_page, picture, render, write_page, write_picture
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -70,3 +79,63 @@ def browse(*words: str) -> subprocess.CompletedProcess[str]:
     assert BROWSER is not None
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,4000", *words]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+
+
+@contextmanager
+def full_disk(left: int = 100) -> Iterator[None]:
+    """No file grows over ``left`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (left, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("name", ["page.html", "picture.svg"])
+def test_a_full_disk_leaves_the_old_page(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    charts = example().sections[0].charts
+    write = partial(write_page, example()) if name == "page.html" else partial(write_picture, charts)
+    write(path)
+    old = path.read_bytes()
+    with (
+        full_disk(),
+        pytest.raises(BadTarget, match=r"written\n  why: .*; what was there before is as it was"),
+    ):
+        write(path)
+    assert path.read_bytes() == old
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def test_what_a_page_replaces(tmp_path: Path) -> None:
+    """A page or a picture of ours, or nothing; else only with overwrite. A link keeps pointing to it."""
+    charts, path = example().sections[0].charts, tmp_path / "page.html"
+    write_picture(charts, path)
+    write_page(example(), path)
+    (tmp_path / "empty").touch()
+    write_page(example(), tmp_path / "empty")
+    (tmp_path / "link").symlink_to("page.html")
+    write_page(example("other"), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert "other" in path.read_text()
+    path.write_text("<html>somebody's, made by hand</html>")
+    with pytest.raises(BadTarget, match=r"no page of spikepatch\n.*\n.*--overwrite"):
+        write_page(example(), path)
+    write_page(example(), path, overwrite=True)
+    assert path.read_text() == render(example())
+
+
+def test_where_no_page_can_be(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "up").symlink_to("model")
+    os.mkfifo(tmp_path / "pipe")
+    cases = {"model": "it is a folder", "pipe": "it is no file", "absent/page.html": "is no folder"}
+    cases |= dict.fromkeys(("model/page.html", "up/page.html", "model/a/../page.html"), "is read, and stays as it is")
+    for name, why in cases.items():
+        sources = [tmp_path / "model"] if "read" in why else []
+        with pytest.raises(BadTarget, match=why):
+            check_page(tmp_path / name, overwrite=True, sources=sources)
+    check_page(tmp_path / "page.html", sources=[tmp_path / "model"])

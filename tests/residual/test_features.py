@@ -129,11 +129,10 @@ def test_what_would_leave_features_small_is_refused() -> None:
         spikepatch.plan(model, "embed-ln", reinit="all")
     with pytest.raises(spikepatch.Refused, match=r"kept(.|\n)*--part language"):
         spikepatch.plan(model, "scaled-embed", reinit="none")
-    for recipe, reinit in (("embed-ln", "all"), ("scaled-embed", "none"), ("scaled-embed", "all")):
+    for recipe, reinit in (("embed-ln", "all"), ("scaled-embed", "none")):
         plan = spikepatch.plan(model, recipe, reinit=reinit, part="language")  # type: ignore[arg-type]
-        assert {skip.target: skip.reason for skip in plan.skips}[
-            "model.multi_modal_projector.linear_2.weight"
-        ] == "not of the language part"
+        reasons = {skip.target: skip.reason for skip in plan.skips}
+        assert reasons["model.multi_modal_projector.linear_2.weight"].startswith("as small as it is, since ")
     assert spikepatch.plan(model, "vanilla", reinit="all").edits
 
 

@@ -224,10 +224,10 @@ def test_a_bad_index_is_refused(tmp_path: Path, content: bytes, why: str, remedy
 def test_an_index_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(tmp_path, {"one.safetensors": ["a"]}, {"a": "one.safetensors"})
 
-    def denied(path: Path) -> bytes:
+    def denied(*args: object, **options: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(os, "open", denied)
     error = refusal(tmp_path)
 
     assert error.why == "model.safetensors.index.json: cannot be read: Permission denied"

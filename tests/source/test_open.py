@@ -346,7 +346,7 @@ def test_a_config_that_is_a_folder(tmp_path: Path) -> None:
     error = refusal(tmp_path)
 
     assert error.what == "config.json cannot be read"
-    assert error.why == "Is a directory"
+    assert error.why == "it is a folder"
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_the_last_two_stay(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
-    for name in (".step-00000004.new", ".step-00000002.old", "step-00000002"):
+    for name in (".step-00000004.new.spikepatch", ".step-00000002.old.spikepatch", "step-00000002"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     assert checkpoints.committed(tmp_path) == [tmp_path / "step-00000002"]
@@ -180,4 +180,4 @@ def test_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.Monk
     model = small_model()
     checkpoints.save(tmp_path, 1, model, trained(model, 1), {})
     assert committed == [{".metadata"}]  # which had another name then
-    assert {".metadata.tmp", ".step-00000001.new"} <= synced
+    assert {".metadata.tmp", ".step-00000001.new.spikepatch"} <= synced

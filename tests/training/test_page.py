@@ -279,7 +279,13 @@ def test_what_cannot_be_read_or_written(tmp_path: Path) -> None:
     path = folder(tmp_path / "x")
     done = run(str(path), "--out", str(tmp_path / "none" / "a.html"))
     assert done.exit_code == 2
-    assert "the page cannot be written" in done.stderr
+    assert "the page cannot be put there" in done.stderr
+    (path / "report.html").write_text("notes of mine")
+    done = run(str(path))
+    assert (done.exit_code, "no page of spikepatch" in done.stderr) == (2, True)
+    assert "vanilla, lr 0.001, seed 0: " in done.stdout, "the verdict comes first"
+    assert (path / "report.html").read_text() == "notes of mine"
+    assert run(str(path), "--overwrite").exit_code == 0
     log = path / run_folder("vanilla", 1e-3, 0) / "log.jsonl"
     log.write_bytes(log.read_bytes().replace(b'"step": 7,', b'"step" 7,', 1))
     done = run(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose, progress
-from spikepatch.errors import BadTarget, Refused
+from spikepatch.errors import Refused
+from spikepatch.source.local import local_path
 
 if TYPE_CHECKING:
     from spikepatch.preflight.judge import Thresholds
@@ -37,7 +39,9 @@ _THRESHOLDS = (
 @options.of_recipes
 @click.option("--tokens", type=click.IntRange(min=2), default=256, show_default=True, help="Length of a sequence.")
 @click.option("--batch", type=click.IntRange(min=1), default=2, show_default=True, help="Number of sequences.")
-@click.option("--text", type=click.Path(), metavar="FILE", help="Take the tokens from here.  [default: random tokens]")
+@click.option(
+    "--text", type=options.Place(), metavar="FILE", help="Take the tokens from here.  [default: random tokens]"
+)
 @options.seed
 @click.option("--device", default="auto", show_default=True, help="auto: a GPU where there is one.")
 @click.option("--deep", is_flag=True, help="Measure every sub-layer's Jacobian too, and the attention bounds.")
@@ -52,10 +56,11 @@ _THRESHOLDS = (
 @click.option("--threshold", "thresholds", multiple=True, metavar="NAME=X", help=_THRESHOLDS)
 @click.option(
     "--report",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=options.Place(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Write a page with curves here (.html), or the curves that matter most (.svg).",
 )
+@options.overwrite
 @options.as_json
 @click.option(
     "--fail-on", type=click.Choice(["at-risk", "unstable"]), help="Exit with 1 where the verdict is that bad, or worse."
@@ -70,6 +75,7 @@ def check_command(
     sources: tuple[str, ...],
     thresholds: tuple[str, ...],
     report: Path | None,
+    overwrite: bool,
     as_json: bool,
     fail_on: Any,
     **options: Any,
@@ -98,7 +104,7 @@ def check_command(
     changes = _parse(thresholds)
     limits = Thresholds.changed(changes)
     if report is not None:
-        _check_report(report, sources)
+        _check_report(report, sources, overwrite)
     with progress() as told:
         found = [check(source, thresholds=changes, progress=told, **options) for source in sources]
     if as_json:
@@ -107,7 +113,7 @@ def check_command(
     for each in () if as_json else found:
         _print(each, limits)
     if report is not None:
-        _write_report(found[0], report, limits)
+        _write_report(found[0], report, limits, overwrite)
         if not is_quiet():
             click.echo(f"wrote {report}", err=as_json)
     judged = [model for each in found for model in each.models or (each,)]
@@ -115,8 +121,10 @@ def check_command(
         ctx.exit(1)
 
 
-def _check_report(path: Path, sources: tuple[str, ...]) -> None:
+def _check_report(path: Path, sources: tuple[str, ...], overwrite: bool) -> None:
     """Refuse before anything is measured what could not be written after it."""
+    from spikepatch.report.html import check_page
+
     if len(sources) > 1:
         raise Refused(
             what="one report cannot hold several sources",
@@ -131,28 +139,17 @@ def _check_report(path: Path, sources: tuple[str, ...]) -> None:
             why=f"it is written as {' or '.join(_REPORTS)}, by the end of its name",
             remedy="such as --report report.html",
         )
-    if not path.absolute().parent.is_dir():
-        raise BadTarget(
-            "the report cannot be written",
-            where=str(path),
-            why=f"there is no folder {path.parent}",
-            remedy="make it first, or give another path",
-        )
+    check_page(path, overwrite=overwrite, sources=filter(os.path.isdir, map(local_path, sources)))
 
 
-def _write_report(found: StabilityReport, path: Path, thresholds: Thresholds) -> None:
+def _write_report(found: StabilityReport, path: Path, thresholds: Thresholds, overwrite: bool) -> None:
     from spikepatch.preflight.present import figure, page
     from spikepatch.report.html import write_page, write_picture
 
-    try:
-        if path.suffix.lower() == ".svg":
-            write_picture(figure(found), path)
-        else:
-            write_page(page(found, thresholds), path)
-    except OSError as error:
-        raise BadTarget(
-            "the report cannot be written", where=str(path), why=str(error.strerror), remedy="give another path"
-        ) from error
+    if path.suffix.lower() == ".svg":
+        write_picture(figure(found), path, overwrite=overwrite)
+    else:
+        write_page(page(found, thresholds), path, overwrite=overwrite)
 
 
 def _print(report: StabilityReport, limits: Thresholds) -> None:

@@ -11,7 +11,7 @@ from spikepatch.commands.console import is_quiet, is_verbose, progress
 
 
 @click.command("codemod")
-@click.argument("file", type=click.Path())
+@click.argument("file", type=options.Place())
 @click.option("--factory", required=True, metavar="MODULE:FUNCTION", help="What builds the model; see above.")
 @options.recipe
 @options.factor

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+
+
+class Place(click.Path):
+    """A path: ``~`` in it is the home folder, and it is not empty, as an unset variable is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):
+            self.fail("it is empty, as a variable is that is not set", param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
+
 
 #: Of a command's function.
 Decorator = Callable[[Any], Any]
@@ -39,7 +50,7 @@ source: Decorator = click.argument("source", shell_complete=_complete_folder)
 sources: Decorator = click.argument(
     "sources", metavar="SOURCE...", nargs=-1, required=True, shell_complete=_complete_folder
 )
-out: Decorator = click.argument("out", type=click.Path())
+out: Decorator = click.argument("out", type=Place())
 recipe: Decorator = click.option(
     "--recipe",
     default="scaled-embed",
@@ -63,7 +74,10 @@ replace: Decorator = click.option(
 )
 untie: Decorator = click.option("--untie", is_flag=True, help="Give a tied head its own matrix.")
 part: Decorator = click.option(
-    "--part", type=click.Choice(["language"]), help="Leave what computes features of images and sounds as it is."
+    "--part",
+    type=click.Choice(["language", "all"]),
+    help="Of a model of several modalities: all of it; or all but towers, which compute features of images and sounds."
+    "  [default: language where towers have learned weights]",
 )
 
 
@@ -96,7 +110,7 @@ allow_nonfinite: Decorator = click.option(
     "--allow-nonfinite", is_flag=True, help="Weights may be NaN or infinite, which is refused otherwise."
 )
 overwrite: Decorator = click.option(
-    "--overwrite", is_flag=True, help="Replace a folder at OUT, once the new one is complete."
+    "--overwrite", is_flag=True, help="Replace what is there, once the new one is complete."
 )
 load_test: Decorator = click.option(
     "--load-test/--no-load-test",

@@ -8,19 +8,19 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet
-from spikepatch.errors import BadTarget
 
 
 @click.command("report")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=options.Place(path_type=Path))
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=options.Place(path_type=Path, dir_okay=False),
     metavar="HTML",
     help="Write the page here.  [default: FOLDER/report.html]",
 )
+@options.overwrite
 @options.as_json
-def report_command(folder: Path, out: Path | None, as_json: bool) -> None:
+def report_command(folder: Path, out: Path | None, overwrite: bool, as_json: bool) -> None:
     """Show what became of a training: verdicts, and a page with the curves.
 
     FOLDER is what was --out of spikepatch train; a training that is still under way is shown as far as it is.
@@ -30,7 +30,7 @@ def report_command(folder: Path, out: Path | None, as_json: bool) -> None:
     """
     import json
 
-    from spikepatch.report.html import write_page
+    from spikepatch.report.html import check_page, write_page
     from spikepatch.training.outcome import outcome
     from spikepatch.training.page import page_of
     from spikepatch.training.tables import print_verdict
@@ -41,15 +41,8 @@ def report_command(folder: Path, out: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(found.verdict.to_dict(), indent=2, allow_nan=False))
     else:
         print_verdict(found.verdict)
-    try:
-        write_page(page_of(found), path)
-    except OSError as error:
-        raise BadTarget(
-            "the page cannot be written",
-            where=str(path),
-            why=str(error.strerror),
-            remedy="give another path with --out",
-        ) from error
+    check_page(path, overwrite=overwrite, sources=found.local_sources)
+    write_page(page_of(found), path, overwrite=overwrite)
     if as_json or is_quiet():
         return
     if found.under_way or found.waiting:

@@ -8,26 +8,26 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet
-from spikepatch.errors import BadTarget
 
 #: Events that are printed; the page has all.
 _PRINTED = 20
 
 
 @click.command("spikes")
-@click.argument("logs", nargs=-1, required=True, metavar="LOG...", type=click.Path(path_type=Path))
+@click.argument("logs", nargs=-1, required=True, metavar="LOG...", type=options.Place(path_type=Path))
 @click.option("--loss", metavar="KEY", help="What the loss is called in the log.  [default: found]")
 @click.option("--norm", metavar="KEY", help="What the gradient norm is called, before clipping.  [default: found]")
 @click.option("--step", metavar="KEY", help="What the step is called.  [default: found]")
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=options.Place(path_type=Path),
     metavar="LOG2",
     help="Another run on the same batches: events that both have are the data's.",
 )
 @click.option(
-    "--report", type=click.Path(path_type=Path, dir_okay=False), metavar="HTML", help="Write a page with the curves."
+    "--report", type=options.Place(path_type=Path, dir_okay=False), metavar="HTML", help="Write a page with the curves."
 )
+@options.overwrite
 @options.as_json
 @click.pass_context
 def spikes_command(
@@ -38,6 +38,7 @@ def spikes_command(
     step: str | None,
     against: Path | None,
     report: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Find the loss spikes in anybody's training log, and say what cannot be seen in it.
@@ -55,11 +56,13 @@ def spikes_command(
     """
     import json
 
-    from spikepatch.report.html import write_page
+    from spikepatch.report.html import check_page, write_page
     from spikepatch.spikes.read_log import read_log
     from spikepatch.spikes.spike_page import spike_page
     from spikepatch.spikes.spike_report import judge
 
+    if report is not None:
+        check_page(report, overwrite=overwrite, sources=[log for log in (*logs, against) if log and log.is_file()])
     twin = None if against is None else read_log(against, loss=loss, norm=norm, step=step)
     read = [read_log(log, loss=loss, norm=norm, step=step) for log in logs]
     reports = [judge(log, against=twin) for log in read]
@@ -70,15 +73,7 @@ def spikes_command(
         for i, one in enumerate(reports):
             _print(one, first=i == 0)
     if report is not None:
-        try:
-            write_page(spike_page(reports), report)
-        except OSError as error:
-            raise BadTarget(
-                "the page cannot be written",
-                where=str(report),
-                why=str(error.strerror),
-                remedy="give another path with --report",
-            ) from error
+        write_page(spike_page(reports), report, overwrite=overwrite)
         if not as_json and not is_quiet():
             click.echo(f"page: {report}")
     ctx.exit(0 if all(one.passed for one in reports) else 1)

@@ -53,7 +53,7 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--data", multiple=True, required=True, metavar="DATA", help="What to train on; may be repeated.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs; new, or with --resume."
+    "--out", type=options.Place(path_type=Path), required=True, help="Folder of the runs; new, or with --resume."
 )
 @click.option("--steps", type=click.IntRange(min=1), required=True, metavar="N", help="Optimiser steps of each run.")
 @click.option("--lr", type=_POSITIVE, required=True, help="Largest learning rate.")
@@ -214,11 +214,11 @@ def _write_page(out: Path) -> None:
     path = out / "report.html"
     try:
         write_page(page(out), path)
-    except OSError as error:
+    except BadTarget as error:
         raise BadTarget(
             "the page cannot be written; the training is done, and its verdict stands",
             where=str(path),
-            why=str(error.strerror),
+            why=f"{error.what}: {error.why}",
             remedy=f"spikepatch report {shlex.quote(str(out))} --out PAGE.html",
         ) from error
 

@@ -13,6 +13,7 @@ from spikepatch.errors import Refused, first_line
 from spikepatch.quiet import quiet
 from spikepatch.residual.features import place_tokens
 from spikepatch.residual.trace import full_example
+from spikepatch.source.local import read_file
 from spikepatch.source.tokenizer import source_tokenizer
 
 if TYPE_CHECKING:
@@ -61,14 +62,14 @@ def text_tokens(path: Path, source: Source | None, *, tokens: int, batch: int) -
 
     if source is None or source.folder is None:
         raise refused("there is no tokenizer beside the model", "pass example_inputs={'input_ids': ...} in Python")
-    if not path.is_file():
+    if not path.exists():
         raise refused("there is no such file", "give a text file")
     tokenizer = source_tokenizer(source)
     if isinstance(tokenizer, str):
         raise refused(tokenizer, "leave --text out for random tokens")
     with quiet():
         try:
-            ids = tokenizer(path.read_text(encoding="utf-8")).input_ids
+            ids = tokenizer(read_file(path).decode("utf-8")).input_ids
         except Exception as error:  # whatever reading or a tokenizer raises
             raise refused(first_line(error), "give a text file, in UTF-8") from error
     tokens = _length(source.config.get_text_config(), tokens)

@@ -141,7 +141,7 @@ def with_recipe(base: Subject, mapped: Mapped, request: Request) -> Subject:
     restructure(patched, found)
     weights = planned(patched, found, base.weights, mapped.model)
     about = {
-        "all": "fresh",
+        "all": "fresh, towers kept" if found.kept else "fresh",
         "residual": f"{base.about}, residual projections fresh",
         "none": base.about,
     }[request.reinit]

@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from spikepatch.errors import Refused, did_you_mean
 from spikepatch.plans.plan import Recipe, Transform
+from spikepatch.source.local import read_file
 from spikepatch_transforms.embed_detach import EmbedDetach
 from spikepatch_transforms.embed_init import EmbedInit
 from spikepatch_transforms.embed_norm import EmbedNorm
@@ -44,6 +45,9 @@ KINDS: dict[str, type[Any]] = {
     "untie": UntieHead,
 }
 
+#: Bytes of a recipe.
+_LARGEST = 100_000
+
 _SHOWN = "`spikepatch recipes --help` shows such a file, and `spikepatch recipes` ends with what it may hold"
 
 
@@ -54,9 +58,12 @@ def read_recipe(path: Path) -> Recipe:
         Refused: the file cannot be read, or says something that no recipe or transform knows.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_file(path, limit=_LARGEST).decode("utf-8-sig"))
+    except RecursionError:
+        raise _refused("the recipe file cannot be read", str(path), "it is nested too deeply", _SHOWN) from None
     except (OSError, ValueError) as error:
-        raise _refused("the recipe file cannot be read", str(path), str(error), _SHOWN) from None
+        said = getattr(error, "strerror", None) or str(error)
+        raise _refused("the recipe file cannot be read", str(path), said, _SHOWN) from None
     transforms = data.pop("transform", [])
     own = [field.name for field in dataclasses.fields(Recipe) if field.name != "transforms"]
     fields = _checked(Recipe, data, str(path), [own[0], "transform", *own[1:]])

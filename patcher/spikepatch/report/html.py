@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2
 
+from spikepatch.apply.disk.atomic import placing
+from spikepatch.errors import BadTarget
 from spikepatch.report.axes import HEIGHT, WIDTH
 from spikepatch.report.document import Chart, Page
 from spikepatch.report.heat import heat
 from spikepatch.report.svg import STYLES, kinds, shape_svg, svg
+
+#: What every page and picture says of itself, near its beginning.
+MARK = "made by spikepatch"
+
+_ELSEWHERE = "give another path"
 
 #: Pixels of a picture: a title's height, a legend line's, a name's letter at 12 px, and what is beside a name.
 _TITLE, _LINE, _LETTER, _SWATCH = 34, 22, 7, 58
@@ -20,7 +27,7 @@ _TITLE, _LINE, _LETTER, _SWATCH = 34, 22, 7, 58
 def render(page: Page) -> str:
     """The page as HTML; every text is escaped."""
     drawing = {"heat": heat, "kinds": kinds, "shape_svg": shape_svg}
-    return _environment().get_template("page.html").render(page=page, svg=svg, styles=STYLES, **drawing)
+    return _environment().get_template("page.html").render(page=page, mark=MARK, svg=svg, styles=STYLES, **drawing)
 
 
 def picture(charts: Sequence[Chart]) -> str:
@@ -34,19 +41,75 @@ def picture(charts: Sequence[Chart]) -> str:
         legend.append((name, x, y))
         x += wide
     size = {"width": WIDTH, "height": y + _LINE, "title": _TITLE}
-    return (
-        _environment().get_template("picture.svg").render(charts=places, legend=legend, svg=svg, styles=STYLES, **size)
-    )
+    drawn = {"charts": places, "legend": legend, "svg": svg, "styles": STYLES, "mark": MARK}
+    return _environment().get_template("picture.svg").render(**drawn, **size)
 
 
-def write_page(page: Page, path: str | os.PathLike[str]) -> None:
-    """Write the page to ``path``, which is replaced."""
-    Path(path).write_text(render(page), encoding="utf-8")
+def check_page(
+    path: str | os.PathLike[str], *, overwrite: bool = False, sources: Iterable[str | os.PathLike[str]] = ()
+) -> None:
+    """Refuse a place for a page or a picture before the work for it is done. What lies in ``sources`` stays as it is.
+
+    Raises:
+        BadTarget: it is no file, or somebody's, which is replaced only with ``overwrite``; or none can be made there.
+    """
+    real = Path(os.path.realpath(path))
+    inside = [str(each) for each in sources if Path(os.path.realpath(each)) in (real, *real.parents)]
+    if inside:
+        what, why, remedy = "it would be written into a source", f"{inside[0]} is read, and stays as it is", _ELSEWHERE
+    elif not str(path) or real.is_dir():
+        what, why, remedy = "the page cannot be put there", "it is a folder", "give the name of a file"
+    elif os.path.lexists(real) and not real.is_file():
+        what, why, remedy = "the page cannot be put there", "it is no file, and a page is one", _ELSEWHERE
+    elif not os.access(real.parent, os.W_OK | os.X_OK) or not real.parent.is_dir():
+        why = f"{real.parent} is no folder that this user may write to"
+        what, remedy = "the page cannot be put there", "make it first, or give another path"
+    elif not overwrite and not _is_ours(real):
+        what, why = "there is a file that is no page of spikepatch", "it would be lost"
+        remedy = f"{_ELSEWHERE}, or --overwrite (in Python, overwrite=True) to replace it"
+    else:
+        return
+    raise BadTarget(what, where=str(path), why=why, remedy=remedy)
 
 
-def write_picture(charts: Sequence[Chart], path: str | os.PathLike[str]) -> None:
-    """Write the charts as SVG to ``path``, which is replaced."""
-    Path(path).write_text(picture(charts), encoding="utf-8")
+def write_page(page: Page, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Put the page in place whole, or leave what is there.
+
+    Raises:
+        BadTarget: as ``check_page``, or it cannot be written.
+    """
+    _put(render(page), path, overwrite)
+
+
+def write_picture(charts: Sequence[Chart], path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Put the charts in place as SVG, as ``write_page`` does."""
+    _put(picture(charts), path, overwrite)
+
+
+def _put(text: str, path: str | os.PathLike[str], overwrite: bool) -> None:
+    check_page(path, overwrite=overwrite)
+    try:
+        with placing(Path(os.path.realpath(path))) as new:  # a link keeps pointing to it
+            new.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadTarget(
+            "the page cannot be written",
+            where=str(path),
+            why=f"{error.strerror}; what was there before is as it was",
+            remedy=f"make room on the disk, or {_ELSEWHERE}",
+        ) from error
+
+
+def _is_ours(path: Path) -> bool:
+    """There is no file, an empty one, or one that says of itself that it is a page or a picture of ours."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1024)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return not head or MARK.encode() in head
 
 
 def _environment() -> jinja2.Environment:

@@ -200,6 +200,8 @@ class ResidualMap:
         unread: parameters that the output does not depend on in the traced pass.
         conditions: why what is said holds for inputs like the traced ones only: blocks that were run in part, and
             branches whose other way is not known. Empty: it holds for all.
+        towers: of a model that reads images or sounds beside text, the parameters and persistent buffers that compute
+            features of them; see ``parts.py``.
     """
 
     source: str
@@ -223,6 +225,7 @@ class ResidualMap:
     uses: tuple[Use, ...] = ()
     unread: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The whole map as JSON, as ``spikepatch inspect --json`` prints it; ``from_dict`` reads it."""

@@ -59,13 +59,17 @@ _DEVICE = torch.Tensor.device.__get__
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Appends every ATen call to ``graph``. Tensors that no recorded call made become placeholders: ``constants``.
 
-    ``asked``: what Python asked of the values. ``path``: of the module whose forward is running.
+    ``asked``: what Python asked of the values. ``path``: of the module whose forward is running. ``most``: calls, after
+    which it gives up.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, named: Mapping[str, torch.Tensor], inputs: Collection[torch.Tensor], mode: Mode) -> None:
+    def __init__(
+        self, named: Mapping[str, torch.Tensor], inputs: Collection[torch.Tensor], mode: Mode, most: float
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.most: float = most
         self.graph: Graph = Graph()
         self.asked: Asked = Asked(mode)
         self.lengths: frozenset[int] = frozenset(n for t in inputs for n in t.shape[-1:] if not t.is_floating_point())
@@ -163,6 +167,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return node
 
     def _append(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if len(self.graph.nodes) > self.most:
+            raise RuntimeError(f"the pass makes more than {self.most:g} calls")
         node = self.graph.call_function(func, *_map(self.node, (args, kwargs)))
         node.meta["nn_module_stack"] = {self.path[-1]: (self.path[-1], nn.Module)}
         parts = enumerate(result) if isinstance(result, (tuple, list)) else ()
@@ -324,11 +330,13 @@ def _prefer_traceable_kernels(model: nn.Module) -> None:
                 break
 
 
-def record(model: nn.Module, example: Mapping[str, Any], mode: Mode = "example") -> tuple[Recorder, Any]:
+def record(
+    model: nn.Module, example: Mapping[str, Any], mode: Mode = "example", most: float = math.inf
+) -> tuple[Recorder, Any]:
     """Run ``model``, as ``prepared`` makes it, once on a real ``example``: the recorder, and the output."""
     inputs = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
     named = {**dict(model.named_parameters()), **dict(model.named_buffers()), **inputs}
-    recorder = Recorder(named, inputs.values(), mode)
+    recorder = Recorder(named, inputs.values(), mode, most)
     drawing = torch.random.fork_rng(devices=[])  # the run is real where it does not depend on weights
     eagerly = torch.compiler.set_stance("force_eager")
     with quiet(), drawing, eagerly, torch.no_grad(), _paths(model, recorder), _Numbers(recorder), recorder:

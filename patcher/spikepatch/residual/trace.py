@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -116,12 +117,17 @@ def _read(traced: Trace) -> int:
 
 
 @without_collector()
-def recorded(model: nn.Module, example: Mapping[str, Any], mode: Mode = "example") -> Trace:
-    """Trace ``model`` by running it once on the meta device, see ``record.py``; it raises what its forward raises."""
+def recorded(model: nn.Module, example: Mapping[str, Any], mode: Mode = "example", most: float = math.inf) -> Trace:
+    """Trace ``model`` by running it once on the meta device, see ``record.py``; it raises what its forward raises.
+
+    Args:
+        mode: how questions about values are answered.
+        most: calls; a pass that makes more ends in a RuntimeError.
+    """
     twin = prepared(model)
     example = {name: on_cpu(t) if isinstance(t, torch.Tensor) else t for name, t in example.items()}
     buffers = list(twin.buffers())  # the run may replace them
-    recorder, result = record(twin, example, mode)
+    recorder, result = record(twin, example, mode, most)
     output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
     recorder.graph.output(recorder.node(output))
     inputs = {recorder.node(t): t for t in example.values() if isinstance(t, torch.Tensor)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,15 @@ from spikepatch.residual import ops
 from spikepatch.residual.kinds import sublayers_of
 from spikepatch.residual.ops import behind_views, op, operands, shape
 from spikepatch.residual.stream import Stream, find
-from spikepatch.residual.told import Mode, is_ours
+from spikepatch.residual.told import SHORTEST, Mode, is_ours
 from spikepatch.residual.trace import Trace, recorded
 from spikepatch.source.private import CHECKING
+
+#: A length that is tried of every model. (That ``0.5 * n`` was computed of a length n, nobody is told.)
+_LONG = 512
+
+#: A pass over other lengths that makes so many times the calls loops over its tokens, and is given up.
+_MORE = 4
 
 
 @dataclass(frozen=True)
@@ -115,9 +122,21 @@ def other_ways(model: nn.Module, found: Trace) -> Iterator[Way]:
         chosen = f"{_lines(asked.values)}: what the input holds is read by the code here, and the way for other values"
         yield from _gone(model, _other_values(found.example, rows), "values", chosen)
         yield from _gone(model, found.example, "zeros", chosen)
-    for length in sorted(asked.lengths - {asked.length}):
+    for length in sorted((asked.lengths | {SHORTEST, _LONG}) - {asked.length}) if asked.length else ():
         chosen = f"inputs of {length} tokens, not {asked.length}: their length chooses the way, and that for these"
-        yield from _gone(model, _as_long(found.example, asked.length, length), "example", chosen, may_fail=True)
+        longer = _as_long(found.example, asked.length, length)
+        for way in _gone(model, longer, "example", chosen, _MORE * len(found.graph.nodes)):
+            if not isinstance(way.trace, Trace) or _calls(way.trace) != _calls(found):
+                yield way
+
+
+def _calls(trace: Trace) -> list[object]:
+    """Of each node, what is called, and of which nodes; or which parameter it is."""
+    place = {node: i for i, node in enumerate(trace.graph.nodes)}
+    return [
+        trace.parameters.get(node, (node.target if node.op != "placeholder" else "", *map(place.get, operands(node))))
+        for node in place
+    ]
 
 
 def _lines(lines: Iterable[str]) -> str:
@@ -125,12 +144,12 @@ def _lines(lines: Iterable[str]) -> str:
 
 
 def _gone(
-    model: nn.Module, example: Mapping[str, Any], mode: Mode, chosen: str, *, may_fail: bool = False
+    model: nn.Module, example: Mapping[str, Any], mode: Mode, chosen: str, most: float = math.inf
 ) -> Iterator[Way]:
     try:
-        yield Way(chosen, recorded(model, example, mode), mode in {"all", "zeros"})
+        yield Way(chosen, recorded(model, example, mode, most), mode in {"all", "zeros"})
     except Exception as error:  # whatever a forward pass raises
-        if not may_fail and mode in {"first", "values"} and not _is_own(error):
+        if most == math.inf and mode in {"first", "values"} and not _is_own(error):
             yield Way(chosen, f"the model does not run so: {first_line(error)}")
 
 

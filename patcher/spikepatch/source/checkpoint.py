@@ -18,6 +18,7 @@ from spikepatch.source import hub
 from spikepatch.source.arrivals import Arrivals
 from spikepatch.source.formats import DOWNLOAD_AGAIN, INDEX_FILE, SINGLE_FILE, check_names, parse_json, recognise, some
 from spikepatch.source.header import DEQUANTISE, MalformedError, TensorEntry, read_header, torch_dtype, unreadable
+from spikepatch.source.local import leads_out, read_file
 from spikepatch.source.pieces import changed, open_tensor, read_into
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _read_index(folder: Path, findings: list[_Finding]) -> dict[str, str]:
     try:
         path = inside(folder, INDEX_FILE)
         try:
-            data = path.read_bytes()
+            data = read_file(path)
             index = parse_json(data)
         except OSError as error:
             raise unreadable(error) from error
@@ -215,14 +216,11 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         MalformedError: it is missing, or a link leads out.
     """
-    path, root = folder / name, folder.resolve()
+    path = folder / name
     if not os.path.isfile(path):  # unlike Path's methods, it has an answer for names that no file can have
         raise MalformedError("is not a file" if os.path.exists(path) else "is missing")
-    if not path.resolve().is_relative_to(root):
-        place = path.parent.resolve()
-        target = Path(os.path.normpath(place / os.readlink(path))) if path.is_symlink() else place / path.name
-        if root.parent.name != "snapshots" or target.parent != root.parent.parent / "blobs":
-            raise MalformedError(f"is a link that leads out of the folder, to {target}", "replace the link by the file")
+    if (target := leads_out(path, folder)) is not None:
+        raise MalformedError(f"is a link that leads out of the folder, to {target}", "replace the link by the file")
     return path
 
 

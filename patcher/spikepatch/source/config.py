@@ -12,10 +12,14 @@ from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line, unp
 from spikepatch.quiet import quiet
 from spikepatch.source.auto_classes import OF_BOTH, auto_classes, in_order
 from spikepatch.source.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
+from spikepatch.source.local import read_file
 from spikepatch.source.redirects import check_config, entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+#: Bytes of a config.json; the largest of transformers has some 50,000.
+_LARGEST = 10_000_000
 
 #: Auto classes whose code runs when a model is built.
 _BUILDERS = ("AutoConfig", "AutoModel", "AutoBackbone")
@@ -181,13 +185,13 @@ def _config_class(raw: dict[str, Any], folder: Path) -> Any:
 
 def _read_json(path: Path, where: str) -> dict[str, Any]:
     try:
-        data = path.read_bytes()
+        data = read_file(path, within=path.parent, limit=_LARGEST)
     except OSError as error:
         raise BadSource(
             "config.json cannot be read",
             where=where,
-            why=str(error.strerror),
-            remedy="check what it is and who may read it",
+            why=error.strerror or str(error),
+            remedy="check what it is and who may read it; replace a link by the file",
         ) from error
     try:
         raw = parse_json(data)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikepatch.source.formats import DOWNLOAD_AGAIN, parse_json, recognise, some
+from spikepatch.source.local import opened
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +109,7 @@ def read_header(
 
 def _first_bytes(path: Path, count: int) -> tuple[bytes, int]:
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             return file.read(count), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise unreadable(error) from error

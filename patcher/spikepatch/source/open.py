@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import os
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from spikepatch.source.formats import (
     parse_json,
 )
 from spikepatch.source.header import MalformedError
+from spikepatch.source.local import local_path, opened, read_file
 from spikepatch.source.redirects import check_files, check_tokenizer, code_files
 
 if TYPE_CHECKING:
@@ -117,9 +119,16 @@ def open_source(
         BadSource: the source is missing, malformed, out of reach, or of a kind that is never opened.
         Refused: it needs code that is not trusted, is quantised, or is no architecture that can be built.
     """
+    if not spec:
+        raise BadSource(
+            "there is no source",
+            where="SOURCE",
+            why="it is empty, as a variable is that is not set",
+            remedy="give a folder, a hub id such as org/name, or arch:TYPE",
+        )
     is_arch = spec.startswith("arch:")
-    path = Path(spec).expanduser()
-    is_path = not is_arch and (spec.startswith(("/", ".", "~")) or spec.endswith("/") or not spec or path.exists())
+    path = local_path(spec)
+    is_path = not is_arch and (spec.startswith(("/", ".", "~")) or spec.endswith("/") or path.exists())
     if revision is not None and (is_arch or is_path):
         raise BadSource(
             f"has no revision {revision!r}",
@@ -133,6 +142,16 @@ def open_source(
     if is_path:
         return _local_folder(spec, path, trust_remote_code, weights, learned)
     return _hub_model(spec, revision, trust_remote_code, weights, learned, report)
+
+
+def with_weights(source: Source) -> Source:
+    """The same source, the headers of its weights checked as well; see ``open_source``."""
+    if source.checkpoint is not None or not source.has_weights:
+        return source
+    if source.kind == "folder" and source.folder is not None:
+        return dataclasses.replace(source, checkpoint=read_checkpoint(source.folder))
+    opened = open_source(source.name, revision=source.commit, trust_remote_code=source.needs_code, weights=True)
+    return dataclasses.replace(source, checkpoint=opened.checkpoint)
 
 
 def build_meta(source: Source) -> PreTrainedModel:
@@ -251,7 +270,7 @@ def _copied_files(folder: Path, names: Iterable[str], found: Architecture) -> tu
             problems.append(f"{path.name} {error.problem}")
             continue
         try:
-            with open(path, "rb") as file:
+            with opened(path) as file:
                 head = file.read(len(LFS_POINTER))
         except OSError as error:
             raise _unreadable(str(path), error) from error
@@ -282,7 +301,7 @@ def _code_files(folder: Path, config: Any) -> list[Path]:
 
     names = code_files({"auto_map": getattr(config, "auto_map", {})})
     with contextlib.suppress(OSError, ValueError):  # a tokenizer without a usable config of its own
-        names += code_files(parse_json((folder / "tokenizer_config.json").read_bytes()))
+        names += code_files(parse_json(read_file(folder / "tokenizer_config.json", within=folder)))
     files = [folder / name for name in names if (folder / name).is_file()]
     return sorted({path for file in files for path in (file, *map(Path, get_relative_import_files(file)))})
 

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from spikepatch.errors import BadSource
 from spikepatch.source.header import DTYPES, TensorEntry, torch_dtype
+from spikepatch.source.local import opened
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ def open_to_read(path: Path) -> FileIO:
         BadSource: it is gone, or may not be read.
     """
     try:
-        return open(path, "rb", buffering=0)
+        return cast("FileIO", opened(path).detach())
     except OSError as error:
         raise _unreadable(path, error) from error
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from spikepatch.errors import Refused
 from spikepatch.source.formats import INDEX_FILE, SINGLE_FILE, parse_json, some
+from spikepatch.source.local import read_file
 
 #: Key of config.json -> what transformers does for it. At any depth, since a part may be loaded by itself.
 _CONFIG_KEYS = {
@@ -106,7 +107,7 @@ def check_tokenizer(folder: Path, where: str) -> None:
         Refused: every such key is named, with what it does.
     """
     try:
-        config = parse_json((folder / "tokenizer_config.json").read_bytes())
+        config = parse_json(read_file(folder / "tokenizer_config.json", within=folder))
     except (OSError, ValueError):
         return
     if not isinstance(config, dict):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spikepatch.errors import Refused
 from spikepatch.quiet import quiet
 from spikepatch.source.formats import parse_json
+from spikepatch.source.local import read_file
 from spikepatch.source.redirects import code_files
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def refit(original: Any, folder: Path, *, trusted: bool = False) -> tuple[str, .
         Refused: it cannot be done.
     """
     config = folder / _CONFIG
-    named = parse_json(config.read_bytes()) if config.exists() else {}
+    named = parse_json(read_file(config)) if config.exists() else {}
     orphaned = [file for file in code_files(named) if not (folder / file).exists()]
     if orphaned:
         del named["auto_map"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line
+from spikepatch.source.local import read_file
 from spikepatch.spikes.line_formats import LINE_FORMATS, LossOf, rows_of
 
 #: Keys by which a log calls its step, its loss and the norm of its gradient; the first that is there.
@@ -25,6 +26,9 @@ NORM_KEYS = (
     "grad_norm", "gradient_norm", "train/grad_norm", "grad-norm", "norm", "grad norm", "optim/total grad norm",
     "train/global_grad_norm",
 )  # fmt: skip
+
+#: Bytes of a log.
+_LARGEST = 2_000_000_000
 
 #: Of a log with many numbers, how many rows are enough to know its format by.
 _LINES = 2000
@@ -74,7 +78,7 @@ def raw_rows(path: Path, keys: Keys) -> Raw:
     if "tfevents" in path.name:
         return _tensorboard(path, [path], keys)
     try:
-        content = path.read_bytes()
+        content = read_file(path, limit=_LARGEST)
     except OSError as error:
         raise BadSource(
             "the log cannot be read", where=str(path), why=str(error.strerror), remedy="give the file of a log"

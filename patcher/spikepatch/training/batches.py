@@ -23,9 +23,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 
-from spikepatch.apply.disk.atomic import placing
+from spikepatch.apply.disk.atomic import locked, placing
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.progress import Progress, silent
 from spikepatch.training.documents import PIECE, Input, TextPiece, inputs
@@ -101,7 +100,7 @@ def prepare(
     key = _key(training, evaluation, tokenizing, report)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK):
+        with locked(folder / LOCK, wait=True):
             found = _read(folder, key)
             return found if found is not None else _write(folder, key, training, evaluation, tokenizing, report)
     except OSError as error:

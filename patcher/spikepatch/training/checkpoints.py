@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import random
 import shutil
@@ -35,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from spikepatch.apply.disk.atomic import put, sync
+from spikepatch.apply.disk.atomic import beside, put, remove, sync
 from spikepatch.errors import BadSource, BadTarget, Refused
 from spikepatch.quiet import quiet
 
@@ -59,7 +58,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         BadTarget: it cannot be written; the ones before are still there.
     """
     path = folder / _name(step)
-    new = folder / f".{path.name}.new"
+    new = beside(path, "new")
     if _rank() == 0:
         _log.debug("create")
         new.mkdir(parents=True)
@@ -88,7 +87,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         put(new, path)
         _log.debug("delete older ones")
         for older in committed(folder)[:-_KEEP]:
-            _remove(older)
+            remove(older)
     _barrier()
     return path
 
@@ -147,14 +146,14 @@ def drop(folder: Path, *, after: int) -> None:
     if _rank() == 0:
         for path in committed(folder):
             if _step(path) > after:
-                _remove(path)
+                remove(path)
     _barrier()
 
 
 def sweep(folder: Path) -> None:
     """Delete what killed runs have left behind. Called on every rank alike."""
     if _rank() == 0:
-        for path in (*folder.glob(".step-*.new"), *folder.glob(".step-*.old")):
+        for path in folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
     _barrier()
 
@@ -204,15 +203,6 @@ def _set_random_states(states: Mapping[str, Any]) -> None:
     random.setstate(states["python"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _remove(path: Path) -> None:
-    """Out of the way in one step, then deleted: nobody takes half a checkpoint for a whole one."""
-    if path.exists():
-        old = path.parent / f".{path.name.strip('.').removesuffix('.new')}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(path, old)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _name(step: int) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spikepatch.errors import BadSource, Refused
+from spikepatch.source.local import local_path, opened
 
 #: Characters. A longer document is read, and tokenised, in pieces that end with a line.
 PIECE = 1 << 20
@@ -78,7 +79,7 @@ def _resolve(argument: str, option: str) -> list[Input]:
         return _standard_library()
     if argument.startswith(DATASETS):
         return [_dataset(argument)]
-    path = Path(argument).expanduser()
+    path = local_path(argument)
     if path.is_dir():
         raise BadSource(
             "is a folder", where=f"{option} {argument}", why="which of its files are meant is not guessed",
@@ -109,7 +110,7 @@ def _file(path: Path) -> Input:
 
     try:
         size = path.stat().st_size
-        os.close(os.open(path, os.O_RDONLY))
+        opened(path).close()
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
     if reader is _parquet:
@@ -119,7 +120,7 @@ def _file(path: Path) -> Input:
 
 def _digest(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
@@ -127,7 +128,7 @@ def _digest(path: Path) -> str:
 
 def _text(path: Path) -> Iterator[TextPiece]:
     """``newline=""``: line ends stay as they are."""
-    with open(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
+    with opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
         try:
             text = file.read(PIECE) + file.readline(PIECE)
             while text:
@@ -140,7 +141,7 @@ def _text(path: Path) -> Iterator[TextPiece]:
 
 
 def _jsonl(path: Path) -> Iterator[TextPiece]:
-    with open(path, "rb") as file:
+    with opened(path) as file:
         read = 0
         for number, line in enumerate(file, 1):
             read += len(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +16,13 @@ import torch
 from spikepatch.apply.generated.patched_source import check_known, check_replaced, load_as_it_is, load_unpatched
 from spikepatch.apply.live.patch import patch
 from spikepatch.errors import Refused
-from spikepatch.plans.plan import Recipe
+from spikepatch.plans.plan import Plan, Recipe
 from spikepatch.preflight.values import fresh
 from spikepatch.quiet import quiet
 from spikepatch.recipes import built_in
-from spikepatch.recipes.plan_of import map_source, plan_model, plan_on
+from spikepatch.recipes.plan_of import Mapped, map_source, plan_on
 from spikepatch.recipes.request import Options, Request, parse_requests
+from spikepatch.source.local import local_path
 from spikepatch.source.match import match_source
 from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.private import from_config
@@ -49,6 +51,18 @@ class Entry:
     def name(self) -> str:
         return self.model.name
 
+    @functools.cached_property
+    def mapped(self) -> Mapped:
+        """What its plans, of whatever seed, are worked out on."""
+        return map_source(self.source)
+
+    def plan(self, seed: int) -> Plan | None:
+        """What the recipe asks for; None without one."""
+        if self.request is None:
+            return None
+        found = plan_on(self.mapped, replace(self.request, seed=seed))
+        return replace(found, source=self.source.short_name)
+
 
 def parse_entries(
     arguments: Sequence[str],
@@ -73,7 +87,7 @@ def parse_entries(
         Refused: a source is not trusted or is no causal language model, there is no such recipe, or two models have the
             same name.
     """
-    models = [(argument, *_split(argument)) for argument in arguments]
+    models = [(argument, *split(argument)) for argument in arguments]
     recipes = {recipe: argument for argument, _, _, recipe in reversed(models) if recipe is not None}
     requests = {str(r.given): r for r in parse_requests([*recipes], recipes, reinit="all", **options)}
     sources: dict[str, Source] = {}
@@ -123,8 +137,8 @@ def build(entry: Entry, *, seed: int) -> PreTrainedModel:
     Raises:
         SpikepatchError: the source cannot be read, or the recipe does not apply to it.
     """
-    request = None if entry.request is None else replace(entry.request, seed=seed)
-    made = _learned(entry.source, request) if entry.source.checkpoint is not None else _fresh(entry, request, seed)
+    plan = entry.plan(seed)
+    made = _learned(entry.source, plan) if entry.source.checkpoint is not None else _fresh(entry, plan, seed)
     model: PreTrainedModel = made.train()
     return model
 
@@ -174,21 +188,19 @@ def _beginnings(model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torc
     return first, second
 
 
-def _learned(source: Source, request: Request | None) -> Any:
-    mapped = None if request is None else map_source(source)
-    if mapped is None:
+def _learned(source: Source, plan: Plan | None) -> Any:
+    if plan is None:
         match_source(source, build_meta(source))  # names every tensor that is missing or misshapen
-    source.fetch_weights()
-    if mapped is None or request is None:
+        source.fetch_weights()
         return load_as_it_is(source)
-    found = plan_on(mapped, request)
-    check_replaced(source, found)
-    return patch(load_unpatched(source), found)
+    source.fetch_weights()
+    check_replaced(source, plan)
+    return patch(load_unpatched(source), plan)
 
 
-def _fresh(entry: Entry, request: Request | None, seed: int) -> Any:
+def _fresh(entry: Entry, plan: Plan | None, seed: int) -> Any:
     source = entry.source
-    if source.patched is not None and request is None:
+    if source.patched is not None and plan is None:
         raise Refused(
             what="it is patched, and has no weights",
             where=source.name,
@@ -202,8 +214,8 @@ def _fresh(entry: Entry, request: Request | None, seed: int) -> Any:
         torch.manual_seed(0)
         model: Any = from_config(source.model_class, config)
     model.float()
-    if request is not None:
-        return patch(model, plan_model(model, request))
+    if plan is not None:
+        return patch(model, plan)
     weight = fresh(model, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -211,17 +223,17 @@ def _fresh(entry: Entry, request: Request | None, seed: int) -> Any:
     return model
 
 
-def _split(argument: str) -> tuple[str, str, str | None]:
+def split(argument: str) -> tuple[str, str, str | None]:
     """Name, source and recipe. A path that exists is a source as it stands, whatever characters it has."""
     name, equals, rest = argument.partition("=")
-    named = bool(equals) and not Path(argument).expanduser().exists() and "/" not in name
+    named = bool(equals) and not local_path(argument).exists() and "/" not in name
     spec = rest if named else argument
     recipe = None
-    if not Path(spec).expanduser().exists():
+    if not local_path(spec).exists():
         source, at, after = spec.rpartition("@")
         spec, recipe = (source, after) if at else (spec, None)
     if not named:
-        last = Path(spec.removeprefix("arch:")).expanduser()
+        last = local_path(spec.removeprefix("arch:"))
         parts = [last.name or last.resolve().name, *([Path(recipe).name.removesuffix(".toml")] if recipe else [])]
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-._")
     if _NAME.fullmatch(name) is None or name in _TAKEN:

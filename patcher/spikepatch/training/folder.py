@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from spikepatch._version import __version__
-from spikepatch.apply.disk.atomic import placing
+from spikepatch.apply.disk.atomic import locked, placing
 from spikepatch.errors import BadTarget, Refused
+from spikepatch.source.local import local_path
 
 #: What is run. Written before the first step; its keys but ``versions`` and ``command`` stay as they are.
 RECORD = "run.json"
@@ -26,11 +26,19 @@ DATA, TOKENS, LOCK = "data", "tokens-", ".lock"
 _LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
 
 
-def check_out(out: Path, *, resume: bool) -> None:
-    """Refuse a folder that holds something, or with ``resume``, something that is no run.
+def check_out(out: Path, *, resume: bool, sources: Iterable[str] = ()) -> None:
+    """Refuse a folder that holds something, or with ``resume``, something that is no run; and one inside a source.
 
     What a command leaves that was killed before its first step is nothing: the lock, and tokens.
     """
+    for source in map(local_path, sources):
+        if source.is_dir() and Path(os.path.realpath(source)) in (real := Path(os.path.realpath(out)), *real.parents):
+            raise BadTarget(
+                "the output folder lies in a source",
+                where=str(out),
+                why=f"{source} is read, and stays as it is",
+                remedy="give another folder with --out",
+            )
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if out.exists() and not out.is_dir():
         why, remedy = "it is a file", "give a folder"
@@ -52,7 +60,7 @@ def _holds_tokens(data: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
+def held(out: Path) -> Iterator[None]:
     """Hold the folder against other commands; it is made, and where no run has begun, it is gone again at the end.
 
     Raises:
@@ -60,38 +68,37 @@ def locked(out: Path) -> Iterator[None]:
     """
     made = [path for path in (out, *out.parents) if not path.exists()]
     had_tokens = (out / DATA).exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise BadTarget(
-            "another command is training into the output folder",
-            where=str(out),
-            why=f"it holds {LOCK}",
-            remedy="wait until it has ended, or give every command a folder of its own",
-        ) from error
-    except OSError as error:
-        raise BadTarget(
-            "the output folder cannot be made",
-            where=str(out),
-            why=str(error),
-            remedy="give another one with --out, or mend its parent's permissions",
-        ) from error
-    try:
-        yield
-    finally:
-        begun = (out / RECORD).exists()
-        if not begun and not had_tokens:
-            shutil.rmtree(out / DATA, ignore_errors=True)
-        if not begun:  # while it is held: later it might be another command's
-            with contextlib.suppress(OSError):
-                (out / LOCK).unlink(missing_ok=True)
-        lock.release()
-        if not begun:
-            with contextlib.suppress(OSError):  # a folder that is not empty stays
-                for path in made:
-                    path.rmdir()
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_unused, made)  # last: the lock lies inside
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out / LOCK))
+        except BlockingIOError as error:
+            raise BadTarget(
+                "another command is training into the output folder",
+                where=str(out),
+                why=f"it holds {LOCK}",
+                remedy="wait until it has ended, or give every command a folder of its own",
+            ) from error
+        except OSError as error:
+            raise BadTarget(
+                "the output folder cannot be made",
+                where=str(out),
+                why=error.strerror or str(error),
+                remedy="give another one with --out, or mend its parent's permissions",
+            ) from error
+        try:
+            yield
+        finally:
+            if not (out / RECORD).exists() and not had_tokens:
+                shutil.rmtree(out / DATA, ignore_errors=True)
+
+
+def _remove_unused(made: Iterable[Path]) -> None:
+    """Folders that were made and hold nothing."""
+    with contextlib.suppress(OSError):
+        for path in made:
+            path.rmdir()
 
 
 def write_record(out: Path, wanted: Mapping[str, Any], command: str) -> None:

@@ -15,9 +15,13 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from spikepatch.errors import BadSource
+from spikepatch.source.local import opened, read_file
 from spikepatch.source.typed import finite, parsed
 from spikepatch.spikes.events import Event
 from spikepatch.training.run_identity import Run
+
+#: Bytes of a log: of a million steps, a fifth of it.
+_LARGEST = 2_000_000_000
 
 #: Told every record of a run, as it is written to the log.
 Reporter = Callable[[Mapping[str, Any]], None]
@@ -198,7 +202,7 @@ def _no_such_log(path: Path, why: str) -> BadSource:
 def begun(path: str | os.PathLike[str]) -> bool:
     """Whether there is a log with at least its first record."""
     try:
-        with Path(path).open("rb") as file:
+        with opened(path) as file:
             return file.readline().endswith(b"\n")
     except FileNotFoundError:
         return False
@@ -212,7 +216,7 @@ def read(path: str | os.PathLike[str]) -> RunLog:
     """
     path = Path(path)
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line's end: nothing, or a torn line
+        lines = read_file(path, limit=_LARGEST).split(b"\n")[:-1]  # behind the last line's end: nothing, or a torn line
     except OSError as error:
         raise BadSource(
             "the log cannot be read",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spikepatch.errors import BadSource
+from spikepatch.source.local import local_path, read_file
 from spikepatch.training.folder import RECORD
 from spikepatch.training.log import RunLog, begun, read
 from spikepatch.training.run_identity import all_runs
@@ -24,6 +25,12 @@ class Outcome:
     logs: tuple[RunLog, ...]
     verdict: Verdict
     waiting: tuple[str, ...]
+
+    @property
+    def local_sources(self) -> list[str]:
+        """Folders that models were read from."""
+        named = [str(model.get("source")) for model in self.record["models"].values()]
+        return [name for name in named if local_path(name).is_dir()]
 
     @property
     def under_way(self) -> tuple[RunLog, ...]:
@@ -58,7 +65,7 @@ def outcome(folder: str | os.PathLike[str]) -> Outcome:
 
 def _record(folder: Path) -> dict[str, Any]:
     try:
-        record = json.loads((folder / RECORD).read_bytes())
+        record = json.loads(read_file(folder / RECORD))
     except FileNotFoundError as error:
         raise _no_training(folder, f"it has no {RECORD}" if folder.is_dir() else "there is no such folder") from error
     except OSError as error:

@@ -30,8 +30,8 @@ from spikepatch.source.tokenizer import has_tokenizer, source_tokenizer
 from spikepatch.spikes.conclusion import LEAST_ROWS
 from spikepatch.training import checkpoints
 from spikepatch.training.batches import Tokens, check_enough, prepare
-from spikepatch.training.entries import Entry, build, check_causal, parse_entries, tokenizer_of
-from spikepatch.training.folder import DATA, RECORD, check_out, locked, recorded_commits, write_json, write_record
+from spikepatch.training.entries import Entry, build, check_causal, parse_entries, split, tokenizer_of
+from spikepatch.training.folder import DATA, RECORD, check_out, held, recorded_commits, write_json, write_record
 from spikepatch.training.launch import Launch, launched
 from spikepatch.training.log import Reporter, read
 from spikepatch.training.loop import train
@@ -83,10 +83,10 @@ def run_all(
     check_installed(log_with)
     with launched(settings) as launch, contextlib.ExitStack() as stack:
         main = launch.accelerator.is_main_process
-        check_out(out, resume=resume)
+        check_out(out, resume=resume, sources=[split(model)[1] for model in models])
         launch.accelerator.wait_for_everyone()
         if main:
-            stack.enter_context(locked(out))
+            stack.enter_context(held(out))
             for note in launch.notes:
                 say(note)
         quiet_steps: Progress = steps if main else silent

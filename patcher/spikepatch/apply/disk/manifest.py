@@ -13,13 +13,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from spikepatch._version import __version__
-from spikepatch.plans.in_words import changes, streams
+from spikepatch.plans.in_words import changes, parts, streams
 from spikepatch.plans.plan import Plan, Recipe
+from spikepatch.source.local import opened, read_file
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
 
 MANIFEST = "spikepatch.json"
+
+#: Bytes of a model card.
+_LARGEST_CARD = 10_000_000
 
 
 def manifest(
@@ -119,7 +123,7 @@ def fingerprint(source: Source, known: Mapping[Path, str] = MappingProxyType({})
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -134,7 +138,9 @@ def inherited_metadata(card: Path | None, hub_id: str | None) -> dict[str, Any]:
 
     data: dict[str, Any] = {}
     with contextlib.suppress(Exception):  # written by hand: anything may be in there, or nothing
-        data = metadata_load(card) or {} if card is not None else {}
+        if card is not None:
+            read_file(card, within=card.parent, limit=_LARGEST_CARD)
+            data = metadata_load(card) or {}
     licence = {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
     from spikepatch.source.private import is_repository
 
@@ -167,7 +173,11 @@ def model_card(
         "residual": "Learned weights, with the residual projections drawn afresh: to be trained on before use.",
         "none": "Learned weights behind a larger shortcut: to be trained on, the function has changed.",
     }[plan.reinit]
-    lines = [f"{streams(plan)}, seed {plan.seed}", *changes(plan, quote="`")]
+    if plan.kept:
+        weights = (
+            "Learned weights in the towers, which compute features of images and sounds; **fresh weights** in all else."
+        )
+    lines = [f"{streams(plan)}, seed {plan.seed}", *parts(plan), *changes(plan, quote="`")]
     listed = "\n".join(f"- {line}" for line in lines)
     return f"""---
 {data.to_yaml()}

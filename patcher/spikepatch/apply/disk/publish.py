@@ -20,9 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spikepatch.apply.disk.atomic import put, sync
+from spikepatch.apply.disk.atomic import beside, locked, put, sync
 from spikepatch.errors import BadTarget
 from spikepatch.source.formats import size
+from spikepatch.source.local import local_path
 
 if TYPE_CHECKING:
     from spikepatch.source.checkpoint import Checkpoint
@@ -81,7 +82,7 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
 
 def check_local_target(out: str | os.PathLike[str], source: str, *, overwrite: bool) -> None:
     """``check_target`` as far as it can be asked before it is known what ``source`` is."""
-    local = Path(source).expanduser()
+    local = local_path(source)
     check_target(Path(out), local if local.is_dir() else None, overwrite=overwrite)
 
 
@@ -113,7 +114,7 @@ def publishing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         BadTarget: another run is writing to ``out`` or has written it meanwhile; what is there is not to be replaced.
     """
     out = Path(os.path.realpath(Path(os.path.abspath(out)).parent)) / Path(os.path.abspath(out)).name
-    lock, new, old = (out.parent / f".{out.name}.{part}.spikepatch" for part in ("lock", "new", "old"))
+    lock, new, old = (beside(out, part) for part in ("lock", "new", "old"))
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -204,56 +205,29 @@ def _occupant(out: Path) -> tuple[int, int] | None:
 def _locked(lock: Path, out: Path, new: Path, old: Path) -> Iterator[None]:
     """Hold the lock, with the remains of a run that was killed swept; the lock file stays where some cannot be."""
     _log.debug("lock")
-    handle, killed = _acquire(lock, out)
     left: list[Path] = []
-    try:
-        if killed:
-            _log.debug("sweep the remains of another run")
-            _sweep(out, new, old)
-        left = [path for path in (old, new) if os.path.lexists(path)]
-        if left:
-            why = "it has a name that this program uses while it writes, and is not its own or cannot be deleted"
-            if killed and left == [old, new]:
-                why = "it was the output folder before a run that was killed, and something else has taken its place"
-            _refuse(out, [(f"{left[0]} is in the way", why, "move it away")])
-        yield
-    finally:
-        _log.debug("unlock")
-        if (left and not killed) or not any(map(os.path.lexists, (new, old))):
-            with contextlib.suppress(OSError):
-                lock.unlink()
-        os.close(handle)
-
-
-def _acquire(lock: Path, out: Path) -> tuple[int, bool]:
-    """The locked file, and whether it was there before: left by a run that was killed."""
-    import fcntl  # not on every system: see errors.check_platform
-
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-    while True:
+    with contextlib.ExitStack() as stack:
         try:
-            handle, existed = os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o666), False
-        except FileExistsError:
-            try:
-                handle, existed = os.open(lock, flags), True
-            except FileNotFoundError:
-                continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(handle).st_nlink:
-                return handle, existed
+            held = locked(lock, stays=lambda: (killed or not left) and any(map(os.path.lexists, (new, old))))
+            killed = stack.enter_context(held)
         except BlockingIOError as error:
-            os.close(handle)
             raise BadTarget(
                 "another run is writing the output folder",
                 where=str(out),
                 why=f"it holds {lock.name}",
                 remedy="wait until it has ended, or give every run a folder of its own",
             ) from error
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)  # its last holder has deleted it meanwhile
+        stack.callback(_log.debug, "unlock")
+        if killed:
+            _log.debug("sweep the remains of another run")
+            _sweep(out, new, old)
+        left += [path for path in (old, new) if os.path.lexists(path)]
+        if left:
+            why = "it has a name that this program uses while it writes, and is not its own or cannot be deleted"
+            if killed and left == [old, new]:
+                why = "it was the output folder before a run that was killed, and something else has taken its place"
+            _refuse(out, [(f"{left[0]} is in the way", why, "move it away")])
+        yield
 
 
 def _swap(new: Path, out: Path, old: Path) -> None:

@@ -19,6 +19,7 @@ from spikepatch.errors import BadSource
 from spikepatch.source.checkpoint import read_checkpoint
 from spikepatch.source.formats import INDEX_FILE, SINGLE_FILE, foreign_weights, parse_json, some
 from spikepatch.source.header import TensorEntry
+from spikepatch.source.local import read_file
 from spikepatch.source.pieces import nonfinite, raw_pieces
 
 
@@ -95,7 +96,7 @@ def _promised(root: Path) -> dict[str, str]:
         return BadSource(what, where=str(root), why=why, remedy="give a folder that spikepatch has written")
 
     try:
-        data: Any = parse_json((root / MANIFEST).read_bytes())
+        data: Any = parse_json(read_file(root / MANIFEST, within=root))
     except OSError as error:
         raise bad(f"has no {MANIFEST}", error.strerror or str(error)) from error
     except ValueError as error:

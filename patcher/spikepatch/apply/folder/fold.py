@@ -40,6 +40,7 @@ from spikepatch.progress import Progress, silent
 from spikepatch.recipes.plan_of import check_weights
 from spikepatch.source.classes import original_in
 from spikepatch.source.config import Recorded
+from spikepatch.source.local import target_path
 from spikepatch.source.match import Match, match_source
 from spikepatch.source.open import MODEL_CARD, Source, open_source
 from spikepatch.source.tokenizer import has_tokenizer
@@ -105,7 +106,7 @@ def fold(
         SpikepatchError: it cannot be read or written.
     """
     report: Progress = progress or silent
-    folder = Path(out)
+    folder = target_path(out)
     check_local_target(folder, trained, overwrite=overwrite)
     with loader(load_test) as process:
         report("reading the source")

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from spikepatch.apply.disk.atomic import locked
 from spikepatch.apply.generated.render import completed, config_entries, module_name, original_entries, render
 from spikepatch.runtime.embedding import install
 from spikepatch.source.classes import Original, carried_files, class_name, original_of
@@ -47,7 +46,7 @@ def generated_classes(original: Original) -> Generated:
     cache = Path(HF_MODULES_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
     # The ranks of a distributed run write the same files at the same time, and transformers does not lock.
-    with FileLock(cache / "spikepatch.lock"), tempfile.TemporaryDirectory() as scratch:
+    with locked(cache / "spikepatch.lock", wait=True), tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / module
         folder.mkdir()
         for name, text in render(original).items():

@@ -18,6 +18,7 @@ from spikepatch.apply.values.initialiser import own_values
 from spikepatch.apply.values.loading import stable_settings
 from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
 from spikepatch.errors import Refused
+from spikepatch.plans.in_words import parts
 from spikepatch.plans.plan import EmbeddingEdit, ModelPart, Plan, Recipe, Reinit, Untie, ValueEdit
 from spikepatch.recipes.plan_of import check_learned, plan_model
 from spikepatch.recipes.request import parse_request
@@ -104,10 +105,14 @@ def patch(
         )
     value = values(plan, twin, model, persistent(twin, buffers))
     # It may refuse, which later is too late.
-    kept = [t.owner for t in targets if t.owner not in plan.written and value(t) is None]
+    left = plan.written | {*plan.kept}
+    kept = [t.owner for t in targets if t.owner not in left and value(t) is None]
 
     settings = {} if plan.structural else stable_settings(model, plan)
 
+    if plan.reinit != "none":
+        for line in parts(plan):
+            _log.warning("%s", line)
     _own_configs(model)
     _record(model, plan)
     for name, setting in settings.items():
@@ -128,7 +133,7 @@ def patch(
                 written.add(target.owner)
         if plan.reinit == "all":
             for name, buffer in model.named_buffers():  # those that no checkpoint has
-                if name not in written and name in buffers and buffers[name].shape == buffer.shape:
+                if name not in written | {*plan.kept} and name in buffers and buffers[name].shape == buffer.shape:
                     buffer.copy_(buffers[name])
     _count(model, plan, written)
     if plan.reinit == "all" and kept:
@@ -189,6 +194,8 @@ def _check_unpatched(model: nn.Module) -> None:
 def _check(model: nn.Module, plan: Plan) -> None:
     check_learned(model, plan.reinit)
     problems = [*_read_only(model), *_misfits(model, plan)]
+    if plan.kept and on_meta(model):
+        problems.append("it keeps learned weights of towers, and on the meta device there are none")
     if problems:
         raise Refused(
             what="the plan cannot be applied to this model",

@@ -23,6 +23,7 @@ from spikepatch.errors import Refused
 from spikepatch.plans.plan import Plan
 from spikepatch.quiet import quiet
 from spikepatch.source.classes import is_remote, original_of
+from spikepatch.source.local import target_path
 from spikepatch.source.meta import check_module
 from spikepatch.source.private import registered_auto_class
 from spikepatch.source.tied import first_names
@@ -66,7 +67,7 @@ def save(
             why="there is no plan to record" if plan is None else "it has no save_pretrained",
             remedy="call spikepatch.patch first, or use the model's own way of saving",
         )
-    folder = Path(out)
+    folder = target_path(out)
     check_target(folder, None, overwrite=overwrite)
     storage = "code" if plan.structural else "plain"
     with pretrained(model, folder, files=files, tokenizer=tokenizer, overwrite=overwrite) as scratch:

@@ -25,6 +25,7 @@ from spikepatch.plans.plan import EmbeddingEdit, NormEmbedding, Plan, Recipe, Sc
 from spikepatch.plans.work_out import make_plan
 from spikepatch.recipes import built_in
 from spikepatch.recipes.request import Request, parse_request
+from spikepatch.source.local import read_file
 
 #: What the inserted code uses.
 _MODULES = ("torch.nn", "math", "re")
@@ -146,7 +147,7 @@ def _check_factory(factory: str) -> None:
 
 def _read(path: Path) -> tuple[bytes, str]:
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise BadSource(
             "the file cannot be read",

@@ -1,0 +1,82 @@
+"""Files on this machine: how a path is meant, and how whatever somebody else has put there is opened.
+
+What belongs to a source may be anything: a named pipe that never answers, a device that never ends, a link out of the
+folder. Every file of a source is opened here. What is wrong with one is an ``OSError`` whose ``strerror`` says it.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from pathlib import Path
+
+from spikepatch.errors import BadTarget
+
+#: Bytes of a file that is read at once: configs, cards, recipes, manifests, logs of one run. More is none of these.
+LIMIT = 100_000_000
+
+_KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"))
+
+
+def local_path(text: str | os.PathLike[str]) -> Path:
+    """The path that is meant: ``~`` is the home folder, whoever writes it."""
+    return Path(os.path.expanduser(text))
+
+
+def target_path(text: str | os.PathLike[str]) -> Path:
+    """The same of a place that is written to.
+
+    Raises:
+        BadTarget: it is empty, as a variable is that is not set.
+    """
+    if not os.fspath(text):
+        raise BadTarget(
+            "there is no place to write to",
+            where="OUT",
+            why="it is empty, as a variable is that is not set",
+            remedy="give a folder; . is the current one",
+        )
+    return local_path(text)
+
+
+def leads_out(path: Path, folder: Path) -> Path | None:
+    """Where ``path`` really lies, if not in ``folder``, nor in the Hub cache that ``folder`` is a snapshot of."""
+    root = Path(os.path.realpath(folder))
+    if Path(os.path.realpath(path)).is_relative_to(root):
+        return None
+    place = Path(os.path.realpath(path.parent))
+    target = Path(os.path.normpath(place / os.readlink(path))) if path.is_symlink() else place / path.name
+    in_cache = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+    return None if in_cache else target
+
+
+def opened(path: str | os.PathLike[str], *, within: Path | None = None) -> io.BufferedReader:
+    """A regular file, to be read; with ``within``, one that lies in that folder (or in the Hub's cache of it).
+
+    Raises:
+        OSError: it cannot be opened, is no regular file, or lies elsewhere.
+    """
+    if within is not None and (target := leads_out(Path(path), within)) is not None:
+        raise OSError(errno.EINVAL, f"it is a link that leads out of the folder, to {target}", str(path))
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a pipe is waited for
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        if not stat.S_ISREG(mode):
+            kind = next((name for matches, name in _KINDS if matches(mode)), "a device")
+            raise OSError(errno.EINVAL, f"it is {kind}, and a file is read", str(path))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_file(path: str | os.PathLike[str], *, within: Path | None = None, limit: int = LIMIT) -> bytes:
+    """What is in a regular file of at most ``limit`` bytes; see ``opened``."""
+    with opened(path, within=within) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+        return file.read()
