@@ -99,7 +99,7 @@ def _added_tables(facts: Facts) -> dict[str, float]:
         seen.add(node)
         if op(node) in ops.LOOKUPS and (name := facts.trace.parameters.get(ops.table_of(node))) is not None:
             found[name] = abs(factor)
-        elif op(node) in ops.PRODUCTS and (number := _number(facts, node)) is not None:
+        elif op(node) in ops.PRODUCTS and (number := number_in(facts, node)) is not None:
             todo += [(each, factor * number if op(node) == "mul" else factor / number) for each in operands(node)]
         elif op(node) in ops.VIEWS | ops.ADDS | {"masked_fill", "where"}:
             todo += [(each, factor) for each in operands(node)]
@@ -115,7 +115,7 @@ def product_factors(facts: Facts) -> dict[str, float]:
             continue
         factor, each = 1.0, node
         while len(each.users) == 1 and op(user := next(iter(each.users))) in ops.VIEWS | ops.PRODUCTS:
-            number = _number(facts, user) if op(user) in ops.PRODUCTS else None
+            number = number_in(facts, user) if op(user) in ops.PRODUCTS else None
             if op(user) in ops.PRODUCTS and (number is None or facts.data(user) != [each]):
                 break
             if number is not None:
@@ -157,7 +157,7 @@ def _product_behind(facts: Facts, softmax: Node) -> _Scores | None:
         data = facts.data(node)
         if op(node) in ops.MATMULS and len(data) == 2:
             return _Scores(data[0], data[1], factor * _own_factors(facts, data))
-        number = _number(facts, node) if op(node) in ops.PRODUCTS else None
+        number = number_in(facts, node) if op(node) in ops.PRODUCTS else None
         if number is not None and len(data) == 1:
             todo.append((data[0], factor * number if op(node) == "mul" else factor / number))
         elif op(node) in ops.VIEWS | ops.ADDS | {"masked_fill", "where"}:
@@ -171,14 +171,15 @@ def _own_factors(facts: Facts, data: list[Node]) -> float:
     for first in data:
         node = first
         while len(before := facts.data(node)) == 1 and op(node) in ops.VIEWS | ops.PRODUCTS:
-            number = _number(facts, node) if op(node) in ops.PRODUCTS else None
+            number = number_in(facts, node) if op(node) in ops.PRODUCTS else None
             if number is not None:
                 factor = factor * number if op(node) == "mul" else factor / number
             node = before[0]
     return factor
 
 
-def _number(facts: Facts, node: Node) -> float | None:
+def number_in(facts: Facts, node: Node) -> float | None:
+    """The number that a product multiplies with, or divides by."""
     for each in node.args:
         if isinstance(each, (int, float)):
             return float(each)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
@@ -37,6 +37,7 @@ def examine(
     built_buffers: Mapping[str, torch.Tensor],
     not_said: Iterable[str] = (),
     planned: tuple[Plan, bool] | None = None,
+    logits: Callable[[], float | None] = lambda: None,
 ) -> Audit:
     """Every rule on one model.
 
@@ -45,6 +46,7 @@ def examine(
         residual, stream: the proven map and the stream that feeds the output; None where there is none.
         vocabulary: number of tokens, where the output holds logits.
         tied: names that are to be one tensor with others, by the config and the class.
+        logits: the std of the first ones, from a forward pass.
         planned: what it is to be like, and whether that plan takes out a factor of the model's own.
         live_buffers: the model's; ``built_buffers``: those that its constructor makes.
     """
@@ -67,7 +69,7 @@ def examine(
     scheme: Scheme | None = None
     if not known.learned:
         if stream is not None:
-            found += head(sound, stream, vocabulary)
+            found += head(sound, stream, vocabulary, logits)
             found += attention(sound, stream)
         scheme = best_scheme(sound)
         found += tables(sound, scheme)
