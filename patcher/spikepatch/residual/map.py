@@ -111,6 +111,8 @@ class Entrance:
         fan_in: number of products that each of its outputs sums; 0 without one.
         normed: a norm stands between that matrix and the stream, so its scale does not matter there.
         after: the residual projection whose output was added last before they enter; None: they enter at the start.
+        size: their root mean square with weights by the architecture's own initialiser, where it was measured; see
+            ``feature_size.measured``.
     """
 
     inputs: tuple[str, ...]
@@ -118,6 +120,7 @@ class Entrance:
     fan_in: int
     normed: bool
     after: str | None
+    size: float | None = None
 
 
 @dataclass(frozen=True)
