@@ -80,22 +80,35 @@ def _undo_splits(graph: Graph) -> None:
 
 
 def _take_apart(graph: Graph) -> None:
-    """A sum with a product in one operation becomes a product and a sum."""
-    parts = {"addcmul": torch.ops.aten.mul.Tensor, "addcdiv": torch.ops.aten.div.Tensor}
+    """A sum with a product in one operation becomes a product and a sum, but for a matrix product with its bias."""
+    aten = torch.ops.aten
+    parts = {
+        "addcmul": aten.mul.Tensor, "addcdiv": aten.div.Tensor, "addmm": aten.mm.default, "baddbmm": aten.bmm.default,
+    }  # fmt: skip
     for node in list(graph.nodes):
         if op(node) not in parts or writes(node):
             continue
         added, first, second = node.args[:3]
+        biased = not isinstance(added, Node) or added.op == "placeholder" or shape(added) != shape(node)
+        if "mm" in op(node) and biased:
+            continue
         with graph.inserting_before(node):
-            product = graph.call_function(parts[op(node)], (first, second))
-            product.meta = dict(node.meta)
-            if (factor := node.kwargs.get("value", 1)) != 1:
-                product = graph.call_function(torch.ops.aten.mul.Tensor, (product, factor))
-                product.meta = dict(node.meta)
-            whole = graph.call_function(torch.ops.aten.add.Tensor, (added, product))
-            whole.meta = dict(node.meta)
+            product = _like(graph, node, parts[op(node)], first, second)
+            for name in ("value", "alpha"):
+                if (factor := node.kwargs.get(name, 1)) != 1:
+                    product = _like(graph, node, aten.mul.Tensor, product, factor)
+            if (factor := node.kwargs.get("beta", 1)) != 1:
+                added = _like(graph, node, aten.mul.Tensor, added, factor)
+            whole = _like(graph, node, aten.add.Tensor, added, product)
         node.replace_all_uses_with(whole)
         graph.erase_node(node)
+
+
+def _like(graph: Graph, node: Node, target: Any, *args: Any) -> Node:
+    """A call whose value has the shape of ``node``'s."""
+    called = graph.call_function(target, args)
+    called.meta = dict(node.meta)
+    return called
 
 
 def _look_up(graph: Graph, inputs: Collection[Node]) -> None:

@@ -13,7 +13,7 @@ from spikepatch.errors import Refused, first_line
 from spikepatch.residual import ops
 from spikepatch.residual.embedding_path import measure
 from spikepatch.residual.example import Given
-from spikepatch.residual.kinds import addition, between, multiplier, steps, sublayers_of
+from spikepatch.residual.kinds import addition, between, steps, sublayers_of
 from spikepatch.residual.map import (
     Embedding,
     Entrance,
@@ -27,6 +27,7 @@ from spikepatch.residual.map import (
     Use,
     UseRole,
 )
+from spikepatch.residual.multipliers import multiplier
 from spikepatch.residual.names import layers, own_name
 from spikepatch.residual.norms import NormNode
 from spikepatch.residual.ops import behind_views, op, operands, place, table_of
@@ -245,7 +246,9 @@ class _Naming:
         found: dict[str, ResidualProjection] = {}
         for term, kind, sublayer in zip(self.stream.terms, self.kinds, self.sublayer, strict=True):
             for matmul, parameter in term.projections:
-                norms = (n for n in steps(self.facts, term.node, matmul) if n in self.facts.norm_at)
+                way = steps(self.facts, term.node, matmul)
+                times = multiplier(self.facts, term, matmul, way, addition(self.stream, term))
+                norms = (n for n in way if n in self.facts.norm_at)
                 norm = next(norms, self.stream.divided.get(term.node))
                 projection = ResidualProjection(
                     parameter=parameter,
@@ -253,8 +256,8 @@ class _Naming:
                     sublayer=sublayer,
                     kind=kind,
                     branch_norm=place(norm) if norm is not None else None,
-                    multiplier=multiplier(self.facts, term.node, matmul),
-                    between=between(self.stream, term, matmul),
+                    multiplier=times,
+                    between=between(self.stream, term, matmul, times),
                 )
                 first = found.setdefault(parameter, projection)
                 if first.sublayer == sublayer and len(first.between) < len(projection.between):

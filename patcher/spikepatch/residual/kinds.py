@@ -11,10 +11,11 @@ from spikepatch.residual import ops
 from spikepatch.residual.example import TOKENS
 from spikepatch.residual.facts import Facts, floating
 from spikepatch.residual.map import Between, SublayerKind
+from spikepatch.residual.multipliers import number_in
 from spikepatch.residual.ops import behind_views, op, operands, shape
 from spikepatch.residual.proof import Term
 from spikepatch.residual.stream import Stream
-from spikepatch.residual.weights import gain, matrix_weight
+from spikepatch.residual.weights import gain
 
 #: They pick an entry by its value, and say which.
 _CHOICES = frozenset("topk argmax argmin max min sort argsort multinomial".split())
@@ -105,8 +106,11 @@ def steps(facts: Facts, term: Node, matmul: Node) -> list[Node]:
     return found[1:]
 
 
-def between(stream: Stream, term: Term, matmul: Node) -> tuple[Between, ...]:
-    """What changes the product of ``matmul`` on its way to the stream, in order; see ``residual.map.Between``."""
+def between(stream: Stream, term: Term, matmul: Node, times: float) -> tuple[Between, ...]:
+    """What changes the product of ``matmul`` on its way to the stream, in order; see ``residual.map.Between``.
+
+    ``times``: the ``multiplier`` of all of it.
+    """
     facts, divided = stream.facts, stream.divided.get(term.node)
     found = [Between("bias", bias) for bias in _own_bias(facts, matmul)]
     of_norm: set[str | None] = set()  # gain and bias of a norm are part of it
@@ -130,8 +134,10 @@ def between(stream: Stream, term: Term, matmul: Node) -> tuple[Between, ...]:
             found.append(Between("gain", learned))
         elif name in ops.PRODUCTS and len(facts.data(node)) > 1:
             found.append(Between("gate", None))
-        elif name in ops.PRODUCTS and _constant(facts, node) not in {None, 1.0}:
+        elif name in ops.PRODUCTS and number_in(facts, node) not in {None, 1.0}:
             found.append(Between("multiplier", None))
+    if times != 1 and all(step.kind != "multiplier" for step in found):  # on the weight, or by other operations
+        found.append(Between("multiplier", None))
     return tuple(found)
 
 
@@ -160,40 +166,6 @@ def _learned(facts: Facts, nodes: Iterable[Node]) -> str | None:
     return None
 
 
-def multiplier(facts: Facts, term: Node, matmul: Node) -> float:
-    """Product of the constant factors between the projection and its addition, its weight's own ones included."""
-    factor = _of_weight(facts, matmul)
-    for node in steps(facts, term, matmul):
-        constant = _constant(facts, node) if op(node) in ops.PRODUCTS and node not in facts.norm_at else None
-        if constant is not None:
-            factor = factor * constant if op(node) == "mul" else factor / constant
-    return factor
-
-
-def _of_weight(facts: Facts, matmul: Node) -> float:
-    """The constant factors that the parameter is multiplied with before it multiplies anything."""
-    before = facts.data(matmul) if op(matmul) in ops.ADDS else [matmul]
-    node = matrix_weight(facts, behind_views(before[0]))
-    factor = 1.0
-    while node is not None and node not in facts.trace.parameters:
-        constant = _constant(facts, node) if op(node) in ops.PRODUCTS else None
-        if constant is not None:
-            factor = factor * constant if op(node) == "mul" else factor / constant
-        node = next(a for a in operands(node) if a in facts.weight)
-    return factor
-
-
-def _constant(facts: Facts, node: Node) -> float | None:
-    """The number that a product multiplies with, or divides by."""
-    for argument in node.args:
-        if isinstance(argument, (int, float)):
-            return float(argument)
-        value = facts.trace.buffers.get(argument) if isinstance(argument, Node) else None
-        if value is not None and value.numel() == 1:
-            return float(value.item())
-    return None
-
-
 def sublayers_of(stream: Stream) -> tuple[list[SublayerKind], list[int]]:
     """For each term of ``stream``: what its sub-layer computes, and the index of that.
 
@@ -205,7 +177,7 @@ def sublayers_of(stream: Stream) -> tuple[list[SublayerKind], list[int]]:
     keys = []
     for term, kind in zip(stream.terms, kinds, strict=True):
         name = "feed-forward" if kind in {"mlp", "moe"} else kind
-        keys.append((behind_views(term.reads), bisect.bisect(read, order[addition(stream, term)]), name))
+        keys.append((behind_views(term.reads), bisect.bisect_left(read, order[addition(stream, term)]), name))
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     routed = {key for key, kind in zip(keys, kinds, strict=True) if kind == "moe"}
     return ["moe" if key in routed else kind for key, kind in zip(keys, kinds, strict=True)], [number[k] for k in keys]

@@ -8,6 +8,7 @@ running what stands between on random products and on larger ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -28,6 +29,9 @@ _SIZES = (1.0, 10.0, 1000.0)
 #: Of the largest value. An eps of 1e-5 and of more, under the root, is no other law.
 _TOLERANCE = 1e-2
 
+#: Of the largest value: the rounding of a few products in float32.
+_EXACT = 1e-5
+
 
 def product_with_itself(facts: Facts, term: Term) -> Node | None:
     """The first place where a projection's product is multiplied with, or divided by, something computed from it."""
@@ -36,8 +40,11 @@ def product_with_itself(facts: Facts, term: Term) -> Node | None:
     return min(found, key=facts.order.__getitem__, default=None)
 
 
-def growth(facts: Facts, term: Term) -> Growth:
-    """How the term grows with its projections' products; everything else that it is computed from is held."""
+def _runs(facts: Facts, term: Term) -> Callable[[float], tuple[torch.Tensor, torch.Tensor]]:
+    """A function of the size of the projections' products, in units of drawn ones: the first of these, and the term.
+
+    Everything else that the term is computed from is held: biases at zero, gains at one.
+    """
     generator = torch.Generator().manual_seed(0)
     matmuls = {matmul for matmul, _ in term.projections}
     held: dict[Node, torch.Tensor] = {}
@@ -51,18 +58,23 @@ def growth(facts: Facts, term: Term) -> Growth:
                 held[operand] = torch.randn(shape(operand), generator=generator)
             elif isinstance(value := operand.meta.get("val"), torch.Tensor) and not value.is_meta:
                 held[operand] = value
-    products = {
-        node: torch.randn(shape(node), generator=generator) for node in sorted(matmuls, key=facts.order.__getitem__)
-    }
+    in_order = sorted(matmuls, key=facts.order.__getitem__)
+    products = {node: torch.randn(shape(node), generator=generator) for node in in_order}
     seeds = dict.fromkeys(facts.trace.inputs, 0)
 
-    def added(size: float) -> torch.Tensor:
+    def added(size: float) -> tuple[torch.Tensor, torch.Tensor]:
         values = held | {node: size * product for node, product in products.items()}
         result: torch.Tensor = run(facts.trace, [term.node], values, seeds)[term.node]
-        return result
+        return products[in_order[0]], result
 
+    return added
+
+
+def growth(facts: Facts, term: Term) -> Growth:
+    """How the term grows with its projections' products."""
     try:
-        first, *others = map(added, _SIZES)
+        added = _runs(facts, term)
+        first, *others = (added(size)[1] for size in _SIZES)
     except (IndexError, RuntimeError, NotImplementedError):  # an operation that the CPU lacks
         return "otherwise"
 
@@ -74,6 +86,22 @@ def growth(facts: Facts, term: Term) -> Growth:
     if equal([1.0, 1.0]):
         return "not at all"
     return "in proportion" if equal([size / _SIZES[0] for size in _SIZES[1:]]) else "otherwise"
+
+
+def constant_factor(facts: Facts, term: Term) -> float | None:
+    """The number that the product of a term's only projection is multiplied with; None where it is more than that."""
+    if len(term.projections) != 1 or product_with_itself(facts, term) is not None:
+        return None
+    try:
+        product, added = _runs(facts, term)(1.0)
+    except (IndexError, RuntimeError, NotImplementedError):  # an operation that the CPU lacks
+        return None
+    if product.numel() != added.numel():
+        return None
+    product, added = product.flatten().double(), added.flatten().double()
+    factor = float(product @ added / (product @ product))
+    difference = float((added - factor * product).abs().max())
+    return factor if difference <= _EXACT * float(added.abs().max()) else None
 
 
 def other_law(facts: Facts, node: Node, term: Term) -> str:
