@@ -1,20 +1,27 @@
 """What an audit needs to know of one tensor, from one reading of it in blocks of rows.
 
-Every element is looked at by its bits: NaN, infinity, the largest of each row. Copies are found by the signs of the
-first 64 elements of each row and column. Moments, and the largest of each column, come from whole rows spread evenly
-over the tensor, at least eight and about 130,000 elements: by those a std is known to 0.2 %.
+The largest value is that of every element, by two passes over the bits of a block; NaN and infinity are larger than any
+other. Rows that are unlike the rest show in the largest value of a block, or in their first 64 elements, and are then
+looked at whole. Copies are found by the signs of the first 64 elements of each row and column. Moments, and the largest
+of each column, come from whole rows spread evenly over the tensor, at least eight and about 130,000 elements, in
+float32: by those a std is known to 0.2 %.
+
+No operation of torch is run on a block: its threads would wait for each other longer than such a block takes.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from spikepatch.auditing.moments import largest_bits, largest_bits_of_rows, moments_of, odd_rows
+from spikepatch.auditing.repeats import SIGNS, Repeat, prefix_of, repeat_of, signs_of, signs_of_columns
 from spikepatch.source.header import DTYPES, TensorEntry, torch_dtype
 from spikepatch.source.pieces import open_tensor, read_into
 
@@ -23,12 +30,9 @@ if TYPE_CHECKING:
 
 #: Elements that the moments are taken of, at most about twice as many.
 _SAMPLE = 1 << 17
-#: Elements of a block that is read at a time.
-_BLOCK = 1 << 20
-#: Elements whose signs tell a row, a column or a tensor from all others.
-_SIGNS = 64
-#: Fewer than that many signs could agree by chance; shorter rows are compared as they are.
-_ENOUGH = 48
+#: Bytes of a block that is read at a time, and of a page of memory.
+_BLOCK, _PAGE = 1 << 22, 1 << 12
+_memory = threading.local()
 #: dtype -> (integer of its width, all bits but the sign, bits of an infinite value).
 _BITS = {
     torch.float16: (torch.int16, 0x7FFF, 0x7C00),
@@ -39,15 +43,6 @@ _BITS = {
 
 #: Rows and columns of independent draws differ by 1, in units of their sampling error; of trained matrices by more.
 LEARNED_SPREAD = 1.6
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """Rows (axis 0) or columns (axis 1) that are copies of those ``shift`` before; ``share`` of all of them."""
-
-    axis: int
-    shift: int
-    share: float
 
 
 @dataclass(frozen=True)
@@ -129,9 +124,10 @@ def of_tensor(tensor: torch.Tensor) -> Contents:
 
     tensor = tensor.detach()
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    tensor = tensor if tensor.dtype in _BITS else tensor.float()
     columns = tensor.shape[-1] if tensor.ndim else 1
     rows = tensor.reshape(-1, columns) if tensor.numel() else tensor.new_zeros(0, max(columns, 1))
-    step = max(1, _BLOCK // max(columns, 1))
+    step = _rows_of_a_block(columns, tensor.element_size())
     return measure((rows[i : i + step].cpu() for i in range(0, len(rows), step)), tuple(tensor.shape), tensor.dtype)
 
 
@@ -140,12 +136,25 @@ def of_entry(entry: TensorEntry) -> Contents:
     return measure(_blocks(entry), entry.shape, torch_dtype(entry.dtype))
 
 
+def _rows_of_a_block(columns: int, size: int) -> int:
+    return max(1, _BLOCK // max(columns * size, 1))
+
+
+def _buffer(size: int) -> memoryview:
+    """The thread's own, of every tensor. It begins with a page: passes over it are twice as fast."""
+    memory: NDArray[np.uint8] = getattr(_memory, "bytes", np.empty(0, np.uint8))
+    if len(memory) < size + _PAGE:
+        memory = _memory.bytes = np.empty(size + _PAGE, np.uint8)
+    start = -memory.ctypes.data % _PAGE
+    return memory[start : start + size].data
+
+
 def _blocks(entry: TensorEntry) -> Iterator[torch.Tensor]:
     """Whole rows, in memory that every block shares."""
     columns = entry.shape[-1] if entry.shape else 1
     rows, size = entry.elements // max(columns, 1), DTYPES[entry.dtype][1] * columns
-    step = max(1, _BLOCK // max(columns, 1))
-    buffer = np.empty(min(rows, step) * size, np.uint8).data
+    step = _rows_of_a_block(columns, DTYPES[entry.dtype][1])
+    buffer = _buffer(min(rows, step) * size)
     with open_tensor(entry) as file:
         for start in range(0, rows, step):
             raw = buffer[: (min(rows, start + step) - start) * size]
@@ -160,59 +169,60 @@ def measure(blocks: Iterable[torch.Tensor], shape: tuple[int, ...], dtype: torch
     rows = elements // max(columns, 1)
     stride = max(1, min(elements // _SAMPLE, rows // 8))
     integer, mask, infinite = _BITS[dtype]
-    sample: list[torch.Tensor] = []
-    row_bits: list[torch.Tensor] = []
-    scratch = torch.empty(0, columns, dtype=integer)  # memory that every block shares
+    sample: list[NDArray[Any]] = []
+    row_bits: list[NDArray[Any]] = []
     heads: list[NDArray[np.uint8]] = []
-    top: list[torch.Tensor] = []
+    top: list[NDArray[Any]] = []
     bad: list[int] = []
-    nonfinite = seen = 0
+    largest = nonfinite = seen = 0
     for given in blocks:
-        block = given
-        if len(scratch) < len(block):
-            scratch = torch.empty(block.shape, dtype=integer)
-        bits = torch.bitwise_and(block.view(integer), mask, out=scratch[: len(block)])
-        largest = bits.amax(1)
-        if len(bits) and int(largest.max()) >= infinite:
-            wrong = bits >= infinite
+        bits: NDArray[Any] = given.contiguous().view(integer).numpy()
+        highest = largest_bits(bits.reshape(-1), mask)
+        if highest >= infinite:
+            wrong = bits & mask >= infinite
             nonfinite += int(wrong.sum())
-            bad += [seen + int(i) for i in wrong.any(1).nonzero()[:1000]]
-            bits = bits.masked_fill(wrong, 0)
-            largest = bits.amax(1)
-            block = block.masked_fill(wrong, 0)
-        row_bits.append(largest)
-        sample.append(block[-seen % stride :: stride].double())
-        heads.append(_signs(block[:, :_SIGNS]))
-        if seen < _SIGNS:
-            top.append(block[: _SIGNS - seen].clone())
-        seen += len(block)
-    row_largest = _values(row_bits, dtype)
-    values = torch.cat(sample) if sample else torch.zeros(0, columns, dtype=torch.float64)
-    column_largest = values.abs().amax(0).numpy() if len(values) else np.zeros(columns)
-    first = torch.cat(top) if top else torch.zeros(0, columns, dtype=dtype)
-    mean, std, kurtosis = _moments(values)
+            bad += [seen + int(i) for i in np.flatnonzero(wrong.any(1))[:1000]]
+            bits = np.where(wrong, 0, bits).astype(bits.dtype)
+            highest = largest_bits(bits.reshape(-1), mask)
+        largest = max(largest, highest)
+        head = np.ascontiguousarray(bits[:, :SIGNS])
+        heads.append(signs_of(head))
+        row_bits.append(largest_bits_of_rows(bits, head, highest, mask, infinite & -infinite))
+        sample.append(_values(bits[-seen % stride :: stride], dtype))
+        if seen < SIGNS:
+            top.append(bits[: SIGNS - seen].copy())
+        seen += len(bits)
+    row_largest = np.concatenate(row_bits) if row_bits else np.zeros(0, np.int16)
+    values = np.concatenate(sample) if sample else np.zeros((0, columns), np.float32)
+    first = np.concatenate(top) if top else np.zeros((0, columns), np.int16)
+    moments = moments_of(values)
+    (weak_rows, strong_rows), (weak_columns, _) = (
+        odd_rows(_values(row_largest, dtype)),
+        odd_rows(moments.column_largest),
+    )
     return Contents(
         shape=shape,
         elements=elements,
         nonfinite=nonfinite,
         where=_where(bad, rows),
-        largest=float(row_largest.max(initial=0.0)),
-        mean=mean,
-        std=std,
-        kurtosis=kurtosis,
-        sampled=values.numel(),
+        largest=float(_values(np.array([largest], row_largest.dtype), dtype)[0]),
+        mean=moments.mean,
+        std=moments.std,
+        kurtosis=moments.kurtosis,
+        sampled=values.size,
         zero_rows=int((row_largest == 0).sum()),
-        zero_columns=int((column_largest == 0).sum()),
-        weak_rows=_weak(row_largest),
-        weak_columns=_weak(column_largest),
-        strong_rows=_strong(row_largest),
-        row_spread=_spread(values, kurtosis, 1),
-        column_spread=_spread(values, kurtosis, 0),
-        edges=(float(values.min()), float(values.max())) if values.numel() else (0.0, 0.0),
-        repeat=_repeat(np.concatenate(heads), row_largest, 0) or _repeat(_signs(first.T), column_largest, 1)
+        zero_columns=int((moments.column_largest == 0).sum()),
+        weak_rows=weak_rows,
+        weak_columns=weak_columns,
+        strong_rows=strong_rows,
+        row_spread=moments.row_spread,
+        column_spread=moments.column_spread,
+        edges=moments.edges,
+        repeat=repeat_of(np.concatenate(heads), row_largest, 0)
+        or repeat_of(signs_of_columns(first), moments.column_largest, 1)
         if heads
         else None,
-        prefix=_prefix(first),
+        prefix=prefix_of(first),
     )
 
 
@@ -250,89 +260,17 @@ def merged(parts: Sequence[Contents], shape: tuple[int, ...]) -> Contents:
     )
 
 
-def _values(bits: list[torch.Tensor], dtype: torch.dtype) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = (torch.cat(bits) if bits else torch.zeros(0)).view(dtype).double().numpy()
-    return found
-
-
-def _moments(values: torch.Tensor) -> tuple[float, float, float]:
-    if not values.numel():
-        return 0.0, 0.0, 0.0
-    mean = float(values.mean())
-    centred = values - mean
-    largest = float(centred.abs().max())
-    if largest == 0:
-        return mean, 0.0, 0.0
-    squares = (centred / largest).square_()  # the fourth power of a small number is none
-    second, fourth = float(squares.mean()), float(squares.square().mean())
-    return mean, math.sqrt(second) * largest, fourth / second**2
+def _values(bits: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
+    """A new array of float32; of float64 where the bits are that."""
+    if dtype == torch.bfloat16:
+        wide: NDArray[Any] = bits.view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    plain: NDArray[Any] = np.ascontiguousarray(bits).view(f"f{bits.itemsize}")
+    return plain.astype(np.float64 if dtype == torch.float64 else np.float32)
 
 
 def _where(rows: list[int], count: int) -> str:
     if not rows or count < 2:
         return "" if not rows else "the vector"
     return f"row {rows[0]}" if len(rows) == 1 else f"{len(rows)} rows from {rows[0]} on"
-
-
-def _weak(largest: NDArray[np.float64]) -> int:
-    alive = largest[largest > 0]
-    return int((alive < np.median(alive) / 50).sum()) if len(alive) else 0
-
-
-def _strong(largest: NDArray[np.float64]) -> int:
-    alive = largest[largest > 0]
-    return int((alive > 30 * np.median(alive)).sum()) if len(alive) else 0
-
-
-def _spread(values: torch.Tensor, kurtosis: float, axis: int) -> float:
-    """Of the stds along ``axis``, by their median deviation: one odd row does not count."""
-    length = values.shape[axis]
-    if values.ndim < 2 or length < 8 or values.shape[1 - axis] < 8 or kurtosis <= 1:
-        return 1.0
-    stds = values.square().mean(axis).sqrt()
-    middle = stds.median()
-    if not middle:
-        return 1.0
-    deviation = float((stds - middle).abs().median() / middle) * 1.4826
-    return deviation / math.sqrt((kurtosis - 1) / (4 * length))
-
-
-def _signs(block: torch.Tensor) -> NDArray[np.uint8]:
-    """(n, up to 64) -> n rows of bytes that tell one from another: signs, or of short rows the values."""
-    if block.shape[1] >= _ENOUGH:
-        return np.packbits((block.contiguous() > 0).numpy(), axis=1)
-    plain: NDArray[np.uint8] = block.contiguous().flatten().view(torch.uint8).numpy()
-    return plain.reshape(len(block), -1) if plain.size else np.zeros((len(block), 1), np.uint8)
-
-
-def _repeat(keys: NDArray[np.uint8], largest: NDArray[np.float64], axis: int) -> Repeat | None:
-    """Rows whose keys are equal, at the distance that most of them have; those without values are no copies."""
-    count = len(keys)
-    if count < 2:
-        return None
-    plain = (keys == keys[:, :1]).all(1)  # all of one sign: it may be a constant
-    kept = np.flatnonzero((largest > 0) & ~(plain & np.isin(keys[:, 0], (0, 255))))
-    if len(kept) < 2:
-        return None
-    rows = np.ascontiguousarray(keys[kept])
-    packed: NDArray[np.generic]
-    if keys.shape[1] == 8:
-        packed = rows.view(np.uint64)[:, 0]
-    else:
-        packed = np.unique(rows.view(np.dtype((np.void, keys.shape[1])))[:, 0], return_inverse=True)[1]
-    order = np.argsort(packed, kind="stable")
-    same = packed[order][1:] == packed[order][:-1]
-    shifts = (kept[order][1:] - kept[order][:-1])[same]
-    if not len(shifts):
-        return None
-    found, counts = np.unique(shifts, return_counts=True)
-    most = int(counts.argmax())
-    return Repeat(axis, int(found[most]), float(counts[most] / count))
-
-
-def _prefix(first: torch.Tensor) -> int | None:
-    flat = first.flatten()[:_SIGNS]
-    if len(flat) < _SIGNS:
-        return None
-    signs = int.from_bytes(np.packbits((flat > 0).numpy()).tobytes(), "big")
-    return signs if 0 < signs < (1 << _SIGNS) - 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -53,10 +54,11 @@ def progress() -> Iterator[Progress]:
     nothing with -q.
     """
     if is_quiet():
-        yield silent
+        with _warnings(logging.ERROR):
+            yield silent
         return
     started: list[tuple[str, float]] = []
-    with _bar() if sys.stderr.isatty() else contextlib.nullcontext(_lines()) as show:
+    with _bar() if sys.stderr.isatty() else contextlib.nullcontext(_lines()) as show, _warnings(logging.WARNING):
 
         def update(step: str, done: int = 0, total: int = 0) -> None:
             if not started or started[-1][0] != step:
@@ -71,6 +73,18 @@ def progress() -> Iterator[Progress]:
             spent[step] = spent.get(step, 0.0) + end - start
         for step, seconds in spent.items():
             click.echo(f"{step}: {seconds:.2f} s", err=True)
+
+
+@contextlib.contextmanager
+def _warnings(level: int) -> Iterator[None]:
+    """Our own warnings on stderr, from ``level`` on; above the bar, where there is one."""
+    log, shown = logging.getLogger("spikepatch"), logging.StreamHandler()
+    shown.setLevel(level)
+    log.addHandler(shown)
+    try:
+        yield
+    finally:
+        log.removeHandler(shown)
 
 
 def _lines() -> Progress:

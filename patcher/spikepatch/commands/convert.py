@@ -13,6 +13,7 @@ from spikepatch.apply.folder.loader import loader
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose, progress
 from spikepatch.plans import in_words
+from spikepatch.plans.plan import Fill
 from spikepatch.residual.map import pattern
 from spikepatch.residual.table import columns
 from spikepatch.source.formats import size
@@ -73,7 +74,7 @@ def load_line(result: Conversion | Folded) -> str:
 
 def _lines(result: Conversion, *, dry_run: bool) -> Iterator[str]:
     if dry_run or not is_quiet():
-        yield from _about(result)
+        yield from _about(result, parts=dry_run)
     written = f"{result.parameters:,} parameters, {size(result.bytes)}, {result.dtype}, storage {result.storage}"
     if dry_run:
         yield f"dry run, nothing written: {written}"
@@ -86,11 +87,16 @@ def _lines(result: Conversion, *, dry_run: bool) -> Iterator[str]:
         yield load_line(result)
 
 
-def _about(result: Conversion) -> Iterator[str]:
+def _about(result: Conversion, *, parts: bool) -> Iterator[str]:
+    """``parts``: with those of a model of several modalities, which else are said before they are drawn."""
     plan = result.plan
     yield from result.notes
     yield f"{plan.architecture}: {in_words.streams(plan)}, proven"
-    yield from (f"  {line}" for line in in_words.changes(plan))
+    yield from (f"  {line}" for line in (*(in_words.parts(plan) if parts else ()), *in_words.changes(plan)))
+    filled = {fill.parameter for fill in plan.select(Fill)}
+    for entrance in result.residual.entrances:
+        if entrance.parameter in filled and not entrance.normed:
+            yield f"  features of {', '.join(entrance.inputs)}: std near 1 where they enter, by {entrance.parameter}"
     if result.drift:
         yield f"on a sample text (log V = {result.log_vocab:.1f}):"
         yield from columns(list(_drift_rows(result)))

@@ -20,13 +20,18 @@ def inspect_command(
 ) -> None:
     with progress() as report:
         from spikepatch.apply.generated.patched_source import build_as_it_is
+        from spikepatch.residual.feature_size import measured
         from spikepatch.residual.inspect import inspect
         from spikepatch.source.open import open_source
 
         report("reading the source")
         found = open_source(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
         report("mapping the residual stream")
-        residual = inspect(build_as_it_is(found), example_inputs=example_inputs, source=source)
+        model = build_as_it_is(found)
+        residual = inspect(model, example_inputs=example_inputs, source=source)
+        if residual.entrances:
+            report("measuring the features that enter it")
+            residual = measured(model, residual, example_inputs)
     if as_json:
         click.echo(residual.to_json())
         return

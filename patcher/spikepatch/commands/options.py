@@ -74,7 +74,10 @@ replace: Decorator = click.option(
 )
 untie: Decorator = click.option("--untie", is_flag=True, help="Give a tied head its own matrix.")
 part: Decorator = click.option(
-    "--part", type=click.Choice(["language"]), help="Leave what computes features of images and sounds as it is."
+    "--part",
+    type=click.Choice(["language", "all"]),
+    help="Of a model of several modalities: all of it; or all but towers, which compute features of images and sounds."
+    "  [default: language where towers have learned weights]",
 )
 
 

@@ -19,7 +19,7 @@ def enlarge_entrances(residual: ResidualMap, context: Context, *, drawn: bool = 
 
     Args:
         residual: the stream's map.
-        context: its ``part`` leaves all of them, its ``feature_sizes`` are what the matrices read.
+        context: its ``feature_sizes`` are what the matrices read; with ``part="language"`` features may stay small.
         drawn: the recipe makes the embedding large by values or a factor, not by a norm.
 
     Raises:
@@ -29,24 +29,25 @@ def enlarge_entrances(residual: ResidualMap, context: Context, *, drawn: bool = 
         inputs = " and ".join(entrance.inputs)
         target = entrance.parameter or f"features of {inputs}"
         size = context.feature_sizes.get(entrance.parameter or "", 0.0)
-        if context.part == "language":
-            yield Skip(target, "not of the language part")
-        elif entrance.normed:
+        fresh = drawn and context.reinit == "all" and entrance.parameter not in context.kept
+        if entrance.normed:
             yield Skip(target, "a norm stands between it and the stream")
-        elif drawn and context.reinit == "all" and size > 0 and entrance.parameter is not None:
+        elif fresh and size > 0 and entrance.parameter is not None:
             yield Fill(entrance.parameter, 1 / (size * math.sqrt(entrance.fan_in)))
+        elif context.part == "language":
+            yield Skip(target, f"as small as it is, since {_why(entrance.parameter, context, drawn=drawn)}")
         else:
             raise Refused(
                 what=f"features of {inputs} enter the stream beside the tokens, and would stay as small as they are",
                 where=residual.source,
                 why=_why(entrance.parameter, context, drawn=drawn),
-                remedy='patch the language part alone with --part language (part="language"), and see to the features'
-                " yourself: as large as the tokens' embeddings, a std near 1",
+                remedy='leave them small with --part language (part="language"), and see to them yourself: as large as'
+                " the tokens' embeddings, a std near 1",
             )
 
 
 def _why(parameter: str | None, context: Context, *, drawn: bool) -> str:
-    if context.reinit != "all":
+    if context.reinit != "all" or parameter in context.kept:
         return "their weights are kept"
     if not drawn:
         return "the recipe normalises what the token embedding puts out, and nothing else"

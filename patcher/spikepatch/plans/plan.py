@@ -37,8 +37,8 @@ from spikepatch.source.typed import parsed
 Reinit = Literal["all", "residual", "none"]
 REINITS: tuple[Reinit, ...] = ("all", "residual", "none")
 
-#: A part of a model of several modalities.
-ModelPart = Literal["language"]
+#: What is patched of a model of several modalities: all but towers with learned weights, or all of it.
+ModelPart = Literal["language", "all"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Context:
         untied: the head is being given its own matrix, or has one.
         shapes: of every parameter and persistent buffer, and of a head that is being given its own matrix.
         stream: 0 for the stream that feeds the output; the others (an encoder's) follow.
-        part: ``language``: what computes features of images and sounds is left as it is.
+        part: ``language``: features of images and sounds may stay as small as they are.
+        kept: tensors that are left as they are, whatever the recipe: of towers with learned weights.
         feature_sizes: root mean square of what the last matrix before an entrance of features reads, by its name;
             measured where fresh weights are drawn.
     """
@@ -62,6 +63,7 @@ class Context:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stream: int = 0
     part: ModelPart | None = None
+    kept: frozenset[str] = frozenset()
     feature_sizes: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -105,6 +107,25 @@ class StreamShape:
 
 
 @dataclass(frozen=True)
+class PartShape:
+    """A part of a model of several modalities, and what becomes of it.
+
+    Attributes:
+        part: ``language``; ``projector``, which brings features to the stream's width; or ``towers``, which compute
+            them.
+        tensors, elements: how many it has.
+        modules: the outermost modules that hold nothing else.
+        weights: what becomes of them, in words.
+    """
+
+    part: Literal["language", "projector", "towers"]
+    tensors: int
+    elements: int
+    modules: tuple[str, ...]
+    weights: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """One recipe, worked out for one model.
 
@@ -118,6 +139,8 @@ class Plan:
         skips: what the recipe leaves alone, each with the reason.
         no_decay: parameters with two or more dimensions to train without weight decay: those that are no matrices, and
             embeddings where the recipe says so; see ``param_groups``.
+        kept: tensors that stay as they are with ``reinit="all"`` too: those of towers with learned weights.
+        parts: of a model of several modalities.
     """
 
     recipe: str
@@ -130,6 +153,8 @@ class Plan:
     edits: tuple[Edit, ...]
     skips: tuple[Skip, ...]
     no_decay: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    parts: tuple[PartShape, ...] = ()
 
     @property
     def width(self) -> int:

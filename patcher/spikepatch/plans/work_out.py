@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from posixpath import commonpath
 
 from spikepatch.errors import Refused
+from spikepatch.plans.part_shapes import part_shapes
 from spikepatch.plans.plan import (
     Context,
     Edit,
+    EmbeddingEdit,
     ModelPart,
     Plan,
     Recipe,
@@ -22,6 +24,9 @@ from spikepatch.plans.plan import (
 )
 from spikepatch.residual.map import ResidualMap
 
+#: Why a tensor is left alone that ``kept`` names.
+KEPT = "of a tower, kept as it is; with --part all it is as any other tensor"
+
 
 def make_plan(
     residual: ResidualMap,
@@ -32,6 +37,7 @@ def make_plan(
     seed: int,
     embedding_stds: Mapping[str, float] | None = None,
     part: ModelPart | None = None,
+    kept: Collection[str] = (),
     feature_sizes: Mapping[str, float] | None = None,
 ) -> Plan:
     """Work ``recipe`` out on ``residual``, for each of its streams. Pure: equal arguments give an equal plan.
@@ -43,7 +49,7 @@ def make_plan(
         reinit: which weights are drawn afresh.
         seed: at least 0.
         embedding_stds: std of each learned token embedding by its parameter, where learned weights are kept.
-        part, feature_sizes: as in ``Context``.
+        part, kept, feature_sizes: as in ``Context``.
 
     Raises:
         Refused: a map is not proven, a transform does not fit, edits contradict each other, or nothing would change.
@@ -62,9 +68,10 @@ def make_plan(
             shapes=shapes,
             stream=index,
             part=part,
+            kept=frozenset(kept),
             feature_sizes=feature_sizes or {},
         )
-        found, left = _of_stream(each, recipe, context)
+        found, left = _leave(context.kept, *_of_stream(each, recipe, context))
         _merge(edits, found, residual.source)
         skips = {skip.target: skip for skip in left} | skips
     if not edits:
@@ -78,7 +85,9 @@ def make_plan(
         )
     if reinit != "none" and any(isinstance(edit, ValueEdit) for edit in edits.values()):
         _check_whole(residual)
-    named = {edit.parameter for edit in edits.values() if isinstance(edit, ValueEdit)} | skips.keys()
+    skips |= {name: Skip(name, KEPT) for name in shapes if name in kept}
+    written = {edit.parameter for edit in edits.values() if isinstance(edit, ValueEdit)}
+    named = written | skips.keys()
     reason = "not a weight that this recipe draws" if reinit == "all" else "learned, kept"
     no_decay = [name for each in maps for name in _no_matrices(each, shapes)]
     if recipe.no_decay_embeddings:
@@ -94,7 +103,19 @@ def make_plan(
         edits=tuple(edits.values()),
         skips=(*skips.values(), *(Skip(name, reason) for name in shapes if name not in named)),
         no_decay=tuple(dict.fromkeys(no_decay)),
+        kept=tuple(name for name in shapes if name in kept) if reinit == "all" else (),
+        parts=tuple(part_shapes(residual, shapes, reinit, written, kept)),
     )
+
+
+def _leave(kept: Collection[str], edits: list[Edit], skips: list[Skip]) -> tuple[list[Edit], list[Skip]]:
+    """Without edits of what is kept."""
+
+    def touches(edit: Edit) -> bool:
+        name = edit.parameter if isinstance(edit, ValueEdit) else ""
+        return (f"{edit.module}.weight" if isinstance(edit, EmbeddingEdit) else name) in kept
+
+    return [edit for edit in edits if not touches(edit)], skips
 
 
 def _check_proven(residual: ResidualMap) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +16,7 @@ from spikepatch.preflight.result import TrialStep
 from spikepatch.progress import Progress
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import FUSED_ATTENTION, SOFTMAX, op, operands
-from spikepatch.source.formats import size
+from spikepatch.source.formats import fits_in_memory, size
 
 
 def run_steps(
@@ -39,7 +38,7 @@ def run_steps(
     """
     nodes = {program.stream.facts.trace.parameters[p]: p for piece in program.pieces for p in piece.parameters}
     needed = sum(16 * node.meta["val"].numel() for node in nodes.values())
-    if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
+    if not fits_in_memory(needed):
         raise Refused(
             what="--steps needs the whole model in memory",
             where=size(needed),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +21,12 @@ from spikepatch.residual.example import Given
 from spikepatch.residual.feature_size import feature_sizes
 from spikepatch.residual.inspect import inspect
 from spikepatch.residual.map import ResidualMap
+from spikepatch.source.apart import stored_apart
+from spikepatch.source.checkpoint import read_tensor
 from spikepatch.source.layout import tensor_shapes
 from spikepatch.source.match import Match, match_source
 from spikepatch.source.meta import on_meta, unwrapped
-from spikepatch.source.open import Source, build_meta, open_source
+from spikepatch.source.open import Source, build_meta, open_source, with_weights
 from spikepatch.source.pieces import loaded_pieces, pieces
 from spikepatch.source.tokenizer import known_ids
 
@@ -54,7 +57,9 @@ def plan(
         positions: scale learned position embeddings too.
         replace: divide out a factor that the architecture applies to its embedding already.
         untie: give a tied head its own matrix.
-        part: ``language`` leaves what computes features of images and sounds as it is.
+        part: of a model of several modalities, ``all`` is all of it; ``language`` leaves towers, which compute features
+            of images and sounds, as they are, and says that features may stay smaller than the tokens. By default
+            towers with weights (in memory, or in the source) are left as they are, and features are made as large.
         example_inputs: as in ``spikepatch.inspect``.
         revision, trust_remote_code: of a SOURCE.
 
@@ -66,7 +71,7 @@ def plan(
     )
     if isinstance(model, str):
         source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=reinit != "all")
-        return plan_on(map_source(source, example_inputs), request)
+        return plan_on(map_asked(source, request, example_inputs), request)
     return plan_model(model, request, example_inputs)
 
 
@@ -121,10 +126,41 @@ class Mapped:
             )
         return stds
 
-    @functools.cached_property
-    def feature_sizes(self) -> dict[str, float]:
-        """What the matrices before entrances of features read, with fresh weights; see ``feature_size.py``."""
-        return feature_sizes(self.model, self.example) if self.residual.entrances else {}
+    @property
+    def learned(self) -> bool:
+        """It has weights that could be kept."""
+        return not on_meta(self.model) if self.source is None else self.match is not None
+
+    def feature_sizes(self, kept: Collection[str]) -> dict[str, float]:
+        """What the matrices before entrances of features read, with fresh weights but for those that are ``kept``; see
+        ``feature_size.py``.
+        """
+        return feature_sizes(self.model, self.example, self._learned(kept)) if self.residual.entrances else {}
+
+    def _learned(self, kept: Collection[str]) -> Callable[[str], torch.Tensor | None]:
+        """A function from a name to its learned value in float32: of what is ``kept``, None of all else."""
+
+        def value(name: str) -> torch.Tensor | None:
+            if name not in kept:
+                return None
+            if self.match is None:
+                return self.model.get_parameter(name).detach().float().cpu()
+            entry = self.match.owners.get(name)
+            return None if entry is None else read_tensor(entry).float()
+
+        return value
+
+
+def map_asked(source: Source, request: Request, example_inputs: Given = None) -> Mapped:
+    """``map_source``; where towers are kept that have learned weights, with the weights of ``source`` looked at."""
+    mapped = map_source(source, example_inputs)
+    if not mapped.residual.towers or request.part == "all" or source.checkpoint is not None or not source.has_weights:
+        return mapped
+    source = with_weights(source)
+    assert source.checkpoint is not None
+    if stored_apart(source.checkpoint):  # it is another structure then
+        return map_source(source, example_inputs)
+    return dataclasses.replace(mapped, source=source, match=match_source(source, mapped.model))
 
 
 def map_source(source: Source, example_inputs: Given = None) -> Mapped:
@@ -146,6 +182,7 @@ def plan_on(mapped: Mapped, request: Request) -> Plan:
     else:
         check_weights(mapped.source, request.reinit)
     fresh = request.reinit == "all"
+    kept = mapped.residual.towers if mapped.learned and request.part != "all" else ()
     found = make_plan(
         mapped.residual,
         tensor_shapes(mapped.model),
@@ -154,7 +191,8 @@ def plan_on(mapped: Mapped, request: Request) -> Plan:
         seed=request.seed,
         embedding_stds={} if fresh else mapped.embedding_stds,
         part=request.part,
-        feature_sizes=mapped.feature_sizes if fresh and request.part is None else {},
+        kept=kept,
+        feature_sizes=mapped.feature_sizes(kept) if fresh else {},
     )
     modules = dict(mapped.model.named_modules(remove_duplicate=False))
     for edit in found.select(EmbeddingEdit):

@@ -30,6 +30,7 @@ from spikepatch.residual.map import (
 from spikepatch.residual.names import layers, own_name
 from spikepatch.residual.norms import NormNode
 from spikepatch.residual.ops import behind_views, op, operands, place, table_of
+from spikepatch.residual.parts import towers
 from spikepatch.residual.stream import Stream, find, projections
 from spikepatch.residual.trace import Trace, trace
 from spikepatch.residual.ways import compared
@@ -100,7 +101,7 @@ def followed(model: nn.Module, graph: Trace, source: str) -> Followed:
         proven=not leaks,
         conditions=(*unknown, *_parts_not_run(model, whole, unread)),
     )
-    return Followed(streams, found)
+    return Followed(streams, dataclasses.replace(found, towers=towers(model, streams, found)))
 
 
 def _unread(model: nn.Module, graph: Trace) -> tuple[str, ...]:

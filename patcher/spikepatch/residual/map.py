@@ -111,6 +111,8 @@ class Entrance:
         fan_in: number of products that each of its outputs sums; 0 without one.
         normed: a norm stands between that matrix and the stream, so its scale does not matter there.
         after: the residual projection whose output was added last before they enter; None: they enter at the start.
+        size: their root mean square with weights by the architecture's own initialiser, where it was measured; see
+            ``feature_size.measured``.
     """
 
     inputs: tuple[str, ...]
@@ -118,6 +120,7 @@ class Entrance:
     fan_in: int
     normed: bool
     after: str | None
+    size: float | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,8 @@ class ResidualMap:
         unread: parameters that the output does not depend on in the traced pass.
         conditions: why what is said holds for inputs like the traced ones only: blocks that were run in part, and
             branches whose other way is not known. Empty: it holds for all.
+        towers: of a model that reads images or sounds beside text, the parameters and persistent buffers that compute
+            features of them; see ``parts.py``.
     """
 
     source: str
@@ -223,6 +228,7 @@ class ResidualMap:
     uses: tuple[Use, ...] = ()
     unread: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The whole map as JSON, as ``spikepatch inspect --json`` prints it; ``from_dict`` reads it."""

@@ -71,7 +71,8 @@ def _rows(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
         where = f"after {entrance.after}" if entrance.after else "at the start"
         normed = ", normed" if entrance.normed else ""
         name = entrance.parameter or "no single matrix"
-        yield "entrance", name, "", f"features of {', '.join(entrance.inputs)}, {where}{normed}"
+        fresh = f", {entrance.size:.3g} large with fresh weights" if entrance.size is not None else ""
+        yield "entrance", name, "", f"features of {', '.join(entrance.inputs)}, {where}{normed}{fresh}"
     layer_of = {p.sublayer: p.layer for p in residual.residual_projections}
     projections = {p.parameter: p for p in residual.residual_projections}
     found: dict[tuple[str, str, str], list[int | None]] = {}

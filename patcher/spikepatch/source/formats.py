@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -97,6 +98,11 @@ def parse_json(data: bytes) -> Any:
         return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def fits_in_memory(needed: float) -> bool:
+    """So many bytes are at most half of this machine's memory."""
+    return needed <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
 
 
 def size(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import os
 from collections.abc import Iterable
@@ -141,6 +142,16 @@ def open_source(
     if is_path:
         return _local_folder(spec, path, trust_remote_code, weights, learned)
     return _hub_model(spec, revision, trust_remote_code, weights, learned, report)
+
+
+def with_weights(source: Source) -> Source:
+    """The same source, the headers of its weights checked as well; see ``open_source``."""
+    if source.checkpoint is not None or not source.has_weights:
+        return source
+    if source.kind == "folder" and source.folder is not None:
+        return dataclasses.replace(source, checkpoint=read_checkpoint(source.folder))
+    opened = open_source(source.name, revision=source.commit, trust_remote_code=source.needs_code, weights=True)
+    return dataclasses.replace(source, checkpoint=opened.checkpoint)
 
 
 def build_meta(source: Source) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from spikepatch._version import __version__
-from spikepatch.plans.in_words import changes, streams
+from spikepatch.plans.in_words import changes, parts, streams
 from spikepatch.plans.plan import Plan, Recipe
 from spikepatch.source.local import opened, read_file
 
@@ -179,7 +179,11 @@ def model_card(
         "residual": "Learned weights, with the residual projections drawn afresh: to be trained on before use.",
         "none": "Learned weights behind a larger shortcut: to be trained on, the function has changed.",
     }[plan.reinit]
-    lines = [f"{streams(plan)}, seed {plan.seed}", *changes(plan, quote="`")]
+    if plan.kept:
+        weights = (
+            "Learned weights in the towers, which compute features of images and sounds; **fresh weights** in all else."
+        )
+    lines = [f"{streams(plan)}, seed {plan.seed}", *parts(plan), *changes(plan, quote="`")]
     listed = "\n".join(f"- {line}" for line in lines)
     return f"""---
 {data.to_yaml()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -31,10 +32,11 @@ from spikepatch.apply.generated.patched_source import check_known, check_replace
 from spikepatch.apply.generated.structure import restructure
 from spikepatch.apply.values.loading import stable_settings
 from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
+from spikepatch.plans import in_words
 from spikepatch.plans.plan import ModelPart, Plan, Recipe, Reinit, ScaleEmbedding
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes import built_in
-from spikepatch.recipes.plan_of import Mapped, check_weights, map_source, plan_on
+from spikepatch.recipes.plan_of import Mapped, check_weights, map_asked, plan_on
 from spikepatch.recipes.request import Request, parse_request
 from spikepatch.residual.map import ResidualMap
 from spikepatch.source.classes import original_in
@@ -46,6 +48,8 @@ from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.pieces import pieces
 from spikepatch.source.tied import first_names
 from spikepatch.source.tokenizer import has_tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,8 @@ def convert(
         result = _result(job, folder)
         if dry_run:
             return _tried(job, result, report)
+        for line in in_words.parts(job.plan) if reinit != "none" else ():
+            _log.warning("%s", line)
         options = {"reinit": reinit, **request.options, "storage": storage, "seed": seed, "dtype": dtype}
         options |= {"max_shard_size": max_shard_size, "revision": revision, "trust_remote_code": trust_remote_code}
         options |= {"allow_nonfinite": allow_nonfinite, "example_inputs": example_inputs}
@@ -208,7 +214,8 @@ def _job(
 ) -> _Job:
     report("mapping the residual stream")
     with settings_read() as read:
-        mapped = map_source(source, example_inputs)
+        mapped = map_asked(source, request, example_inputs)
+    source = mapped.source or source
     plan = plan_on(mapped, request)
     check_replaced(source, plan)
     report("choosing how it is stored")

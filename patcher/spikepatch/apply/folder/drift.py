@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from spikepatch.errors import on_one_line
 from spikepatch.plans.plan import Fill, NormEmbedding, Plan, ScaleEmbedding, Untie
 from spikepatch.quiet import quiet
 from spikepatch.residual.points import points_in, watching
-from spikepatch.source.formats import size
+from spikepatch.source.formats import fits_in_memory, size
 from spikepatch.source.tokenizer import SAMPLE, source_tokenizer
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ def _sample(source: Source) -> torch.Tensor | str:
     if source.auto_class != "AutoModelForCausalLM":
         return f"{source.model_class.__name__} is no causal language model"
     needed = 4 * sum(math.prod(entry.shape) for entry in source.checkpoint.tensors.values())
-    if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
+    if not fits_in_memory(needed):
         return f"in float32 the model takes {size(needed)}, more than half of this machine's memory"
     assert source.folder is not None
     tokenizer = source_tokenizer(source)

@@ -8,7 +8,6 @@ buffers as its constructor makes them, its parameters read from the folder by ou
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from spikepatch.errors import Refused, on_one_line
 from spikepatch.quiet import quiet
 from spikepatch.residual.trace import full_example
 from spikepatch.source.checkpoint import read_checkpoint, read_tensor
-from spikepatch.source.formats import some
+from spikepatch.source.formats import fits_in_memory, some
 from spikepatch.source.layout import layout
 from spikepatch.source.meta import skeleton
 from spikepatch.source.private import own_buffers, own_parameters
@@ -57,7 +56,7 @@ class Wanted:
 def fits(model: nn.Module) -> bool:
     """Two copies in float32, and one as it is stored, take less than half of this machine's memory."""
     needed = 12 * sum(parameter.numel() for parameter in model.parameters())
-    return needed < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    return fits_in_memory(needed)
 
 
 Tried = Literal["passed", "passed, with numbers at a small size", "passed without numbers", "left out"]

@@ -24,6 +24,11 @@ def whose_weights(source: Source, plan: Plan) -> Iterator[str]:
         yield f"learned weights of {source.name}"
     elif plan.reinit == "residual":
         yield f"learned weights of {source.name}, residual projections drawn afresh: the learned function is lost"
+    elif plan.kept:
+        yield (
+            f"learned weights of {source.name} in its towers, which compute features of images and sounds; fresh"
+            " weights in all else: --part all draws all, --reinit none keeps all"
+        )
     elif source.has_weights:
         yield f"fresh weights: the learned weights of {source.name} are NOT used; --reinit none keeps them"
     else:

@@ -93,6 +93,7 @@ def plan_shards(
     check_covered(plan.written, twin, targets.values(), every=plan.reinit == "all")
     by_owner: dict[str, ValueEdit] = {edit.parameter: edit for edit in plan.select(ValueEdit)}
     edits = {name: by_owner[target.owner] for name, target in targets.items() if target.owner in by_owner}
+    keeps = frozenset(plan.kept) if plan.reinit == "all" else None
     fresh = values(plan, twin, patched, persistent(patched, dict(patched.named_buffers())))
 
     def produce(name: str) -> Content:
@@ -110,7 +111,11 @@ def plan_shards(
         tensors,
         files,
         fills={name: edit.std for name, edit in edits.items() if isinstance(edit, Fill)},
-        kept={name: entry for name, entry in originals.items() if name not in edits},
+        kept={
+            name: entry
+            for name, entry in originals.items()
+            if name not in edits and (keeps is None or targets[name].owner in keeps)
+        },
         produce=produce,
     )
 

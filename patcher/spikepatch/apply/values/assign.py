@@ -20,8 +20,8 @@ def values(
 ) -> Callable[[Target], torch.Tensor | None]:
     """A function from a target to its new value in float32 (buffers: in their own dtype), or None where it is kept.
 
-    With ``reinit="all"`` what the plan does not draw is what the model's own code makes of it. What no code explains is
-    kept in a model that is in memory; of structure alone the function raises Refused.
+    With ``reinit="all"`` what the plan neither draws nor keeps is what the model's own code makes of it. What no code
+    explains is kept in a model that is in memory; of structure alone the function raises Refused.
 
     Args:
         plan: what to write.
@@ -35,6 +35,7 @@ def values(
     made = own_values(twin if rebuilt else model, plan.seed)
     learned = not any(parameter.is_meta for parameter in model.parameters())
     last: dict[str, torch.Tensor | None] = {}
+    kept = frozenset(plan.kept)
 
     def own(name: str) -> torch.Tensor | None:
         value = buffers.get(name) if rebuilt else None
@@ -48,7 +49,7 @@ def values(
             return draw(edit, plan.seed, target.name, 0, target.elements).view(target.shape)
         if target.owner.startswith(norms):  # new with this plan, so there is no learned value to keep
             return torch.full(target.shape, first_value(target.owner.rpartition(".")[2]))
-        if plan.reinit != "all":
+        if plan.reinit != "all" or target.owner in kept:
             return None
         if target.owner not in last:  # several targets may be parts of one tensor
             last.clear()

@@ -26,9 +26,11 @@ def stable_settings(model: nn.Module, plan: Plan | None) -> Mapping[str, bool]:
         Refused: no single flag of the config stops it.
     """
 
+    drawn = frozenset() if plan is None else plan.written | {*plan.kept}
+
     def changed(settings: Mapping[str, bool]) -> list[str]:
         written = _written_on_load(model, settings)
-        return [n for n in written if plan is None or plan.reinit != "all" or n in plan.written]
+        return [n for n in written if plan is None or plan.reinit != "all" or n in drawn]
 
     if not (written := changed({})):
         return {}
