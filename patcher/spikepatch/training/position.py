@@ -36,7 +36,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class _State:
+class _Resumed:
     position: Position
     detector: SpikeDetector
     log: int | None
@@ -53,7 +53,7 @@ def restored(
     try:
         if scaler is not None:
             scaler.load_state_dict(state["scaler"])
-        found = parsed(_State, {field.name: state[field.name] for field in dataclasses.fields(_State)})
+        found = parsed(_Resumed, {field.name: state[field.name] for field in dataclasses.fields(_Resumed)})
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise damaged(saved, f"state.json: {on_one_line(error)}") from error
     return found.position, found.detector, found.log
