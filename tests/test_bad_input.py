@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import spikepatch
 from spikepatch.apply.disk.publish import publishing
 from spikepatch.cli import main
+from spikepatch.source.open import open_source
 from tests.architectures import tiny_config, tiny_model
 from tests.folders import hashes
 from tests.source.test_checkpoint import BAD_FILES, BAD_INDEXES
@@ -514,3 +515,13 @@ def test_a_disk_that_cannot_take_it(options: str, message: str, tmp_path: Path) 
     assert done.exit_code == 2
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    "named", [5, ["a.B"], "x", {"AutoModel": 5}, {"AutoModel": {"x": 1}}, {"AutoModel": ["a.B", 1]}]
+)
+def test_an_auto_map_that_is_none(named: object, tmp_path: Path) -> None:
+    config(tmp_path / "source")
+    edit_config(tmp_path / "source", auto_map=named)
+    with pytest.raises(spikepatch.BadSource, match="has an auto_map that is none"):
+        open_source(str(tmp_path / "source"), weights=False, trust_remote_code=True)

@@ -98,16 +98,6 @@ def test_signals(number: signal.Signals) -> None:
     assert "Traceback" not in said
 
 
-@pytest.mark.slow
-def test_a_full_disk_behind_stdout() -> None:
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "spikepatch", "recipes"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
-    assert done.returncode == 2
-    assert done.stderr == "error: No space left on device\n  remedy: make room on the disk\n"
-
-
 @pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
 def test_messages_are_shown_as_they_are_written(hostile: str) -> None:
     error = SpikepatchError(f"a{hostile}b", where=f"c{hostile}d\ne", why=f"f{hostile}\ng", remedy="h" * 10_000)
@@ -155,3 +145,20 @@ def test_help_names_no_command_that_is_not_there() -> None:
     assert named
     assert named <= set(main.commands)
     assert isinstance(main, click.Group)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["recipes"], ["recipes", "--help"]])
+def test_a_full_disk_behind_stdout(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "spikepatch", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: No space left on device\n  remedy: make room on the disk\n"
+
+
+@pytest.mark.slow
+def test_no_stdout_at_all() -> None:
+    command = f"{sys.executable} -m spikepatch recipes >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

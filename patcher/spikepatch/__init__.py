@@ -39,7 +39,8 @@ from spikepatch._version import __version__ as __version__
 from spikepatch.errors import check_platform
 
 if TYPE_CHECKING:
-    from spikepatch.apply.folder.convert import Conversion, convert
+    from spikepatch.apply.folder.conversion import Conversion
+    from spikepatch.apply.folder.convert import convert
     from spikepatch.apply.folder.fold import Folded, fold
     from spikepatch.apply.folder.verify import verify
     from spikepatch.apply.live.initialize import initialize
@@ -74,7 +75,7 @@ _HOME = {
     "Codemod": "spikepatch.apply.own_file.codemod",
     "param_groups": "spikepatch.plans.optimiser",
     "convert": "spikepatch.apply.folder.convert",
-    "Conversion": "spikepatch.apply.folder.convert",
+    "Conversion": "spikepatch.apply.folder.conversion",
     "audit": "spikepatch.preflight.audit",
     "Audit": "spikepatch.auditing.fault",
     "check": "spikepatch.preflight.check",

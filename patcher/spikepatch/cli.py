@@ -66,7 +66,15 @@ def _usage(error: click.UsageError) -> SpikepatchError:
 
 def _forget_stdout() -> None:
     """What could not be written is not tried again when the interpreter ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say_full(error: OSError) -> None:
+    where = f": {error.filename}" if error.filename else ""
+    remedy = _FULL[error.errno or 0]
+    click.echo(f"error: {error.strerror}{where}\n  remedy: {remedy}", err=True)
+    _forget_stdout()
 
 
 class _Group(click.Group):
@@ -82,6 +90,11 @@ class _Group(click.Group):
         except click.UsageError as error:
             click.echo(f"error: {_usage(error)}", err=True)
             sys.exit(2)
+        except OSError as error:  # of what --help and --version print
+            if error.errno not in _FULL:
+                raise
+            _say_full(error)
+            sys.exit(2)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Errors that are the user's to mend: one message, exit code 2. Our own: 3. All are in docs/exit_codes.md."""
@@ -89,7 +102,8 @@ class _Group(click.Group):
         try:
             check_platform()
             result = super().invoke(ctx)
-            sys.stdout.flush()  # a full disk is seen here
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk is seen here
             return result
         except SpikepatchError as error:
             click.echo(f"error: {error}", err=True)
@@ -104,9 +118,7 @@ class _Group(click.Group):
             raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _FULL:
-                where = f": {error.filename}" if error.filename else ""
-                click.echo(f"error: {error.strerror}{where}\n  remedy: {_FULL[error.errno]}", err=True)
-                _forget_stdout()
+                _say_full(error)
                 ctx.exit(2)
             if _out_of_memory(error):
                 click.echo(f"error: out of memory: {first_line(error)}\n  remedy: {_SMALLER}", err=True)

@@ -237,3 +237,28 @@ def test_an_error_in_the_users_module(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refused, match=r"own_broken:X: the recipe cannot be imported(.|\n)*ZeroDivisionError"):
         find("own_broken:X")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"a=" + b"[" * 50_000, "nested too deeply"),
+        (b"a=" + b"{x=" * 16_000, "nested too deeply"),
+        (b".".join([b"a"] * 40_000) + b"=1", "a key has more than 100 parts"),
+        (b" . ".join([b"a"] * 20_000) + b"=1", "a key has more than 100 parts"),
+        (b"x={" + b".".join([b"a"] * 40_000) + b"=1}", "a key has more than 100 parts"),
+        (b"a=" + b"9" * 90_000, "4300 digits"),
+        (b"#" * 100_001, "it has more than 100,000 bytes"),
+        (b"name='\xff'", "can't decode byte 0xff"),
+    ],
+)
+def test_a_file_that_would_take_for_ever(text: bytes, why: str, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(text)
+    with pytest.raises(Refused, match=why):
+        read_recipe(tmp_path / "x.toml")
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    text = "name='x'\n[[transform]]\nkind='small_init'\n"
+    (tmp_path / "x.toml").write_text(text, encoding="utf-8-sig")
+    assert read_recipe(tmp_path / "x.toml").name == "x"

@@ -359,3 +359,16 @@ def test_a_checkpoint_that_changes_after_the_check(tmp_path: Path) -> None:
         check_unchanged(checkpoint)
     with pytest.raises(BadSource, match="cannot be read"):
         read_tensor(checkpoint.tensors["a"])
+
+
+def test_more_tensors_than_any_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one file, and in all."""
+    monkeypatch.setattr("spikepatch.source.header.MAX_TENSORS", 3)
+    monkeypatch.setattr("spikepatch.source.checkpoint.MAX_TENSORS", 3)
+    (tmp_path / "one").mkdir()
+    write_shards(tmp_path / "one", {"one.safetensors": list("abcd")}, dict.fromkeys("abcd", "one.safetensors"))
+    assert "has 4 tensors, and no model has over 3" in refusal(tmp_path / "one").why
+    (tmp_path / "two").mkdir()
+    shards = {"one.safetensors": ["a", "b"], "two.safetensors": ["c", "d"]}
+    write_shards(tmp_path / "two", shards, {name: file for file, names in shards.items() for name in names})
+    assert "two.safetensors: is one of shards with over 3 tensors" in refusal(tmp_path / "two").why

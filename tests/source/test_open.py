@@ -289,6 +289,18 @@ def test_a_revision_of_a_folder(tmp_path: Path) -> None:
 
 
 CONFIGS: dict[str, tuple[Any, str, str, str]] = {
+    "layers": (
+        {"model_type": "gpt2", "n_layer": 2**53},
+        "config.json asks for 9,007,199,254,740,992 layers",
+        "n_layer",
+        "",
+    ),
+    "layers within": (
+        {"model_type": "llava", "text_config": {"num_hidden_layers": 10**7}},
+        "asks for 10,000,000 layers",
+        "text_config",
+        "",
+    ),
     "not JSON": ("{", "config.json is not JSON", "", "download the file again"),
     "duplicate": ('{"model_type": "gpt2", "model_type": "bert"}', "config.json is not JSON", "twice", "download"),
     "git-lfs": ("version https://git-lfs.github.com/spec/v1\n", "is not JSON", "a git-lfs pointer", "git lfs pull"),

@@ -46,7 +46,7 @@ def write(path: Path, *records: dict[str, Any]) -> Path:
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     path = write(
         tmp_path / "log.jsonl",
-        RUN | {"points": ["h.0"], "layers": ["h"], "notes": ["n"]},
+        RUN | {"points": ["h.0"], "layers": ["h.0", "h.1"], "notes": ["n"]},
         step(1),
         {"type": "layers", "step": 1, "stream": [0.5], "gradients": [0.25, math.nan]},
         step(2, loss=1.5),

@@ -19,7 +19,7 @@ from spikepatch.residual.table import columns
 from spikepatch.source.formats import size
 
 if TYPE_CHECKING:
-    from spikepatch.apply.folder.convert import Conversion
+    from spikepatch.apply.folder.conversion import Conversion
     from spikepatch.apply.folder.fold import Folded
     from spikepatch.plans.plan import Plan, Skip
 

@@ -27,7 +27,8 @@ NORM_NAMES: dict[NormKind, str] = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm
 #: What an edit is about: values of a parameter, the output of an embedding, or whose matrix a head has; and its name.
 EditTarget = tuple[Literal["values", "embedding", "head"], str]
 
-#: In the record: the factor is the root of the embedding's own width, whatever that is when a model is built.
+#: In the record: the factor is the root of the embedding's own width, whatever that is when a model is built. What runs
+#: beside a model resolves it for itself (``runtime/embedding.py``): it stands alone, and this room is without torch.
 _ROOT = "sqrt(width)"
 
 

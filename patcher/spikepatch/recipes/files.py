@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,8 +46,11 @@ KINDS: dict[str, type[Any]] = {
     "untie": UntieHead,
 }
 
-#: Bytes of a recipe.
-_LARGEST = 100_000
+#: Bytes of a recipe, and dots in one key: tomllib takes minutes for thousands.
+_LARGEST, _LONGEST = 100_000, 100
+
+#: What no key goes over.
+_BETWEEN = re.compile(r"""[=,{}\[\]"']""")
 
 _SHOWN = "`spikepatch recipes --help` shows such a file, and `spikepatch recipes` ends with what it may hold"
 
@@ -58,7 +62,10 @@ def read_recipe(path: Path) -> Recipe:
         Refused: the file cannot be read, or says something that no recipe or transform knows.
     """
     try:
-        data = tomllib.loads(read_file(path, limit=_LARGEST).decode("utf-8-sig"))
+        text = read_file(path, limit=_LARGEST).decode("utf-8-sig")
+        if any(part.count(".") > _LONGEST for line in text.splitlines() for part in _BETWEEN.split(line)):
+            raise ValueError(f"a key has more than {_LONGEST} parts")
+        data = tomllib.loads(text)
     except RecursionError:
         raise _refused("the recipe file cannot be read", str(path), "it is nested too deeply", _SHOWN) from None
     except (OSError, ValueError) as error:

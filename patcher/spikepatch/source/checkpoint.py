@@ -17,7 +17,15 @@ from spikepatch.quiet import quiet
 from spikepatch.source import hub
 from spikepatch.source.arrivals import Arrivals
 from spikepatch.source.formats import DOWNLOAD_AGAIN, INDEX_FILE, SINGLE_FILE, check_names, parse_json, recognise, some
-from spikepatch.source.header import DEQUANTISE, MalformedError, TensorEntry, read_header, torch_dtype, unreadable
+from spikepatch.source.header import (
+    DEQUANTISE,
+    MAX_TENSORS,
+    MalformedError,
+    TensorEntry,
+    read_header,
+    torch_dtype,
+    unreadable,
+)
 from spikepatch.source.local import leads_out, read_file
 from spikepatch.source.pieces import changed, open_tensor, read_into
 
@@ -95,6 +103,9 @@ def read_checkpoint(folder: Path, snapshot: hub.Snapshot | None = None, report: 
         if twice := [f"{name!r} (in {tensors[name].file.name} too)" for name in entries if name in tensors]:
             findings.append(_Finding(shard, f"holds tensors of another shard: {some(twice)}"))
         tensors |= entries
+        if len(tensors) > MAX_TENSORS:
+            findings.append(_Finding(shard, f"is one of shards with over {MAX_TENSORS:,} tensors, which no model has"))
+            break
     findings += _packed_weights(tensors)
     if findings:
         raise BadSource(

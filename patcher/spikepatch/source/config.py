@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 #: Bytes of a config.json; the largest of transformers has some 50,000.
 _LARGEST = 10_000_000
 
+#: Layers of a model.
+_DEEPEST = 10_000
+
 #: Auto classes whose code runs when a model is built.
 _BUILDERS = ("AutoConfig", "AutoModel", "AutoBackbone")
 
@@ -100,12 +103,15 @@ def read_architecture(folder: Path, *, where: str, trusted: bool) -> Architectur
     # What is recorded of the time before a patch is taken for config.json, and config.json itself is loaded as well.
     for each in (written, raw):
         check_config(each, where)
+        _check_depth(each, where)
         if any(key == "quantization_config" and entry is not None for _, key, entry in entries(each)):
             raise _quantised(where)
     kernels = [reference for reference in _code_references(written) if not reference.startswith("Auto")]
     code = sorted({*_code_references(raw), *kernels})
     if code and not trusted:
         raise _untrusted(code, where)
+    for each in (written, raw):
+        _check_auto_map(each, where)
 
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -215,6 +221,34 @@ def _code_references(config: dict[str, Any]) -> Iterator[str]:
             yield from (f"{auto}: {ref}" for auto, ref in named if auto.startswith(_BUILDERS))
         elif key in KERNEL_KEYS and "/" in str(value):
             yield f"{place}: {value}"
+
+
+def _check_depth(config: dict[str, Any], where: str) -> None:
+    """Refuse a number of layers that no model has, before a constructor makes a list of them."""
+    for place, key, value in entries(config):
+        if "layer" in key and type(value) is int and value > _DEEPEST:
+            raise BadSource(
+                f"config.json asks for {value:,} layers",
+                where=where,
+                why=f"{place} is over {_DEEPEST:,}, and no model has as many",
+                remedy=f"correct it; or {DOWNLOAD_AGAIN}",
+            )
+
+
+def _check_auto_map(config: dict[str, Any], where: str) -> None:
+    """Refuse an ``auto_map``, at any depth, that is none: class of transformers -> where the model's own class is."""
+    for place, key, value in entries(config):
+        named = value.items() if isinstance(value, dict) else [("", value)]
+        flat = [(auto, one) for auto, each in named for one in (each if isinstance(each, list) and auto else [each])]
+        wrong = next((one for auto, one in flat if not auto or not isinstance(one, (str, type(None)))), None)
+        if key == "auto_map" and value is not None and flat and (wrong is not None or not isinstance(value, dict)):
+            raise BadSource(
+                "config.json has an auto_map that is none",
+                where=where,
+                why=f"{place} has {str(wrong)[:100]!r}, and names a class of the model's own, such as"
+                ' {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}',
+                remedy=f"correct it, or remove it if the model needs no code of its own; or {DOWNLOAD_AGAIN}",
+            )
 
 
 def _quantised(where: str) -> Refused:

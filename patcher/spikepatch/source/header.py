@@ -20,8 +20,11 @@ from spikepatch.source.local import opened
 if TYPE_CHECKING:
     import torch
 
-#: The format's own limit, checked before the header is allocated.
-MAX_HEADER_BYTES = 100_000_000
+#: Checked before the header is allocated; the format allows twice that.
+MAX_HEADER_BYTES = 50_000_000
+
+#: Tensors of a checkpoint; the largest models, with every expert's matrices apart, have some 100,000.
+MAX_TENSORS = 300_000
 
 #: safetensors dtype -> (name in torch, bytes per element). Narrower floats are quantised weights, never read.
 DTYPES = {
@@ -102,6 +105,8 @@ def read_header(
     if not isinstance(header, dict):
         raise MalformedError("the header is not a JSON object")
     metadata = header.pop("__metadata__", {})
+    if len(header) > MAX_TENSORS:
+        raise MalformedError(f"has {len(header):,} tensors, and no model has over {MAX_TENSORS:,}")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise MalformedError("__metadata__ is not a map from strings to strings")
     return _entries(path, header, start=8 + length, size=size), metadata

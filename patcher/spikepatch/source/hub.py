@@ -113,7 +113,8 @@ def first_bytes(snapshot: Snapshot, file: str, count: int) -> tuple[bytes, int]:
     """The first ``count`` bytes of a file of the snapshot, or all that it has, and its size; nothing is stored.
 
     It takes one request, for a range. Where a server knows no ranges, the rest of its answer is not read:
-    ``HfApi.parse_safetensors_file_metadata`` would take it all, and does not say how large the file is.
+    ``HfApi.parse_safetensors_file_metadata`` would take it all. It gives neither the file's size, which the tensors
+    have to fill, nor the bytes, in which a key may occur twice, or which may be a pickle or a page of HTML.
 
     Raises:
         BadSource: the Hub became unreachable, or refuses the file.

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from spikepatch.apply.disk.atomic import locked, placing
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.progress import Progress, silent
+from spikepatch.source.typed import parsed
 from spikepatch.training.documents import PIECE, Input, TextPiece, inputs
 from spikepatch.training.folder import LOCK, TOKENS
 from spikepatch.training.tokenizing import Tokenizing, too_narrow
@@ -208,7 +209,7 @@ def _read(folder: Path, key: str) -> Tokens | None:
     file, description = _paths(folder, key)
     try:
         record = json.loads(description.read_bytes())
-        found = Tokens(file, **record["tokens"])
+        found = parsed(Tokens, {"file": file, **record["tokens"]})
         whole = file.stat().st_size == found.count * np.dtype(found.dtype).itemsize
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -35,11 +35,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from spikepatch.apply.disk.atomic import beside, put, remove, sync
-from spikepatch.errors import BadSource, BadTarget, Refused
+from spikepatch.errors import BadSource, BadTarget, Refused, on_one_line
 from spikepatch.quiet import quiet
+from spikepatch.source.local import opened, read_file
 
 #: Debug messages name the steps of the protocol, each just before it is done.
 _log = logging.getLogger(__name__)
+
+#: What reading a file raises that is damaged, or another one.
+_UNREADABLE = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, pickle.UnpicklingError)
 
 #: Checkpoints that stay: the last one, and the one before.
 _KEEP = 2
@@ -99,13 +103,17 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         Refused: another number of processes wrote it.
         BadSource: it is damaged, or of another model.
     """
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    if state["ranks"] != _ranks():
+    try:
+        state: dict[str, Any] = json.loads(read_file(path / "state.json"))
+        written_by = int(state["ranks"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(path, f"state.json: {getattr(error, 'strerror', None) or on_one_line(error)}") from error
+    if written_by != _ranks():
         raise Refused(
             what="the checkpoint cannot be continued by another number of processes",
             where=str(path),
-            why=f"{state['ranks']} wrote it, and this run has {_ranks()}: batches and random numbers would be others",
-            remedy=f"start {state['ranks']} processes, or train into a new folder",
+            why=f"{written_by} wrote it, and this run has {_ranks()}: batches and random numbers would be others",
+            remedy=f"start {written_by} processes, or train into a new folder",
         )
     optimizer.zero_grad(set_to_none=True)
     optimizer.state.clear()
@@ -114,25 +122,34 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
             reader = dcp.FileSystemReader(path)  # type: ignore[attr-defined]
             tensors = _targets(set(reader.read_metadata().state_dict_metadata), model, optimizer)
             dcp.load(tensors, storage_reader=reader)  # type: ignore[attr-defined]
-    except (dcp.CheckpointException, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:  # type: ignore[attr-defined]
-        raise BadSource(
-            "the checkpoint does not fit the model, or is damaged",
-            where=str(path),
-            why=str(error).strip().splitlines()[-1],
-            remedy="delete this checkpoint, to resume from the one before, or train into a new folder",
-        ) from error
+    except (dcp.CheckpointException, *_UNREADABLE) as error:  # type: ignore[attr-defined]
+        raise damaged(path, str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)) from error
     set_model_state_dict(model, tensors["model"])
     if "optimizer" in tensors:
         # Not strict: what no gradient has reached has no state.
         options = StateDictOptions(strict=False)
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
-    _set_random_states(torch.load(path / f"rank-{_rank()}.pt", weights_only=True))
+    try:
+        with opened(path / f"rank-{_rank()}.pt") as file:
+            _set_random_states(torch.load(file, weights_only=True))
+    except (RuntimeError, *_UNREADABLE) as error:
+        raise damaged(path, f"rank-{_rank()}.pt: {on_one_line(error)}") from error
     return state
+
+
+def damaged(path: Path, why: str) -> BadSource:
+    """The error for a checkpoint that cannot be gone on from."""
+    return BadSource(
+        "the checkpoint does not fit the model, or is damaged",
+        where=str(path),
+        why=why,
+        remedy="delete this checkpoint, to resume from the one before, or train into a new folder",
+    )
 
 
 def committed(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
 
 
 def latest(folder: Path, *, before: int | None = None) -> Path | None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from spikepatch._version import __version__
 from spikepatch.apply.disk.atomic import locked, placing
-from spikepatch.errors import BadTarget, Refused
-from spikepatch.source.local import local_path
+from spikepatch.errors import BadSource, BadTarget, Refused, first_line, on_one_line
+from spikepatch.source.local import local_path, read_file
+from spikepatch.source.typed import parsed
+from spikepatch.training.run_identity import all_runs
 
 #: What is run. Written before the first step; its keys but ``versions`` and ``command`` stay as they are.
 RECORD = "run.json"
@@ -112,7 +116,7 @@ def write_record(out: Path, wanted: Mapping[str, Any], command: str) -> None:
     versions = {"spikepatch": __version__, "python": platform.python_version()} | {n: version(n) for n in _LIBRARIES}
     commands = [command]
     if path.exists():
-        old = json.loads(path.read_text())
+        old = read_record(out)
         changed = [*_changes({name: old.get(name) for name in new}, new)]
         if changed:
             raise Refused(
@@ -127,9 +131,64 @@ def write_record(out: Path, wanted: Mapping[str, Any], command: str) -> None:
 
 def recorded_commits(out: Path) -> dict[str, str | None]:
     """Source -> the commit of the Hub that it stood for when the training began."""
-    record = json.loads((out / RECORD).read_text()) if (out / RECORD).exists() else {"models": {}}
-    models: dict[str, dict[str, Any]] = record["models"]
+    models = read_record(out)["models"] if (out / RECORD).exists() else {}
     return {model["source"]: model.get("commit") for model in models.values()}
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    steps: int
+    batch_tokens: int
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What ``run.json`` has to hold, so that it can be read; and may hold more."""
+
+    settings: Mapping[str, Any]
+    lr: float
+    multipliers: tuple[float, ...]
+    seeds: tuple[int, ...]
+    models: Mapping[str, Mapping[str, Any]]
+    data: Mapping[str, Any]
+    versions: Mapping[str, str]
+    commands: tuple[str, ...]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``run.json``, with the fields of ``_Record`` and a run for each model at each rate and seed.
+
+    Raises:
+        BadSource: there is none, or it is not as it was written.
+    """
+
+    def refused(why: str) -> BadSource:
+        return BadSource(
+            "this is not the folder of a training",
+            where=str(folder),
+            why=why,
+            remedy="give what was --out of `spikepatch train`",
+        )
+
+    try:
+        record = json.loads(read_file(folder / RECORD))
+    except FileNotFoundError as error:
+        raise refused(f"it has no {RECORD}" if folder.is_dir() else "there is no such folder") from error
+    except OSError as error:
+        raise refused(str(error.strerror)) from error
+    except (ValueError, RecursionError) as error:
+        raise refused(f"{RECORD} is not JSON: {first_line(error)}") from error
+    if not isinstance(record, dict):
+        raise refused(f"{RECORD} is not a JSON object")
+    if missing := [field.name for field in dataclasses.fields(_Record) if field.name not in record]:
+        raise refused(f"{RECORD} has no {', '.join(missing)}")
+    try:
+        whole = parsed(_Record, {field.name: record[field.name] for field in dataclasses.fields(_Record)})
+        parsed(_Lengths, {name: whole.settings[name] for name in ("steps", "batch_tokens")})
+        list(all_runs(record))
+    except (KeyError, TypeError) as error:
+        raise refused(f"{RECORD} does not tell which runs there are: {on_one_line(error)}") from error
+    return record
 
 
 def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:

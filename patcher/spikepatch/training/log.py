@@ -230,6 +230,8 @@ def read(path: str | os.PathLike[str]) -> RunLog:
     for i, record in enumerate(records[1:], start=2):
         if isinstance(record, RunHeader):
             raise _broken(path, i, "a second run begins here")
+        if isinstance(record, Layers) and not _fits(record, records[0]):
+            raise _broken(path, i, "it has more or fewer places than the first line names")
     stops = [r for r in records if isinstance(r, Stop)]
     return RunLog(
         path=path,
@@ -242,6 +244,10 @@ def read(path: str | os.PathLike[str]) -> RunLog:
         evals=tuple(r for r in records if isinstance(r, Eval)),
         stop=stops[-1] if stops else None,
     )
+
+
+def _fits(record: Layers, run: RunHeader) -> bool:
+    return (len(record.stream), len(record.gradients)) == (len(run.points), len(run.layers))
 
 
 def _records(path: Path, lines: Iterable[bytes]) -> Iterator[LogRecord]:

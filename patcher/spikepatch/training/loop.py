@@ -16,7 +16,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from spikepatch.training import checkpoints
 from spikepatch.training.batches import Tokens, batch, held_out_batches
 from spikepatch.training.gradients import gradient_norms, whole
 from spikepatch.training.log import Reporter, open_log, read
+from spikepatch.training.position import Position, restored
 from spikepatch.training.settings import Settings
 
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -53,25 +53,6 @@ _SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup", "wsd": "wa
 
 #: The last part of a wsd schedule falls to zero, linearly (Hägele et al. 2024, arXiv 2405.18392: 10 to 20 %).
 _DECAY = 0.2
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run is; with weights, optimiser and random states all that it takes to go on from there.
-
-    Attributes:
-        step: steps done.
-        shift: batches skipped by rewinds: step n trains on batch n - 1 + shift.
-        rewinds: how many there were.
-        idle: steps without a change of the weights, in a row, up to now.
-        tokens: trained on so far.
-    """
-
-    step: int = 0
-    shift: int = 0
-    rewinds: int = 0
-    idle: int = 0
-    tokens: int = 0
 
 
 def train(
@@ -133,7 +114,7 @@ def train(
     at, detector, written = Position(), SpikeDetector(), None
     saved = checkpoints.latest(store)
     if saved is not None:
-        at, detector, written = _restored(checkpoints.load(saved, model, optimizer), scaler)
+        at, detector, written = restored(saved, checkpoints.load(saved, model, optimizer), scaler)
     main = accelerator.is_main_process
     with open_log(folder / "log.jsonl", resume_at=written) if main else contextlib.nullcontext() as log:
 
@@ -238,7 +219,7 @@ def train(
                 onset = min(event.onset for event in detector.up if event.kind != "gradient_norm")
                 good = checkpoints.latest(store, before=onset)
                 assert good is not None, "there is one at step 0"
-                to, detector, _ = _restored(checkpoints.load(good, model, optimizer), scaler)
+                to, detector, _ = restored(good, checkpoints.load(good, model, optimizer), scaler)
                 checkpoints.drop(store, after=to.step)
                 write({"type": "rewind", "step": step, "to": to.step, "skipped": (to.step + at.shift, index)})
                 at = dataclasses.replace(to, shift=at.shift + step - to.step, rewinds=at.rewinds + 1)
@@ -335,12 +316,3 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: Settings) -> Callable[
     )
     factor: Callable[[int], float] = schedule.lr_lambdas[0]
     return factor
-
-
-def _restored(
-    state: Mapping[str, Any], scaler: torch.amp.GradScaler | None
-) -> tuple[Position, SpikeDetector, int | None]:
-    """What ``save`` has put into a checkpoint; the scaler is set to it."""
-    if scaler is not None:
-        scaler.load_state_dict(state["scaler"])
-    return Position(**state["position"]), SpikeDetector.from_dict(state["detector"]), state["log"]

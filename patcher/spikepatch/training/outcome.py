@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from spikepatch.errors import BadSource
-from spikepatch.source.local import local_path, read_file
-from spikepatch.training.folder import RECORD
+from spikepatch.source.local import local_path
+from spikepatch.training.folder import read_record
 from spikepatch.training.log import RunLog, begun, read
 from spikepatch.training.run_identity import all_runs
 from spikepatch.training.verdict import Verdict, compared, judge_run, rows_of, summarise
@@ -48,39 +45,10 @@ def outcome(folder: str | os.PathLike[str]) -> Outcome:
     Raises:
         BadSource: it is none, or its files are not as they were written.
     """
-    folder = Path(folder)
-    record = _record(folder)
-    try:
-        names = [run.folder for run in all_runs(record)]
-        missing = [key for key in ("settings", "data", "versions", "commands") if key not in record]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _no_training(folder, f"{RECORD} does not tell which runs there are: {error}") from error
-    if missing:
-        raise _no_training(folder, f"{RECORD} has no {', '.join(missing)}")
+    folder = local_path(folder)
+    record = read_record(folder)
+    names = [run.folder for run in all_runs(record)]
     here = [name for name in names if begun(folder / name / "log.jsonl")]
     logs = tuple(read(folder / name / "log.jsonl") for name in here)
     results = compared([judge_run(log) for log in logs], [rows_of(log) for log in logs])
     return Outcome(record, logs, summarise(results), tuple(n for n in names if n not in here))
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(read_file(folder / RECORD))
-    except FileNotFoundError as error:
-        raise _no_training(folder, f"it has no {RECORD}" if folder.is_dir() else "there is no such folder") from error
-    except OSError as error:
-        raise _no_training(folder, str(error.strerror)) from error
-    except ValueError as error:
-        raise _no_training(folder, f"{RECORD} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise _no_training(folder, f"{RECORD} is not a JSON object")
-    return record
-
-
-def _no_training(folder: Path, why: str) -> BadSource:
-    return BadSource(
-        "this is not the folder of a training",
-        where=str(folder),
-        why=why,
-        remedy="give what was --out of `spikepatch train`",
-    )

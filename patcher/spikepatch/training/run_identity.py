@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from spikepatch.source.typed import parsed
+
 
 @dataclass(frozen=True)
 class TrainedModel:
@@ -57,7 +59,8 @@ def all_runs(record: Mapping[str, Any]) -> Iterator[Run]:
         for seed in record["seeds"]:
             for model in record["models"].values():
                 about = {name: model[name] for name in names}
-                yield Run(**about, lr=record["lr"] * multiplier, multiplier=multiplier, seed=seed)
+                rate = {"lr": record["lr"] * multiplier, "multiplier": multiplier, "seed": seed}
+                yield parsed(Run, about | rate)
 
 
 def run_folder(name: str, lr: float, seed: int) -> str:

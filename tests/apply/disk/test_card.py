@@ -37,11 +37,12 @@ SOURCES: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"license": "other", "license_name": "own", "license_link": "LICENSE"},
         {"license": "other", "license_name": "own", "license_link": "LICENSE"},
     ),
-    # What the source was trained and measured for is not true of the output.
     (
-        {"license": "mit", "language": "en", "datasets": ["org/d"], "pipeline_tag": "text-generation"},
-        {"license": "mit"},
+        {"license": "mit", "language": ["en", "de"], "datasets": ["org/d"], "pipeline_tag": "text-generation"},
+        {"license": "mit", "language": ["en", "de"], "pipeline_tag": "text-generation"},
     ),
+    ({"language": "en"}, {"language": "en"}),
+    ({"language": ["en", 7], "pipeline_tag": ["x"]}, {}),
     ({"model-index": [{"name": "m"}], "tags": ["a"], "widget": [{"text": "x"}]}, {}),
 ]
 
@@ -86,6 +87,9 @@ def test_licence_and_base_model_are_inherited(
     assert folded == taken | {"library_name": "transformers", "tags": ["spikepatch"]}
     of_the_hub = inherited_metadata(tmp_path / "README.md", "org/source")
     assert of_the_hub == taken | {"base_model": "org/source"}
+    fresh = inherited_metadata(tmp_path / "README.md", "org/source", weights=False)
+    assert fresh == {key: value for key, value in taken.items() if key != "base_model"}
+    assert "not to be merged" in model_card(plan, trust=True, auto_class="AutoModelForCausalLM")
 
 
 #: Lines of printable text.
@@ -123,4 +127,4 @@ def test_every_route_writes_such_a_card(model_type: str, options: dict[str, Any]
     for folder in (out, again):
         data = checked((folder / "README.md").read_text())
         assert metadata_load(folder / "README.md") == data
-        assert (data["license"], data["base_model"]) == ("mit", "org/base")
+        assert (data["license"], "base_model" in data) == ("mit", False)  # its weights are fresh

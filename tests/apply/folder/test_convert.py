@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import spikepatch
-from spikepatch.apply.folder.convert import Conversion
+from spikepatch.apply.folder.conversion import Conversion
 from spikepatch.apply.folder.drift import drift_written
 from spikepatch.plans.plan import Fill, Plan, ScaleEmbedding
 from spikepatch.recipes.built_in import RECIPES

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel, WhisperForCausalLM
 import spikepatch
 from spikepatch.apply.folder import convert as conversion
 from spikepatch.apply.folder import routes
-from spikepatch.apply.folder.convert import Conversion
+from spikepatch.apply.folder.conversion import Conversion
 from spikepatch.apply.folder.hosts import HOSTS
 from spikepatch.apply.generated.structure import restructure
 from spikepatch.plans.plan import Untie

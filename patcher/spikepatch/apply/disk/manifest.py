@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "spikepatch.json"
 
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
 #: Bytes of a model card.
 _LARGEST_CARD = 10_000_000
 
@@ -133,12 +135,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def inherited_metadata(card: Path | None, hub_id: str | None) -> dict[str, Any]:
-    """What the front matter of an output takes over: the licence of the source's card, and the base model.
+def inherited_metadata(card: Path | None, hub_id: str | None, *, weights: bool = True) -> dict[str, Any]:
+    """What the front matter of an output takes over of the source's card: licence, language, task; and the base model,
+    whose weights it has.
 
     Args:
         card: README.md of the source, if it has one; a malformed one counts for nothing.
         hub_id: of the source, which is then the base model itself.
+        weights: of the source, or some of them, are in the output.
     """
     from huggingface_hub.repocard import metadata_load
 
@@ -147,12 +151,15 @@ def inherited_metadata(card: Path | None, hub_id: str | None) -> dict[str, Any]:
         if card is not None:
             read_file(card, within=card.parent, limit=_LARGEST_CARD)
             data = metadata_load(card) or {}
-    licence = {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
     from spikepatch.source.private import is_repository
 
+    kept = {key: data[key] for key in _INHERITED if isinstance(data.get(key), str)}
+    languages = data.get("language")
+    if isinstance(languages, list) and languages and all(isinstance(each, str) for each in languages):
+        kept["language"] = languages
     bases = [hub_id] if hub_id is not None else data.get("base_model")
     bases = [base for base in (bases if isinstance(bases, list) else [bases]) if is_repository(base)]
-    return licence | ({"base_model": bases[0] if len(bases) == 1 else bases} if bases else {})
+    return kept | ({"base_model": bases[0] if len(bases) == 1 else bases} if bases and weights else {})
 
 
 def model_card(
@@ -184,6 +191,10 @@ def model_card(
             "Learned weights in the towers, which compute features of images and sounds; **fresh weights** in all else."
         )
     lines = [f"{streams(plan)}, seed {plan.seed}", *parts(plan), *changes(plan, quote="`")]
+    if plan.structural:
+        lines.append(
+            "not to be merged with a model that has another factor or none: merge tools take one model's config for all"
+        )
     listed = "\n".join(f"- {line}" for line in lines)
     return f"""---
 {data.to_yaml()}

@@ -83,7 +83,7 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
 def check_local_target(out: str | os.PathLike[str], source: str, *, overwrite: bool) -> None:
     """``check_target`` as far as it can be asked before it is known what ``source`` is."""
     local = local_path(source)
-    check_target(Path(out), local if local.is_dir() else None, overwrite=overwrite)
+    check_target(Path(out), local if source and local.is_dir() else None, overwrite=overwrite)
 
 
 def check_space(out: Path, needed: int, source: Checkpoint | None = None) -> None:

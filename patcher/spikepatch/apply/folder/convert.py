@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from torch import nn
 
 from spikepatch.apply.disk.manifest import MANIFEST, command_line, manifest, python_line
 from spikepatch.apply.disk.publish import check_local_target, check_space, check_target, publishing, unwritable
-from spikepatch.apply.disk.write import Written, check_shard_size, parse_dtype, write_text
+from spikepatch.apply.disk.write import check_shard_size, parse_dtype, write_text
 from spikepatch.apply.folder import notes
-from spikepatch.apply.folder.drift import Behaviour, drift_planned, drift_written, expected_initial_loss
+from spikepatch.apply.folder.conversion import Conversion, noted, with_casts, with_drift
+from spikepatch.apply.folder.drift import drift_planned, drift_written, expected_initial_loss
 from spikepatch.apply.folder.load_test import Wanted, check_loads, fits, outcome
 from spikepatch.apply.folder.loader import Loader, loader
-from spikepatch.apply.folder.routes import Route, RouteKind, Storage, check_storage, choose
+from spikepatch.apply.folder.routes import Route, Storage, check_storage, choose
 from spikepatch.apply.folder.shards import Shards, plan_shards, write_folder
 from spikepatch.apply.folder.small_twin import try_small
 from spikepatch.apply.folder.texts import texts
@@ -38,7 +39,6 @@ from spikepatch.progress import Progress, silent
 from spikepatch.recipes import built_in
 from spikepatch.recipes.plan_of import Mapped, check_weights, map_asked, plan_on
 from spikepatch.recipes.request import Request, parse_request
-from spikepatch.residual.map import ResidualMap
 from spikepatch.source.classes import original_in
 from spikepatch.source.header import torch_dtype
 from spikepatch.source.local import target_path
@@ -50,47 +50,6 @@ from spikepatch.source.tied import first_names
 from spikepatch.source.tokenizer import has_tokenizer
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What was converted.
-
-    Attributes:
-        out: the folder; nothing is there after a dry run.
-        plan, residual: every edit and skip, and the proven map that they were planned on.
-        storage: how it is stored; see ``routes.py``.
-        trust: it loads with ``trust_remote_code=True`` only.
-        auto_class: the class of transformers that loads it.
-        dtype: of the float weights.
-        parameters: number of elements written.
-        bytes: of the weights.
-        expected_loss: estimated initial loss where it is far from log V; see ``expected_initial_loss``.
-        log_vocab: log V, the loss of a uniform guess.
-        notes: what the user should know, one sentence each; the first says whose the weights are.
-        casts: tensor name -> how many learned values overflowed and underflowed in the dtype asked for, where any did.
-        drift: for learned weights, what the source does on a sample text and what the written model does; after a dry
-            run, what the source would do with other factors. Empty where not measured.
-    """
-
-    out: Path
-    plan: Plan
-    residual: ResidualMap
-    storage: RouteKind
-    trust: bool
-    auto_class: str
-    dtype: str
-    parameters: int
-    bytes: int
-    expected_loss: float | None
-    log_vocab: float | None
-    notes: tuple[str, ...]
-    casts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    drift: tuple[Behaviour, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as ``--json`` prints it."""
-        return dataclasses.asdict(self) | {"out": str(self.out), "plan": self.plan.to_dict()}
 
 
 def convert(
@@ -265,7 +224,7 @@ def _tried(job: _Job, result: Conversion, report: Progress) -> Conversion:
         return result
     report("measuring the loss over factors")
     drift = drift_planned(job.source, job.mapped.residual, job.plan, job.mapped.embedding_stds)
-    return _with_drift(result, drift)
+    return with_drift(result, drift)
 
 
 def _written(
@@ -290,11 +249,11 @@ def _written(
         check_loads(process, scratch, wanted, tokenizer=has_tokenizer(source.copied_files), out=result.out)
     test = outcome(process, wanted, lambda: try_small(source, fits, partial(_convert_small, job)))
     write_text(scratch / MANIFEST, manifest(plan, route.kind, origin, command, written.hashes, test))
-    result = _noted(_with_casts(result, written), *notes.load_test(test, asked=load_test))
+    result = noted(with_casts(result, written), *notes.load_test(test, asked=load_test))
     if plan.reinit == "all":
         return result
     report("measuring the loss before and after")
-    return _with_drift(result, drift_written(source, job.mapped.residual, scratch, model_class))
+    return with_drift(result, drift_written(source, job.mapped.residual, scratch, model_class))
 
 
 def _convert_small(job: _Job, folder: str, out: Path) -> Conversion:
@@ -342,28 +301,3 @@ def _with_dtype(source: Source, asked: torch.dtype | None) -> Any:
         floats = [kind for kind in stored if kind in {"F64", "F32", "F16", "BF16"}]
         config.dtype = torch_dtype(max(floats, key=floats.count, default="F32"))
     return config
-
-
-def _with_drift(result: Conversion, drift: tuple[Behaviour, ...] | str) -> Conversion:
-    if isinstance(drift, str):
-        return _noted(result, f"what the patch does to the loss is not measured: {drift}")
-    head, uniform, last = result.residual.head, result.log_vocab, drift[-1]
-    above = uniform is not None and last.model == "written" and last.loss > 1.1 * uniform
-    if above and head is not None and head.tied:
-        result = _noted(
-            result,
-            f"the loss is above log V = {uniform:.1f} now: the head is tied, so a stream that is mostly the token's own"
-            " embedding makes it predict the current token",
-        )
-    return dataclasses.replace(result, drift=drift)
-
-
-def _with_casts(result: Conversion, written: Written) -> Conversion:
-    casts = {n: {"overflow": t.overflow, "underflow": t.underflow} for n, t in written.tallies.items()}
-    casts = {name: counts for name, counts in casts.items() if any(counts.values())}
-    result = _noted(result, *notes.unsound_values(written.tallies, result.dtype), *written.notes)
-    return dataclasses.replace(result, casts=casts)
-
-
-def _noted(result: Conversion, *notes: str) -> Conversion:
-    return dataclasses.replace(result, notes=(*result.notes, *notes))

@@ -55,7 +55,9 @@ def texts(source: Source, plan: Plan, route: Route, settings: Mapping[str, Any],
         auto_class=source.auto_class,
         title=source.short_name,
         inherited=inherited_metadata(
-            source.folder / MODEL_CARD if source.folder else None, source.name if source.kind == "hub" else None
+            source.folder / MODEL_CARD if source.folder else None,
+            source.name if source.kind == "hub" else None,
+            weights=plan.reinit != "all",
         ),
     )
     return files

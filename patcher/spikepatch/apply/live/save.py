@@ -24,7 +24,7 @@ from spikepatch.plans.plan import Plan
 from spikepatch.quiet import quiet
 from spikepatch.source.classes import is_remote, original_of
 from spikepatch.source.local import target_path
-from spikepatch.source.meta import check_module
+from spikepatch.source.meta import unwrapped
 from spikepatch.source.private import registered_auto_class
 from spikepatch.source.tied import first_names
 from spikepatch.source.tokenizer import refit
@@ -57,7 +57,7 @@ def save(
         Refused: the model was not patched, or is no transformers model.
         BadTarget: ``out`` cannot be used, or the disk is full.
     """
-    check_module(model)
+    model = unwrapped(model)
     plan: Plan | None = getattr(model, "_spikepatch_plan", None)
     write = getattr(model, "save_pretrained", None)
     if plan is None or write is None:
