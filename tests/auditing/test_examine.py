@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import spikepatch
 from spikepatch.auditing.fault import LEVELS
 from spikepatch.recipes.built_in import RECIPES
-from tests.auditing import bug_models, init_bugs, more_bugs
+from tests.auditing import bug_models, init_bugs, more_bugs, outside_bugs, outside_designs
 from tests.auditing.diagnosis import Case, Control, judge
 from tests.auditing.healthy_designs import CONTROLS, by_recipe
 from tests.auditing.mutations import build, outcomes
@@ -19,10 +20,12 @@ from tests.residual.configs import CLASSES, Mapping
 from tests.residual.generator import Model, example
 from tests.residual.test_generated import draw
 
-CASES = [*init_bugs.CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in more_bugs.CASES)]
+MORE = (*more_bugs.CASES, *outside_bugs.CASES)
+CASES = [*init_bugs.CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)]
+DESIGNS = [*CONTROLS, *(pytest.param(each, marks=pytest.mark.slow) for each in outside_designs.CONTROLS)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in (*init_bugs.CASES, *more_bugs.CASES)])
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in (*init_bugs.CASES, *MORE)])
 def test_a_bug_is_named(case: Case) -> None:
     model, extra = case.build()
     found = spikepatch.audit(model, **extra).findings
@@ -34,10 +37,10 @@ def test_a_bug_is_named(case: Case) -> None:
 
 
 def test_there_are_many_bugs() -> None:
-    assert len({case.name for case in (*init_bugs.CASES, *more_bugs.CASES)}) >= 60
+    assert len({case.name for case in (*init_bugs.CASES, *MORE)}) >= 90
 
 
-@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.name)
+@pytest.mark.parametrize("control", DESIGNS, ids=[each.name for each in (*CONTROLS, *outside_designs.CONTROLS)])
 def test_a_healthy_design_is_left_alone(control: Control) -> None:
     model, extra = control.build()
     assert spikepatch.audit(model, **extra).at_least("at-risk") == ()
@@ -83,6 +86,23 @@ def test_fresh_types_are_left_alone() -> None:
     assert quiet >= 9 * len(loud)
 
 
+@pytest.mark.parametrize(("std", "named"), [(0.02, False), (0.4, True)])
+def test_logits_without_a_closed_form_are_run(std: float, named: bool) -> None:
+    """An MLP with a cap behind the final norm: the size that is said is that of the model's own logits."""
+    torch.manual_seed(0)
+    model: Any = bug_models.plain()
+    model.head = nn.Sequential(nn.Linear(128, 64, bias=False), nn.SiLU(), nn.Linear(64, bug_models.V, bias=False))
+    for p in model.head.parameters():
+        nn.init.normal_(p, 0, std)
+    ids = torch.arange(64).view(1, 64) * 7 % bug_models.V
+    found = [f for f in spikepatch.audit(model, {"input_ids": ids}).findings if f.name == "head"]
+    assert bool(found) == named
+    if named:
+        with torch.no_grad():
+            size = float(model(ids).std(-1).mean())
+        assert f"logits with a std of {size:.3g}:" in found[0].what
+
+
 def test_weights_are_not_changed() -> None:
     model = bug_models.llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -113,14 +133,14 @@ def test_what_cannot_be_mapped_is_still_read() -> None:
 def test_architectures_drawn_at_random_are_left_alone() -> None:
     """As torch initialises them; whatever stands on their streams, no rule fails.
 
-    ``nn.Embedding``'s N(0, 1) times sqrt(d) is what ``embedding`` is about, experts at N(0, 1) what ``size`` is, and a
-    router at ``nn.Linear``'s default among such experts what ``torch-default`` is.
+    ``nn.Embedding``'s N(0, 1) times sqrt(d) is what ``embedding`` is about, tied to the head what ``head`` is, experts
+    at N(0, 1) what ``size`` is, and a router at ``nn.Linear``'s default among such experts what ``torch-default`` is.
     """
     rng, loud, checked = random.Random(0), [], 0
     for _ in range(12):
         model = Model(draw(rng)).eval()
         found = spikepatch.audit(model, example())
         checked += bool(found.scheme)
-        loud += [f for f in found.at_least("at-risk") if f.name not in {"embedding", "size", "torch-default"}]
+        loud += [f for f in found.at_least("at-risk") if f.name not in {"embedding", "head", "size", "torch-default"}]
     assert loud == []
     assert checked >= 3

@@ -201,7 +201,9 @@ def test_a_plain_module() -> None:
         start = each.get_submodule("tokens")(EXAMPLE["ids"]).detach().double()  # (1, tokens, width)
         expected = float(start.std(-1, correction=0).mean())
         assert measured.sigma_start == pytest.approx(expected, rel=16 * torch.finfo(torch.float32).eps)
-    assert report.initial_loss is None  # nothing says that its output is logits
+    with torch.no_grad():  # as many outputs as the table has rows: logits
+        loss = nn.functional.cross_entropy(model(EXAMPLE["ids"])[0, :-1], EXAMPLE["ids"][0, 1:])
+    assert report.initial_loss == pytest.approx(float(loss), rel=1e-5)
     assert report.gradient_ratio == 1
 
 

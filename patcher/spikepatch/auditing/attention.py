@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.fx import Node
 
@@ -47,6 +47,7 @@ def attention(evidence: Evidence, stream: Stream) -> Iterator[Fault]:
         guilty = {key} if sizes[1] > 1.5 * sizes[0] else guilty
         names = tuple(n for name in sorted(guilty) for n in groups[name].names)
         found.setdefault(names, (size, scores.factor))
+    yield from _position_biases(evidence, stream.facts)
     for names, (size, factor) in found.items():
         missing = (
             ", and the attention does not divide by sqrt(h): a factor is missing in the queries"
@@ -62,6 +63,66 @@ def attention(evidence: Evidence, stream: Stream) -> Iterator[Fault]:
             f"{size:.3g}",
             "draw queries and keys smaller" + (", the queries by 1/sqrt(h)" if missing else ""),
         )
+
+
+def _position_biases(evidence: Evidence, facts: Facts) -> Iterator[Fault]:
+    """Tables of biases by position, added to the logits, that saturate the softmax alone."""
+    for name, factor in _added_tables(facts).items():
+        contents = evidence.contents.get(name)
+        if contents is not None and contents.std * factor > _SATURATED:
+            yield Fault(
+                "attention",
+                "at-risk",
+                (name,),
+                f"the position bias of attention logits has a std of {contents.std * factor:.3g}, which saturates the"
+                " softmax: what the tokens are does not count",
+                "logits with a std of about 1 or less",
+                f"{contents.std * factor:.3g}",
+                "draw it with a std of 0.02, or 1/sqrt(d) as T5 does, or begin at 0",
+            )
+
+
+def _added_tables(facts: Facts) -> dict[str, float]:
+    """Tables whose rows are added to attention logits -> the factor that they get on the way."""
+    todo: list[tuple[Any, float]] = []
+    for node in facts.nodes:
+        if op(node) in ops.FUSED_ATTENTION:
+            todo.append((argument(node, "attn_mask"), 1.0))
+        elif op(node) in ops.SOFTMAX and _product_behind(facts, node) is not None:
+            todo.append((operands(node)[0], 1.0))
+    found: dict[str, float] = {}
+    seen: set[object] = set()
+    while todo:
+        node, factor = todo.pop()
+        if not isinstance(node, Node) or node in seen:
+            continue
+        seen.add(node)
+        if op(node) in ops.LOOKUPS and (name := facts.trace.parameters.get(ops.table_of(node))) is not None:
+            found[name] = abs(factor)
+        elif op(node) in ops.PRODUCTS and (number := number_in(facts, node)) is not None:
+            todo += [(each, factor * number if op(node) == "mul" else factor / number) for each in operands(node)]
+        elif op(node) in ops.VIEWS | ops.ADDS | {"masked_fill", "where"}:
+            todo += [(each, factor) for each in operands(node)]
+    return found
+
+
+def product_factors(facts: Facts) -> dict[str, float]:
+    """Matrices whose product is multiplied by a number at once (unit-scaled weights, NTK) -> that number."""
+    found: dict[str, float] = {}
+    for node in facts.nodes:
+        weight = matrix_weight(facts, node)
+        if weight is None:
+            continue
+        factor, each = 1.0, node
+        while len(each.users) == 1 and op(user := next(iter(each.users))) in ops.VIEWS | ops.PRODUCTS:
+            number = number_in(facts, user) if op(user) in ops.PRODUCTS else None
+            if op(user) in ops.PRODUCTS and (number is None or facts.data(user) != [each]):
+                break
+            if number is not None:
+                factor = factor * number if op(user) == "mul" else factor / number
+            each = user
+        found[facts.weight[weight]] = max(abs(factor), found.get(facts.weight[weight], 0.0))
+    return found
 
 
 def unscaled_queries(stream: Stream) -> dict[str, int]:
@@ -96,7 +157,7 @@ def _product_behind(facts: Facts, softmax: Node) -> _Scores | None:
         data = facts.data(node)
         if op(node) in ops.MATMULS and len(data) == 2:
             return _Scores(data[0], data[1], factor * _own_factors(facts, data))
-        number = _number(facts, node) if op(node) in ops.PRODUCTS else None
+        number = number_in(facts, node) if op(node) in ops.PRODUCTS else None
         if number is not None and len(data) == 1:
             todo.append((data[0], factor * number if op(node) == "mul" else factor / number))
         elif op(node) in ops.VIEWS | ops.ADDS | {"masked_fill", "where"}:
@@ -110,14 +171,15 @@ def _own_factors(facts: Facts, data: list[Node]) -> float:
     for first in data:
         node = first
         while len(before := facts.data(node)) == 1 and op(node) in ops.VIEWS | ops.PRODUCTS:
-            number = _number(facts, node) if op(node) in ops.PRODUCTS else None
+            number = number_in(facts, node) if op(node) in ops.PRODUCTS else None
             if number is not None:
                 factor = factor * number if op(node) == "mul" else factor / number
             node = before[0]
     return factor
 
 
-def _number(facts: Facts, node: Node) -> float | None:
+def number_in(facts: Facts, node: Node) -> float | None:
+    """The number that a product multiplies with, or divides by."""
     for each in node.args:
         if isinstance(each, (int, float)):
             return float(each)

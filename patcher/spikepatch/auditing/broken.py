@@ -14,6 +14,8 @@ _REDRAW = "draw it again"
 _DRAWN: tuple[ParameterPart, ...] = ("matrix", "projection", "table", "head")
 #: The largest of 10^12 normal draws is at 7 stds.
 _OUTLIER = 10.0
+#: So many rows of another size are a part; fewer may be single values.
+_SEVERAL = 4
 #: A float32 that nobody wrote is as a rule denormal or huge.
 _TINY, _HUGE = 1e-12, 1e4
 
@@ -140,6 +142,7 @@ def _garbage(group: Group, members: list[Member], learned: bool) -> Iterator[Fau
     if learned:
         return
     odd = [m for m in members if m not in huge and _far(m.contents) > _OUTLIER * max(m.contents.std, _TINY)]
+    odd = [m for m in odd if m.contents.strong_rows < _SEVERAL]  # that is a part
     odd = [m for m in odd if not m.contents.is_constant]
     if odd:
         first = max((m.contents for m in odd), key=lambda c: c.largest / max(c.std, _TINY))
@@ -194,7 +197,8 @@ def _parts(group: Group, members: list[Member], evidence: Evidence) -> Iterator[
             continue
         if may_be_table and c.zero_rows == 1:  # the padding token's
             continue
-        strong = c.strong_rows if c.largest <= _OUTLIER * c.std else 0  # or else it is told already
+        told = c.largest > _OUTLIER * c.std and c.strong_rows < _SEVERAL  # as an outlier
+        strong = 0 if told else c.strong_rows
         rows = c.zero_rows + (c.weak_rows + strong if c.columns >= 16 else 0)
         columns = c.zero_columns + (c.weak_columns if c.rows >= 16 else 0)
         if rows or columns:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
-from spikepatch.auditing.attention import attention, unscaled_queries
+from spikepatch.auditing.attention import attention, product_factors, unscaled_queries
 from spikepatch.auditing.broken import broken, copies
 from spikepatch.auditing.contents import Contents
 from spikepatch.auditing.depth import best_scheme, depth, scaled_on_purpose
@@ -37,6 +37,7 @@ def examine(
     built_buffers: Mapping[str, torch.Tensor],
     not_said: Iterable[str] = (),
     planned: tuple[Plan, bool] | None = None,
+    logits: Callable[[], float | None] = lambda: None,
 ) -> Audit:
     """Every rule on one model.
 
@@ -45,6 +46,7 @@ def examine(
         residual, stream: the proven map and the stream that feeds the output; None where there is none.
         vocabulary: number of tokens, where the output holds logits.
         tied: names that are to be one tensor with others, by the config and the class.
+        logits: the std of the first ones, from a forward pass.
         planned: what it is to be like, and whether that plan takes out a factor of the model's own.
         live_buffers: the model's; ``built_buffers``: those that its constructor makes.
     """
@@ -53,6 +55,7 @@ def examine(
         contents,
         roles(stream.facts) if stream is not None else {},
         unscaled_queries(stream) if stream is not None else {},
+        product_factors(stream.facts) if stream is not None else {},
     )
     found: list[Fault] = [
         *broken(known),
@@ -66,7 +69,7 @@ def examine(
     scheme: Scheme | None = None
     if not known.learned:
         if stream is not None:
-            found += head(sound, stream, vocabulary)
+            found += head(sound, stream, vocabulary, logits)
             found += attention(sound, stream)
         scheme = best_scheme(sound)
         found += tables(sound, scheme)
@@ -90,7 +93,7 @@ def _of_stds(sound: Evidence) -> Iterator[Fault]:
     sound = sound.without({name for f in left for name in f.parameters})
     wrong = list(wrong_formulas(sound, best_scheme(sound)))
     yield from wrong
-    sound = sound.without({name for f in wrong if f.severity != "note" for name in f.parameters})
+    sound = sound.without({name for f in wrong if f.name != "fused-fan" for name in f.parameters})
     large = list(sizes(sound))
     yield from large
     sound = sound.without({name for f in large for name in f.parameters})

@@ -73,6 +73,7 @@ class Evidence:
         contents: of every float parameter.
         roles: of vectors and small tensors, by the graph.
         groups: of all parameters.
+        factors: matrices whose product is multiplied by a number -> that number.
         queries: matrices of queries whose attention does not divide by the root of a head's size -> that size.
         learned: the weights have been trained.
         touched: gains differ from channel to channel around their value: it may have been trained for some steps.
@@ -83,6 +84,7 @@ class Evidence:
     roles: Mapping[str, VectorRole]
     groups: tuple[Group, ...]
     queries: Mapping[str, int]
+    factors: Mapping[str, float]
     learned: bool
     touched: bool
 
@@ -116,6 +118,7 @@ def evidence(
     contents: Mapping[str, Contents],
     roles: Mapping[str, VectorRole],
     queries: Mapping[str, int],
+    factors: Mapping[str, float],
 ) -> Evidence:
     """Put every parameter into its group."""
     streams = (residual, *residual.streams) if residual is not None else ()
@@ -145,7 +148,7 @@ def evidence(
         )
         for names in found.values()
     )
-    return Evidence(residual, contents, roles, groups, queries, _learned(groups), _touched(groups))
+    return Evidence(residual, contents, roles, groups, queries, factors, _learned(groups), _touched(groups))
 
 
 def _layers(names: list[str]) -> list[int]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch.fx import Node
 
+from spikepatch.auditing.attention import number_in
 from spikepatch.auditing.contents import Contents
 from spikepatch.auditing.fault import Fault, FaultLevel
 from spikepatch.auditing.groups import Evidence
 from spikepatch.auditing.laws import Scheme, close
 from spikepatch.residual import ops
-from spikepatch.residual.kinds import multiplier
+from spikepatch.residual.facts import Facts
 from spikepatch.residual.map import Embedding, ResidualMap
-from spikepatch.residual.ops import op, operands
+from spikepatch.residual.ops import op
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.weights import gain, matrix_weight
 
@@ -25,11 +26,17 @@ _DROWNED = 5.0
 _STREAM = 3.0
 
 
-def head(evidence: Evidence, stream: Stream | None, vocabulary: int | None) -> Iterator[Fault]:
+def head(
+    evidence: Evidence, stream: Stream | None, vocabulary: int | None, measured: Callable[[], float | None]
+) -> Iterator[Fault]:
     """A head whose first logits are so large that the loss is many times log V.
 
     Logits have a std of s = std(W) sqrt(d) rms(gain) m, the multiplier m included. Random guesses cost
     log V + s^2 / 2 as long as s is below sqrt(2 log V), and about s sqrt(2 log V) above.
+
+    Args:
+        measured: that std from a forward pass, or None. It is asked where the closed form does not hold, and before
+            anything is said.
     """
     residual = evidence.residual
     if residual is None or residual.head is None or stream is None or vocabulary is None or vocabulary < 8:
@@ -38,7 +45,11 @@ def head(evidence: Evidence, stream: Stream | None, vocabulary: int | None) -> I
     contents = evidence.contents.get(name)
     size = _logit_size(evidence, stream, contents) if contents is not None else None
     uniform = math.log(vocabulary)
-    if size is None or contents is None or not math.isfinite(size) or size <= math.sqrt(uniform / 2):
+    if contents is None or (size is not None and size <= math.sqrt(uniform / 2)):
+        return
+    run = measured()
+    size = run if run is not None else size
+    if size is None or not math.isfinite(size) or size <= math.sqrt(uniform / 2):
         return
     many = size > math.sqrt(2 * uniform)
     loss = size * math.sqrt(2 * uniform) if many else uniform + size**2 / 2
@@ -80,14 +91,24 @@ def _logit_size(evidence: Evidence, stream: Stream, contents: Contents) -> float
         w = evidence.contents[found.parameter]
         rms = math.hypot(w.std, w.mean + (1.0 if found.convention == "1+w" else 0.0))
     width = ops.last(data[0])
-    after = multiplier(facts, _end(facts.trace.output), matmul) if facts.trace.output is not matmul else 1.0
-    return contents.std * math.sqrt(width) * rms * abs(factor * after)
+    after = _factor_behind(facts, matmul)
+    return contents.std * math.sqrt(width) * rms * abs(factor * after) if after is not None else None
 
 
-def _end(output: Node) -> Node:
-    while op(output) in ops.VIEWS and op(operands(output)[0]):
-        output = operands(output)[0]
-    return output
+def _factor_behind(facts: Facts, matmul: Node) -> float | None:
+    """The number that logits are multiplied with; None where that is no number. A cap is wider than fresh logits."""
+    node, factor = facts.trace.output, 1.0
+    while node is not matmul:
+        moving = facts.data(node)
+        if len(moving) != 1 or node in facts.norm_at:
+            return None
+        if op(node) in ops.PRODUCTS:
+            number = number_in(facts, node)
+            if number is None:
+                return None
+            factor = factor * number if op(node) == "mul" else factor / number
+        node = moving[0]
+    return factor
 
 
 def _sized(evidence: Evidence, stream: ResidualMap) -> dict[str, tuple[Embedding, float]]:

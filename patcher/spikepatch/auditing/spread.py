@@ -86,6 +86,7 @@ def wrong_formulas(evidence: Evidence, scheme: Scheme | None) -> Iterator[Fault]
     yield from _roots(evidence)
     yield from _variances(plain, width, scheme)
     yield from _fused(evidence)
+    yield from _by_outputs(evidence, scheme)
 
 
 def _variances(groups: list[Group], width: int, scheme: Scheme | None) -> Iterator[Fault]:
@@ -155,6 +156,29 @@ def _stacked(group: Group) -> list[tuple[str, float]]:
 def _formulas(group: Group, width: int) -> list[tuple[str, float]]:
     found = [("0.02^2", 0.0004), ("2/(in + out)", _xavier(group) ** 2), ("1/in", 1 / fan_in(group))]
     return [(f"2/(5d) of d = {width}", small_std(width) ** 2), *found] if width else found
+
+
+def _by_outputs(evidence: Evidence, scheme: Scheme | None) -> Iterator[Fault]:
+    """Rules of the fan-in on the number of outputs: of a transposed matrix, or by a wrong index of its shape."""
+    groups = [g for g in evidence.of("matrix", "projection") if g in inner(evidence.groups) or g.part == "projection"]
+    groups = [g for g in groups if g.matrix is not None and len(g.members[0].contents.shape) == 2]
+    for factor in (1.0, math.sqrt(2), 3**-0.5):
+        found = [g for g in groups if close(g.std, factor * fan_out(g) ** -0.5, g.error)]
+        uneven = [g for g in found if not 0.9 < fan_in(g) / fan_out(g) < 1.1]
+        followed = scheme is not None and all(close(g.std, scheme.std(g), g.error) for g in uneven)
+        if len(found) < 2 or 2 * len(found) <= len(groups) or not uneven or followed:
+            continue
+        yield Fault(
+            "fan",
+            "note",
+            tuple(n for g in uneven for n in g.names),
+            "the std goes with the number of outputs, 1/sqrt(out): the fan-out was taken for the fan-in, or the matrix"
+            " is stored transposed",
+            f"a std of {factor * fan_in(uneven[0]) ** -0.5:.3g}, by the {fan_in(uneven[0])} inputs",
+            f"a std of {uneven[0].std:.3g}, by the {fan_out(uneven[0])} outputs",
+            "take the number of inputs of each matrix",
+        )
+        return
 
 
 def _fused(evidence: Evidence) -> Iterator[Fault]:
@@ -249,6 +273,11 @@ def carries_head_size(evidence: Evidence, group: Group, ratio: float) -> bool:
     return len(sizes) == 1 and 0 not in sizes and close(ratio, sizes.pop() ** -0.5, group.error)
 
 
+def _product(evidence: Evidence, group: Group) -> float:
+    """std of the product of a unit input, with the number that it is multiplied by."""
+    return group.std * math.sqrt(fan_in(group)) * evidence.factors.get(group.members[0].name, 1.0)
+
+
 def sizes(evidence: Evidence) -> Iterator[Fault]:
     """Stds that no scheme has, whatever the others are."""
     large: list[Group] = []
@@ -256,7 +285,7 @@ def sizes(evidence: Evidence) -> Iterator[Fault]:
     for group in evidence.of("matrix", "projection"):
         if group.matrix is None or (group.kind == "mixer" and not group.matrix.reads_stream):
             continue
-        size = group.std * math.sqrt(fan_in(group))
+        size = _product(evidence, group)
         if size > _LARGE:
             large.append(group)
         elif 0 < size < _SMALL and group.part == "matrix":
@@ -267,7 +296,7 @@ def sizes(evidence: Evidence) -> Iterator[Fault]:
     ):
         if groups:
             first = groups[0]
-            size = first.std * math.sqrt(fan_in(first))
+            size = _product(evidence, first)
             yield Fault(
                 "size",
                 "at-risk",

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +17,16 @@ from spikepatch.auditing.examine import examine
 from spikepatch.auditing.fault import Audit
 from spikepatch.errors import Refused, SpikepatchError
 from spikepatch.plans.plan import Plan, Recipe
-from spikepatch.preflight.subject import Subject, of_model, of_source, to_plan_on, vocabulary_of
+from spikepatch.preflight.forward import logits_std
+from spikepatch.preflight.program import compile_program
+from spikepatch.preflight.subject import Subject, logits_over, of_model, of_source, to_plan_on
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes.plan_of import plan_on
 from spikepatch.recipes.request import parse_request
 from spikepatch.residual.example import Given
 from spikepatch.residual.inspect import Followed, followed
 from spikepatch.residual.map import pattern
-from spikepatch.residual.ops import shape
+from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import trace
 from spikepatch.source.layout import layout
 from spikepatch.source.match import Match
@@ -44,7 +47,10 @@ def audit(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Audit:
-    """Say which parameters were initialised wrongly, from the weights and the residual map alone.
+    """Say which parameters were initialised wrongly, from the weights and the residual map.
+
+    Nothing is run but for the size of the logits, in one forward pass, where it has no closed form or is to be called
+    too large.
 
     Args:
         model: a loaded model, or a SOURCE: a hub id, a folder, ``arch:TYPE``. The weights of a folder are read once, a
@@ -128,8 +134,9 @@ def audit_subject(
         not_said.append(f"layers from the {which}")
     of = stored or (lambda each: of_tensor(subject.weights(each)))
     contents = _contents(names, of, progress, threads=min(os.cpu_count() or 1, _THREADS) if stored else 1)
-    vocabulary = vocabulary_of(model)
-    logits = stream is not None and vocabulary is not None and shape(stream.facts.trace.output)[-1:] >= (vocabulary,)
+    vocabulary = None
+    if residual is not None and stream is not None:
+        vocabulary = logits_over(model, residual, stream.facts.trace)
     return examine(
         contents,
         source=name,
@@ -137,13 +144,24 @@ def audit_subject(
         weights=subject.about,
         residual=residual,
         stream=stream,
-        vocabulary=vocabulary if logits else None,
+        vocabulary=vocabulary,
         tied=promised_ties(model),
         live_buffers=dict(model.named_buffers()),
         built_buffers=_built_buffers(model),
         not_said=not_said,
+        logits=partial(_first_logits, subject, stream, vocabulary, progress),
         planned=planned,
     )
+
+
+def _first_logits(subject: Subject, stream: Stream | None, vocabulary: int | None, progress: Progress) -> float | None:
+    """From one forward pass; None of a model that is large, or whose graph cannot be run."""
+    if stream is None or vocabulary is None or sum(p.numel() for p in subject.structure.parameters()) > _WHOLE:
+        return None
+    progress("one forward pass: the size of the logits", 0, 0)
+    with contextlib.suppress(SpikepatchError):
+        return logits_std(compile_program(stream, torch.device("cpu")), subject.weights, vocabulary)
+    return None
 
 
 #: Elements; of a larger model without weights, drawing all of it takes as long as the rest of a check.

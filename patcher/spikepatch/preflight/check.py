@@ -28,16 +28,15 @@ from spikepatch.preflight.remedies import of_a_model, of_a_source, of_a_tied_hea
 from spikepatch.preflight.result import Finding, StabilityReport
 from spikepatch.preflight.shorter import extended, in_words, shortened
 from spikepatch.preflight.steps import run_steps
-from spikepatch.preflight.subject import Subject, of_model, of_source, proven, to_plan_on, vocabulary_of, with_recipe
+from spikepatch.preflight.subject import Subject, logits_over, of_model, of_source, proven, to_plan_on, with_recipe
 from spikepatch.progress import Progress, silent
 from spikepatch.recipes.plan_of import Mapped
 from spikepatch.recipes.request import Request, parse_requests
 from spikepatch.residual.example import Given, given
 from spikepatch.residual.inspect import Followed, followed
 from spikepatch.residual.map import ResidualMap
-from spikepatch.residual.ops import shape
 from spikepatch.residual.stream import Stream
-from spikepatch.residual.trace import Trace, trace
+from spikepatch.residual.trace import trace
 from spikepatch.source.meta import settings_read, unwrapped
 from spikepatch.source.private import is_out_of_memory
 
@@ -318,7 +317,7 @@ def _measured_all(
     """The stream that feeds the output with all others; the verdict is the worst of them."""
     streams, residual = found.streams, found.residual
     graph = streams[0].facts.trace
-    vocabulary = _logits_over(subject.structure, graph) if residual.head is not None else None
+    vocabulary = logits_over(subject.structure, residual, graph)
     judge = dataclasses.replace(judge, remedy=cache(partial(judge.remedy, whole=whole)))
     main = _measured(draft, subject, streams[0], residual, whole, setting, judge, progress, vocabulary)
     further = []
@@ -385,10 +384,3 @@ def _measured(
         return report
     notes = tuple(Finding("layers", "note", words) for words in in_words(report.shortened))
     return dataclasses.replace(report, findings=(*report.findings, *notes))
-
-
-def _logits_over(model: nn.Module, graph: Trace) -> int | None:
-    """Length of the output's last axis, where that is the model's vocabulary and not its width."""
-    vocabulary, width = vocabulary_of(model), shape(graph.output)[-1]
-    tokens = any(not x.is_floating_point() for x in graph.inputs.values())
-    return width if tokens and vocabulary is not None and width >= vocabulary else None

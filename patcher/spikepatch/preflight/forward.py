@@ -105,6 +105,17 @@ def measure(
     return found
 
 
+def logits_std(program: Program, weights: Weights, vocabulary: int) -> float:
+    """std of the first logits of a token, averaged over tokens: from one forward pass and nothing else."""
+    values: NodeValues = {}
+    for i, piece in enumerate(program.pieces):
+        parameters = {p: program.parameter(p, weights) for p in piece.parameters}
+        wanted = {*program.alive[i], piece.point} & set(piece.nodes)
+        with torch.no_grad():
+            values |= run_piece(program, piece, {n: values[n] for n in piece.needs}, parameters, wanted)
+    return float(values[program.pieces[-1].point].reshape(-1, vocabulary).std(-1).mean())
+
+
 def _forward(
     program: Program, residual: ResidualMap, weights: Weights, found: Measurement, *, deep: bool, progress: Progress
 ) -> list[NodeValues]:

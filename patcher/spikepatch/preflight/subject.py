@@ -17,7 +17,9 @@ from spikepatch.recipes.plan_of import Mapped, plan_on
 from spikepatch.recipes.request import Request
 from spikepatch.residual.example import Given
 from spikepatch.residual.inspect import Followed, followed, inspect
-from spikepatch.residual.trace import trace
+from spikepatch.residual.map import ResidualMap
+from spikepatch.residual.ops import shape
+from spikepatch.residual.trace import Trace, trace
 from spikepatch.source.layout import persistent
 from spikepatch.source.match import Match, match_source
 from spikepatch.source.meta import build_meta, skeleton
@@ -153,6 +155,16 @@ def vocabulary_of(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config  # it may be the model's own
     return getattr(text, "vocab_size", None)
+
+
+def logits_over(model: nn.Module, residual: ResidualMap, graph: Trace) -> int | None:
+    """Length of the output's last axis, where that is a vocabulary: the config's, or else the rows of the table."""
+    length, vocabulary = shape(graph.output)[-1], vocabulary_of(model)
+    if vocabulary is None:
+        tables = [model.get_parameter(e.parameter) for e in residual.embeddings if e.kind == "token"]
+        vocabulary = next((len(table) for table in tables if len(table) == length), None)
+    tokens = any(not x.is_floating_point() for x in graph.inputs.values())
+    return length if tokens and residual.head is not None and vocabulary is not None and length >= vocabulary else None
 
 
 def _kept(model: nn.Module, weights: Weights) -> Weights:
