@@ -569,6 +569,25 @@ class TimesRoot(Decoder):
         return super().start(ids) * math.sqrt(D)
 
 
+class LearnedFactor(Decoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale, self.mix = nn.Parameter(torch.zeros(())), nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.second = nn.Embedding(V, D)
+
+    def start(self, ids: Tensor) -> Tensor:
+        return self.log_scale.exp() * (self.mix[0] * super().start(ids) + self.mix[1] * self.second(ids))
+
+
+class LearnedShare(Decoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.zeros(D))
+
+    def start(self, ids: Tensor) -> Tensor:
+        return torch.sigmoid(self.share) * super().start(ids)
+
+
 class NormedStart(Decoder):
     def __init__(self) -> None:
         super().__init__()
@@ -827,7 +846,7 @@ MODELS: dict[str, Foreign] = {
     "parallel": Foreign(Parallel),
     "layer scale": Foreign(LayerScale),
     "downscaled branches": Foreign(Downscaled),
-    "mixed with the start": Foreign(FromTheStart, unscaled="already multiplied by"),
+    "mixed with the start": Foreign(FromTheStart),
     "clamped stream": Foreign(Clamped, leak="goes through clamp"),
     "gated stream": Foreign(Gated, leak="multiplied by a gate that gates.0 computes"),
     "shared block": Foreign(Shared),
@@ -836,6 +855,8 @@ MODELS: dict[str, Foreign] = {
     "learned positions": Foreign(Learned),
     "sinusoidal positions": Foreign(Sinusoidal),
     "embedding times sqrt(d)": Foreign(TimesRoot, unscaled=r"already multiplied by 5\.65685"),
+    "learned factors": Foreign(LearnedFactor),
+    "a learned share": Foreign(LearnedShare, unscaled=r"by 0\.5(.|\n)*no large shortcut(.|\n)*--replace"),
     "normed embedding": Foreign(NormedStart, unscaled="already normalised"),
     "unit rows": Foreign(UnitRows, unscaled=r"small shortcut(.|\n)*multiply by 5\.657"),
     "own table": Foreign(OwnTable, unscaled=r"none that can be patched(.|\n)*unit-embed"),

@@ -85,6 +85,15 @@ def _patched(name: str, plan: Any) -> tuple[dict[str, torch.Tensor], dict[str, t
     return before, {n: p.detach() for n, p in parameters.items()}
 
 
+def test_a_learned_factor_that_is_divided_out() -> None:
+    """What a remedy says is done: the stream starts at sqrt(2/5)."""
+    model, ids = made("a learned share"), torch.arange(48)
+    example = MODELS["a learned share"].example
+    spikepatch.patch(model, "scaled-embed", reinit="all", replace=True, example_inputs=example)
+    size = float(model.start(ids[None]).detach().std())
+    assert abs(size / 0.4**0.5 - 1) < 6 / (2 * 48 * 32) ** 0.5
+
+
 @pytest.mark.parametrize("name", ["own config", "a mode"])
 def test_check(name: str) -> None:
     report = spikepatch.check(made(name), recipes=["scaled-embed"], example_inputs=MODELS[name].example)

@@ -141,9 +141,10 @@ def check_shortcut(residual: ResidualMap, token: Embedding, *, any_width: bool =
 
 def multiplied(residual: ResidualMap, embedding: Embedding, otherwise: str = "") -> Refused:
     """The error for an embedding whose output the architecture multiplies by a number already."""
+    large = "the large" if embedding.scale > 0.5 * math.sqrt(residual.width) else "no large"
     return Refused(
         what=f"the {embedding.kind} embedding is already multiplied by {embedding.scale:g}",
         where=residual.source,
         why=f"measured on the graph between {embedding.parameter} and the stream, at width {residual.width}",
-        remedy="the large shortcut is there; use the recipe vanilla for the small sub-layers alone" + otherwise,
+        remedy=f"{large} shortcut is there; use the recipe vanilla for the small sub-layers alone" + otherwise,
     )

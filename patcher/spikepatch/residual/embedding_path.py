@@ -4,6 +4,7 @@ the stream is run on real numbers, at full width, so a factor is found whatever 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -25,6 +26,12 @@ _ROUNDING = 1e-4
 #: A norm that leaves the stream smaller than this is none that makes a large shortcut.
 _SMALL = 0.5
 
+#: Elements of what may be factors of a table.
+_FEW = 1 << 16
+
+#: A learned factor between this and its reciprocal began as 1.
+_NEAR = 1.25
+
 
 class Measured(NamedTuple):
     """``kind`` from how the row numbers move; ``scale`` and ``normed`` as in ``residual.map.Embedding``."""
@@ -34,11 +41,23 @@ class Measured(NamedTuple):
     normed: bool
 
 
-def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
+def vectors(trace: Trace, stream: Stream) -> dict[Node, str]:
+    """The learned numbers on the way to the stream that are no matrices: what a table may be multiplied by."""
+    facts = stream.facts
+    path = facts.behind([stream.start]) - set(map(table_of, stream.tables))
+    matrices = {facts.weight[a] for n in path if facts.product(n) for a in operands(n) if a in facts.weight}
+    few = {n: name for n, name in trace.parameters.items() if n in path and math.prod(shape(n)) <= _FEW}
+    return {n: name for n, name in few.items() if name not in matrices}
+
+
+def measure(trace: Trace, stream: Stream, known: Mapping[Node, torch.Tensor]) -> dict[Node, Measured]:
     """Run the embedding path of ``stream`` once per table and case; float32, on the CPU.
 
     Affine in the table: f(3 E) - f(E) = 2 (f(2 E) - f(E)), and not 0. A norm on the way breaks that. No table is zero:
-    a norm without eps divides by the size of what it reads.
+    a norm without eps divides by the size of what it reads. A learned factor that is near 1 is 1, where training began.
+
+    Args:
+        known: values of ``vectors``; of those that are not there nothing is known, and they are taken to be 1.
 
     Raises:
         Refused: what is no number stands on the way.
@@ -47,17 +66,22 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
     seeds = dict.fromkeys(trace.inputs, 0)
     result: dict[Node, Measured] = {}
     tables = {lookup: _table(trace, lookup, seeds) for lookup in stream.tables}
-    weighted = stream.facts.behind([stream.start]) & trace.parameters.keys() - set(map(table_of, tables))
+    weighted = stream.facts.behind([stream.start]) & trace.parameters.keys() - set(map(table_of, tables)) - known.keys()
     for lookup, table in tables.items():
         kind = _kind(trace, lookup)
-        at_one, at_two, at_three = (_start(trace, stream, tables, lookup, factor) for factor in (1.0, 2.0, 3.0))
+        at_one, at_two, at_three = (_start(trace, stream, tables, lookup, factor, known) for factor in (1.0, 2.0, 3.0))
         once, twice = at_two - at_one, at_three - at_one
         linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
-        linear &= _size(once) > _ROUNDING * _size(at_one)
+        absent = bool(known) and not bool(once.any())  # by a learned factor of 0
+        linear &= absent or _size(once) > _ROUNDING * _size(at_one)
         looked_up = table[_rows(trace, lookup, seeds).flatten() % len(table)] if op(lookup) in LOOKUPS else table
         size = _size(at_one)
         small = size < _SMALL and not weighted  # a gain's value is not known here
         scale = _size(once) / _size(looked_up) if linear else size if small else 1.0
+        if linear and known and scale != 1.0 and 1 / _NEAR < scale < _NEAR:
+            others = {node: 2 * value + 1 for node, value in known.items()}
+            low, high = (_start(trace, stream, tables, lookup, factor, others) for factor in (1.0, 2.0))
+            scale = scale if torch.allclose(high - low, once, rtol=1e-3) else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
     return result
 
@@ -106,10 +130,15 @@ def _table(trace: Trace, node: Node, seeds: Mapping[Node, int]) -> torch.Tensor:
 
 
 def _start(
-    trace: Trace, stream: Stream, tables: Mapping[Node, torch.Tensor], lookup: Node, factor: float
+    trace: Trace,
+    stream: Stream,
+    tables: Mapping[Node, torch.Tensor],
+    lookup: Node,
+    factor: float,
+    known: Mapping[Node, torch.Tensor],
 ) -> torch.Tensor:
     """The first point of the stream, with this table times ``factor``, and next to nothing of the others."""
-    values = {table_of(other): _ROUNDING**2 * table for other, table in tables.items()}
+    values = {**known} | {table_of(other): _ROUNDING**2 * table for other, table in tables.items()}
     values[table_of(lookup)] = factor * tables[lookup]
     alone = {node: stream.facts.carries[node][0] for node in stream.entrances}  # as if no features entered
     result = run(trace, [stream.start], values, dict.fromkeys(trace.inputs, 0), alone)[stream.start]

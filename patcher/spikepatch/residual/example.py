@@ -82,10 +82,7 @@ def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
     name = name[0] if isinstance(name, (list, tuple)) else name
     example = {name: ids}
     if name == "pixel_values":
-        size = _setting(config, "image_size", "input_size", otherwise=224)
-        sizes = list(size.values()) if isinstance(size, dict) else size if isinstance(size, (list, tuple)) else [size]
-        channels = _setting(config, "num_channels", "in_channels", "in_chans", otherwise=3)
-        example = {name: torch.zeros(1, *(_number(each) for each in (channels, sizes[0], sizes[-1])))}
+        example = {name: _picture(config)}
     elif name == "input_features":
         bands = _setting(config, "num_mel_bins", "input_feat_per_channel", "feature_size", otherwise=80)
         frames = _setting(config, "max_source_positions", otherwise=128)
@@ -95,6 +92,29 @@ def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
     if getattr(config, "is_encoder_decoder", False):
         example["decoder_input_ids"] = ids.clone()
     return example
+
+
+def completed(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``example``, and of token ids, boxes and an image those that the forward's signature names and that it lacks; for
+    a model that does not run on its main input alone.
+    """
+    config: Any = getattr(model, "config", None)
+    ids = torch.arange(5, 5 + TOKENS).unsqueeze(0)
+    known = {
+        "input_ids": ids,
+        "qformer_input_ids": ids,
+        "bbox": torch.zeros(1, TOKENS, 4, dtype=torch.long),
+        "pixel_values": _picture(config),
+    }
+    names = signature(model.forward).parameters
+    return {**example, **{n: t for n, t in known.items() if n in names and n not in example}}
+
+
+def _picture(config: Any) -> torch.Tensor:
+    size = _setting(config, "image_size", "input_size", otherwise=224)
+    sizes = list(size.values()) if isinstance(size, dict) else size if isinstance(size, (list, tuple)) else [size]
+    channels = _setting(config, "num_channels", "in_channels", "in_chans", otherwise=3)
+    return torch.zeros(1, *(_number(each) for each in (channels, sizes[0], sizes[-1])))
 
 
 def _setting(config: Any, *names: str, otherwise: object) -> Any:

@@ -5,7 +5,7 @@ none are kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def _run(model: nn.Module, graph: Trace, stream: Stream, wanted: torch.fx.Node, 
     if not fits_in_memory(4 * sum(model.get_parameter(name).numel() for name in names)):
         return None
     kept = {name: value for name in names if (value := learned(name)) is not None}
-    own = _own_values(model, names - kept.keys()) | kept
+    own = own_values(model, names - kept.keys()) | kept
     values = {node: own[name] for node, name in graph.parameters.items() if name in own}
     values |= {node: value for node, value in graph.inputs.items() if not value.is_floating_point()}
     try:
@@ -85,8 +85,10 @@ def _run(model: nn.Module, graph: Trace, stream: Stream, wanted: torch.fx.Node, 
     return size if size > 0 else None
 
 
-def _own_values(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+def own_values(model: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
     """What the architecture's own initialiser makes of these parameters, as far as it writes them; in float32."""
+    if not names:
+        return {}
     twin: Any = skeleton(model).float()
     for module in twin.modules():
         unmark_initialised(module)

@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.fx import Node
 
 from spikepatch.errors import Refused, first_line
 from spikepatch.residual import ops
-from spikepatch.residual.embedding_path import measure
+from spikepatch.residual.embedding_path import measure, vectors
 from spikepatch.residual.example import Given
+from spikepatch.residual.feature_size import own_values
 from spikepatch.residual.kinds import addition, between, steps, sublayers_of
 from spikepatch.residual.map import (
     Embedding,
@@ -346,7 +348,7 @@ class _Naming:
 
     def _embeddings(self) -> tuple[Embedding, ...]:
         try:
-            measured = measure(self.facts.trace, self.stream)
+            measured = measure(self.facts.trace, self.stream, self._known())
         except (IndexError, RuntimeError, NotImplementedError) as error:
             raise Refused(
                 what="the embedding path cannot be run, so the factor that it applies is not known",
@@ -363,6 +365,14 @@ class _Naming:
                 width = ops.last(table)
                 found.setdefault(parameter, Embedding(module, parameter, kind, scale, normed, width))
         return tuple(found.values())
+
+    def _known(self) -> dict[Node, torch.Tensor]:
+        """Values of the learned factors on the embedding path; on the meta device, those that they begin with."""
+        nodes = vectors(self.facts.trace, self.stream)
+        values = {n: self.model.get_parameter(name).detach() for n, name in nodes.items()}
+        fresh = own_values(self.model, [nodes[n] for n, value in values.items() if value.is_meta])
+        values |= {n: fresh[nodes[n]] for n, value in values.items() if nodes[n] in fresh}
+        return {n: value.float().cpu() for n, value in values.items() if not value.is_meta}
 
     def _entrances(self) -> Iterator[Entrance]:
         facts, order = self.facts, self.facts.order

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from spikepatch.errors import Refused, first_line
 from spikepatch.residual.dataflow import follow_data
-from spikepatch.residual.example import Given, example_of, given, offered
+from spikepatch.residual.example import Given, completed, example_of, given, offered
 from spikepatch.residual.features import with_features
 from spikepatch.residual.record import Recorder, on_cpu, prepared, record
 from spikepatch.residual.told import Asked, Mode
@@ -71,8 +71,15 @@ def trace(model: nn.Module, example_inputs: Given = None) -> Trace:
     """
     example = example_of(model) if example_inputs is None else given(example_inputs, model)
     try:
-        found = recorded(model, example)
-    except Exception as error:  # whatever a forward pass raises
+        try:
+            found = recorded(model, example)
+        except Exception:  # whatever a forward pass raises
+            more = completed(model, example) if example_inputs is None else example
+            if more.keys() == example.keys():
+                raise
+            example = more
+            found = recorded(model, example)
+    except Exception as error:
         raise Refused(
             what="the forward pass cannot be traced, so its residual stream cannot be found",
             where=type(model).__name__,
@@ -90,12 +97,14 @@ def full_example(model: nn.Module) -> dict[str, torch.Tensor]:
     """``example_of``, with those further inputs by which the model reads more of its parameters: images and sounds,
     states of an encoder or of an image that some layers wait for, and types of tokens.
     """
-    example = example_of(model)
+    example = first = example_of(model)
     count, best = sum(1 for _ in model.parameters()), -1
-    for tried in [example, *with_features(model, example)]:
+    for tried in [first, *with_features(model, first)]:
         with contextlib.suppress(Exception):  # whatever a forward pass raises
             if best < count and (read := _read(recorded(model, tried))) > best:
                 best, example = read, tried
+    if best < 0:  # it does not run on these
+        example = completed(model, first)
     for name, value in offered(model, example).items():
         with contextlib.suppress(Exception):
             tried = {**example, name: value}

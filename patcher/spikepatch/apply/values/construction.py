@@ -41,7 +41,7 @@ _SIZES, _TRIES = 6, 36
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """What is known of the code that has written a tensor.
 
     Attributes:
@@ -54,7 +54,7 @@ class Origin:
     alone: bool
 
 
-def constructed(model: nn.Module, seed: int) -> tuple[Recording, Mapping[str, Origin]]:
+def constructed(model: nn.Module, seed: int) -> tuple[Recording, Mapping[str, Provenance]]:
     """Run what made ``model`` again, without memory, and write down what it writes.
 
     Args:
@@ -73,13 +73,13 @@ def constructed(model: nn.Module, seed: int) -> tuple[Recording, Mapping[str, Or
                 with recording.active():
                     built: nn.Module = from_config(type(model), config)
                     recording.name(built)
-                return recording, {name: Origin(True, True) for name, _ in _tensors(built)}
+                return recording, {name: Provenance(True, True) for name, _ in _tensors(built)}
             except Exception:  # whatever its constructor raises for a config that has been changed since
                 recording = Recording(seed)
         with recording.active():
             twin = skeleton(model)
             usual = Counter(n for _, tensor in _tensors(model) for n in tensor.shape).most_common(_SIZES)
-            known = {name: Origin(True, False) for name, _ in _tensors(model)}
+            known = {name: Provenance(True, False) for name, _ in _tensors(model)}
             known |= dict(_rebuild(twin, model, recording, [n for n, _ in usual]))
             _initialise_as_transformers(twin)
             recording.name(twin)
@@ -101,7 +101,7 @@ def broken_ties(model: nn.Module) -> list[tuple[str, str]]:
 
 def _rebuild(
     twin: nn.Module, model: nn.Module, recording: Recording, usual: Sequence[int], path: str = ""
-) -> Iterator[tuple[str, Origin]]:
+) -> Iterator[tuple[str, Provenance]]:
     """Put tensors that ``model``'s code has written in the place of those of ``twin``, a copy without values.
 
     Yields:
@@ -113,7 +113,7 @@ def _rebuild(
         for name, module in twin.named_modules(remove_duplicate=False):
             own_parameters(module).update(own_parameters(modules[name]))
             own_buffers(module).update(own_buffers(modules[name]))
-        yield from ((path + name, Origin(sure, True)) for name, _ in _tensors(model))
+        yield from ((path + name, Provenance(sure, True)) for name, _ in _tensors(model))
     else:
         adopted: dict[int, Any] = {}
         for own in (own_parameters(twin), own_buffers(twin)):
@@ -126,9 +126,9 @@ def _rebuild(
             copied = own_children(twin)[name]
             if child is not None and copied is not None:
                 for inner, origin in _rebuild(copied, child, recording, usual, f"{path}{name}."):
-                    yield inner, Origin(origin.sure, origin.alone and silent)
+                    yield inner, Provenance(origin.sure, origin.alone and silent)
         if silent and callable(getattr(model, "reset_parameters", None)):
-            yield from ((path + name, Origin(True, True)) for name in (*own_parameters(model), *own_buffers(model)))
+            yield from ((path + name, Provenance(True, True)) for name in (*own_parameters(model), *own_buffers(model)))
         _apply(twin, recording)
     _initialise(twin, recording)
 
