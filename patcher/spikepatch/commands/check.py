@@ -170,8 +170,8 @@ def _print(report: StabilityReport, limits: Thresholds, *, named: bool) -> None:
     width = max(console.width, 100) if not console.is_terminal else console.width
     console = Console(highlight=False, width=width)
     click.echo(
-        f"{source}{report.architecture}: {report.placement}, width d = {report.width}, S = {report.sublayers} sub-layers;"
-        f" {report.batch} x {report.tokens} tokens, float32 on {report.device}"
+        f"{source}{report.architecture}: {report.placement}, width d = {report.width}, S = {report.sublayers}"
+        f" sub-layers; {report.batch} x {report.tokens} tokens, float32 on {report.device}"
     )
     print_table(summary_table(report, limits, details=is_verbose()), console)
     for model in report.every if is_verbose() else ():
