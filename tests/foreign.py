@@ -659,7 +659,51 @@ class Configured(Decoder):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
+@dataclass
+class Outcome:
+    states: list[Tensor]
+    logits: Tensor
+
+
+class AsObject(Decoder):
+    def forward(self, ids: Tensor) -> Any:
+        x = self.start(ids)
+        return Outcome([x], super().forward(ids))
+
+
+class TwoTracks(Decoder):
+    """Reversible: each of two tracks reads the other; the head reads their mean."""
+
+    def stack(self, x: Tensor) -> Tensor:
+        one = two = x
+        for i, (mixer, ff) in enumerate(zip(self.mixers, self.ffs, strict=True)):
+            one = one + mixer(self.norms[2 * i](two))
+            two = two + ff(self.norms[2 * i + 1](one))
+        return torch.stack((one, two)).mean(dim=0)
+
+
+class OfItsType(Decoder):
+    def start(self, ids: Tensor) -> Tensor:
+        x = super().start(ids)
+        return x + torch.linspace(0, 1, D).type(x.type())
+
+
 # Initialisers
+
+
+class AppliesIt(Decoder):
+    """Its constructor keeps no argument, and applies a method of its own to all of its parts."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(mlp=lambda: MLP(bias=True))
+        self.depth = settings.std
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.depth)
+            if module.bias is not None:
+                nn.init.constant_(module.bias, 0.125)
 
 
 class BiasesByTheModel(Decoder):
@@ -804,6 +848,10 @@ MODELS: dict[str, Foreign] = {
     "reset by a parent": Foreign(_with(mlp=Resetting)),
     "a method of any name": Foreign(ByAnyName),
     "renamed in state_dict": Foreign(Renaming),
+    "init by apply": Foreign(lambda: AppliesIt(Settings())),
+    "an object of results": Foreign(AsObject),
+    "two tracks": Foreign(TwoTracks, leak="past the stream, as a second track"),
+    "a tensor's type by name": Foreign(OfItsType),
     "compiled": Foreign(compiled),
     "compiled blocks": Foreign(compiled_blocks),
 }

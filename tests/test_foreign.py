@@ -11,7 +11,7 @@ from torch import nn
 import spikepatch
 from spikepatch.recipes.plan_of import Mapped, plan_on
 from spikepatch.recipes.request import parse_request
-from tests.foreign import MODELS
+from tests.foreign import MODELS, D, Decoder, T
 
 #: In the default suite; the others are slow.
 SAMPLE = frozenset(("one plus w", "own table", "one-hot", "closure", "reset by a parent", "own config", "a mode"))
@@ -90,3 +90,55 @@ def test_check(name: str) -> None:
     report = spikepatch.check(made(name), recipes=["scaled-embed"], example_inputs=MODELS[name].example)
     assert report.sublayers == MODELS[name].sublayers
     assert report.models[0].verdict == "stable"
+
+
+class Rows(Decoder):
+    """Its constructor keeps its argument to itself."""
+
+    def __init__(self, base: float = 100.0, *, persistent: bool = False) -> None:
+        super().__init__()
+        angles = torch.arange(T)[:, None] * base ** (-torch.arange(D) / D)
+        self.register_buffer("pe", angles.cos(), persistent=persistent)
+
+    def start(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().start(ids) + self.pe  # type: ignore[operator]
+
+
+class Kept(Rows):
+    """And this one does not."""
+
+    def __init__(self, base: float = 100.0, *, persistent: bool = False) -> None:
+        super().__init__(base, persistent=persistent)
+        self.base, self.persistent = base, persistent
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_buffers_of_other_arguments(persistent: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """What was computed by an argument that nobody knows is kept, and listed; where it is known, it is made again."""
+    ids = {"ids": torch.arange(T)[None]}
+    for kind in (Rows, Kept):
+        model: Any = kind(7.0, persistent=persistent)
+        wanted = model.pe.clone()
+        if kind is Kept:
+            model.pe.fill_(3.0)
+        caplog.clear()
+        spikepatch.patch(model, "vanilla", reinit="all", example_inputs=ids)
+        assert torch.equal(model.pe, wanted)
+        assert any("kept as they are" in line and "pe" in line for line in caplog.messages) == (kind is Rows)
+
+
+def test_ties_that_were_broken_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = made("tied head")
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    spikepatch.patch(model, "vanilla", reinit="all", example_inputs=MODELS["tied head"].example)
+    assert any("which are two in this model and stay two: head.weight and wte.weight" in m for m in caplog.messages)
+    caplog.clear()
+    spikepatch.patch(made("tied head"), "vanilla", reinit="all", example_inputs=MODELS["tied head"].example)
+    assert not caplog.messages
+
+
+def test_a_buffer_of_nan_is_named() -> None:
+    model: Any = Rows()
+    model.pe.fill_(float("nan"))
+    with pytest.raises(spikepatch.Refused, match="a buffer holds NaN"):
+        spikepatch.inspect(model, example_inputs={"ids": torch.arange(T)[None]})

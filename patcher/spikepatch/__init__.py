@@ -39,9 +39,9 @@ from spikepatch._version import __version__ as __version__
 from spikepatch.errors import check_platform
 
 if TYPE_CHECKING:
-    from spikepatch.apply.disk.verify import verify
     from spikepatch.apply.folder.convert import Conversion, convert
     from spikepatch.apply.folder.fold import Folded, fold
+    from spikepatch.apply.folder.verify import verify
     from spikepatch.apply.live.initialize import initialize
     from spikepatch.apply.live.patch import patch
     from spikepatch.apply.live.save import save
@@ -81,7 +81,7 @@ _HOME = {
     "StabilityReport": "spikepatch.preflight.result",
     "fold": "spikepatch.apply.folder.fold",
     "Folded": "spikepatch.apply.folder.fold",
-    "verify": "spikepatch.apply.disk.verify",
+    "verify": "spikepatch.apply.folder.verify",
     "SpikeDetector": "spikepatch.spikes.detector",
     "read_log": "spikepatch.spikes.read_log",
     "TrainingLog": "spikepatch.spikes.read_log",

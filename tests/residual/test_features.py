@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import spikepatch
 from spikepatch.cli import main
+from spikepatch.residual.feature_size import measured
 from spikepatch.residual.trace import full_example
 
 TEXT = {
@@ -70,6 +71,26 @@ def voxtral() -> PreTrainedModel:
     return built("Voxtral", audio_config=AUDIO, text_config=text, audio_token_id=99)
 
 
+def deepseek_vl() -> PreTrainedModel:
+    """The method that makes the features is that of the model without a head."""
+    text = {**transformers.LlamaConfig(**TEXT).to_dict(), "model_type": "llama"}
+    return built("DeepseekVL", text_config=text, vision_config=VISION, image_token_id=99)
+
+
+def lfm2_vl() -> PreTrainedModel:
+    """Patches in a row, with their shapes and a mask."""
+    text = {**transformers.LlamaConfig(**TEXT).to_dict(), "model_type": "llama"}
+    vision = {k: v for k, v in VISION.items() if k != "image_size"} | {"model_type": "siglip2_vision_model"}
+    return built("Lfm2Vl", text_config=text, vision_config=vision, image_token_id=99, projector_hidden_size=40)
+
+
+def video_llava() -> PreTrainedModel:
+    """Its images have a name of their own."""
+    text = {**transformers.LlamaConfig(**TEXT).to_dict(), "model_type": "llama"}
+    vision = {**VISION, "model_type": "clip_vision_model"}
+    return built("VideoLlava", text_config=text, vision_config=vision, image_token_index=99, video_token_index=98)
+
+
 ENTRANCES: dict[Callable[[], PreTrainedModel], dict[str, str | None]] = {
     llava: {"model.multi_modal_projector.linear_2.weight": None},
     qwen3_vl: {
@@ -79,6 +100,9 @@ ENTRANCES: dict[Callable[[], PreTrainedModel], dict[str, str | None]] = {
     },
     idefics3: {"model.connector.modality_projection.proj.weight": None},
     voxtral: {"model.multi_modal_projector.linear_2.weight": None},
+    deepseek_vl: {"model.aligner.linear2.weight": None},
+    lfm2_vl: {"model.multi_modal_projector.linear_2.weight": None},
+    video_llava: {"model.multi_modal_projector.linear_2.weight": None},
 }
 
 
@@ -93,6 +117,12 @@ def test_where_features_enter(kind: Callable[[], PreTrainedModel]) -> None:
     roles = {use.parameter: use.role for use in found.uses}
     assert roles.keys() == {name for name, _ in model.named_parameters()}
     assert all(roles[name] == "entrance" for name in ENTRANCES[kind])
+
+
+def test_the_sizes_are_those_of_the_model_itself() -> None:
+    model = llava()
+    (entrance,) = measured(model, spikepatch.inspect(model)).entrances
+    assert entrance.size == pytest.approx(sizes(model)[1], rel=0.2)  # other draws of 4 features
 
 
 def sizes(model: PreTrainedModel) -> tuple[float, float]:

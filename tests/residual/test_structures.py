@@ -37,6 +37,24 @@ def branch(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+class Sorted(Model):
+    """Without padding: tokens in one row, whose order the ids decide between the blocks."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        ids = ids.flatten()
+        x = self.tokens(ids)
+        for block in self.blocks:
+            x = (x + branch(block, x))[ids.argsort()]
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+def test_rows_that_the_ids_choose_of_the_stream_are_the_stream() -> None:
+    found = spikepatch.inspect(Sorted(), example_inputs=EXAMPLE)
+    assert (found.proven, found.sublayers, found.placement) == (True, 2, "pre-norm")
+    assert [e.parameter for e in found.embeddings] == ["tokens.weight"]
+
+
 class Reversible(Model):
     """Two tracks, each of which reads the other; the head reads both side by side."""
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from spikepatch.errors import Refused, on_one_line
+
 # A plan's edits are part of it: what makes or reads a plan imports them from here.
 from spikepatch.plans.edits import NORM_NAMES as NORM_NAMES
 from spikepatch.plans.edits import Constant as Constant
@@ -191,11 +193,23 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The inverse of ``to_dict``."""
-        edits = [{**entry} for entry in data["edits"]]
+        """The inverse of ``to_dict``.
+
+        Raises:
+            Refused: it is no plan; the first thing that is wrong is named.
+        """
         kinds = {kind.__name__: kind for kind in get_args(Edit)}
-        found = tuple(parsed(kinds[entry.pop("edit")], entry) for entry in edits)
-        return dataclasses.replace(parsed(cls, {**data, "edits": []}), edits=found)
+        try:
+            edits = [{**entry} for entry in data["edits"]]
+            found = tuple(parsed(kinds[entry.pop("edit")], entry) for entry in edits)
+            return dataclasses.replace(parsed(cls, {**data, "edits": []}), edits=found)
+        except (TypeError, KeyError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+            raise Refused(
+                what="this is no plan",
+                where="Plan.from_dict",
+                why=on_one_line(error),
+                remedy="give what Plan.to_dict returned, or the plan of a spikepatch.json, as it was written",
+            ) from error
 
     def record(self, version: str) -> dict[str, Any]:
         """What a generated model class reads from ``config.spikepatch``; see ``runtime/embedding.py``."""

@@ -100,9 +100,12 @@ def _take_apart(graph: Graph) -> None:
 
 def _look_up(graph: Graph, inputs: Collection[Node]) -> None:
     """Rows of a table are looked up by the input in three ways: as embedding, by its indices, and by rows that hold a
-    single 1, which the table is multiplied with.
+    single 1, which the table is multiplied with. What is computed from the inputs is no table.
     """
+    fed = set(inputs)
     for node in graph.nodes:
+        if not fed.isdisjoint(node.all_input_nodes):
+            fed.add(node)
         if op(node) in {"mm", "matmul", "linear"} and len(node.args) == 2:
             rows, table = node.args
             transposed = op(node) == "linear"
@@ -115,13 +118,14 @@ def _look_up(graph: Graph, inputs: Collection[Node]) -> None:
                 continue
         else:
             continue
-        if not isinstance(table, Node) or not _is_data(table):
+        if not isinstance(table, Node) or not _is_data(table) or table in fed:
             continue
         with graph.inserting_before(node):
             ids = rows if op(node) == "index" else _ids_of(graph, rows, node, inputs)
             table = _called(graph, torch.ops.aten.t.default, (table,), node) if transposed else table
             looked_up = graph.call_function(torch.ops.aten.embedding.default, (table, ids))
         looked_up.meta = dict(node.meta)
+        fed.add(looked_up)
         node.replace_all_uses_with(looked_up)
 
 

@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch.fx import Node
 
+from spikepatch.errors import Refused
 from spikepatch.residual.execute import ROWS, run
-from spikepatch.residual.ops import LOOKUPS, op, operands, shape, table_of
+from spikepatch.residual.ops import LOOKUPS, op, operands, place, shape, table_of
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace
 
@@ -38,7 +39,11 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
 
     Affine in the table: f(3 E) - f(E) = 2 (f(2 E) - f(E)), and not 0. A norm on the way breaks that. No table is zero:
     a norm without eps divides by the size of what it reads.
+
+    Raises:
+        Refused: what is no number stands on the way.
     """
+    _check_buffers(trace, stream)
     seeds = dict.fromkeys(trace.inputs, 0)
     result: dict[Node, Measured] = {}
     tables = {lookup: _table(trace, lookup, seeds) for lookup in stream.tables}
@@ -55,6 +60,19 @@ def measure(trace: Trace, stream: Stream) -> dict[Node, Measured]:
         scale = _size(once) / _size(looked_up) if linear else size if small else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
     return result
+
+
+def _check_buffers(trace: Trace, stream: Stream) -> None:
+    path = stream.facts.behind([stream.start])
+    for node, value in trace.buffers.items():
+        if node in path and value.is_floating_point() and not value.isfinite().all():
+            readers = (place(user) for user in node.users)
+            raise Refused(
+                what="a buffer holds NaN or infinity, so what the model does to its embedding cannot be measured",
+                where=next(filter(None, readers), "the model's own forward"),
+                why=f"one of shape {tuple(value.shape)} is read there, between the token embedding and the stream",
+                remedy="give it the values that the model's constructor gives it, and patch the model then",
+            )
 
 
 def _size(values: torch.Tensor) -> float:

@@ -26,8 +26,13 @@ class _Features(nn.Module):
         self.model, self.method = model, method
 
     def forward(self, **inputs: torch.Tensor) -> Any:
-        result = getattr(self.model, self.method)(**inputs)
+        result = getattr(_owner(self.model, self.method), self.method)(**inputs)
         return getattr(result, "pooler_output", result)
+
+
+def _owner(model: nn.Module, method: str) -> nn.Module | None:
+    """The outermost module that has the method: with a head, the model itself may lack it."""
+    return next((module for module in model.modules() if hasattr(module, method)), None)
 
 
 def with_features(model: nn.Module, example: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -40,9 +45,11 @@ def with_features(model: nn.Module, example: Mapping[str, torch.Tensor]) -> Iter
     found = dict(example)
     for method, tokens, forms in ((*_IMAGE, _images), (*_AUDIO, _sounds)):
         token = _place_token(config, tokens)
-        if not hasattr(model, method) or token is None or "input_ids" not in found:
+        if _owner(model, method) is None or token is None or "input_ids" not in found:
             continue
         for inputs in forms(config):
+            if next(iter(inputs)) not in signature(model.forward).parameters:
+                continue
             if places := _places(model, method, inputs):
                 ids = found["input_ids"]
                 rows = torch.full((len(ids), places), token, dtype=ids.dtype)
@@ -80,13 +87,22 @@ def _images(config: Any) -> Iterator[dict[str, torch.Tensor]]:
     small, named = 4 * patch * merge, _number(vision, "image_size", 224)
     frames = _number(vision, "temporal_patch_size", 1)
     grid = torch.tensor([[1, 2 * merge, 2 * merge]])
-    yield {"pixel_values": _drawn(int(grid.prod()), channels * frames * patch * patch), "image_grid_thw": grid}
+    patches = _drawn(int(grid.prod()), channels * frames * patch * patch)
+    yield {"pixel_values": patches, "image_grid_thw": grid}
+    yield {"pixel_values": patches, "image_grid_thw": grid, "image_merge_sizes": torch.tensor([merge])}
+    yield {"pixel_values": patches, "image_grid_hw": grid[:, 1:]}
+    shown = torch.ones(1, len(patches), dtype=torch.long)
+    yield {"pixel_values": patches[None], "spatial_shapes": grid[:, 1:], "pixel_attention_mask": shown}
     for size in (small, named):
         image, tiles = _drawn(1, channels, size, size), _drawn(1, 2, channels, size, size)
         yield {"pixel_values": image, "image_sizes": torch.tensor([[size, size]])}
         yield {"pixel_values": tiles, "image_sizes": torch.tensor([[size, size]])}
         yield {"pixel_values": image}
         yield {"pixel_values": tiles[:, :1]}
+        yield {"pixel_values_images": image}
+    detailed = _number(getattr(config, "high_res_vision_config", config), "image_size", named)
+    twice = _drawn(1, channels, named, named), _drawn(1, channels, detailed, detailed)
+    yield dict(zip(("pixel_values", "high_res_pixel_values"), twice, strict=True))
 
 
 def _sounds(config: Any) -> Iterator[dict[str, torch.Tensor]]:

@@ -97,9 +97,12 @@ def left_over(
     """The additions of the graph that are part of no stream and of no sub-layer, as the stream that was lost there.
 
     Where an operation on the stream is not understood, what comes behind it looks like the head, or what comes before
-    it like an embedding. Either then holds additions of what sub-layers, not understood as such, have computed.
+    it like an embedding. Either then holds additions of what sub-layers, not understood as such, have computed. What a
+    sub-layer computes is its own only if the output does not read it past the stream, as a second track of it.
     """
-    inside = spine.union(*(term.interior for term in terms)) | facts.behind(beyond) | beyond
+    computed = set[Node]().union(*(term.interior for term in terms))
+    bypassing = computed & facts.behind([output], stop=spine)
+    inside = computed - bypassing | spine | facts.behind(beyond) | beyond
     ends = {term.node for term in terms}
     feeding = facts.behind((a for n in spine for a in operands(n) if a not in spine), stop=spine)
     for node in facts.nodes:  # sums of several sub-layers' outputs, taken apart on the way to the spine
@@ -110,7 +113,7 @@ def left_over(
     found: dict[str, None] = {}
     for node in sorted(facts.behind([output]) - inside, key=facts.order.__getitem__):
         if op(node) in ops.ADDS and _adds_what_was_computed(facts, node, convolved=node in path):
-            found[_lost(facts, node, spine, inside, path)] = None
+            found[_second_track(node) if node in bypassing else _lost(facts, node, spine, inside, path)] = None
     return tuple(found)
 
 
@@ -131,6 +134,11 @@ def _adds_what_was_computed(facts: Facts, node: Node, *, convolved: bool) -> boo
         waiting.remove(latest)
         waiting.update(facts.data(latest))
     return False
+
+
+def _second_track(node: Node) -> str:
+    where = f" in {place(node)}" if place(node) else ""
+    return f"the output reads an addition{where} past the stream, as a second track of it, which is not followed"
 
 
 def _lost(facts: Facts, node: Node, spine: set[Node], inside: set[Node], path: set[Node]) -> str:

@@ -271,6 +271,8 @@ class _Numbers(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func == _DEVICE:  # not the same object each time
             return _CPU if result == _META else result
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.meta.", "torch.")
         if func in _SIZES:
             return self._sized(result, by_values=self.recorder.is_sized(args[0]))
         if func in _TOLD and self.recorder.is_fed(args[0]):

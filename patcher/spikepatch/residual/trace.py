@@ -17,7 +17,7 @@ from spikepatch.errors import Refused, first_line
 from spikepatch.residual.dataflow import follow_data
 from spikepatch.residual.example import Given, example_of, given, offered
 from spikepatch.residual.features import with_features
-from spikepatch.residual.record import on_cpu, prepared, record
+from spikepatch.residual.record import Recorder, on_cpu, prepared, record
 from spikepatch.residual.told import Asked, Mode
 from spikepatch.source.private import tree_leaves
 
@@ -106,14 +106,32 @@ def full_example(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _read(traced: Trace) -> int:
     """How many parameters the output depends on."""
+    return len(_behind(traced.output) & traced.parameters.keys())
+
+
+def _output(recorder: Recorder, result: Any) -> torch.Tensor:
+    """The first tensor of floats in what a model returns. In an object whose fields have no order that says anything,
+    the first of those that depend on the most before them.
+    """
+    floats = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if not floats:
+        fields = [value for leaf in tree_leaves(result) for value in getattr(leaf, "__dict__", {}).values()]
+        floats = [t for t in tree_leaves(fields) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        floats = sorted(floats, key=lambda t: -len(_behind(recorder.node(t))))
+    if not floats:
+        raise TypeError(f"it returns no tensor of floats, but a {type(result).__name__}")
+    return floats[0]
+
+
+def _behind(output: Node) -> set[Node]:
     seen: set[Node] = set()
-    todo = [traced.output]
+    todo = [output]
     while todo:
         node = todo.pop()
         if node not in seen:
             seen.add(node)
             todo.extend(node.all_input_nodes)
-    return len(seen & traced.parameters.keys())
+    return seen
 
 
 @without_collector()
@@ -128,7 +146,7 @@ def recorded(model: nn.Module, example: Mapping[str, Any], mode: Mode = "example
     example = {name: on_cpu(t) if isinstance(t, torch.Tensor) else t for name, t in example.items()}
     buffers = list(twin.buffers())  # the run may replace them
     recorder, result = record(twin, example, mode, most)
-    output = next(t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
+    output = _output(recorder, result)
     recorder.graph.output(recorder.node(output))
     inputs = {recorder.node(t): t for t in example.values() if isinstance(t, torch.Tensor)}
     follow_data(recorder.graph, inputs)

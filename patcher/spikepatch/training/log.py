@@ -272,7 +272,7 @@ def _parse(data: Any) -> LogRecord:
     fields = dict(data)
     kind = fields.pop("type", None)
     if kind == "event":
-        return Opened(fields.pop("step"), parsed(Event, fields))
+        return parsed(Opened, {"step": fields.pop("step"), "event": fields})
     if kind not in _KINDS:
         raise TypeError(f"no such type of record: {kind!r}")
     return parsed(_KINDS[kind], fields)

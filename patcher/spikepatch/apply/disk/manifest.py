@@ -70,7 +70,13 @@ def _manifest(source: Mapping[str, Any], command: str, hashes: Mapping[str, str]
         **entries,
         "files": dict(sorted(hashes.items())),
     }
-    return json.dumps(data, indent=2) + "\n"
+    return json.dumps(data | {"sha256": digest(data)}, indent=2) + "\n"
+
+
+def digest(data: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's entries, but for ``sha256`` itself, however they are laid out."""
+    rest = {name: value for name, value in data.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def command_line(given: Sequence[str], **options: object) -> str:

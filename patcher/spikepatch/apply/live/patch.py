@@ -14,6 +14,7 @@ from spikepatch._version import __version__
 from spikepatch.apply.generated.structure import restructure, untie_head
 from spikepatch.apply.live.initialize import Blueprint, unfillable
 from spikepatch.apply.values.assign import values
+from spikepatch.apply.values.construction import broken_ties
 from spikepatch.apply.values.initialiser import own_values
 from spikepatch.apply.values.loading import stable_settings
 from spikepatch.apply.values.numbers import absolute_maximum, check_numbers
@@ -93,7 +94,7 @@ def patch(
     restructure(twin, plan)
     targets = layout(twin)
     check_covered(plan.written, twin, targets, every=plan.reinit == "all")
-    buffers = _constructed_buffers(model, plan)
+    buffers, unexplained = _constructed_buffers(model, plan)
     blueprint = Blueprint(plan, twin, skeleton(model), targets, buffers) if on_meta(model) else None
     if blueprint is not None and (problems := [*unfillable(blueprint)]):
         raise Refused(
@@ -136,13 +137,29 @@ def patch(
                 if name not in written | {*plan.kept} and name in buffers and buffers[name].shape == buffer.shape:
                     buffer.copy_(buffers[name])
     _count(model, plan, written)
-    if plan.reinit == "all" and kept:
+    if plan.reinit == "all":
+        kept += [name for name, _ in model.named_buffers() if name in unexplained and name not in kept]
+        _say_what_stays(model, plan, kept)
+    return given
+
+
+def _say_what_stays(model: nn.Module, plan: Plan, kept: list[str]) -> None:
+    """With fresh weights: what could not be made as it began."""
+    if kept:
         _log.warning(
             "kept as they are, since no code of %s that can be run again tells how they began: %s",
             type(model).__name__,
             some(kept, 20),
         )
-    return given
+    untied = {edit.head for edit in plan.select(Untie)}
+    apart = [f"{name} and {other}" for name, other in broken_ties(model) if not {name, other} & untied]
+    if apart:
+        _log.warning(
+            "the code of %s makes one parameter of each of these pairs, which are two in this model and stay two: %s;"
+            " to have one, tie them before the patch (tie_weights() of a transformers model)",
+            type(model).__name__,
+            some(apart, 5),
+        )
 
 
 def _count(model: nn.Module, plan: Plan, written: Collection[str]) -> None:
@@ -260,16 +277,20 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
                 yield str(error)
 
 
-def _constructed_buffers(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
+def _constructed_buffers(model: Any, plan: Plan) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Buffers as the constructor makes them: learned values must not survive a full re-initialisation.
 
-    Of a plain module they are those that it has, where nothing tells what it was built with; none that are on meta.
+    Of a plain module they are those that it has, where nothing tells what it was built with, with the names of these;
+    none that are on meta.
     """
     made: dict[str, torch.Tensor] = {}
+    unexplained: set[str] = set()
     if plan.reinit == "all" and any(True for _ in model.buffers()):
         if is_transformers_model(model):
             model = build_meta(type(model), model.config, where=type(model).__name__)
         else:
             own = own_values(model, plan.seed)
             made = {name: value for name, _ in model.named_buffers() if (value := own(name)) is not None}
-    return {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta} | made
+            unexplained = {name for name, _ in model.named_buffers()} - made.keys()
+    real = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
+    return real | made, unexplained

@@ -9,10 +9,12 @@ and what initialises a part (``reset_parameters``) is run behind them, from the 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -30,6 +32,7 @@ from spikepatch.source.private import (
     own_buffers,
     own_children,
     own_parameters,
+    promised_ties,
 )
 from spikepatch.source.tied import firsts
 
@@ -37,7 +40,21 @@ from spikepatch.source.tied import firsts
 _SIZES, _TRIES = 6, 36
 
 
-def constructed(model: nn.Module, seed: int) -> tuple[Recording, Mapping[str, bool]]:
+@dataclass(frozen=True)
+class Origin:
+    """What is known of the code that has written a tensor.
+
+    Attributes:
+        sure: all arguments of that code are known; else they had their defaults, and the outcome is alike.
+        alone: no other code can have written it. Else a constructor that could not be run again may have, after what is
+            recorded.
+    """
+
+    sure: bool
+    alone: bool
+
+
+def constructed(model: nn.Module, seed: int) -> tuple[Recording, Mapping[str, Origin]]:
     """Run what made ``model`` again, without memory, and write down what it writes.
 
     Args:
@@ -45,9 +62,7 @@ def constructed(model: nn.Module, seed: int) -> tuple[Recording, Mapping[str, bo
         seed: of what the code draws.
 
     Returns:
-        The recording; and the names of the tensors that no other code can have written, each with whether all arguments
-        of that code were known (else they had their defaults, and the outcome is alike). The rest may have been written
-        by a constructor that could not be run again, after what is recorded.
+        The recording; and of every tensor's name where it comes from.
     """
     recording = Recording(seed)
     with quiet():
@@ -58,25 +73,39 @@ def constructed(model: nn.Module, seed: int) -> tuple[Recording, Mapping[str, bo
                 with recording.active():
                     built: nn.Module = from_config(type(model), config)
                     recording.name(built)
-                return recording, {name: True for name, _ in _tensors(built)}
+                return recording, {name: Origin(True, True) for name, _ in _tensors(built)}
             except Exception:  # whatever its constructor raises for a config that has been changed since
                 recording = Recording(seed)
         with recording.active():
             twin = skeleton(model)
             usual = Counter(n for _, tensor in _tensors(model) for n in tensor.shape).most_common(_SIZES)
-            known = dict(_rebuild(twin, model, recording, [n for n, _ in usual]))
+            known = {name: Origin(True, False) for name, _ in _tensors(model)}
+            known |= dict(_rebuild(twin, model, recording, [n for n, _ in usual]))
             _initialise_as_transformers(twin)
             recording.name(twin)
     return recording, known
 
 
+def broken_ties(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of tensors that are one where the model's own code builds it, and two here."""
+    if is_transformers_model(model):
+        pairs = [*promised_ties(model).items()]
+    else:
+        with quiet(), Recording(0).active():
+            usual = Counter(n for _, tensor in _tensors(model) for n in tensor.shape).most_common(_SIZES)
+            again, _ = _again(model, [n for n, _ in usual])
+        pairs = [] if again is None else [(n, first) for n, first in firsts(_tensors(again)).items() if n != first]
+    tensors = dict(_tensors(model))
+    return [(n, first) for n, first in pairs if tensors.get(n) is not tensors.get(first)]
+
+
 def _rebuild(
     twin: nn.Module, model: nn.Module, recording: Recording, usual: Sequence[int], path: str = ""
-) -> Iterator[tuple[str, bool]]:
+) -> Iterator[tuple[str, Origin]]:
     """Put tensors that ``model``'s code has written in the place of those of ``twin``, a copy without values.
 
     Yields:
-        Names of the tensors that nothing else can have written; and whether all arguments of that code were known.
+        Names of tensors that are not merely sure, and where they come from.
     """
     again, sure = _again(model, usual)
     if again is not None:
@@ -84,7 +113,7 @@ def _rebuild(
         for name, module in twin.named_modules(remove_duplicate=False):
             own_parameters(module).update(own_parameters(modules[name]))
             own_buffers(module).update(own_buffers(modules[name]))
-        yield from ((path + name, sure) for name, _ in _tensors(model))
+        yield from ((path + name, Origin(sure, True)) for name, _ in _tensors(model))
     else:
         adopted: dict[int, Any] = {}
         for own in (own_parameters(twin), own_buffers(twin)):
@@ -96,10 +125,11 @@ def _rebuild(
         for name, child in own_children(model).items():
             copied = own_children(twin)[name]
             if child is not None and copied is not None:
-                found = list(_rebuild(copied, child, recording, usual, f"{path}{name}."))
-                yield from found if silent else ()
+                for inner, origin in _rebuild(copied, child, recording, usual, f"{path}{name}."):
+                    yield inner, Origin(origin.sure, origin.alone and silent)
         if silent and callable(getattr(model, "reset_parameters", None)):
-            yield from ((path + name, True) for name in (*own_parameters(model), *own_buffers(model)))
+            yield from ((path + name, Origin(True, True)) for name in (*own_parameters(model), *own_buffers(model)))
+        _apply(twin, recording)
     _initialise(twin, recording)
 
 
@@ -112,6 +142,19 @@ def _initialise(module: nn.Module, recording: Recording) -> None:
                 with torch.no_grad():
                     method()
             except Exception:  # it needs what only its own program has
+                recording.undo(before)
+
+
+def _apply(module: nn.Module, recording: Recording) -> None:
+    """Run ``_init_weights(module)`` on each module, as constructors do by ``self.apply(self._init_weights)``."""
+    for name in INITIALISERS if not is_transformers_model(module) else ():
+        method = getattr(module, name, None)
+        if callable(method) and _required(method) and not _required(functools.partial(method, module)):
+            before = recording.mark()
+            try:
+                with torch.no_grad():
+                    module.apply(method)
+            except Exception:  # it is for something else
                 recording.undo(before)
 
 
@@ -131,18 +174,41 @@ def _initialise_as_transformers(model: nn.Module) -> None:
 
 
 def _again(module: nn.Module, usual: Sequence[int]) -> tuple[nn.Module | None, bool]:
-    """A module like ``module`` from the same constructor, or None; and whether every argument was known."""
+    """A module like ``module`` from the same constructor, or None; and whether every argument is known: one that has
+    been tried, or has its default, is if with another value the module would be another.
+    """
     kind = type(module)
     if kind.__module__.startswith("torch.") or kind.__init__ is nn.Module.__init__:
         return None, False
     for arguments, sure in _arguments(module, usual):
-        try:
-            built = kind(**copy.deepcopy(arguments))
-        except Exception:  # whatever a constructor raises for arguments that are not its own
-            continue
-        if _alike(module, built, sure):
-            return built, sure
+        built = _built(module, arguments, sure)
+        if built is not None:
+            return built, sure or _settled(module, arguments)
     return None, False
+
+
+def _built(module: nn.Module, arguments: Mapping[str, Any], sure: bool) -> nn.Module | None:
+    """A module like ``module``, by these arguments."""
+    try:
+        built = type(module)(**copy.deepcopy(dict(arguments)))
+    except Exception:  # whatever a constructor raises for arguments that are not its own
+        return None
+    return built if _alike(module, built, sure) else None
+
+
+def _settled(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """With another value of any argument that ``module`` does not keep, the module would be another."""
+    for parameter in inspect.signature(type(module)).parameters.values():
+        name = parameter.name
+        if name in vars(module) or name in ("device", "dtype"):  # torch's own convention
+            continue
+        value = arguments.get(name, parameter.default)
+        if callable(value) and value is not parameter.empty:  # what it has built has been compared, module by module
+            continue
+        other = not value if isinstance(value, bool) else value * 2 + 1 if isinstance(value, (int, float)) else None
+        if other is None or _built(module, {**arguments, name: other}, False) is not None:
+            return False
+    return True
 
 
 def _arguments(module: nn.Module, usual: Sequence[int]) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -176,19 +242,18 @@ def _is_config(value: object) -> bool:
 
 
 def _alike(module: nn.Module, built: nn.Module, sure: bool) -> bool:
-    """They have the same modules, and tensors of the same names, shapes and ties; numbers too unless it is ``sure``."""
+    """They have the same modules, and tensors of the same names, shapes and ties, but for ties that have been broken
+    since; numbers too unless it is ``sure``.
+    """
     ours, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (module, built))
     if [(n, type(m)) for n, m in ours.items()] != [(n, type(m)) for n, m in theirs.items()]:
         return False
-    if _structure(module) != _structure(built):
+    if [(name, t.shape) for name, t in _tensors(module)] != [(name, t.shape) for name, t in _tensors(built)]:
+        return False
+    first, their_first = firsts(_tensors(module)), firsts(_tensors(built))
+    if any(their_first[name] != their_first[other] for name, other in first.items()):
         return False
     return sure or all(_numbers(ours[name]) == _numbers(theirs[name]) for name in ours)
-
-
-def _structure(module: nn.Module) -> list[tuple[str, tuple[int, ...], str]]:
-    tensors = list(_tensors(module))
-    first = firsts(tensors)
-    return [(name, tuple(tensor.shape), first[name]) for name, tensor in tensors]
 
 
 def _numbers(module: nn.Module) -> Mapping[str, object]:

@@ -20,7 +20,9 @@ def own_values(model: nn.Module, seed: int) -> OwnValues:
 
     Nothing is run before the first value is asked for, and no more than one tensor is made at a time. Of a model in
     memory whose constructor cannot be run again, nothing tells the values of a tensor that is the same everywhere,
-    where the code that was found would make it otherwise, nor of one whose values lie beyond all that it draws.
+    where the code that was found would make it otherwise, nor of one whose values lie beyond all that it draws. Where
+    an argument of the constructor is not known, a tensor that is computed (a table of angles, say) and is not as it
+    would be made may have been made with another one.
 
     Args:
         model: in memory or on the meta device; it is not changed.
@@ -35,11 +37,13 @@ def own_values(model: nn.Module, seed: int) -> OwnValues:
         if now is None or recording.shape(name) != tuple(now.shape):
             return None
         made = recording.value(name)
-        if made is None or known.get(name, False):
+        origin = known[name]
+        if made is None or (origin.sure and origin.alone):
             return made
+        drawn = recording.is_drawn(name)
         if now.is_meta:
-            return made if name in known else None
-        return made if _may_be(now.detach(), made, drawn=recording.is_drawn(name)) else None
+            return made if origin.alone and (drawn or _is_constant(made)) else None
+        return made if _may_be(now.detach(), made, drawn=drawn, sure=origin.sure) else None
 
     return value
 
@@ -61,11 +65,17 @@ def check_explained(name: str, value: torch.Tensor | None, model: nn.Module) -> 
     return value
 
 
-def _may_be(now: torch.Tensor, made: torch.Tensor, *, drawn: bool) -> bool:
+def _may_be(now: torch.Tensor, made: torch.Tensor, *, drawn: bool, sure: bool) -> bool:
     """``now`` is ``made`` as it was once: learned since, or drawn by another seed."""
-    if now.numel() < 2 or not now.is_floating_point():
+    if now.numel() < 2:
         return True
-    now = now.float().cpu()
-    if bool((now == now.flatten()[0]).all()):
-        return torch.equal(now, made.float())
-    return not drawn or bool(made.min() <= now.median() <= made.max())
+    made, now = made.to(now.dtype), now.cpu()
+    if now.is_floating_point():
+        made, now = made.float(), now.float()
+    if drawn and now.numel() > 1 and not _is_constant(now):
+        return bool(made.min() <= now.median() <= made.max())
+    return torch.equal(now, made) or not (drawn or _is_constant(now) or not (sure or _is_constant(made)))
+
+
+def _is_constant(values: torch.Tensor) -> bool:
+    return values.numel() == 0 or bool((values == values.flatten()[0]).all())

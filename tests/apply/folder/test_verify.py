@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import spikepatch
-from spikepatch.apply.disk.manifest import MANIFEST
+from spikepatch.apply.disk.manifest import MANIFEST, digest
 from spikepatch.cli import main
 from tests.architectures import tiny_config, tiny_model
 
@@ -61,6 +62,28 @@ def rewrite_manifest(folder: Path, **changes: object) -> None:
     (folder / MANIFEST).write_text(json.dumps({**data, **changes}))
 
 
+def planted(path: Path) -> None:
+    path.parent.mkdir()
+    path.touch()
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def linked(path: Path) -> None:
+    """To the same bytes, elsewhere."""
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to("../elsewhere")
+
+
+def edit_plan(folder: Path, *, hashed: bool = False, **changes: object) -> None:
+    data = json.loads((folder / MANIFEST).read_text())
+    data["plan"] |= changes
+    rewrite_manifest(folder, plan=data["plan"], **({"sha256": digest(data)} if hashed else {}))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit of a weight": (lambda f: flip(shard(f)), ".safetensors: is not the file that was written"),
     "a bit of a header": (lambda f: flip(shard(f), 9), ".safetensors: is not the file that was written"),
@@ -68,7 +91,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing shard": (lambda f: shard(f).unlink(), ".safetensors: is missing"),
     "a file that cannot be read": (
         lambda f: make_unreadable(f / "config.json"),
-        "config.json: cannot be read: ",
+        "config.json: is a link that leads out of the folder",
     ),
     "a missing config": (lambda f: (f / "config.json").unlink(), "config.json: is missing"),
     "another config": (lambda f: (f / "config.json").write_text("{}"), "config.json: is not the file that was written"),
@@ -78,6 +101,32 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "model.safetensors").write_bytes(shard(f).read_bytes()),
         "model.safetensors: weights that were not written",
     ),
+    "a file of no use beside it": (lambda f: (f / "notes.txt").touch(), "notes.txt: a file that was not written"),
+    "an adapter beside it": (lambda f: (f / "adapter_config.json").touch(), "adapter_config.json: a file that was not"),
+    "a tokenizer beside it": (
+        lambda f: (f / "tokenizer_config.json").touch(),
+        "tokenizer_config.json: a file that",
+    ),
+    "code in a folder beside it": (lambda f: planted(f / "sub/x.py"), "sub/x.py: code that was not written"),
+    "a library beside it": (lambda f: planted(f / "sub/.x.so"), "sub/.x.so: code that was not written"),
+    "a pipe beside it": (lambda f: os.mkfifo(f / "chat_template.jinja"), "chat_template.jinja: a file that was not"),
+    "a folder elsewhere beside it": (lambda f: (f / "sub").symlink_to("/usr"), "sub: a file that was not written"),
+    "a pipe in place of a file": (lambda f: piped(f / "README.md"), "README.md: is no file"),
+    "a link in place of a file": (
+        lambda f: linked(f / "README.md"),
+        "README.md: is a link that leads out of",
+    ),
+    "another seed in the plan": (lambda f: edit_plan(f, seed=5), "has been edited, its own SHA-256 differs"),
+    "another seed in the plan, with its hash": (
+        lambda f: edit_plan(f, hashed=True, seed=5),
+        "its plan and config.json say another seed",
+    ),
+    "a plan that is none": (
+        lambda f: edit_plan(f, hashed=True, seed="x"),
+        "its plan cannot be read: TypeError: seed",
+    ),
+    "another command in the manifest": (lambda f: rewrite_manifest(f, command="rm"), "has been edited, its own SHA"),
+    "a manifest without its hash": (lambda f: rewrite_manifest(f, sha256=None), "has been edited, its own SHA-256"),
     "pickles beside it": (lambda f: (f / "pytorch_model.bin").touch(), "pytorch_model.bin: weights that were not"),
     "NaN": (lambda f: with_nan(shard(f)), "holds NaN or infinite values: "),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "No such file"),
@@ -95,7 +144,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 def test_a_folder_as_it_was_written(folder: Path) -> None:
     steps: list[tuple[int, int]] = []
-    found = spikepatch.verify(folder, progress=lambda step, done, total: steps.append((done, total)))
+    found = spikepatch.verify(folder, progress=lambda step, done=0, total=0: steps.append((done, total)))
     files = [path for path in folder.iterdir() if path.is_file()]
 
     assert found.files == len(files)
@@ -115,6 +164,54 @@ def test_a_damaged_folder(folder: Path, damage: Callable[[Path], object], why: s
     assert caught.value.where == str(folder)
     assert why in caught.value.why
     assert caught.value.remedy
+
+
+def test_what_comes_with_a_copy(folder: Path) -> None:
+    """From git and from the Hub."""
+    for name in (".gitattributes", ".git/config", ".cache/huggingface/download/config.json.metadata"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    spikepatch.verify(folder)
+
+
+def test_a_checkpoint_of_a_trainer(tmp_path: Path) -> None:
+    """It has no manifest: patch, code, structure and values are looked at."""
+    model = tiny_model("gpt2")
+    spikepatch.patch(model, spikepatch.plan(model, "scaled-embed", reinit="all"))
+    model.save_pretrained(tmp_path / "x")
+    with pytest.raises(spikepatch.BadSource, match=r"has no spikepatch\.json"):
+        spikepatch.verify(tmp_path / "x")
+    (tmp_path / "x/trainer_state.json").write_text("{}")
+    found = spikepatch.verify(tmp_path / "x")
+    assert (found.manifest, found.tensors, found.bytes > 10_000) == (False, len(load_file(shard_of(tmp_path))), True)
+    assert "it has no manifest of its files" in CliRunner().invoke(main, ["verify", str(tmp_path / "x")]).stdout
+
+    for damage, why in (
+        (lambda f: with_nan(f / "model.safetensors"), "holds NaN or infinite values"),
+        (lambda f: flip(next(f.glob("modeling*.py"))), "is not the file that this version of spikepatch writes"),
+        (drop_a_tensor, "does not fit the architecture"),
+        (unpatch, "config.json has no usable record of the patch"),
+    ):
+        copy = Path(shutil.copytree(tmp_path / "x", tmp_path / why.replace(" ", "")))
+        damage(copy)
+        with pytest.raises(spikepatch.SpikepatchError, match=why):
+            spikepatch.verify(copy)
+
+
+def shard_of(folder: Path) -> Path:
+    return folder / "x/model.safetensors"
+
+
+def drop_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[sorted(tensors)[0]]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def unpatch(folder: Path) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    data["spikepatch"]["embeddings"] = {"transformer.absent": {"factor": 3.0}}
+    (folder / "config.json").write_text(json.dumps(data))
 
 
 def test_everything_is_named_at_once(folder: Path) -> None:
