@@ -82,7 +82,15 @@ def test_steps_say_nothing_of_the_whole() -> None:
 
 @pytest.mark.slow
 def test_the_command(save_tiny: Callable[..., Any]) -> None:
-    folder = save_tiny("llama", num_hidden_layers=6, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, vocab_size=512)
+    folder = save_tiny(
+        "llama",
+        num_hidden_layers=6,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=512,
+    )
     done = CliRunner().invoke(main, ["check", str(folder), "--layers", "3", "--tokens", "12"])
     assert done.exit_code == 0, done.output
     assert "3 of 6" in done.stdout
