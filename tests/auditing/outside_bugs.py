@@ -72,9 +72,9 @@ def added_tokens_are_large(model: Any) -> None:
     model.model.embed_tokens.weight[-40:].normal_(0, 1)
 
 
-@case(lambda: healthy(gpt2), "note", ("*.c_attn.weight",), ("std",))
+@case(lambda: healthy(gpt2), "note", ("*.c_attn.weight",), ("third", "part"))
 def values_of_another_std(model: Any) -> None:
-    """A fused matrix of which one third is drawn by another rule: the matrix is named, not its third."""
+    """A fused matrix of which one third is drawn by another rule."""
     for _, w in matrices(model, "c_attn.weight"):
         w[:, 256:] *= 5
 

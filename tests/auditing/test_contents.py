@@ -119,6 +119,15 @@ def test_floats_of_eight_bits_are_read() -> None:
     assert of_tensor(tensor).std == pytest.approx(1, rel=0.1)
 
 
+def test_parts_at_another_std() -> None:
+    for tensor in (drawn(384, 130), drawn(130, 384)):
+        assert of_tensor(tensor).uneven < 1.1
+        tensor.view(-1)[: tensor.numel() // 3] *= 3
+        assert of_tensor(tensor).uneven == pytest.approx(3, rel=0.1)
+    tensor[:, :192] *= 5
+    assert of_tensor(tensor).uneven > 3
+
+
 def test_one_seed_shows_in_the_prefix() -> None:
     one, other, scaled = (of_tensor(t) for t in (drawn(64, 96), drawn(64, 96, seed=1), drawn(96, 64, std=0.003)))
     assert one.prefix == scaled.prefix != other.prefix

@@ -48,6 +48,21 @@ def test_the_table(source: str) -> None:
     assert "..." not in done.stdout
 
 
+def test_several_sources_are_told_apart(source: str, tmp_path: Path) -> None:
+    tiny_config("gemma2").save_pretrained(tmp_path / "other")
+    other = str(tmp_path / "other")
+    done = run(source, other, "--recipe", "scaled-embed", "--tokens", "12", "-v")
+    assert done.exit_code == 0
+    assert f"{source}: GPT2LMHeadModel: pre-norm" in done.stdout
+    assert f"{other}: Gemma2ForCausalLM: branch-norm" in done.stdout
+    assert done.stdout.count("Not predicted: spikes") == 1
+    assert "refused: " in done.stdout  # Gemma multiplies its embedding already
+    assert done.stdout.count("scaled-embed: sub-layers") == 1  # what was refused has no table
+    assert "- (-)" not in done.stdout
+    quiet = run(source, other, "--tokens", "12", "-q")
+    assert [line.partition(": ")[0] for line in quiet.stdout.splitlines()] == [source, other]
+
+
 def test_the_help_names_every_threshold() -> None:
     shown = " ".join(run("--help").output.split())
     for field in dataclasses.fields(Thresholds):
@@ -108,7 +123,7 @@ def test_it_says_that_the_report_is_written(source: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("x.pdf", "written as .html or .htm or .svg"), ("x", "such as --report"), ("no/x.html", "there is no folder")],
+    [("x.pdf", "written as .html or .htm or .svg"), ("x", "such as --report"), ("no/x.html", "is no folder")],
 )
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
     source: str, name: str, message: str, tmp_path: Path
@@ -120,14 +135,13 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
-def test_a_report_that_fails_at_the_end_comes_after_the_result(source: str, tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device")
+def test_a_report_into_a_device_is_refused_before_anything_is_measured(source: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.symlink_to("/dev/full")
     done = run(source, "--tokens", "12", "--report", str(page))
-    assert done.exit_code == 2
-    assert "as it is: at-risk" in done.stdout
-    assert "the report cannot be written" in done.stderr
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "it is no file, and a page is one" in done.stderr
 
 
 @pytest.mark.parametrize("seed", [5_000_000_000, 2**64, 10**50])

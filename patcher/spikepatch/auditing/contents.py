@@ -62,6 +62,7 @@ class Contents:
         strong_rows: how many have one of thirty times that.
         row_spread, column_spread: how much the stds of rows and columns differ, over what independent draws would: 1
             for any matrix that was drawn, above it for one that has learned.
+        uneven: the std of one half or third of its rows or columns over that of another.
         edges: the least and the largest value of the sample.
         repeat: the longest run of copies, if there is any.
         prefix: by the signs of its first elements: equal for two tensors drawn from one seed; None for too few.
@@ -83,6 +84,7 @@ class Contents:
     strong_rows: int
     row_spread: float
     column_spread: float
+    uneven: float
     edges: tuple[float, float]
     repeat: Repeat | None
     prefix: int | None
@@ -217,6 +219,7 @@ def measure(blocks: Iterable[torch.Tensor], shape: tuple[int, ...], dtype: torch
         strong_rows=strong_rows,
         row_spread=moments.row_spread,
         column_spread=moments.column_spread,
+        uneven=moments.uneven,
         edges=moments.edges,
         repeat=repeat_of(np.concatenate(heads), row_largest, 0)
         or repeat_of(signs_of_columns(first), moments.column_largest, 1)
@@ -254,6 +257,7 @@ def merged(parts: Sequence[Contents], shape: tuple[int, ...]) -> Contents:
         strong_rows=sum(p.strong_rows for p in parts),
         row_spread=float(np.median([p.row_spread for p in parts])),
         column_spread=float(np.median([p.column_spread for p in parts])),
+        uneven=max(p.uneven for p in parts),
         edges=(min(p.edges[0] for p in parts), max(p.edges[1] for p in parts)),
         repeat=Repeat(0, parts[0].rows, copies / len(parts)) if copies else next((p.repeat for p in parts), None),
         prefix=parts[0].prefix,

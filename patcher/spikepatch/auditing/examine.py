@@ -93,7 +93,7 @@ def _of_stds(sound: Evidence) -> Iterator[Fault]:
     sound = sound.without({name for f in left for name in f.parameters})
     wrong = list(wrong_formulas(sound, best_scheme(sound)))
     yield from wrong
-    sound = sound.without({name for f in wrong if f.name != "fused-fan" for name in f.parameters})
+    sound = sound.without({name for f in wrong if f.name not in {"fused-fan", "uneven"} for name in f.parameters})
     large = list(sizes(sound))
     yield from large
     sound = sound.without({name for f in large for name in f.parameters})

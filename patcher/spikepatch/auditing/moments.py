@@ -69,31 +69,34 @@ class Moments:
     column_largest: NDArray[Any]
     row_spread: float
     column_spread: float
+    uneven: float
 
 
 def moments_of(values: NDArray[Any]) -> Moments:
     """In as few passes as may be: the least and largest of columns, the mean, squares about it, their sums."""
     columns = values.shape[1]
     if not values.size:
-        return Moments(0.0, 0.0, 0.0, (0.0, 0.0), np.zeros(columns), 1.0, 1.0)
+        return Moments(0.0, 0.0, 0.0, (0.0, 0.0), np.zeros(columns), 1.0, 1.0, 1.0)
     above, below = np.maximum.reduce(values, axis=0), np.minimum.reduce(values, axis=0)
     edges = float(below.min()), float(above.max())
     column_largest = np.maximum(above, -below)
     scale = max(edges[1], -edges[0])  # the fourth power of a small number is none
     if edges[0] == edges[1]:
-        return Moments(edges[0], 0.0, 0.0, edges, column_largest, 1.0, 1.0)
+        return Moments(edges[0], 0.0, 0.0, edges, column_largest, 1.0, 1.0, 1.0)
     values = values / values.dtype.type(scale)  # of denormals, 1 / scale would be infinite
     squares = np.square(values)
     mean, second, fourth = _centred(values, squares)
     kurtosis = fourth / second**2
+    by_row, by_column = squares.mean(axis=1), squares.mean(axis=0)
     return Moments(
         mean=mean * scale,
         std=math.sqrt(second) * scale,
         kurtosis=kurtosis,
         edges=edges,
         column_largest=column_largest,
-        row_spread=_spread(squares.mean(axis=1), columns, kurtosis),
-        column_spread=_spread(squares.mean(axis=0), len(values), kurtosis),
+        row_spread=_spread(by_row, columns, kurtosis),
+        column_spread=_spread(by_column, len(values), kurtosis),
+        uneven=max(_uneven(by_row, columns), _uneven(by_column, len(values))),
     )
 
 
@@ -128,6 +131,19 @@ def _spread(squares: NDArray[Any], length: int, kurtosis: float) -> float:
         return 1.0
     deviation = _median(np.abs(stds - middle)) / middle * 1.4826
     return deviation / math.sqrt((kurtosis - 1) / (4 * length))
+
+
+def _uneven(squares: NDArray[Any], length: int) -> float:
+    """How many times the std of one half, or one third, has of another; 1 where there are too few elements to tell."""
+    found = 1.0
+    for parts in (2, 3):
+        size = len(squares) // parts
+        if size < 4 or size * length < 1000:
+            continue
+        stds = np.sqrt(squares[: size * parts].reshape(parts, size).mean(axis=1))
+        if stds.min() > 0:
+            found = max(found, float(stds.max() / stds.min()))
+    return found
 
 
 def _median(values: NDArray[Any]) -> float:

@@ -48,7 +48,8 @@ def head(
     if contents is None or (size is not None and size <= math.sqrt(uniform / 2)):
         return
     run = measured()
-    size = run if run is not None else size
+    if run is not None:  # a tied head echoes each token, which the closed form leaves out
+        size = run if size is None else min(size, run)
     if size is None or not math.isfinite(size) or size <= math.sqrt(uniform / 2):
         return
     many = size > math.sqrt(2 * uniform)

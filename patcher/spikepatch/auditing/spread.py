@@ -17,6 +17,8 @@ _LARGE, _SMALL = 5.0, 0.01
 _TRAINED = 1.25
 #: Constants that initialisers use: none of them is a variance by mistake.
 _USUAL = (0.02, 0.01, 0.006)
+#: Parts of one matrix may be so far apart by sampling, of a thousand elements each.
+_UNEVEN = 1.25
 
 
 def left_at_default(evidence: Evidence) -> Iterator[Fault]:
@@ -87,6 +89,7 @@ def wrong_formulas(evidence: Evidence, scheme: Scheme | None) -> Iterator[Fault]
     yield from _variances(plain, width, scheme)
     yield from _fused(evidence)
     yield from _by_outputs(evidence, scheme)
+    yield from _uneven(evidence)
 
 
 def _variances(groups: list[Group], width: int, scheme: Scheme | None) -> Iterator[Fault]:
@@ -179,6 +182,23 @@ def _by_outputs(evidence: Evidence, scheme: Scheme | None) -> Iterator[Fault]:
             "take the number of inputs of each matrix",
         )
         return
+
+
+def _uneven(evidence: Evidence) -> Iterator[Fault]:
+    """One half or third of a matrix at another std: a fused matrix of which a part follows another rule."""
+    for group in evidence.of("matrix", "projection"):
+        found = [m for m in group.members if m.contents.uneven > _UNEVEN]
+        if found:
+            yield Fault(
+                "uneven",
+                "note",
+                tuple(m.name for m in found),
+                f"one half or third of the matrix has {found[0].contents.uneven:.3g} times the std of another: a part"
+                " of a fused matrix follows another rule",
+                "one std",
+                f"a std of {found[0].contents.std:.3g}, {found[0].contents.uneven:.3g} times between its parts",
+                "right where it was meant so",
+            )
 
 
 def _fused(evidence: Evidence) -> Iterator[Fault]:

@@ -99,7 +99,7 @@ def check_command(
     input. 3: a bug.
     """
     from spikepatch.preflight.check import check
-    from spikepatch.preflight.judge import Thresholds, at_or_above
+    from spikepatch.preflight.judge import PROMISE, Thresholds, at_or_above
 
     changes = _parse(thresholds)
     limits = Thresholds.changed(changes)
@@ -111,7 +111,9 @@ def check_command(
         data = [each.to_dict() for each in found]
         click.echo(json.dumps(data if data[1:] else data[0], indent=2, allow_nan=False))
     for each in () if as_json else found:
-        _print(each, limits)
+        _print(each, limits, named=len(found) > 1)
+    if not as_json and not is_quiet():
+        click.echo(PROMISE)
     if report is not None:
         _write_report(found[0], report, limits, overwrite)
         if not is_quiet():
@@ -152,35 +154,36 @@ def _write_report(found: StabilityReport, path: Path, thresholds: Thresholds, ov
         write_page(page(found, thresholds), path, overwrite=overwrite)
 
 
-def _print(report: StabilityReport, limits: Thresholds) -> None:
+def _print(report: StabilityReport, limits: Thresholds, *, named: bool) -> None:
+    """``named``: with the source, where there are several."""
     from rich.console import Console
 
-    from spikepatch.preflight.judge import PROMISE
     from spikepatch.preflight.present import embedding_table, findings, layer_table, not_covered, summary_table
     from spikepatch.report.terminal import print_table
 
+    source = f"{report.source}: " if named else ""
     if is_quiet():
         for model in (report, *report.models):
-            click.echo(f"{model.name}: {model.verdict}")
+            click.echo(f"{source}{model.name}: {model.verdict}")
         return
     console = Console(highlight=False)
     width = max(console.width, 100) if not console.is_terminal else console.width
     console = Console(highlight=False, width=width)
     click.echo(
-        f"{report.architecture}: {report.placement}, width d = {report.width}, S = {report.sublayers} sub-layers;"
-        f" {report.batch} x {report.tokens} tokens, float32 on {report.device}"
+        f"{source}{report.architecture}: {report.placement}, width d = {report.width}, S = {report.sublayers}"
+        f" sub-layers; {report.batch} x {report.tokens} tokens, float32 on {report.device}"
     )
     print_table(summary_table(report, limits, details=is_verbose()), console)
     for model in report.every if is_verbose() else ():
-        print_table(embedding_table(model), console)
-        print_table(layer_table(model), console)
+        for table in (embedding_table(model), layer_table(model)):
+            if table.rows:  # a refused recipe has none
+                print_table(table, console)
     for model in report.every:
         click.echo(f"{model.name}: {model.verdict}")
         for line in findings(model):
             click.echo(f"  {line}")
     for line in not_covered(report):
         click.echo(line)
-    click.echo(PROMISE)
 
 
 def _parse(thresholds: tuple[str, ...]) -> dict[str, float]:

@@ -113,7 +113,7 @@ def logits_std(program: Program, weights: Weights, vocabulary: int) -> float:
         wanted = {*program.alive[i], piece.point} & set(piece.nodes)
         with torch.no_grad():
             values |= run_piece(program, piece, {n: values[n] for n in piece.needs}, parameters, wanted)
-    return float(values[program.pieces[-1].point].reshape(-1, vocabulary).std(-1).mean())
+    return float(sigma(values[program.pieces[-1].point].reshape(-1, vocabulary), "layernorm").mean())
 
 
 def _forward(

@@ -31,7 +31,7 @@ def summary_table(report: StabilityReport, thresholds: Thresholds, *, details: b
         *((f"of it, {', '.join(e)}", partial(_entrance, e)) for e in _inputs(models)),
         (f"gradient, first over last (below {thresholds.ratio_at_risk:g})", lambda m: number(m.gradient_ratio)),
         (f"Eq. 15 excess at layer 1 (below {excess:.2g})", lambda m: number(m.eq15_excess_layer1)),
-        ("initial loss (near log V)", lambda m: f"{number(m.initial_loss)} ({number(m.log_vocab)})"),
+        ("initial loss (near log V)", _loss),
         ("stream after the last layer", lambda m: number(m.sigma_end)),
         ("Eq. 15 excess, by the stream there", lambda m: number(m.eq15_excess_layer1_stream)),
         ("Eq. 7, product of the bounds (less is better)", lambda m: number(m.bound_product)),
@@ -50,7 +50,7 @@ def summary_table(report: StabilityReport, thresholds: Thresholds, *, details: b
             (f"largest attention logit {last}", lambda m: number(m.steps[-1].attention_logit) if m.steps else "-"),
         ]
     shown = [(label, *(value(m) for m in models)) for label, value in rows]
-    kept = [row for row in shown if any(entry not in {"-", "- (-)"} for entry in row[1:])]
+    kept = [row for row in shown if any(entry != "-" for entry in row[1:])]
     return Table("", ("", *(m.name for m in models)), tuple(kept))
 
 
@@ -66,6 +66,10 @@ def _entrance(inputs: tuple[str, ...], report: StabilityReport) -> str:
 
 def _gradient(group: str, report: StabilityReport) -> str:
     return number(report.gradients.get(group))
+
+
+def _loss(report: StabilityReport) -> str:
+    return f"{number(report.initial_loss)} ({number(report.log_vocab)})" if report.initial_loss is not None else "-"
 
 
 def _verdict(report: StabilityReport) -> str:
