@@ -15,6 +15,7 @@ from spikepatch.auditing.fault import Fault
 from spikepatch.auditing.groups import Evidence, Group
 from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts
+from spikepatch.residual.multipliers import number_in
 from spikepatch.residual.ops import argument, op, operands
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.weights import matrix_weight
@@ -176,17 +177,6 @@ def _own_factors(facts: Facts, data: list[Node]) -> float:
                 factor = factor * number if op(node) == "mul" else factor / number
             node = before[0]
     return factor
-
-
-def number_in(facts: Facts, node: Node) -> float | None:
-    """The number that a product multiplies with, or divides by."""
-    for each in node.args:
-        if isinstance(each, (int, float)):
-            return float(each)
-        value = facts.trace.buffers.get(each) if isinstance(each, Node) else None
-        if value is not None and value.numel() == 1:
-            return float(value.item())
-    return None
 
 
 def _weight(facts: Facts, node: Node) -> str | None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch.fx import Node
 
-from spikepatch.auditing.attention import number_in
 from spikepatch.auditing.contents import Contents
 from spikepatch.auditing.fault import Fault, FaultLevel
 from spikepatch.auditing.groups import Evidence
@@ -16,6 +15,7 @@ from spikepatch.auditing.laws import Scheme, close
 from spikepatch.residual import ops
 from spikepatch.residual.facts import Facts
 from spikepatch.residual.map import Embedding, ResidualMap
+from spikepatch.residual.multipliers import number_in
 from spikepatch.residual.ops import op
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.weights import gain, matrix_weight

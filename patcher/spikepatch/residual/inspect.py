@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +26,6 @@ from spikepatch.residual.map import (
     Placement,
     ResidualMap,
     ResidualProjection,
-    Use,
-    UseRole,
 )
 from spikepatch.residual.multipliers import multiplier
 from spikepatch.residual.names import layers, own_name
@@ -36,6 +34,7 @@ from spikepatch.residual.ops import behind_views, op, operands, place, table_of
 from spikepatch.residual.parts import towers
 from spikepatch.residual.stream import Stream, find, projections
 from spikepatch.residual.trace import Trace, trace
+from spikepatch.residual.uses import entrances_not_run, not_read, parts_not_run, uses_of
 from spikepatch.residual.ways import compared
 from spikepatch.residual.weights import fan, gain, matrix_weight
 from spikepatch.source.meta import build_meta, check_default_device, unwrapped
@@ -90,94 +89,21 @@ def followed(model: nn.Module, graph: Trace, source: str) -> Followed:
         )
     main, *others = (_Naming(model, stream).map(source) for stream in streams)
     whole = dataclasses.replace(main, streams=tuple(others))
-    unread = _unread(model, graph)
+    unread = not_read(model, graph)
     whole = dataclasses.replace(
-        whole, entrances=whole.entrances or tuple(_entrances_not_run(model, graph, whole, unread))
+        whole, entrances=whole.entrances or tuple(entrances_not_run(model, graph, whole, unread))
     )
     strayed, unknown = compared(model, graph, streams) if main.proven else ((), ())
     leaks = (*strayed, *main.leaks)
     found = dataclasses.replace(
         whole,
         unread=unread,
-        uses=tuple(_uses(model, streams, unread)),
+        uses=tuple(uses_of(model, streams, unread)),
         leaks=leaks,
         proven=not leaks,
-        conditions=(*unknown, *_parts_not_run(model, whole, unread)),
+        conditions=(*unknown, *parts_not_run(model, whole, unread)),
     )
     return Followed(streams, dataclasses.replace(found, towers=towers(model, streams, found)))
-
-
-def _unread(model: nn.Module, graph: Trace) -> tuple[str, ...]:
-    """Parameters that the output does not depend on in this pass."""
-    read: set[Node] = set()
-    todo = [graph.output]
-    while todo:
-        node = todo.pop()
-        if node not in read:
-            read.add(node)
-            todo.extend(operands(node))
-    names = {graph.parameters[node] for node in read if node in graph.parameters}
-    return tuple(name for name, _ in model.named_parameters() if name not in names)
-
-
-def _entrances_not_run(
-    model: nn.Module, graph: Trace, found: ResidualMap, unread: tuple[str, ...]
-) -> Iterator[Entrance]:
-    """Of a transformers model that says that it takes images or sounds, and read none in this pass."""
-    takes = getattr(model, "input_modalities", "text")
-    others = [each for each in ([takes] if isinstance(takes, str) else takes) if each not in {"text", "video"}]
-    read = any(value.is_floating_point() for value in graph.inputs.values())
-    lists = _lists_of_blocks(model, found)
-    towers = [name for name in unread if not name.startswith(lists) and model.get_parameter(name).ndim > 1]
-    if others and not read and towers:
-        yield Entrance(tuple(others), None, 0, normed=False, after=None)
-
-
-def _lists_of_blocks(model: nn.Module, found: ResidualMap) -> tuple[str, ...]:
-    """The paths of the lists that hold the streams' blocks, each with a dot behind it."""
-    projections = [p.parameter for each in (found, *found.streams) for p in each.residual_projections]
-    blocks = layers(model, list(dict.fromkeys(projections)))
-    return tuple(dict.fromkeys(f"{block.rpartition('.')[0]}." for block in blocks))
-
-
-def _parts_not_run(model: nn.Module, found: ResidualMap, unread: tuple[str, ...]) -> Iterator[str]:
-    """Parts of the model's blocks that this pass did not run: their sub-layers are not in the map."""
-    lists = _lists_of_blocks(model, found)
-    parts: dict[str, None] = {}
-    for name in unread:
-        if model.get_parameter(name).ndim > 1 and name.startswith(lists):
-            parts[name.rpartition(".")[0]] = None
-    if parts:
-        names = [*parts]
-        more = f" and {len(names) - 3} more" if names[3:] else ""
-        yield (f"{', '.join(names[:3])}{more}: never read in this pass, so what they do to the stream is not known")
-
-
-def _uses(model: nn.Module, streams: Iterable[Stream], unread: Iterable[str]) -> Iterator[Use]:
-    """Every use of every parameter, stream by stream, in the model's own order; ``unread`` ones last."""
-    order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-    for i, stream in enumerate(streams):
-        facts = stream.facts
-        inside = {n for term in stream.terms for n in term.interior}
-        constants = [a for n in stream.spine for a in operands(n) if a not in facts.varies]
-        norms = [facts.norm_at[n] for n in stream.spine if n in facts.norm_at]
-        constants += [norm.factor for norm in norms if norm.factor is not None]
-        features = {node for nodes in stream.entrances.values() for node in nodes}
-        early = facts.behind([stream.start, *stream.later], stop=features)
-        projections = {name for term in stream.terms for _, name in term.projections}
-        nodes: tuple[tuple[UseRole, Set[Node]], ...] = (
-            ("embedding", early),
-            ("entrance", facts.behind(features)),
-            ("stream", facts.behind(constants) - early),
-            ("sublayer", inside),
-            ("head", stream.suffix),
-        )
-        of = facts.trace.parameters
-        roles: dict[UseRole, set[str]] = {role: {of[n] for n in found if n in of} for role, found in nodes}
-        roles = {**roles, "projection": projections, "sublayer": roles["sublayer"] - projections}
-        for role, names in roles.items():
-            yield from (Use(name, i, role) for name in sorted(names, key=order.__getitem__))
-    yield from (Use(name, 0, "unread") for name in unread)
 
 
 class _Naming:
