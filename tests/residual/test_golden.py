@@ -70,6 +70,12 @@ def _short(residual: ResidualMap) -> dict[str, Any]:
         "head": ("tied" if residual.head.tied else "own") if residual.head else None,
         "proven": residual.proven,
     }
+    factors = sorted({float(f"{abs(p.multiplier):.6g}") for p in residual.residual_projections} - {1.0})
+    between = Counter(step.kind for p in residual.residual_projections for step in p.between)
+    found |= {"between": dict(sorted(between.items()))} if between else {}
+    found |= {"factors": factors} if factors else {}
+    if residual.uses:
+        found["uses"] = dict(sorted(Counter(f"{use.role} {use.stream}" for use in residual.uses).items()))
     if residual.streams:
         found["streams"] = [_short(stream) for stream in residual.streams]
     return found
