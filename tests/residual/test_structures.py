@@ -55,6 +55,27 @@ def test_rows_that_the_ids_choose_of_the_stream_are_the_stream() -> None:
     assert [e.parameter for e in found.embeddings] == ["tokens.weight"]
 
 
+class Towers(Model):
+    """The outputs of two streams are compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = Model()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x, y = self.tokens(ids), self.other.tokens(ids)
+        for block, beside in zip(self.blocks, self.other.blocks, strict=True):
+            x, y = x + branch(block, x), y + branch(beside, y)
+        return self.head(x) @ self.other.head(y).mT
+
+
+def test_a_sum_beside_the_stream_is_named_as_one() -> None:
+    found = spikepatch.inspect(Towers(), example_inputs=EXAMPLE)
+    assert not found.proven
+    assert len(found.leaks) == 1
+    assert "a sum beside this stream" in found.leaks[0]
+
+
 class Reversible(Model):
     """Two tracks, each of which reads the other; the head reads both side by side."""
 

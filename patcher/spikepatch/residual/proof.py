@@ -113,7 +113,12 @@ def left_over(
     found: dict[str, None] = {}
     for node in sorted(facts.behind([output]) - inside, key=facts.order.__getitem__):
         if op(node) in ops.ADDS and _adds_what_was_computed(facts, node, convolved=node in path):
-            found[_second_track(node) if node in bypassing else _lost(facts, node, spine, inside, path)] = None
+            if node in bypassing:
+                found[_second_track(node)] = None
+            elif node not in path and facts.behind([node]).isdisjoint(spine):
+                found[_another_sum(node)] = None
+            else:
+                found[_lost(facts, node, spine, inside, path)] = None
     return tuple(found)
 
 
@@ -139,6 +144,14 @@ def _adds_what_was_computed(facts: Facts, node: Node, *, convolved: bool) -> boo
 def _second_track(node: Node) -> str:
     where = f" in {place(node)}" if place(node) else ""
     return f"the output reads an addition{where} past the stream, as a second track of it, which is not followed"
+
+
+def _another_sum(node: Node) -> str:
+    """Of two towers whose outputs are compared, say: the head of one reads the other."""
+    parts = place(node).split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    where = ".".join(parts[: numbers[0]] if numbers else parts) or "the model itself"
+    return f"the output also reads a sum beside this stream, in {where}, which reads nothing of it: two models in one"
 
 
 def _lost(facts: Facts, node: Node, spine: set[Node], inside: set[Node], path: set[Node]) -> str:
