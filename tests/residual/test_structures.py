@@ -66,7 +66,8 @@ class Towers(Model):
         x, y = self.tokens(ids), self.other.tokens(ids)
         for block, beside in zip(self.blocks, self.other.blocks, strict=True):
             x, y = x + branch(block, x), y + branch(beside, y)
-        return self.head(x) @ self.other.head(y).mT
+        logits: torch.Tensor = self.head(x) @ self.other.head(y).mT
+        return logits
 
 
 def test_a_sum_beside_the_stream_is_named_as_one() -> None:
