@@ -44,7 +44,7 @@ QUESTIONS: dict[str, Question] = {
     "length by len": lambda ids, x: len(ids[0]) > 64,
     "half the length": lambda ids, x: x.shape[1] // 2 > 100,
     "half the length, a float first": lambda ids, x: 0.5 * x.shape[1] > 100,
-    "a share of the length": lambda ids, x: round(0.9 * ids.shape[1]) < 8,
+    "a share of the length": lambda ids, x: round(0.9 * ids.shape[1]) > 400,
     "length, exactly": lambda ids, x: x.shape[1] == 48,
     "shorter": lambda ids, x: x.shape[-2] < 8,
 }

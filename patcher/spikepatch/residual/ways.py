@@ -17,11 +17,12 @@ from spikepatch.residual import ops
 from spikepatch.residual.kinds import sublayers_of
 from spikepatch.residual.ops import behind_views, op, operands, shape
 from spikepatch.residual.stream import Stream, find
-from spikepatch.residual.told import SHORTEST, Mode, is_ours
+from spikepatch.residual.told import Mode, is_ours
 from spikepatch.residual.trace import Trace, recorded
 from spikepatch.source.private import CHECKING
 
-#: A length that is tried of every model. (That ``0.5 * n`` was computed of a length n, nobody is told.)
+#: A length that is tried of every model, as those of training are longer than the example's: that ``0.5 * n`` was
+#: computed of a length n, nobody is told.
 _LONG = 512
 
 #: A pass over other lengths that makes so many times the calls loops over its tokens, and is given up.
@@ -122,7 +123,7 @@ def other_ways(model: nn.Module, found: Trace) -> Iterator[Way]:
         chosen = f"{_lines(asked.values)}: what the input holds is read by the code here, and the way for other values"
         yield from _gone(model, _other_values(found.example, rows), "values", chosen)
         yield from _gone(model, found.example, "zeros", chosen)
-    for length in sorted((asked.lengths | {SHORTEST, _LONG}) - {asked.length}) if asked.length else ():
+    for length in sorted((asked.lengths | {_LONG}) - {asked.length}) if asked.length else ():
         chosen = f"inputs of {length} tokens, not {asked.length}: their length chooses the way, and that for these"
         longer = _as_long(found.example, asked.length, length)
         for way in _gone(model, longer, "example", chosen, _MORE * len(found.graph.nodes)):
