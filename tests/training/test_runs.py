@@ -325,12 +325,13 @@ def test_the_record(tmp_path: Path) -> None:
         with pytest.raises(BadTarget):
             check_out(tmp_path, resume=resume)
     (tmp_path / "data" / "mine.txt").unlink()
-    write_record(tmp_path, {"a": (1, 2), "b": {"c": None}}, "one")
+    whole = {"lr": 1e-3, "multipliers": [1.0], "seeds": [0], "models": {}, "data": {}}
+    write_record(tmp_path, whole | {"settings": {"a": (1, 2), "b": {"c": None}}}, "one")
     check_out(tmp_path, resume=True)
-    write_record(tmp_path, {"a": [1, 2], "b": {"c": None}}, "two")
+    write_record(tmp_path, whole | {"settings": {"a": [1, 2], "b": {"c": None}}}, "two")
     assert json.loads((tmp_path / "run.json").read_text())["commands"] == ["one", "two"]
-    with pytest.raises(Refused, match=r"a was \[1, 2\] and is \[1\]; b\.c was null and is 3"):
-        write_record(tmp_path, {"a": [1], "b": {"c": 3}}, "three")
+    with pytest.raises(Refused, match=r"settings\.a was \[1, 2\] and is \[1\]; settings\.b\.c was null and is 3"):
+        write_record(tmp_path, whole | {"settings": {"a": [1], "b": {"c": 3}}}, "three")
     assert json.loads((tmp_path / "run.json").read_text())["commands"] == ["one", "two"]
 
 

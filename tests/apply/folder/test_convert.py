@@ -654,8 +654,7 @@ def test_the_hub(tiny: Path, tmp_path: Path, hub: LocalHub) -> None:
     assert not [request for request in hub.requests if ".safetensors" in request]
     assert "fresh weights: the learned weights of org/model are NOT used; --reinit none keeps them\n" in output
     assert ModelCard.load(tmp_path / "fresh" / "README.md").data.to_dict() == {
-        "license": "mit",
-        "base_model": "org/model",
+        "license": "mit",  # but no base model: the weights are drawn
         "library_name": "transformers",
         "tags": ["spikepatch", "scaled-embed"],
     }
