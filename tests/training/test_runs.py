@@ -326,12 +326,12 @@ def test_the_record(tmp_path: Path) -> None:
             check_out(tmp_path, resume=resume)
     (tmp_path / "data" / "mine.txt").unlink()
     whole = {"lr": 1e-3, "multipliers": [1.0], "seeds": [0], "models": {}, "data": {}}
-    write_record(tmp_path, whole | {"settings": {"a": (1, 2), "b": {"c": None}}}, "one")
+    write_record(tmp_path, whole | {"settings": {"steps": 1, "batch_tokens": 1, "a": (1, 2), "b": {"c": None}}}, "one")
     check_out(tmp_path, resume=True)
-    write_record(tmp_path, whole | {"settings": {"a": [1, 2], "b": {"c": None}}}, "two")
+    write_record(tmp_path, whole | {"settings": {"steps": 1, "batch_tokens": 1, "a": [1, 2], "b": {"c": None}}}, "two")
     assert json.loads((tmp_path / "run.json").read_text())["commands"] == ["one", "two"]
     with pytest.raises(Refused, match=r"settings\.a was \[1, 2\] and is \[1\]; settings\.b\.c was null and is 3"):
-        write_record(tmp_path, whole | {"settings": {"a": [1], "b": {"c": 3}}}, "three")
+        write_record(tmp_path, whole | {"settings": {"steps": 1, "batch_tokens": 1, "a": [1], "b": {"c": 3}}}, "three")
     assert json.loads((tmp_path / "run.json").read_text())["commands"] == ["one", "two"]
 
 
