@@ -91,9 +91,7 @@ def test_a_number_that_python_has(name: str) -> None:
     model = Asking(TAKEN[name])
     found = spikepatch.inspect(model, example_inputs=EXAMPLE)
     assert not found.proven or "test_ways.py, line" in found.conditions[0]
-    with pytest.raises(
-        spikepatch.Refused, match=r"test_ways\.py, line|inputs of 2 tokens, not 11"
-    ):  # two make no three
+    with pytest.raises(spikepatch.Refused, match=r"test_ways\.py, line"):
         spikepatch.plan(model, "vanilla", reinit="all", example_inputs=EXAMPLE)
 
 
