@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from spikepatch import cli
 from spikepatch.cli import main
 from spikepatch.errors import SHOWN, SpikepatchError, unprintable
 from tests import ROOT
+from tests.training.synthetic import folder
 
 #: What a terminal obeys, and what turns the writing's direction.
 HOSTILE = ("\x1b[2J", "\r", "\x07", "\x9b1m", "\u202e", "\u2066", "\x00", "\x7f")
@@ -51,6 +53,7 @@ def test_every_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         2: CliRunner().invoke(main, ["inspect", str(tmp_path / "absent")]).exit_code,
         3: ending(ZeroDivisionError("a bug"), monkeypatch)[0],
         130: ending(KeyboardInterrupt(), monkeypatch)[0],
+        141: ending(BrokenPipeError(), monkeypatch)[0],
         143: ending(SystemExit(128 + signal.SIGTERM), monkeypatch)[0],
     }
     assert found.keys() == table().keys()
@@ -59,10 +62,20 @@ def test_every_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE])
 def test_what_the_system_refuses_is_no_bug(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_forget_stdout", lambda: None)
     code, said = ending(OSError(number, os.strerror(number), "some/file"), monkeypatch)
     assert code == 2
     assert said.startswith(f"error: {os.strerror(number)}: some/file\n  remedy: ")
+
+
+def test_a_current_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    done = CliRunner().invoke(main, ["convert", "arch:gpt2", "out"])
+    assert done.exit_code == 2
+    assert "the current folder cannot be found" in done.stderr
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
@@ -118,10 +131,10 @@ def test_what_a_config_brings_is_shown_escaped(hostile: str, tmp_path: Path) -> 
         {"model_type": "x", "auto_map": {"AutoConfig": f"a{hostile}.B"}},  # in the refusal that asks for trust
     )
     for i, config in enumerate(configs):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config))
-        done = CliRunner().invoke(main, ["inspect", str(folder)])
+        source = tmp_path / str(i)
+        source.mkdir()
+        (source / "config.json").write_text(json.dumps(config))
+        done = CliRunner().invoke(main, ["inspect", str(source)])
         assert done.exit_code == 2, done.stderr
         assert all(c.isprintable() or c == "\n" for c in done.stderr)
     assert unprintable(["fine", f"not{hostile}"]) == [ascii(f"not{hostile}")]
@@ -138,6 +151,25 @@ def test_what_a_header_brings_is_shown_escaped(tmp_path: Path) -> None:
     assert "a\\x1b[2J" in done.stderr
     assert "\x1b" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("hostile", [*HOSTILE[:-2], "\x7f", "\udcff"], ids=ascii)
+def test_a_result_is_shown_escaped(hostile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By every way onto stdout: lines, and tables of rich."""
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "run", ("a",), steps=60)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    record["models"]["a"]["source"] = f"x{hostile}y"
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    log = next((tmp_path / "run").rglob("log.jsonl"))
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text(json.dumps(json.loads(lines[0]) | {"source": f"x{hostile}y"}) + "\n" + "".join(lines[1:]))
+    for words in (["report", "run"], ["verify", f"absent{hostile}"], ["spikes", f"log{hostile}.txt"]):
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code in (0, 2), done.output
+        assert hostile not in done.output
+        assert ascii(hostile)[1:-1] in done.output or words[0] == "report"  # rich leaves some out
+        assert not done.stdout or "x" in done.stdout
 
 
 def test_help_names_no_command_that_is_not_there() -> None:
@@ -158,7 +190,39 @@ def test_a_full_disk_behind_stdout(words: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_no_stdout_at_all() -> None:
-    command = f"{sys.executable} -m spikepatch recipes >&-"
-    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize(
+    ("line", "codes", "said"),
+    [
+        ("recipes >&-", "0", ""),
+        ("recipes 2>&-", "0", None),
+        ("recipes <&- >&- 2>&-", "0", ""),
+        ("recipes --nonsense >&- 2>&-", "2", ""),
+        ("recipes 2>/dev/full", "0", None),
+        ("recipes --nonsense 2>/dev/full", "2", None),
+        ("recipes >/dev/full 2>/dev/full", "2", ""),
+        ("recipes | true", "141 0", ""),
+        ("recipes --help | true", "141 0", ""),
+    ],
+)
+def test_streams_that_cannot_be_written_to(line: str, codes: str, said: str | None, tmp_path: Path) -> None:
+    """The exit code is as true as ever: above all, it is no 1."""
+    line = line.replace("recipes", f"{sys.executable} -m spikepatch recipes")
+    codes_of = (
+        f"({line}); echo ${{PIPESTATUS[*]}} > codes" if "|" not in line else f"{line}; echo ${{PIPESTATUS[*]}} > codes"
+    )
+    done = subprocess.run(["bash", "-c", codes_of], stderr=subprocess.PIPE, cwd=tmp_path, text=True, check=False)
+    assert (tmp_path / "codes").read_text().strip() == codes
+    if said is not None:
+        assert done.stderr == said
+
+
+@pytest.mark.slow
+def test_what_is_closed_takes_the_number_of_no_file(tmp_path: Path) -> None:
+    """Else what a library prints would be written into the file that has it."""
+    script = (
+        "import os, sys; from spikepatch import cli; cli._open_streams()\n"
+        "file = open('written', 'w'); os.write(1, b'noise'); os.write(2, b'noise'); file.write('whole')"
+    )
+    line = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"
+    subprocess.run(line, shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "written").read_text() == "whole"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 import click
 
@@ -17,7 +19,7 @@ from spikepatch.commands.architectures import architectures_command
 from spikepatch.commands.audit import audit_command
 from spikepatch.commands.check import check_command
 from spikepatch.commands.codemod import codemod_command
-from spikepatch.commands.console import level_options
+from spikepatch.commands.console import VisibleStream, level_options
 from spikepatch.commands.convert import convert_command
 from spikepatch.commands.fold import fold_command
 from spikepatch.commands.inspect import inspect_command
@@ -34,6 +36,8 @@ _FULL = {
     errno.EDQUOT: "make room within the quota",
     errno.EROFS: "give a place that can be written to",
     errno.EIO: "check the disk",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "give a path whose links do not lead back to themselves",
     errno.EMFILE: "allow more open files: ulimit -n",
     errno.ENFILE: "allow more open files on this machine",
 }
@@ -64,20 +68,67 @@ def _usage(error: click.UsageError) -> SpikepatchError:
     )
 
 
-def _forget_stdout() -> None:
+def _open_streams() -> None:
+    """What is closed of stdin, stdout and stderr leads nowhere: else the next file that is opened would have its
+    number, and what a library prints would be written into that file.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # has the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be text, and a terminal may know ASCII only
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _forget_output() -> None:
     """What could not be written is not tried again when the interpreter ends."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):  # a stream of a test has no number
+                os.dup2(nowhere, stream.fileno())
+
+
+def _say(text: str) -> None:
+    """On stderr, if it can be written to."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
 
 
 def _say_full(error: OSError) -> None:
     where = f": {error.filename}" if error.filename else ""
     remedy = _FULL[error.errno or 0]
-    click.echo(f"error: {error.strerror}{where}\n  remedy: {remedy}", err=True)
-    _forget_stdout()
+    _say(f"error: {error.strerror}{where}\n  remedy: {remedy}")
+    _forget_output()
+
+
+def _check_here() -> None:
+    """Refuse to begin where relative paths mean nothing."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise SpikepatchError(
+            "the current folder cannot be found",
+            where="this shell",
+            why=f"{error.strerror}: it was deleted or replaced while the shell was in it",
+            remedy='change to another folder, or to the new one of this name: cd "$PWD"',
+        ) from error
 
 
 class _Group(click.Group):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As click's, with all three streams open, and on stdout nothing that a terminal would obey."""
+        _open_streams()
+        with contextlib.redirect_stdout(cast("IO[str]", VisibleStream(sys.stdout))):
+            return super().main(*args, **kwargs)
+
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Every command takes -v and -q."""
         cmd.params.extend(level_options())
@@ -88,9 +139,12 @@ class _Group(click.Group):
         try:
             return super().make_context(*args, **kwargs)
         except click.UsageError as error:
-            click.echo(f"error: {_usage(error)}", err=True)
+            _say(f"error: {_usage(error)}")
             sys.exit(2)
-        except OSError as error:  # of what --help and --version print
+        except BrokenPipeError:  # of what --help and --version print
+            _forget_output()
+            sys.exit(128 + signal.SIGPIPE)
+        except OSError as error:
             if error.errno not in _FULL:
                 raise
             _say_full(error)
@@ -101,33 +155,33 @@ class _Group(click.Group):
         before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             check_platform()
+            _check_here()
             result = super().invoke(ctx)
-            if sys.stdout is not None:
-                sys.stdout.flush()  # a full disk is seen here
+            sys.stdout.flush()  # a full disk is seen here
             return result
         except SpikepatchError as error:
-            click.echo(f"error: {error}", err=True)
+            _say(f"error: {error}")
             ctx.exit(2)
         except (KeyboardInterrupt, click.Abort):
-            click.echo("interrupted", err=True)
+            _say("interrupted")
             ctx.exit(128 + signal.SIGINT)
         except click.UsageError as error:
-            click.echo(f"error: {_usage(error)}", err=True)
+            _say(f"error: {_usage(error)}")
             ctx.exit(2)
-        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):  # click ends on these
+        except (click.ClickException, click.exceptions.Exit):  # click ends on these
             raise
+        except BrokenPipeError:  # who read the output has enough of it, as `| head` has
+            _forget_output()
+            ctx.exit(128 + signal.SIGPIPE)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _FULL:
                 _say_full(error)
                 ctx.exit(2)
             if _out_of_memory(error):
-                click.echo(f"error: out of memory: {first_line(error)}\n  remedy: {_SMALLER}", err=True)
+                _say(f"error: out of memory: {first_line(error)}\n  remedy: {_SMALLER}")
                 ctx.exit(2)
-            click.echo(traceback.format_exc(), err=True)
-            click.echo(
-                "error: this is a bug in spikepatch, not in what you gave it. Please report it with the lines above.",
-                err=True,
-            )
+            _say(traceback.format_exc())
+            _say("error: this is a bug in spikepatch, not in what you gave it. Please report it with the lines above.")
             ctx.exit(3)
         finally:
             signal.signal(signal.SIGTERM, before)

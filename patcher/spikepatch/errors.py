@@ -10,11 +10,16 @@ from collections.abc import Iterable
 SHOWN = 4000
 
 
-def shown(text: object) -> str:
-    """A part of a message as a terminal may show it: control characters and marks that turn the writing's direction as
-    escapes, but for ends of lines; and no longer than ``SHOWN``.
+def visible(text: str) -> str:
+    """What a terminal may be sent: control characters, and marks that turn the writing's direction, as escapes; but for
+    ends of lines and tabs.
     """
-    told = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text)[: SHOWN + 1])
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def shown(text: object) -> str:
+    """A part of a message as a terminal may show it, no longer than ``SHOWN``."""
+    told = visible(str(text)[: SHOWN + 1])
     return told if len(told) <= SHOWN else f"{told[:SHOWN]} ..."
 
 

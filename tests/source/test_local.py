@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spikepatch.errors import BadTarget
-from spikepatch.source.local import leads_out, local_path, opened, read_file, target_path
+from spikepatch.source.local import leads_out, local_path, opened, read_file, target_path, without_place
 
 
 def pipe(path: Path) -> None:
@@ -77,3 +77,16 @@ def test_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_path("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
     with pytest.raises(BadTarget, match="it is empty, as a variable is that is not set"):
         target_path("")
+
+
+def test_what_is_written_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home/ada"))
+    (tmp_path / "org/name").mkdir(parents=True)
+    for source in ("org/name", "./org/name", f"{tmp_path}/org/name/", "~/../../org/name", "org/../org/name"):
+        assert without_place(source) == "name"
+    assert without_place("~/models/absent.toml") == "absent.toml"
+    for kept in ("arch:gpt2", "gpt2", "other/name", "scaled-embed", "module:NAME", ""):
+        assert without_place(kept) == kept
+    (tmp_path / "org/link").symlink_to("name")
+    assert without_place("org/link") == "name"

@@ -196,6 +196,7 @@ def test_what_has_changed_is_named(inputs: Path, pair: Path) -> None:
         (("--betas", "0.9", "1"), "Invalid value for '--betas'"),
         (("--seeds", "0,x"), "'0,x' is no list of numbers"),
         (("--lr-multipliers", "0"), "each must be at least"),
+        (("--lr-multipliers", "1,1e308", "--lr", "10"), "no finite learning rate"),
         (("--log-with", "wandb"), "pip install wandb"),
         (("--batch-tokens", "1048576"), "too few for one batch"),
     ],

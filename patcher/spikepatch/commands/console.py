@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
+from spikepatch.errors import visible
 from spikepatch.progress import Progress, silent
 
 Level = Literal["verbose", "quiet"]
 _LEVEL = "spikepatch.level"
+#: What rich colours its tables with.
+_COLOUR = re.compile(r"(\x1b\[[\d;]*m)")
 #: Seconds between two lines that say how far a step is.
 _EVERY = 30.0
 
@@ -48,6 +52,26 @@ def is_verbose() -> bool:
     return click.get_current_context().meta.get(_LEVEL) == "verbose"
 
 
+class VisibleStream:
+    """A text stream to which names of a source may be written, whatever is in them; colours go through."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        parts = _COLOUR.split(text)  # text, colour, text, ...
+        self._stream.write("".join(part if i % 2 else visible(part) for i, part in enumerate(parts)))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
     """Told of long steps: a bar on a terminal; elsewhere a line for each step, and how far it is if it takes long;
@@ -79,6 +103,7 @@ def progress() -> Iterator[Progress]:
 def _warnings(level: int) -> Iterator[None]:
     """Our own warnings on stderr, from ``level`` on; above the bar, where there is one."""
     log, shown = logging.getLogger("spikepatch"), logging.StreamHandler()
+    shown.setFormatter(_Formatter())
     shown.setLevel(level)
     log.addHandler(shown)
     try:

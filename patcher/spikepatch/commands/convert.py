@@ -69,7 +69,7 @@ def convert_command(source: str, out: str, *, as_json: bool, dry_run: bool, **op
 def load_line(result: Conversion | Folded) -> str:
     """How to load what was written."""
     trust = ", trust_remote_code=True" if result.trust else ""
-    return f'load it with {result.auto_class}.from_pretrained("{result.out}"{trust})'
+    return f"load it with {result.auto_class}.from_pretrained({json.dumps(str(result.out), ensure_ascii=False)}{trust})"
 
 
 def _lines(result: Conversion, *, dry_run: bool) -> Iterator[str]:

@@ -9,13 +9,17 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from spikepatch.source.local import in_utf8
+
 
 class Place(click.Path):
-    """A path: ``~`` in it is the home folder, and it is not empty, as an unset variable is."""
+    """A path: ``~`` in it is the home folder, it is not empty, as an unset variable is, and it is text."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not os.fspath(value):
             self.fail("it is empty, as a variable is that is not set", param, ctx)
+        if not in_utf8(value):
+            self.fail(f"{value!r} has bytes that are no UTF-8; rename it, or give a link to it", param, ctx)
         return super().convert(os.path.expanduser(value), param, ctx)
 
 

@@ -186,6 +186,8 @@ def train_command(
     from spikepatch.training.settings import Settings
     from spikepatch.training.tables import print_verdict
 
+    if not math.isfinite(lr * max(multipliers)):
+        raise click.BadParameter(f"{lr:g} times {max(multipliers):g} is no finite learning rate", param_hint="--lr")
     main = int(os.environ.get("RANK", "0")) == 0
     given: Any = {name: settings.pop(name) for name in ("factor", "positions", "replace", "untie", "part")}
     count = len(models) * len(multipliers) * len(seeds)

@@ -202,7 +202,10 @@ class Plan:
         try:
             edits = [{**entry} for entry in data["edits"]]
             found = tuple(parsed(kinds[entry.pop("edit")], entry) for entry in edits)
-            return dataclasses.replace(parsed(cls, {**data, "edits": []}), edits=found)
+            plan = dataclasses.replace(parsed(cls, {**data, "edits": []}), edits=found)
+            if not plan.streams:
+                raise ValueError("it has no stream")
+            return plan
         except (TypeError, KeyError, ValueError, AttributeError, RecursionError, OverflowError) as error:
             raise Refused(
                 what="this is no plan",

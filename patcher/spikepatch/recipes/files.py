@@ -89,7 +89,7 @@ def _transform(table: Mapping[str, Any], where: str) -> Transform:
         why = f"each [[transform]] has a kind, one of {', '.join(KINDS)}"
         raise _refused("the transform has no kind", where, why, 'add kind = "small_init", or another')
     kind = fields.pop("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise _refused(
             f"there is no transform {kind!r}",
             where,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from spikepatch.report.svg import STYLES, kinds, shape_svg, svg
 MARK = "made by spikepatch"
 
 _ELSEWHERE = "give another path"
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 #: Pixels of a picture: a title's height, a legend line's, a name's letter at 12 px, and what is beside a name.
 _TITLE, _LINE, _LETTER, _SWATCH = 34, 22, 7, 58
@@ -57,11 +60,11 @@ def check_page(
     inside = [str(each) for each in sources if Path(os.path.realpath(each)) in (real, *real.parents)]
     if inside:
         what, why, remedy = "it would be written into a source", f"{inside[0]} is read, and stays as it is", _ELSEWHERE
-    elif not str(path) or real.is_dir():
+    elif not str(path) or os.path.isdir(real):
         what, why, remedy = "the page cannot be put there", "it is a folder", "give the name of a file"
-    elif os.path.lexists(real) and not real.is_file():
+    elif os.path.lexists(real) and not os.path.isfile(real):
         what, why, remedy = "the page cannot be put there", "it is no file, and a page is one", _ELSEWHERE
-    elif not os.access(real.parent, os.W_OK | os.X_OK) or not real.parent.is_dir():
+    elif not os.access(real.parent, os.W_OK | os.X_OK) or not os.path.isdir(real.parent):
         why = f"{real.parent} is no folder that this user may write to"
         what, remedy = "the page cannot be put there", "make it first, or give another path"
     elif not overwrite and not _is_ours(real):
@@ -90,13 +93,13 @@ def _put(text: str, path: str | os.PathLike[str], overwrite: bool) -> None:
     check_page(path, overwrite=overwrite)
     try:
         with placing(Path(os.path.realpath(path))) as new:  # a link keeps pointing to it
-            new.write_text(text, encoding="utf-8")
+            new.write_bytes(text.encode("utf-8", "replace"))  # a name may have what is no text
     except OSError as error:
         raise BadTarget(
             "the page cannot be written",
             where=str(path),
             why=f"{error.strerror}; what was there before is as it was",
-            remedy=f"make room on the disk, or {_ELSEWHERE}",
+            remedy="make room on the disk" if error.errno in _FULL else _ELSEWHERE,
         ) from error
 
 

@@ -17,6 +17,9 @@ from spikepatch.errors import BadTarget
 #: Bytes of a file that is read at once: configs, cards, recipes, manifests, logs of one run. More is none of these.
 LIMIT = 100_000_000
 
+#: Why a path is refused that is not ``in_utf8``.
+NO_UTF8 = "it has bytes that are no UTF-8, and safetensors and tokenizers open no such path"
+
 _KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"))
 
 
@@ -25,11 +28,25 @@ def local_path(text: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def is_path(source: str) -> bool:
+    """Whether a SOURCE is a folder here, or meant as one; else it is ``arch:TYPE``, or a hub id."""
+    if source.startswith("arch:"):
+        return False
+    return source.startswith(("/", ".", "~")) or source.endswith("/") or os.path.exists(local_path(source))
+
+
+def without_place(source: str) -> str:
+    """A SOURCE, or a file, as what is passed on may name it: of a path the last part. The folders that lead to it are
+    nobody else's business, and often hold the name of a user.
+    """
+    return os.path.basename(os.path.realpath(local_path(source))) if source and is_path(source) else source
+
+
 def target_path(text: str | os.PathLike[str]) -> Path:
     """The same of a place that is written to.
 
     Raises:
-        BadTarget: it is empty, as a variable is that is not set.
+        BadTarget: it is empty, as a variable is that is not set; or its name is no UTF-8.
     """
     if not os.fspath(text):
         raise BadTarget(
@@ -38,7 +55,20 @@ def target_path(text: str | os.PathLike[str]) -> Path:
             why="it is empty, as a variable is that is not set",
             remedy="give a folder; . is the current one",
         )
+    if not in_utf8(text):
+        raise BadTarget(
+            "the output path cannot be used", where=repr(os.fspath(text)), why=NO_UTF8, remedy="choose another"
+        )
     return local_path(text)
+
+
+def in_utf8(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is text: safetensors, tokenizers, pages and JSON know no other."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def leads_out(path: Path, folder: Path) -> Path | None:

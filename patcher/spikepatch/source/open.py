@@ -26,7 +26,7 @@ from spikepatch.source.formats import (
     parse_json,
 )
 from spikepatch.source.header import MalformedError
-from spikepatch.source.local import local_path, opened, read_file
+from spikepatch.source.local import NO_UTF8, in_utf8, is_path, local_path, opened, read_file, without_place
 from spikepatch.source.redirects import check_files, check_tokenizer, code_files
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ class Source:
 
     @property
     def short_name(self) -> str:
-        """The name without the folders that lead to it, which are nobody else's business."""
-        return self.folder.resolve().name if self.kind == "folder" and self.folder else self.name
+        """The name without the folders that lead to it."""
+        return without_place(self.name) if self.kind == "folder" else self.name
 
     def arriving(self) -> contextlib.AbstractContextManager[None]:
         """Files of weights that are not there yet are fetched while the block runs; at its end all are there."""
@@ -126,10 +126,10 @@ def open_source(
             why="it is empty, as a variable is that is not set",
             remedy="give a folder, a hub id such as org/name, or arch:TYPE",
         )
-    is_arch = spec.startswith("arch:")
-    path = local_path(spec)
-    is_path = not is_arch and (spec.startswith(("/", ".", "~")) or spec.endswith("/") or path.exists())
-    if revision is not None and (is_arch or is_path):
+    is_arch, here = spec.startswith("arch:"), is_path(spec)
+    if not in_utf8(spec):
+        raise BadSource("cannot be opened", where=repr(spec), why=NO_UTF8, remedy="rename it, or give a link to it")
+    if revision is not None and (is_arch or here):
         raise BadSource(
             f"has no revision {revision!r}",
             where=spec,
@@ -139,8 +139,8 @@ def open_source(
     if is_arch:
         found = default_architecture(spec.removeprefix("arch:"), where=spec)
         return Source(spec, "arch", None, found.config, found.model_class, found.auto_class)
-    if is_path:
-        return _local_folder(spec, path, trust_remote_code, weights, learned)
+    if here:
+        return _local_folder(spec, local_path(spec), trust_remote_code, weights, learned)
     return _hub_model(spec, revision, trust_remote_code, weights, learned, report)
 
 
@@ -172,9 +172,9 @@ def build_meta(source: Source) -> PreTrainedModel:
 
 
 def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool, learned: bool) -> Source:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise BadSource(
-            "is a file, not a folder" if folder.exists() else "does not exist",
+            "is a file, not a folder" if os.path.exists(folder) else "does not exist",
             where=spec,
             why="a local source is a folder as save_pretrained writes it",
             remedy="give that folder, or a hub id such as org/name" + ("" if learned else "; or arch:TYPE"),

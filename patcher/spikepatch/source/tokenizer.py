@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spikepatch.errors import Refused
 from spikepatch.quiet import quiet
 from spikepatch.source.formats import parse_json
-from spikepatch.source.local import read_file
+from spikepatch.source.local import in_utf8, read_file
 from spikepatch.source.redirects import code_files
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ def refit(original: Any, folder: Path, *, trusted: bool = False) -> tuple[str, .
 
 
 def _write(config: Path, data: Any) -> None:
-    config.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    text = text if in_utf8(text) else json.dumps(data, indent=2)
+    config.write_text(text + "\n", encoding="utf-8")
 
 
 def _difference(original: Any, copied: Any) -> str | None:

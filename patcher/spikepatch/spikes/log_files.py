@@ -153,7 +153,10 @@ def _step(value: Any) -> int | None:
 
 
 def _trainer_state(path: Path, document: Mapping[str, Any], keys: Keys) -> Raw:
-    history = [row for row in document["log_history"] if isinstance(row, Mapping)]
+    rows = document["log_history"]
+    if not isinstance(rows, list):
+        raise _unknown(path, "its log_history is no list of rows")
+    history = [row for row in rows if isinstance(row, Mapping)]
     found = _records(path, "Trainer's trainer_state.json", history, keys)
     return Raw(found.format, "mean", found.rows, found.evals, found.notes)
 

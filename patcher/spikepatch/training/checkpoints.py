@@ -43,7 +43,9 @@ from spikepatch.source.local import opened, read_file
 _log = logging.getLogger(__name__)
 
 #: What reading a file raises that is damaged, or another one.
-_UNREADABLE = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, pickle.UnpicklingError)
+_UNREADABLE = (
+    OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, pickle.UnpicklingError,
+)  # fmt: skip
 
 #: Checkpoints that stay: the last one, and the one before.
 _KEEP = 2

@@ -152,7 +152,7 @@ def _jsonl(path: Path) -> Iterator[TextPiece]:
 def _text_of(line: bytes, path: Path, number: int) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _no_text(path, number, f"it is not JSON ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get(_COLUMN), str):
         has = f"has the fields {', '.join(sorted(record))}" if isinstance(record, dict) else "is no object"

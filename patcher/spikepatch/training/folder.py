@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from spikepatch._version import __version__
@@ -185,10 +185,18 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         whole = parsed(_Record, {field.name: record[field.name] for field in dataclasses.fields(_Record)})
         parsed(_Lengths, {name: whole.settings[name] for name in ("steps", "batch_tokens")})
-        list(all_runs(record))
-    except (KeyError, TypeError) as error:
+        for run in all_runs(record):
+            _check_name(run.folder)
+    except (KeyError, TypeError, ValueError) as error:
         raise refused(f"{RECORD} does not tell which runs there are: {on_one_line(error)}") from error
     return record
+
+
+def _check_name(folder: str) -> None:
+    """Raises ValueError where it is no folder below another one."""
+    parts = PurePosixPath(folder).parts
+    if folder.startswith("/") or ".." in parts or "\0" in folder or any(len(os.fsencode(part)) > 255 for part in parts):
+        raise ValueError(f"{folder[:60]!r} names no folder of a run")
 
 
 def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from spikepatch.errors import BadSource
+from spikepatch.errors import BadSource, first_line
 from spikepatch.source.local import opened, read_file
 from spikepatch.source.typed import finite, parsed
 from spikepatch.spikes.events import Event
@@ -254,8 +254,8 @@ def _records(path: Path, lines: Iterable[bytes]) -> Iterator[LogRecord]:
     for i, line in enumerate(lines, start=1):
         try:
             yield _parse(json.loads(line, parse_constant=_no_constant))
-        except (ValueError, TypeError, KeyError) as error:
-            raise _broken(path, i, str(error)) from error
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise _broken(path, i, first_line(error)) from error
 
 
 def _no_constant(name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,8 @@ def all_runs(record: Mapping[str, Any]) -> Iterator[Run]:
 
 def run_folder(name: str, lr: float, seed: int) -> str:
     """``NAME/lr5e-4-seed0``: all digits of the rate that tell it from others, 15 of them, beyond which floats round."""
+    if not math.isfinite(lr):
+        raise ValueError(f"a learning rate of {lr}")
     digits, exponent = f"{lr:.14e}".split("e")
     short = seed if seed < 10**40 else hashlib.sha256(str(seed).encode()).hexdigest()[:40]  # names have 255 characters
     return f"{name}/lr{digits.rstrip('0').rstrip('.')}e{int(exponent)}-seed{short}"

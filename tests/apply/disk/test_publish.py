@@ -421,3 +421,14 @@ def test_a_disk_that_the_source_is_still_to_be_fetched_to(tmp_path: Path) -> Non
         check_space(tmp_path / "out", free // 2, arriving)
 
     assert f"still to be fetched into the Hub's cache {size(free)}" in caught.value.why
+
+
+def test_names_that_are_too_long(tmp_path: Path) -> None:
+    """Told before any work, and only then."""
+    longest = 255 - len("..lock.spikepatch")
+    with publishing(tmp_path / ("x" * longest)) as folder:
+        (folder / "a").write_text("a")
+    assert (tmp_path / ("x" * longest) / "a").exists()
+    for name in ("y" * (longest + 1), f"{'z' * 256}/out", "ä" * 128):
+        with pytest.raises(BadTarget, match="a name on the output path is too long"):
+            check_target(tmp_path / name, None, overwrite=True)

@@ -187,7 +187,7 @@ def test_shards_tokenizer_and_what_is_said(gpt2_tokenizer: Path, tmp_path: Path)
     )
     assert manifest["files"] == left
     assert manifest["folded"]["embeddings"] == {"transformer.wte": {"factor": "sqrt(width)"}}
-    assert manifest["command"] == f"spikepatch fold {trained} OUT"
+    assert manifest["command"] == f"spikepatch fold {trained.name} OUT"
     assert "license: mit" in card
     assert "base_model" not in card  # the weights were drawn
     assert 'from_pretrained("PATH")' in card
@@ -352,7 +352,7 @@ def test_weights_that_are_not_finite(source: Path, tmp_path: Path) -> None:
     assert f"'{name}' (2)" in result.notes[-1]
     assert load_file(result.out / "model.safetensors")[name].isnan().sum() == 2
     command = json.loads((result.out / "spikepatch.json").read_text())["command"]
-    assert command == f"spikepatch fold {patched} OUT --allow-nonfinite"
+    assert command == f"spikepatch fold {patched.name} OUT --allow-nonfinite"
 
     spoil(table, math.inf)
     with pytest.raises(spikepatch.BadSource, match=f"{table} holds NaN or infinite values"):

@@ -106,7 +106,7 @@ def test_folding_gives_the_authors_model_back(own: Path, tmp_path: Path) -> None
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (own, result.out))
     command = json.loads((result.out / "spikepatch.json").read_text())["command"]
 
-    assert command == f"spikepatch fold {patched.out} OUT --trust-remote-code"
+    assert command == f"spikepatch fold {patched.out.name} OUT --trust-remote-code"
     assert result.trust
     assert result.untied
     assert carried(result.out) == FILES

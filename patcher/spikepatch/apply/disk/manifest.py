@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spikepatch._version import __version__
 from spikepatch.plans.in_words import changes, parts, streams
 from spikepatch.plans.plan import Plan, Recipe
-from spikepatch.source.local import opened, read_file
+from spikepatch.source.local import in_utf8, opened, read_file, without_place
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -46,8 +46,9 @@ def manifest(
     from spikepatch.apply.values.draw import gaussian
 
     probe = hashlib.sha256(gaussian(plan.seed, "probe", 0, 4096, 1.0).numpy().tobytes()).hexdigest()
+    planned = plan.to_dict() | {"source": without_place(plan.source)}
     return _manifest(
-        source, command, hashes, {"storage": storage, "load_test": load_test, "probe": probe, "plan": plan.to_dict()}
+        source, command, hashes, {"storage": storage, "load_test": load_test, "probe": probe, "plan": planned}
     )
 
 
@@ -82,7 +83,10 @@ def digest(data: Mapping[str, Any]) -> str:
 
 
 def command_line(given: Sequence[str], **options: object) -> str:
-    """``spikepatch`` with these words and options; without options that are None or False."""
+    """``spikepatch`` with these words and options; without options that are None or False.
+
+    What is recorded in a folder has its sources by ``without_place``.
+    """
     words = ["spikepatch", *given]
     for name, value in options.items():
         if value is not None and value is not False:
@@ -103,7 +107,7 @@ def python_line(source: str, recipe: Recipe, options: Mapping[str, object]) -> s
         known = False
     whole = known and len(namespace) == len(kinds) and not any(kind.__module__ == "__main__" for kind in kinds)
     given = {name: value for name, value in options.items() if value is not None and value is not False}
-    arguments = [repr(source), repr("OUT"), *(f"{name}={value!r}" for name, value in given.items())]
+    arguments = [repr(without_place(source)), repr("OUT"), *(f"{name}={value!r}" for name, value in given.items())]
     call = f"spikepatch.convert({', '.join(arguments)}, recipe={repr(recipe) if whole else 'RECIPE'})"
     if not whole:
         return f"{call}  # RECIPE: {recipe.name!r}, which was passed as an object"
@@ -153,13 +157,18 @@ def inherited_metadata(card: Path | None, hub_id: str | None, *, weights: bool =
             data = metadata_load(card) or {}
     from spikepatch.source.private import is_repository
 
-    kept = {key: data[key] for key in _INHERITED if isinstance(data.get(key), str)}
+    kept = {key: data[key] for key in _INHERITED if _is_text(data.get(key))}
     languages = data.get("language")
-    if isinstance(languages, list) and languages and all(isinstance(each, str) for each in languages):
+    if isinstance(languages, list) and languages and all(map(_is_text, languages)):
         kept["language"] = languages
     bases = [hub_id] if hub_id is not None else data.get("base_model")
     bases = [base for base in (bases if isinstance(bases, list) else [bases]) if is_repository(base)]
     return kept | ({"base_model": bases[0] if len(bases) == 1 else bases} if bases and weights else {})
+
+
+def _is_text(value: object) -> bool:
+    """A string that can be written in UTF-8."""
+    return isinstance(value, str) and in_utf8(value)
 
 
 def model_card(
@@ -174,7 +183,7 @@ def model_card(
 
     Args:
         trust: it loads with ``trust_remote_code=True`` only.
-        title: name of the source; by default as in the plan.
+        title: name of the source; by default that of the plan.
         inherited: see ``inherited_metadata``.
     """
     from huggingface_hub import ModelCardData
@@ -200,7 +209,7 @@ def model_card(
 {data.to_yaml()}
 ---
 
-# {title or plan.source}, patched with spikepatch ({plan.recipe})
+# {title or without_place(plan.source)}, patched with spikepatch ({plan.recipe})
 
 {weights}
 

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 #: Debug messages name the steps of the protocol, each just before it is done.
 _log = logging.getLogger(__name__)
 
+#: Bytes of one name, on any filesystem of Linux and macOS.
+_LONGEST = 255
+
+#: What the longest name beside a folder has more than its own; see ``atomic.beside``.
+_BESIDE = beside(Path("x"), "lock").name.replace("x", "")
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -60,6 +66,14 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
         )
     elif _occupant(out) is not None and not findings:
         findings += _objections(out, overwrite)
+    if any(len(os.fsencode(name)) > _LONGEST for name in (*real.parts[:-1], f"{real.name}{_BESIDE}")):
+        findings.append(
+            (
+                "a name on the output path is too long",
+                f"names have {_LONGEST} bytes at most, and while it is written, one with {len(_BESIDE)} more is beside it",
+                "choose a shorter one",
+            )
+        )
     if os.path.ismount(out):
         findings.append(
             (
@@ -83,7 +97,7 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
 def check_local_target(out: str | os.PathLike[str], source: str, *, overwrite: bool) -> None:
     """``check_target`` as far as it can be asked before it is known what ``source`` is."""
     local = local_path(source)
-    check_target(Path(out), local if source and local.is_dir() else None, overwrite=overwrite)
+    check_target(Path(out), local if source and os.path.isdir(local) else None, overwrite=overwrite)
 
 
 def check_space(out: Path, needed: int, source: Checkpoint | None = None) -> None:
@@ -159,7 +173,7 @@ def unwritable(out: Path, error: Exception) -> BadTarget:
         "the output cannot be written",
         where=str(out),
         why=str(error),
-        remedy="check the disk's free space and the folder's permissions; nothing was left behind",
+        remedy="check the path, the folder's permissions and the disk's free space; nothing was left behind",
     )
 
 

@@ -41,7 +41,7 @@ from spikepatch.recipes.plan_of import Mapped, check_weights, map_asked, plan_on
 from spikepatch.recipes.request import Request, parse_request
 from spikepatch.source.classes import original_in
 from spikepatch.source.header import torch_dtype
-from spikepatch.source.local import target_path
+from spikepatch.source.local import target_path, without_place
 from spikepatch.source.match import Match
 from spikepatch.source.meta import settings_read
 from spikepatch.source.open import Source, build_meta, open_source
@@ -269,7 +269,8 @@ def _command(source: str, request: Request, options: Mapping[str, Any], *, load_
     """What writes the folder again: a command, or Python for a recipe that has no name."""
     name = request.given if isinstance(request.given, str) else request.base.name
     if isinstance(request.given, str) or request.base == built_in.RECIPES.get(name):
-        return command_line(("convert", source, "OUT"), recipe=name, **options, no_load_test=not load_test)
+        words = ("convert", without_place(source), "OUT")
+        return command_line(words, recipe=without_place(name), **options, no_load_test=not load_test)
     return python_line(source, request.base, options)
 
 

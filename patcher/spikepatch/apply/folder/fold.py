@@ -40,7 +40,7 @@ from spikepatch.progress import Progress, silent
 from spikepatch.recipes.plan_of import check_weights
 from spikepatch.source.classes import original_in
 from spikepatch.source.config import Recorded
-from spikepatch.source.local import target_path
+from spikepatch.source.local import target_path, without_place
 from spikepatch.source.match import Match, match_source
 from spikepatch.source.open import MODEL_CARD, Source, open_source
 from spikepatch.source.tokenizer import has_tokenizer
@@ -144,7 +144,7 @@ def fold(
                 texts = _texts(found, plain, result)
                 written, origin = write_folder(scratch, shards, texts, found, report, allow_nonfinite=allow_nonfinite)
                 command = command_line(
-                    ("fold", trained, "OUT"),
+                    ("fold", without_place(trained), "OUT"),
                     revision=revision,
                     trust_remote_code=trust_remote_code,
                     allow_nonfinite=allow_nonfinite,

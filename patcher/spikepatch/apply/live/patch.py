@@ -263,9 +263,10 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
     if unplanned:
         yield f"the plan does not mention {', '.join(unplanned[:3])}"
     for stream in plan.streams:
-        name = stream.sublayers[0]
-        if name in parameters and parameters[name].shape[stream.axis] != stream.width:
-            yield f"{name} is {tuple(parameters[name].shape)}, the plan is for a stream of width {stream.width}"
+        for name in stream.sublayers[:1]:
+            shape = tuple(parameters[name].shape) if name in parameters else ()
+            if shape and shape[stream.axis : stream.axis + 1] != (stream.width,):
+                yield f"{name} is {shape}, the plan is for a stream of width {stream.width} on its axis {stream.axis}"
     for edit in plan.select(Untie):
         if edit.head not in parameters or parameters[edit.head] is not parameters.get(edit.embedding):
             yield f"{edit.head} is not tied to {edit.embedding}"
