@@ -288,6 +288,7 @@ def test_irregular_steps_and_a_moving_average_are_told(tmp_path: Path) -> None:
     ("content", "why"),
     [
         ("", "the file is empty"),
+        ("\ufeff \n", "the file is empty"),
         ("hello\nworld\n", "no line of it is in a format that is known"),
         ('{"log_history": [', "it begins as JSON and is not whole"),
         ("\x00\x01\x00\x00", "it is no text"),

@@ -87,7 +87,7 @@ def raw_rows(path: Path, keys: Keys) -> Raw:
     text = content.decode("utf-16" if wide else "utf-8", errors="replace")
     if text.count("\0") > len(text) / 2 or text.count("\ufffd") > len(text) / 20:
         raise _unknown(path, "it is no text")
-    text = text.replace("\0", "")  # what a crash leaves at the end of a file
+    text = text.replace("\0", "").lstrip("\ufeff")  # what a crash leaves at the end of a file, and a byte-order mark
     if not text.strip():
         raise _unknown(path, "the file is empty")
     document = _document(text)
@@ -224,9 +224,9 @@ def _lines(lines: list[str]) -> Raw:
 
 def _table(path: Path, text: str, keys: Keys) -> Raw:
     """CSV with a header, by commas, semicolons or tabs."""
-    head = text.lstrip("\ufeff").splitlines()[0]
+    head = text.splitlines()[0]
     delimiter = max(",;\t", key=head.count)
-    table = csv.DictReader(io.StringIO(text.lstrip("\ufeff")), delimiter=delimiter)
+    table = csv.DictReader(io.StringIO(text), delimiter=delimiter)
     try:
         rows = [{name: _cell(cell) for name, cell in row.items() if name} for row in table]
     except csv.Error as error:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +110,26 @@ def test_no_text_breaks_the_front_matter(plan: Plan, recipe: str, title: str, in
         "library_name": "transformers",
         "tags": list(dict.fromkeys(["spikepatch", recipe])),
     }
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_card_load_and_ask_nothing(gpt2_tokenizer: Path, tmp_path: Path) -> None:
+    """AutoTokenizer asks of a folder with code, and waits 15 s for an answer, where it is not told."""
+    tiny_config("gpt2", vocab_size=50257).save_pretrained(tmp_path / "source")
+    for file in gpt2_tokenizer.iterdir():
+        (tmp_path / "source" / file.name).write_bytes(file.read_bytes())
+    result = spikepatch.convert(str(tmp_path / "source"), tmp_path / "out")
+    assert result.trust
+    (code,) = re.findall("```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL)
+    assert "AutoTokenizer" in code
+    code = code.replace("PATH", "out") + "print(type(model).__name__, tokenizer('a b').input_ids)"
+    reader, writer = os.pipe()  # open, and nothing comes
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdin=reader, capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    os.close(writer)
+    assert done.stdout == f"SpikepatchGPT2LMHeadModel {[64, 275]}\n"
+    assert "Do you wish" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

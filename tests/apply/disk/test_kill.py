@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests import ROOT
+from tests.apply.disk.victims import NEW_PAGE
 
 pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
 
@@ -35,6 +36,10 @@ def test_killed_anywhere() -> None:
         possible = {"old" if victim["old"] and not between else "absent", "new"}
         assert victim["found"] in possible | ({"old"} if between else set()), victim
         assert (victim["again"], victim["after"], victim["left"]) == (0, "new", ["out"]), victim
+    files = report["files"]
+    assert len(files) > 20  # lines at which a file's way into place was cut off
+    assert {victim["found"] for victim in files} == {"old", NEW_PAGE}
+    assert all((victim["again"], victim["after"], victim["left"]) == (0, NEW_PAGE, ["page.html"]) for victim in files)
     kinds = Counter(victim["kind"] for victim in every)
     assert (kinds["moment"], kinds["conversion"], kinds["command"]) == (moments, conversions, 2)
     at_steps = [victim for victim in every if victim["kind"] in ("exchange", "two renames")]

@@ -20,9 +20,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 
+import spikepatch.apply.disk.atomic as atomic
 import spikepatch.apply.disk.publish as publish
 from spikepatch.apply.disk.write import Planned, write_checkpoint, write_text
 from spikepatch.apply.folder.convert import convert
@@ -33,6 +36,9 @@ from tests.folders import hashes
 LOG = logging.getLogger("spikepatch.apply.disk.publish")
 #: A process that is killed is no power failure: in memory, where nothing waits for a disk, all else is the same.
 SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+#: Of a page; longer than what a write takes at once.
+NEW_PAGE = "new" * 100_000
 
 OLD = {"config.json": "{}", "old": "old"}
 
@@ -131,6 +137,43 @@ def reference(run: Run) -> tuple[dict[str, str], list[str], float]:
         return hashes(Path(scratch, "out")), note.seen, seconds
 
 
+def place_page(out: Path) -> None:
+    """As pages, edited source files and what ``train`` records are put in place."""
+    with atomic.placing(out) as new:
+        new.write_text(NEW_PAGE)
+
+
+def file_victim(line: int) -> dict[str, object] | None:
+    """A page is put in the place of an old one, and the process killed at the ``line``-th line of that; None behind the
+    last one.
+    """
+    count = 0
+
+    def at_line(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename != atomic.__file__:
+            return None
+        count += event == "line"
+        if count == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return at_line
+
+    def killed(out: Path) -> None:
+        sys.settrace(at_line)
+        place_page(out)
+
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
+        out = Path(scratch, "page.html")
+        out.write_text("old")
+        ended = forked(killed, out)
+        found = out.read_text()
+        again = forked(place_page, out)
+        after, left = out.read_text(), sorted(os.listdir(scratch))
+    if ended != -signal.SIGKILL:
+        return None
+    return {"found": found, "again": again, "after": after, "left": left}
+
+
 def main(moments: int, conversions: int) -> None:
     """``moments`` random ones for the small run, ``conversions`` for a whole conversion."""
     LOG.setLevel(logging.DEBUG)
@@ -167,7 +210,8 @@ def main(moments: int, conversions: int) -> None:
             results += [victim("conversion", whole, complete, i % 2 == 0, after=after, number=signal.SIGKILL)]
     finally:
         shutil.rmtree(source)
-    sys.stdout.write(json.dumps({"steps": steps, "victims": results}))
+    files = list(itertools.takewhile(bool, map(file_victim, itertools.count(1))))
+    sys.stdout.write(json.dumps({"steps": steps, "victims": results, "files": files}))
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ def model_card(
     *,
     trust: bool,
     auto_class: str,
+    tokenizer: bool = False,
     title: str | None = None,
     inherited: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
@@ -183,13 +184,14 @@ def model_card(
 
     Args:
         trust: it loads with ``trust_remote_code=True`` only.
+        tokenizer: there is one. AutoTokenizer reads the config first, and without ``trust_remote_code`` it asks on a
+            terminal whether the model's code is to be run.
         title: name of the source; by default that of the plan.
         inherited: see ``inherited_metadata``.
     """
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(library_name="transformers", tags=["spikepatch", plan.recipe], **inherited)
-    option = ", trust_remote_code=True" if trust else ""
     weights = {
         "all": "**Fresh weights**: a model to pre-train. Learned weights of the source are not in it.",
         "residual": "Learned weights, with the residual projections drawn afresh: to be trained on before use.",
@@ -215,23 +217,33 @@ def model_card(
 
 {listed}
 
-```python
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained("PATH"{option})
-```
+{_loading(auto_class, trust=trust, tokenizer=tokenizer)}
 
 The recipe follows Takase et al., *Spike No More: Stabilizing the Pre-training of Large Language Models*
 (arXiv 2312.16903). `{MANIFEST}` holds the whole plan, with seed, versions and checksums.
 """
 
 
-def fold_card(tables: Sequence[str], *, trust: bool, auto_class: str, title: str, inherited: Mapping[str, Any]) -> str:
+def _loading(auto_class: str, *, trust: bool, tokenizer: bool) -> str:
+    option = ", trust_remote_code=True" if trust else ""
+    classes = {"model": auto_class} | ({"tokenizer": "AutoTokenizer"} if tokenizer else {})
+    loaded = "\n".join(f'{name} = {each}.from_pretrained("PATH"{option})' for name, each in classes.items())
+    return f"```python\nfrom transformers import {', '.join(classes.values())}\n\n{loaded}\n```"
+
+
+def fold_card(
+    tables: Sequence[str],
+    *,
+    trust: bool,
+    auto_class: str,
+    title: str,
+    inherited: Mapping[str, Any],
+    tokenizer: bool = False,
+) -> str:
     """README.md of a folded model; arguments as in ``model_card``."""
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(library_name="transformers", tags=["spikepatch"], **inherited)
-    option = ", trust_remote_code=True" if trust else ""
     changes = "\n".join(f"- `{table}`: holds its rows times their factor, or behind their norm" for table in tables)
     return f"""---
 {data.to_yaml()}
@@ -244,11 +256,7 @@ not the same as training the patched model on.
 
 {changes}
 
-```python
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained("PATH"{option})
-```
+{_loading(auto_class, trust=trust, tokenizer=tokenizer)}
 
 `{MANIFEST}` holds what had been patched, with versions and checksums.
 """

@@ -70,7 +70,7 @@ def check_target(out: Path, source: Path | None, *, overwrite: bool) -> None:
         findings.append(
             (
                 "a name on the output path is too long",
-                f"names have {_LONGEST} bytes at most, and while it is written, one with {len(_BESIDE)} more is beside it",
+                f"names have {_LONGEST} bytes at most, and one with {len(_BESIDE)} more is beside it meanwhile",
                 "choose a shorter one",
             )
         )

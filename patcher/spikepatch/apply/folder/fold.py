@@ -210,6 +210,7 @@ def _texts(source: Source, plain: Any, result: Folded) -> dict[str, str]:
             result.tables,
             trust=result.trust,
             auto_class=result.auto_class,
+            tokenizer=has_tokenizer(source.copied_files),
             title=source.short_name,
             inherited=inherited,
         ),

@@ -13,6 +13,7 @@ from spikepatch.apply.generated.render import completed, config_entries, origina
 from spikepatch.plans.plan import Plan, Untie
 from spikepatch.source.classes import original_in
 from spikepatch.source.open import MODEL_CARD
+from spikepatch.source.tokenizer import has_tokenizer
 
 if TYPE_CHECKING:
     from spikepatch.apply.folder.routes import Route
@@ -53,6 +54,7 @@ def texts(source: Source, plan: Plan, route: Route, settings: Mapping[str, Any],
         plan,
         trust=trust,
         auto_class=source.auto_class,
+        tokenizer=has_tokenizer(source.copied_files),
         title=source.short_name,
         inherited=inherited_metadata(
             source.folder / MODEL_CARD if source.folder else None,

@@ -27,7 +27,7 @@ from spikepatch.source.local import target_path
 from spikepatch.source.meta import unwrapped
 from spikepatch.source.private import registered_auto_class
 from spikepatch.source.tied import first_names
-from spikepatch.source.tokenizer import refit
+from spikepatch.source.tokenizer import has_tokenizer, refit
 
 
 def save(
@@ -73,7 +73,9 @@ def save(
     with pretrained(model, folder, files=files, tokenizer=tokenizer, overwrite=overwrite) as scratch:
         if scratch is not None:
             trust = plan.structural or is_remote(type(model))
-            write_text(scratch / "README.md", model_card(plan, trust=trust, auto_class=_auto_class(model)))
+            found = has_tokenizer(scratch.iterdir())
+            card = model_card(plan, trust=trust, auto_class=_auto_class(model), tokenizer=found)
+            write_text(scratch / "README.md", card)
             names = sorted(path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file())
             hashes = {name: file_hash(scratch / name) for name in names}
             text = manifest(plan, storage, {"kind": "live"}, "spikepatch.save(model, OUT)", hashes)
