@@ -90,18 +90,20 @@ def opened(path: str | os.PathLike[str], *, within: Path | None = None) -> io.Bu
     """
     if within is not None and (target := leads_out(Path(path), within)) is not None:
         raise OSError(errno.EINVAL, f"it is a link that leads out of the folder, to {target}", str(path))
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a pipe is waited for
     try:
-        mode = os.fstat(handle).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-        if not stat.S_ISREG(mode):
-            kind = next((name for matches, name in _KINDS if matches(mode)), "a device")
-            raise OSError(errno.EINVAL, f"it is {kind}, and a file is read", str(path))
-        return os.fdopen(handle, "rb")
-    except BaseException:
-        os.close(handle)
-        raise
+        file = open(path, "rb", opener=_at_once)  # noqa: SIM115
+    except IsADirectoryError as error:
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path)) from error
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        kind = next((name for matches, name in _KINDS if matches(mode)), "a device")
+        raise OSError(errno.EINVAL, f"it is {kind}, and a file is read", str(path))
+    return file
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else a pipe is waited for
 
 
 def read_file(path: str | os.PathLike[str], *, within: Path | None = None, limit: int = LIMIT) -> bytes:

@@ -7,7 +7,9 @@ import hashlib
 import json
 import math
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +301,39 @@ def test_a_full_disk_ends_the_workers(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="no space"):
         write(tmp_path, several(), {"f": list(several())})
     assert threading.active_count() == before
+
+
+def test_who_is_interrupted_waits_for_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is closed when nobody writes to it any more: its number may be another file's a moment later."""
+    ended: list[OSError | None] = []
+    write_all = stream.write_all
+
+    def noted(*arguments: Any) -> None:
+        try:
+            write_all(*arguments)
+        except OSError as error:
+            ended.append(error)
+        else:
+            ended.append(None)
+
+    def slow(start: int, stop: int) -> torch.Tensor:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        time.sleep(0.4)
+        return torch.zeros(stop - start)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "write_all", noted)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint(
+                tmp_path, [Planned("a", torch.float32, (4,))], {"a": ["a"]}, lambda name: slow, lambda count: None
+            )
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert ended == [None, None]  # the header and the tensor
 
 
 def test_torch_has_its_threads_back(tmp_path: Path) -> None:

@@ -100,8 +100,10 @@ def in_order(pool: ThreadPoolExecutor, jobs: Iterator[Job]) -> Generator[tuple[J
                 buffer = spare.pop()
                 pending.append((job, buffer, pool.submit(_do, job, buffer[: job.bytes])))
             elif pending:
-                job, buffer, future = pending.popleft()
-                yield job, future.result(), buffer[: job.bytes]
+                job, buffer, future = pending[0]  # in the queue until it is done: a signal may end the waiting
+                tally = future.result()
+                pending.popleft()
+                yield job, tally, buffer[: job.bytes]
                 spare.append(buffer)
             else:
                 return
