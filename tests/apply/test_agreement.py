@@ -17,6 +17,7 @@ from spikepatch.recipes.built_in import RECIPES
 from spikepatch_transforms.embed_norm import EmbedNorm
 from spikepatch_transforms.residual_init import ResidualInit
 from spikepatch_transforms.small_init import SmallInit
+from tests.apply.same_bits import SETTINGS, answers
 from tests.architectures import encoder_decoder, ids, tiny_config, tiny_model
 from tests.residual.maps import SCALED_ALREADY, TYPES
 
@@ -218,3 +219,11 @@ def test_a_plain_module() -> None:
     assert model.tokens.embed_scale == pytest.approx(1 / float(model.tokens.weight.detach().double().std()))
     std = float(model.get_parameter("blocks.0.down.weight").detach().std())
     assert std == pytest.approx((2 / (5 * 16) / 2) ** 0.5, rel=0.15)
+
+
+@pytest.mark.slow
+def test_the_bits_do_not_depend_on_the_machine() -> None:
+    """``python -m tests.apply.same_bits`` has ten types."""
+    first, *others = answers(["gpt2", "mixtral", "mamba"])
+    assert all(len(hashes) > 20 for hashes in first.values())
+    assert others == [first] * (len(SETTINGS) - 1)
