@@ -21,7 +21,7 @@ from typing import Any
 from tests import ROOT
 
 TYPES = (
-    "gpt2", "llama", "gpt_neox", "mixtral", "mamba", "falcon", "bloom", "gemma2", "qwen3", "granite",
+    "gpt2", "llama", "gpt_neox", "mixtral", "mamba", "falcon", "stablelm", "phi", "qwen3", "granite",
 )  # fmt: skip
 
 #: What a library reads when it is loaded.

@@ -246,6 +246,20 @@ def test_copied_files_that_are_links(tmp_path: Path) -> None:
     assert f"merges.txt is a link that leads out of the folder, to {secret}" in refused.value.why
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "generation_config.json"])
+def test_copied_files_that_are_none(name: str, tmp_path: Path) -> None:
+    """They would be missing in the output, without a word."""
+    write_config(tmp_path, {"model_type": "gpt2"})
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(BadSource, match="has files that lie elsewhere or are none") as refused:
+        open_source(str(tmp_path), weights=False)
+    assert f"{name} is not a file" in refused.value.why
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("absent")
+    with pytest.raises(BadSource, match="has files that lie elsewhere or are none"):
+        open_source(str(tmp_path), weights=False)
+
+
 def test_a_folder_of_copied_files_that_is_a_link(tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
     folder.mkdir()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,12 @@ def test_a_record_of_other_types(name: str, value: Any, whole: Path, tmp_path: P
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(BadSource, match=r"run\.json does not tell which runs there are"):
         read_record(tmp_path)
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_a_log_that_is_no_file(put: Callable[[Path], None], tmp_path: Path) -> None:
+    log = next(folder(tmp_path / "x", steps=20).rglob("log.jsonl"))
+    log.unlink()
+    put(log)
+    with pytest.raises(BadSource, match="the log cannot be read"):
+        outcome(tmp_path / "x")

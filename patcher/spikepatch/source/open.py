@@ -264,7 +264,9 @@ def _copied_files(folder: Path, names: Iterable[str], found: Architecture) -> tu
     problems = []
     for path in (*files, *(folder / name for name in _to_copy(names))):
         try:
-            if not path.is_file() or inside(folder, path.relative_to(folder).as_posix()) in files:
+            if not os.path.lexists(path) or os.path.isdir(path):
+                continue
+            if inside(folder, path.relative_to(folder).as_posix()) in files:
                 continue
         except MalformedError as error:
             problems.append(f"{path.name} {error.problem}")
@@ -280,10 +282,10 @@ def _copied_files(folder: Path, names: Iterable[str], found: Architecture) -> tu
             files.append(path)
     if problems:
         raise BadSource(
-            "has files that lie elsewhere",
+            "has files that lie elsewhere or are none",
             where=str(folder),
             why="; ".join(problems),
-            remedy="replace the links by the files, if those are what the output is to hold",
+            remedy="replace the links by the files, if those are what the output is to hold; move away what is no file",
         )
     if pointers:
         raise BadSource(
@@ -311,5 +313,5 @@ def _unreadable(where: str, error: OSError) -> BadSource:
         "cannot be read",
         where=where,
         why=error.strerror or str(error),
-        remedy="check its permissions and the disk",
+        remedy="check what it is, who may read it, and the disk; or move it away",
     )

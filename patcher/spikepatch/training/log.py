@@ -200,12 +200,18 @@ def _no_such_log(path: Path, why: str) -> BadSource:
 
 
 def begun(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a log with at least its first record."""
+    """Whether there is a log with at least its first record.
+
+    Raises:
+        BadSource: what is there is no file, or cannot be read.
+    """
     try:
         with opened(path) as file:
-            return file.readline().endswith(b"\n")
+            return file.readline(_LARGEST).endswith(b"\n")
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise _unreadable(Path(path), error) from error
 
 
 def read(path: str | os.PathLike[str]) -> RunLog:
@@ -218,12 +224,7 @@ def read(path: str | os.PathLike[str]) -> RunLog:
     try:
         lines = read_file(path, limit=_LARGEST).split(b"\n")[:-1]  # behind the last line's end: nothing, or a torn line
     except OSError as error:
-        raise BadSource(
-            "the log cannot be read",
-            where=str(path),
-            why=str(error.strerror),
-            remedy="give the folder of a run of `spikepatch train`",
-        ) from error
+        raise _unreadable(path, error) from error
     records = tuple(_records(path, lines))
     if not records or not isinstance(records[0], RunHeader):
         raise _broken(path, 1, "it is not the record of a run")
@@ -260,6 +261,15 @@ def _records(path: Path, lines: Iterable[bytes]) -> Iterator[LogRecord]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _unreadable(path: Path, error: OSError) -> BadSource:
+    return BadSource(
+        "the log cannot be read",
+        where=str(path),
+        why=error.strerror or str(error),
+        remedy="give the folder of a run of `spikepatch train`",
+    )
 
 
 def _broken(path: Path, line: int, why: str) -> BadSource:
