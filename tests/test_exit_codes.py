@@ -226,3 +226,25 @@ def test_what_is_closed_takes_the_number_of_no_file(tmp_path: Path) -> None:
     line = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"
     subprocess.run(line, shell=True, check=True, cwd=tmp_path)
     assert (tmp_path / "written").read_text() == "whole"
+
+
+@pytest.mark.slow
+def test_what_a_library_prints_is_not_among_the_results() -> None:
+    """tokenizers prints names of unknown options of a tokenizer.json past Python, whatever they are."""
+    script = (
+        "import os, click; from spikepatch.cli import main\n"
+        "@main.command('x')\n"
+        "def x(): os.write(1, b'noise\\x1b[2J'); click.echo('{}'); print('é')\n"
+        "main(['x'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, encoding="utf-8")
+    assert (done.stdout, done.stderr) == ("{}\né\n", "")
+
+
+@pytest.mark.slow
+def test_without_docstrings() -> None:
+    environment = {**os.environ, "PYTHONOPTIMIZE": "2"}
+    command = [sys.executable, "-m", "spikepatch", "recipes"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "remedy: unset PYTHONOPTIMIZE" in done.stderr

@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import IO, Any, cast
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, TextIO, cast
 
 import click
 
@@ -85,6 +85,37 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+@contextlib.contextmanager
+def _results_alone() -> Iterator[TextIO]:
+    """Where what is written on ``sys.stdout`` goes; what libraries print past it, as Rust's do, would be among the
+    JSON, with whatever a source brings.
+    """
+    if not isinstance(sys.stdout, io.TextIOWrapper) or not _is_descriptor_1(sys.stdout):
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    line_by_line, encoding = sys.stdout.line_buffering, sys.stdout.encoding
+    out = open(kept, "w", encoding=encoding, errors="backslashreplace", buffering=1 if line_by_line else -1)  # noqa: SIM115
+    try:
+        yield out
+    finally:
+        with contextlib.suppress(OSError):  # has been told
+            out.flush()
+        os.dup2(kept, 1)
+        with contextlib.suppress(OSError):
+            out.close()
+
+
+def _is_descriptor_1(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 1
+    except OSError:  # of a test
+        return False
+
+
 def _forget_output() -> None:
     """What could not be written is not tried again when the interpreter ends."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -110,7 +141,14 @@ def _say_full(error: OSError) -> None:
 
 
 def _check_here() -> None:
-    """Refuse to begin where relative paths mean nothing."""
+    """Refuse to begin where relative paths mean nothing, or transformers cannot be imported."""
+    if sys.flags.optimize > 1:
+        raise SpikepatchError(
+            "Python runs without docstrings",
+            where="PYTHONOPTIMIZE=2, or -OO",
+            why="transformers reads its own, and cannot be imported without them",
+            remedy="unset PYTHONOPTIMIZE, or set it to 1",
+        )
     try:
         os.getcwd()
     except OSError as error:
@@ -124,9 +162,9 @@ def _check_here() -> None:
 
 class _Group(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """As click's, with all three streams open, and on stdout nothing that a terminal would obey."""
+        """As click's, with all three streams open, and on stdout results alone, with nothing a terminal would obey."""
         _open_streams()
-        with contextlib.redirect_stdout(cast("IO[str]", VisibleStream(sys.stdout))):
+        with _results_alone() as out, contextlib.redirect_stdout(cast("IO[str]", VisibleStream(out))):
             return super().main(*args, **kwargs)
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
