@@ -124,7 +124,7 @@ def writes(node: Node) -> bool:
 
 def operands(node: Node) -> list[Node]:
     """The graph nodes among the arguments, in order, lists included."""
-    return list(node.all_input_nodes)
+    return node.all_input_nodes
 
 
 def argument(node: Node, name: str) -> object:
