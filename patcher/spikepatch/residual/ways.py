@@ -28,9 +28,6 @@ from spikepatch.source.private import CHECKING
 #: that ``0.5 * n`` was computed of a length n, nobody is told.
 _LONG, _ROWS = 512, 3
 
-#: How many there are of them hangs on the number of rows.
-_SHAPES = frozenset(("view", "_unsafe_view", "reshape", "expand", "clone"))
-
 #: A pass over other lengths that makes so many times the calls loops over its tokens, and is given up.
 _MORE = 4
 
@@ -220,18 +217,18 @@ def _calls(trace: Trace) -> list[object]:
 
 
 def _nodes(trace: Trace) -> list[Node]:
-    return [node for node in trace.graph.nodes if op(node) not in _SHAPES]
+    return [node for node in trace.graph.nodes if op(node) not in ops.RESHAPES]
 
 
 def _behind_shapes(node: Node) -> Node:
-    while op(node) in _SHAPES:
+    while op(node) in ops.RESHAPES:
         node = operands(node)[0]
     return node
 
 
 def _readers(node: Node) -> Iterator[Node]:
     for user in node.users:
-        yield from _readers(user) if op(user) in _SHAPES else (user,)
+        yield from _readers(user) if op(user) in ops.RESHAPES else (user,)
 
 
 def _numbers(node: Node) -> list[float]:
