@@ -149,6 +149,7 @@ def test_folders(kind: Kind, tmp_path: Path, load_test: None) -> None:
     """
     model = learned(kind)
     model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/README.md").write_text("---\nbase_model: org/base\n---\n")
     given = [str(tmp_path / "model"), str(tmp_path / "out"), "--seed", "1"]
     dry = CliRunner().invoke(main, ["convert", *given, "--dry-run"])
     assert "towers: kept as they are: " in dry.stdout
@@ -159,6 +160,7 @@ def test_folders(kind: Kind, tmp_path: Path, load_test: None) -> None:
     assert [p["weights"] for p in plan["parts"]] == ["drawn afresh"] * (len(plan["parts"]) - 1) + ["kept as they are"]
     source, out = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
     assert source.keys() == out.keys()
+    assert "base_model: org/base" in (tmp_path / "out/README.md").read_text()  # whose towers it has
     spikepatch.patch(model, "scaled-embed", reinit="all", seed=1).save_pretrained(tmp_path / "live")  # type: ignore[operator]
     live = load_file(tmp_path / "live" / "model.safetensors")
     assert all(torch.equal(out[name], live[name]) for name in live)

@@ -59,7 +59,7 @@ def texts(source: Source, plan: Plan, route: Route, settings: Mapping[str, Any],
         inherited=inherited_metadata(
             source.folder / MODEL_CARD if source.folder else None,
             source.name if source.kind == "hub" else None,
-            weights=plan.reinit != "all",
+            weights=plan.reinit != "all" or bool(plan.kept),
         ),
     )
     return files
