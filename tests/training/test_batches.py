@@ -168,7 +168,9 @@ def test_the_fingerprint_is_the_same_everywhere(tmp_path: Path) -> None:
     assert found[0].file != found[1].file
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no description", "broken description", "left over"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "no description", "broken description", "nested", "a pipe", "left over"]
+)
 def test_what_a_killed_run_leaves_is_not_used(damage: str, tmp_path: Path) -> None:
     path = write(tmp_path, "one" * 100)
     first = prepare([path], as_bytes(), tmp_path / "data")
@@ -181,6 +183,11 @@ def test_what_a_killed_run_leaves_is_not_used(damage: str, tmp_path: Path) -> No
             description.unlink()
         case "broken description":
             description.write_text('{"key": ')
+        case "nested":
+            description.write_text("[" * 100_000)
+        case "a pipe":
+            description.unlink()
+            os.mkfifo(description)
         case "left over":
             first.file.rename(first.file.with_name(f".{first.file.name}.new.spikepatch"))
     module._mapped.cache_clear()

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from spikepatch.apply.disk.atomic import locked, placing
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.progress import Progress, silent
+from spikepatch.source.local import read_file
 from spikepatch.source.typed import parsed
 from spikepatch.training.documents import PIECE, Input, TextPiece, inputs
 from spikepatch.training.folder import LOCK, TOKENS
@@ -208,10 +209,10 @@ def _read(folder: Path, key: str) -> Tokens | None:
     """What an earlier call has left; the description is written last, so what it describes is whole."""
     file, description = _paths(folder, key)
     try:
-        record = json.loads(description.read_bytes())
+        record = json.loads(read_file(description))
         found = parsed(Tokens, {"file": file, **record["tokens"]})
         whole = file.stat().st_size == found.count * np.dtype(found.dtype).itemsize
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it is made anew
         return None
     return found if whole and record["key"] == key else None
 
