@@ -148,8 +148,10 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
 @click.option(
     "--log-with",
     multiple=True,
-    type=click.Choice(["tensorboard", "trackio", "wandb"]),
-    help="Send every step there too; may be repeated.",
+    type=click.Choice(
+        ["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+    ),
+    help="Send every step there too, through accelerate; may be repeated.",
 )
 @click.option("--activation-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--compile", is_flag=True, help="Compile the models with torch.compile.")

@@ -95,7 +95,7 @@ def train(
         checkpoint_every, watch_every: steps between checkpoints, and between measurements inside the model; 0: none.
         on_spike: what a flagged step leads to.
         text_column, split, token_dtype, skip_bad, bos, reset_positions: how the data are read and packed.
-        log_with: names of trackers: tensorboard, trackio, wandb.
+        log_with: names of accelerate's trackers, such as tensorboard or wandb.
         factor, positions, replace, untie, part: of the recipes, as in ``spikepatch.plan``.
         revision, trust_remote_code: of the models.
         resume: go on with what ``out`` holds.

@@ -231,7 +231,7 @@ def _run(
         "parameters": sum(p.numel() for p in model.parameters()), "versions": versions, "command": command,
     }  # fmt: skip
     try:
-        with tracking(log_with if main else (), run.folder, folder, about) as track:
+        with tracking(launch.accelerator, log_with if main else (), run.folder, folder, about) as track:
 
             def observe(record: Mapping[str, Any]) -> None:
                 progress(record)
