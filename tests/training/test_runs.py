@@ -446,8 +446,9 @@ def test_the_record(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text())["commands"] == ["one", "two"]
 
 
-def test_accelerate_launch(inputs: Path, tmp_path: Path) -> None:
-    """Two processes with a copy each, and two with a part each: the first step is that of one process, up to rounding.
+def test_launchers(inputs: Path, tmp_path: Path) -> None:
+    """Two processes with a copy each, by torchrun, and two with a part each, by accelerate: the first step is that of
+    one process, up to rounding.
 
     A mean over n tokens in another order differs by at most n eps; so do the sums that the gradients are.
     """
@@ -457,10 +458,13 @@ def test_accelerate_launch(inputs: Path, tmp_path: Path) -> None:
         if kind == "one":
             run(inputs, outs[kind], "--watch-every", "3", models=("a=:llama@vanilla",), code=1)
             continue
-        flags = ["--use_fsdp", "--fsdp_version", "2"] if kind == "sharded" else ["--multi_gpu"]
+        accelerate = [
+            "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines",
+            "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        ]  # fmt: skip
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [
-            sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", *flags, "--num_processes", "2",
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+            sys.executable, "-W", "ignore", "-m", *(accelerate if kind == "sharded" else torchrun),
             "-m", "spikepatch", *arguments(inputs, outs[kind], "--watch-every", "3", models=("a=:llama@vanilla",)),
         ]  # fmt: skip
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
