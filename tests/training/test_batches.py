@@ -263,6 +263,13 @@ def test_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:
             prepare([str(path)], as_bytes(), tmp_path / "data")
 
 
+@pytest.mark.parametrize("option", [{"split": "test"}, {"token_dtype": "uint16"}])
+def test_options_without_a_meaning(option: dict[str, Any], tmp_path: Path) -> None:
+    name = next(iter(option)).replace("_", "-")
+    with pytest.raises(Refused, match=rf"--{name} .*: --{name} has no meaning for these data\n.*none of them is a"):
+        prepare([write(tmp_path, "x")], as_bytes(), tmp_path / "data", reading=Reading(**option))
+
+
 def test_rows_without_a_document(tmp_path: Path) -> None:
     """They are counted and named, and end it; or are left out, if that is asked for."""
     path = tmp_path / "a.jsonl"

@@ -37,6 +37,7 @@ class Input:
         taken: as what it is read, for people.
         read: its documents.
         digest: SHA-256 of what they depend on.
+        uses: the fields of ``Reading`` that it depends on.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Input:
     taken: str
     read: Callable[[], Iterator[DocumentPiece | BadRow]]
     digest: Callable[[], str]
+    uses: tuple[str, ...] = ()
 
 
 def inputs(
@@ -85,6 +87,26 @@ def inputs(
     return tuple(found.values())
 
 
+def check_used(found: Iterable[Input], reading: Reading) -> None:
+    """Refuse an option that nothing of the data takes: it was meant for something."""
+    used = {name for each in found for name in each.uses}
+    for name in ("text_column", "split", "token_dtype"):
+        if getattr(reading, name) is not None and name not in used:
+            option = "--" + name.replace("_", "-")
+            raise Refused(
+                what=f"{option} has no meaning for these data",
+                where=f"{option} {getattr(reading, name)}",
+                why=f"none of them {_MEANT_FOR[name]}",
+                remedy="leave it out, or look at what is taken for what",
+            )
+
+
+#: What each of the options is of.
+_MEANT_FOR = {
+    "text_column": "is a table", "split": "is a data set with splits", "token_dtype": "is a file of raw tokens",
+}  # fmt: skip
+
+
 def said(found: Iterable[Input]) -> Iterator[str]:
     """What is taken for what: a sentence for each kind of file."""
     found = list(found)
@@ -122,12 +144,14 @@ def _resolve(argument: str, option: str, reading: Reading, cache: Path | None) -
         return _standard_library()
     if argument.startswith(DATASETS):
         assert cache is not None
-        return [_of_columns(argument, "a data set", *columns.of_hub(argument, reading.split, cache), reading)]
+        found = columns.of_hub(argument, reading.split, cache)
+        return [_of_columns(argument, "a data set", *found, reading, uses=("split",))]
     path = local_path(argument)
     if path.is_dir():
         saved = columns.saved_folder(path, reading.split)
         if saved is not None:
-            return [_of_columns(os.path.realpath(path), "a saved data set", *saved, reading)]
+            splits = ("split",) if (path / "dataset_dict.json").exists() else ()
+            return [_of_columns(os.path.realpath(path), "a saved data set", *saved, reading, uses=splits)]
         raise BadSource(
             "is a folder", where=f"{option} {argument}", why="it is none of save_to_disk, and which of its files are"
             " meant is not guessed",
@@ -155,14 +179,18 @@ def _file(path: Path, reading: Reading) -> Input:
             return _of_columns(os.path.realpath(path), f"{kind[1:]}", *table, reading, file=path)
         if kind in ENDINGS and not packed:
             found = token_file(path, reading)
-            return _input(path, "tokens", f"{found.form}, taken as they are", found.pieces, beside=found.index)
+            return _input(
+                path, "tokens", f"{found.form}, taken as they are", found.pieces, beside=found.index, uses=found.uses
+            )
         how = f", {packed[1:]}" if packed else ""
         if kind in rows.LINES:
             column = rows.column_of_lines(path, reading.text_column)
-            return _input(path, column.kind, f"JSON{how}, {_named(column)}", partial(rows.lines, path, column))
+            read = partial(rows.lines, path, column)
+            return _input(path, column.kind, f"JSON{how}, {_named(column)}", read, uses=("text_column",))
         if kind in rows.TABLES:
             column = rows.column_of_table(path, reading.text_column)
-            return _input(path, "text", f"CSV{how}, {_named(column)}", partial(rows.table, path, column))
+            read = partial(rows.table, path, column)
+            return _input(path, "text", f"CSV{how}, {_named(column)}", read, uses=("text_column",))
     except rows.UNREADABLE as error:
         raise unreadable(path, getattr(error, "strerror", None) or str(error)) from error
     return _input(path, "text", f"plain text{how}, one document", partial(rows.text, path))
@@ -179,6 +207,7 @@ def _input(
     reader: Callable[[], Iterator[DocumentPiece | BadRow]],
     *,
     beside: Path | None = None,
+    uses: tuple[str, ...] = (),
 ) -> Input:
     files = [path] if beside is None else [path, beside]
 
@@ -188,17 +217,24 @@ def _input(
         except rows.UNREADABLE as error:
             raise unreadable(path, getattr(error, "strerror", None) or str(error)) from error
 
-    return Input(os.path.realpath(path), path.stat().st_size, kind, taken, read, partial(_digest, *files))
+    return Input(os.path.realpath(path), path.stat().st_size, kind, taken, read, partial(_digest, *files), uses)
 
 
 def _of_columns(
-    name: str, form: str, count: int, batches: columns.Batches, reading: Reading, *, file: Path | None = None
+    name: str,
+    form: str,
+    count: int,
+    batches: columns.Batches,
+    reading: Reading,
+    *,
+    file: Path | None = None,
+    uses: tuple[str, ...] = (),
 ) -> Input:
     column = columns.column_of(name, batches, reading.text_column)
     size = count if file is None else file.stat().st_size
     read = partial(columns.documents, name, batches, column, count, size)
     digest = partial(columns.digest, batches, column) if file is None else partial(_digest, file)
-    return Input(name, size, column.kind, f"{form}, {_named(column)}", read, digest)
+    return Input(name, size, column.kind, f"{form}, {_named(column)}", read, digest, (*uses, "text_column"))
 
 
 def _digest(*paths: Path) -> str:

@@ -216,14 +216,19 @@ def _of_tokens(value: object, column: Column, where: str, read: int) -> Iterator
     except (ValueError, OverflowError):
         ids = np.asarray("")
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        yield BadRow(where, f'its "{column.name}" is {_kind_of(value)}, and no list of token ids', read)
+        yield BadRow(
+            where, f'its "{column.name}" is {_kind_of(value)}, and not of whole numbers, as token ids are', read
+        )
     elif ids.size:
         yield DocumentPiece(ids.astype(np.int64), True, read)
 
 
 def _kind_of(value: object) -> str:
-    known = {"NoneType": "null", "str": "text", "list": "a list", "dict": "an object", "bytes": "bytes"}
-    return known.get(type(value).__name__, f"a {type(value).__name__}")
+    known = {
+        "NoneType": "null", "str": "text", "list": "a list", "ndarray": "a list", "dict": "an object", "bytes": "bytes",
+        "int": "a number", "float": "a number", "bool": "true or false",
+    }  # fmt: skip
+    return known.get(type(value).__name__, f"of the type {type(value).__name__}")
 
 
 def _cut(value: str, read: int) -> Iterator[DocumentPiece]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class TokenFile:
     """``count`` integers of ``dtype``, little-endian, from byte ``start`` on. ``form``: for people.
 
     ``ends``: where documents end, counted in tokens, if that is known. ``index``: the file that says so.
+    ``uses``: as ``documents.Input.uses``.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class TokenFile:
     count: int
     ends: npt.NDArray[np.int64]
     index: Path | None = None
+    uses: tuple[str, ...] = ()
 
     def pieces(self) -> Iterator[DocumentPiece]:
         """All of it, and no more of it in memory than a piece."""
@@ -88,7 +90,8 @@ def token_file(path: Path, reading: Reading) -> TokenFile:
             why="a file of this name holds raw token ids, and has no header and no .idx file beside it",
             remedy="--token-dtype uint16, as nanoGPT and OLMo write them, or uint32; a text has a name such as a.txt",
         )
-    return _plain(path, "raw tokens", reading.token_dtype, 0, size, None)
+    raw = _plain(path, "raw tokens", reading.token_dtype, 0, size, None)
+    return replace(raw, uses=("token_dtype",))
 
 
 def _plain(path: Path, form: str, dtype: str, start: int, size: int, count: int | None) -> TokenFile:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spikepatch.apply.values.draw import narrow
-from spikepatch.data.documents import BadRows, inputs
+from spikepatch.data.documents import BadRows, check_used, inputs
 from spikepatch.data.rows import BadRow, Reading
 from spikepatch.data.tokenizing import of_given_ids, of_source
 from spikepatch.errors import Refused
@@ -72,6 +72,7 @@ def text_tokens(
     tokens = _length(source.config.get_text_config(), tokens)
     with tempfile.TemporaryDirectory() as cache:
         found = inputs([str(data)], "--text", reading=reading, cache=Path(cache))
+        check_used(found, reading or Reading())
         for_text = any(each.kind == "text" for each in found)
         tokenizing = (of_source if for_text else of_given_ids)(source, source.name)
         ids, begins, bad = list[int](), True, BadRows()

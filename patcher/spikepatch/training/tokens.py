@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from spikepatch.apply.disk.atomic import locked, placing
-from spikepatch.data.documents import BadRows, Input, inputs, said
+from spikepatch.data.documents import BadRows, Input, check_used, inputs, said
 from spikepatch.data.rows import PIECE, BadRow, DocumentPiece, Reading
 from spikepatch.data.tokenizing import Bos, Tokenizing, encoded
 from spikepatch.errors import BadSource, BadTarget, Refused, on_one_line
@@ -119,6 +119,7 @@ def prepare(
     _check_apart(training, evaluation)
     for sentence in said([*training, *evaluation]):
         say(sentence)
+    check_used([*training, *evaluation], how)
     tokenizing = tokenizer(any(each.kind == "text" for each in (*training, *evaluation)))
     front = tokenizing.front(bos)
     key = _key(training, evaluation, tokenizing, front, how)

@@ -45,7 +45,8 @@ def tracking(
     config = {name: value for name, value in about.items() if not isinstance(value, dict)}
     trackers: list[GeneralTracker] = []
     for name in names:
-        title = {} if TRACKERS.get(name) is None else {TRACKERS[name]: run}
+        called = TRACKERS.get(name)
+        title = {} if called is None else {called: run}
         files = {"wandb": {"dir": str(folder)}, "dvclive": {"dir": str(folder / name)}}.get(name, {})
         accelerator.log_with = filter_trackers([name], logging_dir=folder)
         accelerator.project_configuration.logging_dir = folder
