@@ -22,7 +22,8 @@ import spikepatch
 from spikepatch.cli import main
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.source.open import open_source
-from spikepatch.training.folder import check_out, write_record
+from spikepatch.training.folder import check_out
+from spikepatch.training.going_on import write_record
 from spikepatch.training.log import read
 from spikepatch.training.run_identity import run_folder
 from spikepatch.training.settings import Settings, TrainingCommand
@@ -230,7 +231,7 @@ def test_a_folder_is_all_that_resuming_needs(inputs: Path, tmp_path: Path, monke
     assert f"text.txt is meant as seen from {inputs}\n  remedy: cd {inputs}" in resumed(out, code=2)
     del record["asked"]
     (out / "run.json").write_text(json.dumps(record))
-    assert "what was asked for cannot be read" in resumed(out, code=2)
+    assert "what was asked for is not written down" in resumed(out, code=2)
     assert "MODEL and --data and --steps and --lr are missing" in resumed(tmp_path / "nothing", code=2)
 
 
@@ -270,6 +271,47 @@ def test_damaged_checkpoints(inputs: Path, tmp_path: Path) -> None:
     for path in (out / "data").glob("tokens-*"):
         path.unlink()
     again(code=1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("log.jsonl", "log.jsonl: something else has the name of what the training writes"),
+        ("checkpoints", "checkpoints: something else has the name of what the training writes"),
+        ("verdict.json", "verdict.json: something else has the name of what the training writes"),
+        ("versions", "run.json: the record of the training is not as it was written"),
+        ("warmup", "run.json: the record of the training is not as it was written"),
+        ("asked", "why: asked: TypeError: models: 3 is no list"),
+        ("seq_len", "seq_len cannot be 0"),
+    ],
+)
+def test_what_is_in_the_way(damage: str, said: str, pair: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    shutil.copytree(pair, out)
+    record = json.loads((out / "run.json").read_text())
+    match damage:
+        case "log.jsonl" | "checkpoints":
+            place = out / RUNS[3] / damage
+            if damage == "log.jsonl":
+                place.unlink()
+                place.mkdir()
+            else:
+                place.write_text("mine")
+        case "verdict.json":
+            (out / damage).unlink()
+            (out / damage).mkdir()
+        case "versions":
+            record["versions_since"] = "abc"
+        case "warmup":
+            record["settings"]["warmup"] = "abc"
+        case "asked":
+            record["asked"]["models"] = 3
+        case "seq_len":
+            record["asked"]["settings"]["seq_len"] = 0
+    (out / "run.json").write_text(json.dumps(record))
+    before = hashes(out)
+    assert said in resumed(out, code=2)
+    assert hashes(out) == before
 
 
 def test_documents_kept_apart(inputs: Path, tmp_path: Path) -> None:

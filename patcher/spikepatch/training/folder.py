@@ -6,30 +6,23 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
-import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spikepatch._version import __version__
 from spikepatch.apply.disk.atomic import locked, placing
-from spikepatch.errors import BadSource, BadTarget, Refused, first_line, on_one_line
+from spikepatch.errors import BadSource, BadTarget, first_line, on_one_line
 from spikepatch.source.local import local_path, read_file
 from spikepatch.source.typed import parsed
 from spikepatch.training.run_identity import all_runs
-from spikepatch.training.settings import TrainingCommand
 
 #: What is run. Written before the first step; ``versions`` are those of its beginning.
 RECORD = "run.json"
 
 #: The tokens are in files of this beginning, in this folder; ``data.prepare`` has a lock of the same name there.
 DATA, TOKENS, LOCK = "data", "tokens-", ".lock"
-
-_LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
 
 
 def check_out(out: Path, *, resume: bool, sources: Iterable[str] = ()) -> None:
@@ -57,6 +50,25 @@ def check_out(out: Path, *, resume: bool, sources: Iterable[str] = ()) -> None:
     else:
         why, remedy = "what is in it is not of a training", "give a new folder"
     raise BadTarget("the output folder is not empty", where=str(out), why=why, remedy=remedy)
+
+
+def check_places(out: Path, runs: Iterable[str]) -> None:
+    """Refuse a file that has the name of a folder of ours, and a folder that has the name of a file.
+
+    Args:
+        runs: their folders, under ``out``.
+    """
+    folders = [out / DATA, *(out / run / name for run in runs for name in ("", "checkpoints", "model"))]
+    files = [out / "verdict.json", *(out / run / name for run in runs for name in ("log.jsonl", "result.json"))]
+    for kind, paths in (("folder", [*folders, *(place.parent for place in folders)]), ("file", files)):
+        for path in paths:
+            if os.path.lexists(path) and not (path.is_dir() if kind == "folder" else path.is_file()):
+                raise BadTarget(
+                    "something else has the name of what the training writes",
+                    where=str(path),
+                    why=f"it is no {kind}",
+                    remedy="move it away, and give the command again",
+                )
 
 
 def _holds_tokens(data: Path) -> bool:
@@ -105,103 +117,6 @@ def _remove_unused(made: Iterable[Path]) -> None:
     with contextlib.suppress(OSError):
         for path in made:
             path.rmdir()
-
-
-def check_record(out: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse to go on with another run than ``out`` holds; where it holds none, there is nothing to compare.
-
-    Raises:
-        Refused: something else was run, or on other data; all that differs is named, by its option.
-    """
-    if not (out / RECORD).exists():
-        return
-    old, new = read_record(out), json.loads(json.dumps(wanted))  # tuples become lists, as in the file
-    changed = [*_changes(_with_warmup_steps({name: old.get(name) for name in new}), _with_warmup_steps(new))]
-    if changed:
-        raise Refused(
-            what="this is not the run that is to be resumed",
-            where=str(out),
-            why="; ".join(changed),
-            remedy=f"spikepatch train --resume {out} takes all that it began with; for another run give a new folder",
-        )
-
-
-def _with_warmup_steps(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the number of steps, which may be raised (see ``harness.py``), and its share for the warm-up."""
-    settings = dict(record["settings"])
-    steps, warmup = settings.pop("steps"), settings.get("warmup", 0.0)
-    return {**record, "settings": settings | {"warmup": round(warmup * steps if warmup < 1 else warmup)}}
-
-
-def write_record(
-    out: Path,
-    wanted: Mapping[str, Any],
-    asked: TrainingCommand,
-    command: str,
-    say: Callable[[str], None] = lambda text: None,
-) -> None:
-    """Write ``run.json``; where there is one, it must be of the same run.
-
-    Args:
-        say: told which libraries have other versions since; those that it began with stay recorded.
-
-    Raises:
-        Refused: see ``check_record``.
-    """
-    check_record(out, wanted)
-    path = out / RECORD
-    versions = {"spikepatch": __version__, "python": platform.python_version()} | {n: version(n) for n in _LIBRARIES}
-    commands, since = [command], []
-    if path.exists():
-        old = read_record(out)
-        before = (since := old.get("versions_since", []))[-1] if old.get("versions_since") else old["versions"]
-        if changed := [f"{n} was {before.get(n)} and is {at}" for n, at in versions.items() if before.get(n) != at]:
-            say(f"since this run was last gone on with, {', '.join(changed)}: results may differ in their last bits")
-            since = [*since, versions]
-        commands, versions = [*old["commands"], command], old["versions"]
-    kept = {"asked": dataclasses.asdict(asked), "folder": os.getcwd()}
-    later = {"versions_since": since} if since else {}
-    write_json(path, {**wanted, **kept, "versions": versions, **later, "commands": commands})
-
-
-def recorded(out: Path, *, otherwise: TrainingCommand | None = None) -> TrainingCommand:
-    """What was asked for by the command that began the training in ``out``; or ``otherwise``, where an older version
-    began it, which did not write that down.
-
-    Raises:
-        BadSource: ``out`` holds no training, or its record is not as it was written.
-        Refused: it is to be gone on with in the folder where it began: its models or data are named from there.
-    """
-    record = read_record(out)
-    if otherwise is not None and "asked" not in record:
-        return otherwise
-    try:
-        asked = parsed(TrainingCommand, record["asked"])
-    except (KeyError, TypeError) as error:
-        raise BadSource(
-            "what was asked for cannot be read",
-            where=str(out / RECORD),
-            why=on_one_line(error),
-            remedy="give the models and the options that it began with, beside --out and --resume",
-        ) from error
-    began = record.get("folder")
-    if isinstance(began, str) and os.path.realpath(began) != os.getcwd():
-        names = [*asked.data, *asked.eval_data, *(model.partition("=")[2] or model for model in asked.models)]
-        here = [name for name in names if not os.path.isabs(name) and os.path.lexists(os.path.join(began, name))]
-        if here:
-            raise Refused(
-                what="its models and data are named from another folder",
-                where=str(out),
-                why=f"{here[0]} is meant as seen from {began}",
-                remedy=f"cd {shlex.quote(began)}, and give the command there",
-            )
-    return asked
-
-
-def recorded_commits(out: Path) -> dict[str, str | None]:
-    """Source -> the commit of the Hub that it stood for when the training began."""
-    models = read_record(out)["models"] if (out / RECORD).exists() else {}
-    return {model["source"]: model.get("commit") for model in models.values()}
 
 
 @dataclass(frozen=True)
@@ -258,39 +173,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise refused(f"{RECORD} does not tell which runs there are: {on_one_line(error)}") from error
     return record
-
-
-#: What a key of the record is to the user; others are options of their own names.
-_SAID = {
-    "multipliers": "--lr-multipliers",
-    "data.tokens": "the number of tokens of --data and --eval-data", "data.fingerprint": "the content of --data or"
-    " --eval-data, as tokens", "ranks": "the number of processes", "sharded": "sharding (--use_fsdp)",
-}  # fmt: skip
-
-
-def _option(key: str) -> str:
-    """``settings.grad_clip`` -> ``--grad-clip``; of a model, its name and what of it."""
-    first, _, rest = key.partition(".")
-    if first == "models":
-        model, _, what = rest.partition(".")
-        return f"{what} of the model {model}" if what else f"the model {model}"
-    return _SAID.get(key) or "--" + (rest or first).replace("_", "-")
-
-
-def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """What differs, one sentence each, by its option."""
-    if name == "data.files" or name == "data.evaluation":
-        return  # a file may have another name: what it holds counts
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys((*old, *new)):
-            yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield f"{_option(name)} was {_short(old)} and is {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def write_json(path: Path, value: Any) -> None:

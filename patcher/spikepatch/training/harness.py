@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from spikepatch.errors import Refused
 from spikepatch.plans.plan import ModelPart
 from spikepatch.progress import Progress, silent
 from spikepatch.source.local import target_path
-from spikepatch.training.folder import RECORD, read_record, recorded
+from spikepatch.source.typed import parsed
+from spikepatch.training.folder import RECORD, read_record
+from spikepatch.training.going_on import recorded
 from spikepatch.training.log import Reporter, begun, read
 from spikepatch.training.settings import Settings, TrainingCommand
 from spikepatch.training.verdict import Verdict
@@ -142,7 +145,7 @@ def what_is_asked(given: Mapping[str, Any], out: Path, *, resume: bool) -> Train
         before = recorded(out, otherwise=start)
         asked = _with(before, given)
         steps = read_record(out)["settings"]["steps"]
-        return _lengthened(before, asked, out) if asked.settings.steps != steps else asked
+        return _checked(_lengthened(before, asked, out) if asked.settings.steps != steps else asked)
     if missing:
         raise Refused(
             what=f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing",
@@ -151,7 +154,7 @@ def what_is_asked(given: Mapping[str, Any], out: Path, *, resume: bool) -> Train
             remedy="spikepatch train MODEL ... --data DATA --out OUT --steps N --lr LR; a training that has begun goes"
             " on by: spikepatch train --resume OUT",
         )
-    return _with(TrainingCommand((), (), Settings(given["steps"]), given["lr"]), given)
+    return _checked(_with(TrainingCommand((), (), Settings(given["steps"]), given["lr"]), given))
 
 
 def _with(asked: TrainingCommand, given: Mapping[str, Any]) -> TrainingCommand:
@@ -167,6 +170,43 @@ def _with(asked: TrainingCommand, given: Mapping[str, Any]) -> TrainingCommand:
         options={**asked.options, **options},
         **parts[2],
     )
+
+
+def _checked(asked: TrainingCommand) -> TrainingCommand:
+    """Of types and in ranges that make sense; the command's options have been held against theirs already.
+
+    Raises:
+        Refused: one is not.
+    """
+    try:
+        parsed(TrainingCommand, dataclasses.asdict(asked))
+    except TypeError as error:
+        raise Refused(
+            what="an argument is not of its type",
+            where="spikepatch.train",
+            why=str(error),
+            remedy="see help(spikepatch.train)",
+        ) from error
+    settings = asked.settings
+    least = {
+        "steps": 1, "batch_tokens": 1, "seq_len": 2, "micro_batch": 1, "warmup": 0, "weight_decay": 0, "grad_clip": 0,
+        "z_loss": 0, "checkpoint_every": 0, "watch_every": 0,
+    }  # fmt: skip
+    found: list[tuple[str, Any, float, float]] = [
+        (name, getattr(settings, name), low, math.inf) for name, low in least.items()
+    ]
+    found += [("betas", beta, 0, 1) for beta in settings.betas] + [("lr", asked.lr, 1e-300, math.inf)]
+    found += [("multipliers", factor, 1e-9, math.inf) for factor in asked.multipliers]
+    found += [("seeds", seed, 0, math.inf) for seed in asked.seeds]
+    for name, value, low, below in found:
+        if value is not None and not low <= value < below:
+            raise Refused(
+                what=f"{name} cannot be {value}",
+                where="spikepatch.train",
+                why=f"it is at least {low:g}, and " + ("finite" if below == math.inf else f"below {below:g}"),
+                remedy="give another number",
+            )
+    return asked
 
 
 def _lengthened(before: TrainingCommand, asked: TrainingCommand, out: Path) -> TrainingCommand:

@@ -32,18 +32,10 @@ from spikepatch.spikes.conclusion import LEAST_ROWS
 from spikepatch.training import checkpoints
 from spikepatch.training.batches import check_enough
 from spikepatch.training.entries import Entry, build, check_causal, parse_entries, split, tokenizer_of
-from spikepatch.training.folder import (
-    DATA,
-    RECORD,
-    check_out,
-    check_record,
-    held,
-    recorded_commits,
-    write_json,
-    write_record,
-)
+from spikepatch.training.folder import DATA, RECORD, check_out, check_places, held, write_json
+from spikepatch.training.going_on import check_record, recorded_commits, write_record
 from spikepatch.training.launch import Launch, launched
-from spikepatch.training.log import Reporter, read
+from spikepatch.training.log import Reporter, begun, read
 from spikepatch.training.loop import train
 from spikepatch.training.resets import check_boundaries, check_resets
 from spikepatch.training.run_identity import Run, all_runs
@@ -102,6 +94,7 @@ def run_all(
         runs = tuple(all_runs(wanted))
         _check_apart([run.folder for run in runs])
         _check_models(entries, settings)
+        check_places(out, [run.folder for run in runs])
         if resume:
             check_record(out, wanted)
         tokens = prepare(
@@ -185,7 +178,7 @@ def _check_apart(folders: Sequence[str]) -> None:
 
 def _is_done(folder: Path, settings: Settings) -> bool:
     """It has ended, and not before the last step that is asked for; or for good."""
-    if not (folder / "result.json").exists():
+    if not (folder / "result.json").exists() or not begun(folder / "log.jsonl"):
         return False
     log = read(folder / "log.jsonl")
     return log.stop is not None or (bool(log.evals) and log.run.steps >= settings.steps)
