@@ -23,6 +23,7 @@ from spikepatch.source.open import open_source
 from spikepatch.training import tokens as module
 from spikepatch.training.batches import _mapped, batch, check_enough, held_out_batches
 from spikepatch.training.tokens import Tokens
+from tests.data.test_documents import megatron
 
 EOS = b"\xff"
 
@@ -251,6 +252,19 @@ def test_bos(tmp_path: Path) -> None:
     lines = tmp_path / "ids.jsonl"
     lines.write_text('{"input_ids": [1, 2]}\n{"input_ids": [3]}\n')
     assert content(prepare([str(lines)], adding, tmp_path / "data")).tolist() == [1, 2, 3]
+
+
+def test_documents_of_tokens(tmp_path: Path) -> None:
+    """As they are, in the order of the files; a later call finds them."""
+    megatron(tmp_path / "m", [[1, 2, 3], [4], [5, 255]], [0, 1, 3])
+    np.arange(10, dtype=np.uint32).tofile(tmp_path / "raw.bin")
+    data, how = [str(tmp_path / "raw.bin"), str(tmp_path / "m.bin")], Reading(token_dtype="uint32")
+    found = prepare(data, as_bytes(), tmp_path / "data", reading=how)
+    assert content(found).tolist() == [*range(10), 1, 2, 3, 4, 5, 255]
+    assert (found.documents, found.dtype) == (3, "uint16")
+    assert prepare(data, as_bytes(), tmp_path / "data", reading=how) == found
+    megatron(tmp_path / "m", [[1, 2, 3], [4], [5, 255]], [0, 2, 3])  # the same tokens, and other documents
+    assert prepare(data, as_bytes(), tmp_path / "data", reading=how).file != found.file
 
 
 def test_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:

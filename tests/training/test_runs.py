@@ -322,14 +322,21 @@ def test_documents_kept_apart(inputs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "engine"),
-    [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")],
+    ("variables", "engine"),
+    [
+        (("ACCELERATE_USE_DEEPSPEED",), "DeepSpeed (accelerate launch"),
+        (("ACCELERATE_USE_MEGATRON_LM",), "Megatron-LM (accelerate launch"),
+        (("CROSS_SIZE", "LOCAL_SIZE"), "the launcher deepspeed"),  # deepspeed/launcher/launch.py
+    ],
 )
 def test_engines_that_would_do_nothing(
-    variable: str, engine: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variables: tuple[str, ...], engine: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(variable, "true")
-    refused(inputs, tmp_path / "x", match=f"{engine} (accelerate launch")
+    for variable in variables:
+        monkeypatch.setenv(variable, "true")
+    done = CliRunner().invoke(main, ["--local_rank=0", *arguments(inputs, tmp_path / "x")])
+    assert done.exit_code == 2
+    assert engine in done.output
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import io
 import json
 import lzma
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +74,7 @@ class Reading:
     text_column: str | None = None
     split: str | None = None
     token_dtype: Literal["uint16", "uint32"] | None = None
-    skip_bad: bool = field(default=False)
+    skip_bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def text(path: Path) -> Iterator[DocumentPiece]:
                         "the file is no text",
                         where=str(path),
                         why="it has zero bytes, as files of numbers have",
-                        remedy="for raw tokens give --token-dtype uint16 or uint32, and a name that ends with .bin",
+                        remedy="take them out of a text; raw tokens are files whose names end with .bin or .npy",
                     )
                 following = file.read(PIECE)
                 following += file.readline(PIECE) if following else ""

@@ -59,8 +59,8 @@ class TokenFile:
                 if len(content) < (end - done) * dtype.itemsize:
                     raise unreadable(self.path, "it has become shorter while it was read")
                 done = end
-                whole = bool(len(coming)) and done == coming[0]
-                yield DocumentPiece(np.frombuffer(content, dtype), whole or done == self.count, file.tell())
+                last = done == self.count or done in coming.tolist()
+                yield DocumentPiece(np.frombuffer(content, dtype), last, file.tell())
 
 
 def token_file(path: Path, reading: Reading) -> TokenFile:
