@@ -84,7 +84,7 @@ def of_hub(argument: str, split: str | None, cache: Path) -> tuple[int, Batches]
     split = rest[1] if len(rest) > 1 else split or "train"
     import datasets
 
-    shown = datasets.utils.logging.is_progress_bar_enabled()
+    shown = not datasets.are_progress_bars_disabled()
     try:
         datasets.disable_progress_bars()
         found: Any = datasets.load_dataset(name, config, split=split, cache_dir=str(cache))
