@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from spikepatch.cli import main
@@ -25,15 +27,6 @@ pytestmark = pytest.mark.slow  # processes, trainings, or models at full size
 
 PAGE = (ROOT / "docs/train.md").read_text(encoding="utf-8")
 STORIES = dict(re.findall(r"<!-- story: (\w+) -->\n```\w+\n(.*?)\n```", PAGE, re.DOTALL))
-
-#: Both scripts in the same two processes, whose imports take longer than they.
-BOTH = """
-import runpy
-import torch.distributed as dist
-runpy.run_path("trainer.py")
-dist.destroy_process_group()
-runpy.run_path("loop.py")
-"""
 
 
 @pytest.fixture
@@ -76,29 +69,42 @@ def test_own_tokens_a_tracker_and_python(here: Path) -> None:
     assert len(losses[0]) == 4
 
 
-def test_own_trainer_and_own_loop_on_two_processes(here: Path) -> None:
-    for name in ("trainer", "loop"):
-        (here / f"{name}.py").write_text(STORIES[name])
-    (here / "both.py").write_text(BOTH)
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "both.py",
-    ]
+def test_own_trainer_on_two_processes(here: Path) -> None:
+    (here / "trainer.py").write_text(STORIES["trainer"])
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "trainer.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "ignore", "-m", *torchrun]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("no spike in 4 steps") == 1
-    assert done.stdout.count("steps 4 events 0") == 1
+
+
+def _rank(rank: int, environment: dict[str, str], said: Path) -> None:
+    """As torchrun starts it, but for the imports."""
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    torch.set_num_threads(1)
+    with said.with_suffix(f".{rank}").open("w") as file, contextlib.redirect_stdout(file):
+        exec(compile(STORIES["loop"], "loop.py", "exec"), {})
+
+
+def test_own_loop_on_two_processes(here: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    context: Any = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_rank, args=(rank, environment, here / "said")) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+        process.kill()
+        assert process.exitcode == 0
+    assert [(here / f"said.{rank}").read_text() for rank in (0, 1)] == ["steps 4 events 0\n", ""]
 
 
 def _interrupted(words: list[str], said: Path) -> None:
+    torch.set_num_threads(1)
     with said.open("w") as file, contextlib.redirect_stderr(file):
         main(words, prog_name="spikepatch")
 
