@@ -52,6 +52,7 @@ def test_a_new_one() -> None:
         ({"lr": float("nan")}, "lr cannot be nan"),
         ({"betas": (0.9, 1.0)}, "betas cannot be 1.0"),
         ({"multipliers": (0.0,)}, "multipliers cannot be 0.0"),
+        ({"lr": 1e300, "multipliers": (1.0, 1e300)}, "lr times multipliers cannot be inf"),
         ({"seeds": (-1,)}, "seeds cannot be -1"),
         ({"schedule": "linear"}, "'linear' is none of"),
         ({"bos": "sometimes"}, "'sometimes' is none of"),

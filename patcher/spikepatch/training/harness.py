@@ -197,6 +197,7 @@ def _checked(asked: TrainingCommand) -> TrainingCommand:
     ]
     found += [("betas", beta, 0, 1) for beta in settings.betas] + [("lr", asked.lr, 1e-300, math.inf)]
     found += [("multipliers", factor, 1e-9, math.inf) for factor in asked.multipliers]
+    found += [("lr times multipliers", asked.lr * factor, 1e-300, math.inf) for factor in asked.multipliers]
     found += [("seeds", seed, 0, math.inf) for seed in asked.seeds]
     for name, value, low, below in found:
         if value is not None and not low <= value < below:
