@@ -27,7 +27,10 @@ PIECE = 1 << 20
 Ids = npt.NDArray[np.integer[Any]]
 
 #: The ending of a compressed file -> pyarrow's name for it.
-_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+_CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+
+#: How a compressed file begins, whatever it is called.
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\x00": ".xz", b"\x04\x22\x4d\x18": ".lz4"}
 
 #: What reading a file raises, or unpacking it.
 UNREADABLE = (OSError, EOFError, lzma.LZMAError)
@@ -95,6 +98,9 @@ def endings(path: Path) -> tuple[str, str]:
 def unpacked(path: Path) -> tuple[io.BufferedReader, Any]:
     """The file as it lies on the disk, whose ``tell`` is the progress, and its content."""
     raw, packed = opened(path), endings(path)[1]
+    begins = raw.read(6)
+    raw.seek(0)
+    packed = packed or next((ending for magic, ending in _MAGIC.items() if begins.startswith(magic)), "")
     if not packed:
         return raw, raw
     if packed == ".xz":
