@@ -30,7 +30,7 @@ from spikepatch.report.html import write_page
 from spikepatch.training.entries import build, parse_entries
 from spikepatch.training.page import page
 from spikepatch.training.runs import run_all
-from spikepatch.training.settings import Settings
+from spikepatch.training.settings import Settings, TrainingCommand
 from spikepatch.training.verdict import RunResult, Verdict
 
 VANILLA = """
@@ -162,10 +162,10 @@ def main() -> None:
             kept = ("name", "lr", "seed", "why", "loss")
             click.echo(" ".join([record["type"], *(f"{k} {record[k]}" for k in kept if k in record)]))
 
-    verdict = run_all(
-        models, [arguments.data], arguments.out, settings,
-        lr=lr, multipliers=multipliers, seeds=seeds, resume=arguments.resume, progress=say,
-    )  # fmt: skip
+    asked = TrainingCommand(
+        tuple(models), (arguments.data,), settings, lr, multipliers=tuple(multipliers), seeds=tuple(seeds)
+    )
+    verdict = run_all(asked, arguments.out, resume=arguments.resume, progress=say)
     show(verdict, before)
     write_page(page(arguments.out), arguments.out / "report.html")
     click.echo(f"\npage: {arguments.out / 'report.html'}")
