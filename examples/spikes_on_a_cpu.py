@@ -5,10 +5,10 @@
     python examples/spikes_on_a_cpu.py --smoke    # seconds: does it run?
 
 It is a stress test on a plateau, not language modelling: a GPT-2 that is far too deep for its width learns random hex
-digits, of which nothing but the shares can be learnt, at a high learning rate. Where the embeddings are as small against
-the stream as those of a model of width 2304, single updates throw the loss from 2.4 nats to as much as 15, for some
-steps. `spikepatch train` trains the arms on the same batches; at the end `spikepatch report` compares them over the
-seeds, and writes a page and a picture. The same command again goes on where a stopped one was.
+digits, of which nothing but the shares can be learnt, at a high learning rate. Where embeddings enter the stream as
+small as those of a model of width 2304, single updates can throw the loss from 2.4 nats to 15, for some steps.
+`spikepatch train` trains the arms on the same batches; `spikepatch report` compares them over the seeds and draws them.
+The same command again goes on where a stopped one was.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -34,8 +35,8 @@ ARMS = ("vanilla-2304", "scaled-embed", "embed-ln")
 #: Of a thousand hex digits of English text in ASCII, how many are 0, 1, ... f.
 SHARES = (114, 27, 170, 47, 51, 64, 229, 120, 18, 33, 20, 3, 19, 26, 32, 27)
 
-#: Vanilla as a model of width 2304 has it. One of width 16 draws its embeddings 12 times larger, and a smaller std alone
-#: would not last: one step of Adam is as large as it. So the factor sqrt(16 / 2304) stays.
+#: Vanilla as a model of width 2304 has it. One of width 16 draws its embeddings 12 times larger, and a smaller std
+#: alone would not last, as one step of Adam is as large as it: so a factor of sqrt(16 / 2304), which stays.
 VANILLA_2304 = """
 name = "vanilla-2304"
 large_shortcut = false
@@ -85,7 +86,7 @@ class Job:
 
 
 def jobs(arms: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """Two halves of equal length, each a list of seeds; where their number is odd, the last one's arms are shared out."""
+    """Two halves, each a list of seeds; where their number is odd, the arms of the last one are shared out."""
     whole, half = seeds[: len(seeds) // 2 * 2], len(arms) // 2
     found = [Job(tuple(arms), tuple(whole[i::2])) for i in range(2) if whole]
     return found + [Job(tuple(a), (seeds[-1],)) for a in (arms[half:], arms[:half]) if a and len(seeds) % 2]
@@ -113,6 +114,21 @@ def train(job: Job, out: Path, steps: int) -> None:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
 
 
+def show(folders: Sequence[Path], picture: Path) -> None:
+    """The comparison of the arms, of all seeds together."""
+    command = [sys.executable, "-m", "spikepatch", "report", *map(str, folders)]
+    picture.unlink(missing_ok=True)
+    done = subprocess.run([*command, "--out", str(picture), "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    line = "{:14}{:>23}{:>8}{:>22}{:>12}".format
+    print(line("", "runs with loss events", "events", "largest excess, nats", "Fisher's p"))  # noqa: T201
+    for arm in json.loads(done.stdout)["arms"]:
+        excess = arm["excess"][1]
+        p = "" if arm["fisher"] is None else f"{arm['fisher']:.2g}"
+        seen = f"{arm['with_events']} of {arm['runs']}", arm["events"], "-" if excess is None else f"{excess:.2f}"
+        print(line(arm["model"], *seen, p))  # noqa: T201
+    print(f"\nthe curves: {picture}\nall of it:  {shlex.join(['spikepatch', *command[3:], '--out', 'page.html'])}")  # noqa: T201
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/spikes"))
@@ -120,15 +136,18 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     arms, out, begun = tuple(arguments.arms.split(",")), arguments.out, time.monotonic()
-    layers, steps, seeds = (2, 8, SEEDS[:2]) if arguments.smoke else (32, 1500, SEEDS)
+    layers, steps, seeds = (2, 60, SEEDS[:2]) if arguments.smoke else (32, 1500, SEEDS)
 
+    if arguments.smoke:
+        arms = arms[:2]
     write_inputs(out / "inputs", layers)
     todo = jobs(arms, seeds)
     with ThreadPoolExecutor(2) as two:
         list(two.map(train, todo, itertools.repeat(out), itertools.repeat(steps)))
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = f"{(time.monotonic() - begun) / 60:.1f} minutes, {(used.ru_utime + used.ru_stime) / 60:.1f} of a processor"
-    print(f"trained in {spent}")  # noqa: T201
+    print(f"trained in {spent}\n")  # noqa: T201
+    show([out / job.name for job in todo], out / "arms.svg")
 
 
 if __name__ == "__main__":

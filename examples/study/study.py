@@ -28,8 +28,8 @@ from transformers import AutoConfig
 
 import spikepatch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from spikes_on_a_cpu import VANILLA_2304, digits
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from examples.spikes_on_a_cpu import VANILLA_2304, digits
 
 #: Declared before the first training.
 SEEDS = (301, 302, 303, 304)
@@ -127,7 +127,8 @@ def trained(unit: Unit, folder: Path, work: Path) -> dict[str, dict[str, Any]]:
         "--checkpoint-every", "0", "--grad-clip", "1" if unit.regime == "plateau" else "0", "--json",
         *(["--resume"] if (out / "run.json").exists() else []),
     ]  # fmt: skip
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode not in (0, 1):  # 1: something spiked
         raise SystemExit(done.returncode)
     return {run["name"]: run for run in json.loads(done.stdout)["runs"]}
