@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, Node
-from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from spikepatch.quiet import quiet
 from spikepatch.residual.flex import flex_attention
+from spikepatch.residual.on_meta import INDEX, META, mapped, outcome, placed, shares, stand_in, tensors_in, to_meta
 from spikepatch.residual.told import LONGEST, SHORTEST, Asked, Mode, TakenFrom, Told, asking_line, told
 from spikepatch.source.meta import skeleton
 from spikepatch.source.private import TAKE_NUMBER, TorchDispatchMode, is_batched, memory, own_buffers, schema
@@ -45,12 +45,8 @@ _SIZES = frozenset(
 )
 
 _NUMBERS = frozenset((torch.tensor, torch.as_tensor, torch.asarray))
-#: Elements of a new tensor that is not made for real.
-_LARGE = 1 << 22
-_INDEX = torch.ops.aten.index.Tensor
 _SPLIT = torch.ops.aten.split_with_sizes.default
 _NONZERO = torch.ops.aten.nonzero.default
-_META = torch.device("meta")
 #: Where data says that it is, for code that asks, as for autocast.
 _CPU = torch.device("cpu")
 _DEVICE = torch.Tensor.device.__get__
@@ -98,7 +94,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if getattr(func, "name", None) is not None and func.name() == "flex_attention":
             with self:
                 return flex_attention(*args)
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         if any(map(is_batched, tensors)):  # inside vmap, which makes masks
             return func(*args, **kwargs)
         as_data = any(map(self.is_data, tensors))
@@ -107,34 +103,34 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.asked.answer(True if as_data else func(*args, **kwargs))
         if func is TAKE_NUMBER and as_data:
             return 1.0 if args[0].is_floating_point() else 1
-        sized = fed and torch.Tag.dynamic_output_shape in func.tags and (func is not _INDEX or self._masks(args[1]))
+        sized = fed and torch.Tag.dynamic_output_shape in func.tags and (func is not INDEX or self._masks(args[1]))
         if sized:
             self.asked.values[asking_line()] = None
         if func is _SPLIT and self.counted:
-            args = (args[0], _shares(args[1], args[0].shape[args[2] if len(args) > 2 else 0]), *args[2:])
-        run_args, run_kwargs = _placed(func, args, kwargs, tensors, as_data)
+            args = (args[0], shares(args[1], args[0].shape[args[2] if len(args) > 2 else 0]), *args[2:])
+        run_args, run_kwargs = placed(func, args, kwargs, tensors, as_data)
         if func is _NONZERO and self.asked.mode == "zeros" and self.inputs_of(args[0]):
             run_args = (run_args[0] == 0,)
         try:
-            result = func(*run_args, **run_kwargs)
+            result = outcome(func, run_args, run_kwargs) if as_data else func(*run_args, **run_kwargs)
         except (RuntimeError, NotImplementedError):  # an op that the CPU lacks for this dtype
             if as_data:
                 raise
             as_data = fed = True
-            result = func(*_to_meta(run_args), **run_kwargs)
+            result = func(*to_meta(run_args), **run_kwargs)
         if schema(func).is_mutable and tensors and args and isinstance(args[0], torch.Tensor):
             result = args[0]
             if as_data and not result.is_meta:
                 self._data.add(memory(result))
         elif as_data:
             choices = args[0].shape[-1] if args and isinstance(args[0], torch.Tensor) and args[0].ndim else 1
-            result = _map(lambda t: _stand_in(t, choices, self.asked.mode), result)
+            result = mapped(lambda t: stand_in(t, choices, self.asked.mode), result)
         if fed:
             inputs = frozenset[int]() if as_data else frozenset[int]().union(*map(self.inputs_of, tensors))
-            self._fed.update((memory(t), inputs) for t in _tensors(result))
+            self._fed.update((memory(t), inputs) for t in tensors_in(result))
         if sized or any(memory(t) in self._sized for t in tensors):
             fixed = {t.shape for t in tensors if memory(t) not in self._sized}
-            self._sized.update(memory(t) for t in _tensors(result) if sized or t.shape not in fixed)
+            self._sized.update(memory(t) for t in tensors_in(result) if sized or t.shape not in fixed)
         self._append(func, args, kwargs, result)
         return result
 
@@ -169,7 +165,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _append(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if len(self.graph.nodes) > self.most:
             raise RuntimeError(f"the pass makes more than {self.most:g} calls")
-        node = self.graph.call_function(func, *_map(self.node, (args, kwargs)))
+        node = self.graph.call_function(func, *mapped(self.node, (args, kwargs)))
         node.meta["nn_module_stack"] = {self.path[-1]: (self.path[-1], nn.Module)}
         parts = enumerate(result) if isinstance(result, (tuple, list)) else ()
         for i, item in parts:
@@ -180,63 +176,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(result, torch.Tensor):
             node.meta["val"] = result
             self._known[id(result)] = (result, node)
-
-
-def _placed(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[torch.Tensor], as_data: bool
-) -> Any:
-    """The arguments that ``func`` is run on: all on meta for data; control stays real, wherever it is asked for."""
-    if not as_data:
-        sizes = args[0] if args and not tensors and isinstance(args[0], (list, tuple)) else ()
-        wanted = kwargs.get("dtype") or torch.get_default_dtype()
-        if wanted.is_floating_point and math.prod(sizes) >= _LARGE:  # a mask for all positions that there may be, say
-            kwargs = {**kwargs, "device": _META}
-        return args, kwargs
-    if func is _INDEX:
-        args = (args[0], _rows(args[1]))
-    elif kwargs.get("device") is not None:
-        kwargs = {**kwargs, "device": _META}
-    return (args, kwargs) if all(t.is_meta for t in tensors) else _to_meta((args, kwargs))
-
-
-def _map(change: Callable[[torch.Tensor], Any], values: Any) -> Any:
-    """``values``, a tensor or nested containers, with every tensor changed. (fx's own map, which is in C.)"""
-    return map_aggregate(values, lambda value: change(value) if isinstance(value, torch.Tensor) else value)
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    _map(found.append, values)
-    return found
-
-
-def _rows(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """``indices`` with the row numbers that a mask picks in place of it: on meta, nobody knows how many."""
-    rows: list[torch.Tensor | None] = []
-    for index in indices:
-        mask = index is not None and index.dtype == torch.bool and not index.is_meta
-        rows.extend(index.nonzero(as_tuple=True) if index is not None and mask else [index])
-    return rows
-
-
-def _shares(sizes: Sequence[int], whole: int) -> Sequence[int]:
-    """Sizes of parts that add up to the ``whole``: as they are, or else equal ones."""
-    parts = len(sizes)
-    return sizes if sum(sizes) == whole else [whole // parts + (i < whole % parts) for i in range(parts)]
-
-
-def _to_meta(values: Any) -> Any:
-    return _map(lambda tensor: tensor.to(_META), values)
-
-
-def _stand_in(tensor: torch.Tensor, choices: int, mode: Mode) -> torch.Tensor:
-    """Data stays on meta; integers (indices into ``choices`` things) and conditions computed from data become real."""
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or not tensor.is_meta:
-        return tensor
-    if tensor.dtype == torch.bool:
-        return torch.full(tensor.shape, mode != "zeros", dtype=torch.bool)
-    rows = (torch.arange(tensor.numel()) % max(choices, 1)).reshape(tensor.shape).to(tensor.dtype)
-    return max(choices, 1) - 1 - rows if mode == "values" else rows
 
 
 class _Numbers(TorchFunctionMode):
@@ -270,7 +209,7 @@ class _Numbers(TorchFunctionMode):
             self.recorder.asked.take("control", self.recorder.inputs_of(args[0]))
         result = func(*args, **kwargs)
         if func == _DEVICE:  # not the same object each time
-            return _CPU if result == _META else result
+            return _CPU if result == META else result
         if func is torch.Tensor.type and isinstance(result, str):
             return result.replace("torch.meta.", "torch.")
         if func in _SIZES:
