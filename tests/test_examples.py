@@ -7,11 +7,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from examples.spikes_on_a_cpu import ARMS, SEEDS, SHARES, digits, jobs
-from examples.study.study import COLUMNS, RATES, RECIPES, RESULTS, Row, Unit, read, undone, units, write
-from examples.study.tables import correlations, outcomes, spearman, text
+from examples.study.study import COLUMNS, RATES, RECIPES, RESULTS, TURNS, Row, Unit, read, undone, units, write
+from examples.study.tables import correlations, interval, outcomes, spearman, text, with_turns
+from examples.study.turn import turns
 
 from tests import ROOT
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 @pytest.mark.parametrize("seeds", [SEEDS, SEEDS[:4], SEEDS[:1]])
@@ -51,7 +56,7 @@ def test_the_study_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_the_results_are_the_studys() -> None:
-    rows = read(RESULTS)
+    rows = with_turns(read(RESULTS), read(TURNS))
     wanted = {(u.regime, u.architecture, r, f"{u.lr:g}", str(u.seed)) for u in units() for r in u.recipes}
     found = [tuple(r[key] for key in COLUMNS[:5]) for r in rows]
     assert len(set(found)) == len(found)
@@ -60,18 +65,56 @@ def test_the_results_are_the_studys() -> None:
 
 
 def test_tables() -> None:
-    units = [Unit("plateau", "gpt2", seed, RATES[0]) for seed in range(4)]
     rows = [
-        row(unit, recipe, loss_events=str(3 * (recipe == RECIPES[0])), largest_excess=str(5 - RECIPES.index(recipe)),
-            gradient_ratio=str(9 - RECIPES.index(recipe)))
-        for unit in units for recipe in RECIPES
+        row(Unit("plateau", "gpt2", seed, lr), recipe, loss_events=str(3 * (recipe == RECIPES[0])),
+            largest_excess=str(5 - i), gradient_ratio=str(9 - i), eq15_excess_layer1="", sigma_start="0.5")
+        for seed in range(4) for lr in RATES for i, recipe in enumerate(RECIPES)
     ]  # fmt: skip
     lines = list(outcomes(rows))
     assert lines[2] == "| plateau | gpt2 | 0.003 | vanilla-2304 | 4 of 4 | 12 | 5.00 / 5.00 | 0 |  |"
     assert lines[3] == "| plateau | gpt2 | 0.003 | vanilla | 0 of 4 | 0 | 4.00 / 4.00 | 0 | 0.029 |"
-    assert len(lines) == 2 + len(RECIPES)
-    assert list(correlations(rows))[2:] == ["| plateau | gpt2 | 0.003 | 20 | - | - | 1.00 |"]
-    assert list(correlations(rows[:9]))[2:] == []
+    assert len(lines) == 2 + len(RECIPES) * len(RATES)
+    turned = with_turns(rows, [r | {"turn": str(RECIPES.index(r["recipe"]) / 9)} for r in rows[: 3 * 15]])
+    assert sum("turn" in r for r in turned) == 3 * 15
+    flat, ratio, turn = list(correlations(turned))[2:]
+    assert flat.startswith("| 1 / std of the stream | 15 | nan |")
+    assert ratio.startswith("| gradient ratio | 15 | 0.71 |")
+    assert turn.startswith("| turn (the less, the more) | 15 | 0.71 |")
+    assert list(correlations(rows[: 9 * 4]))[2:] != []
+    assert list(correlations(rows[:15]))[2:] == []  # one seed
+
+
+def test_the_interval_is_around_the_correlation() -> None:
+    pairs = [(i, i + (5 if i % 3 else 0)) for i in range(30)]
+    low, high = interval(pairs)
+    assert 0.8 < low < spearman(*zip(*pairs, strict=True)) < high <= 1
+    assert interval([(1.0, 2.0)] * 5) != interval(pairs)
+
+
+def test_a_turn() -> None:
+    """Against the stream as hooks see it, and by an optimiser of torch's own; the model is as before."""
+    config = transformers.AutoConfig.for_model("gpt2", n_embd=8, n_layer=3, n_head=1, vocab_size=20, **NO_DROPOUT)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    before = [p.detach().clone() for p in model.parameters()]
+    ids = torch.randint(20, (2, 6))
+    still, turned = turns(model, ids, (0.0, 0.05))
+    assert still == pytest.approx(1)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+    seen: list[torch.Tensor] = []
+    for block in model.transformer.h:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    step = torch.optim.SGD(model.parameters(), lr=0.05)
+    for p in model.parameters():
+        p.grad = torch.sign(p.grad)
+    step.step()
+    model(ids)
+    means = [torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in zip(seen[:3], seen[3:], strict=True)]
+    assert turned == pytest.approx(min(means), rel=1e-4)
+    assert turned < 0.9
 
 
 def test_spearman() -> None:

@@ -35,7 +35,7 @@ from examples.spikes_on_a_cpu import VANILLA_2304, digits
 SEEDS = (301, 302, 303, 304)
 RECIPES = ("vanilla-2304", "vanilla", "xavier", "scaled-embed", "embed-ln")
 RATES = (3e-3, 1e-2, 1e-3)
-RESULTS = Path(__file__).with_name("results.csv")
+RESULTS, TURNS = Path(__file__).with_name("results.csv"), Path(__file__).with_name("turns.csv")
 
 _IDS = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "tie_word_embeddings": False}
 _SIZE = {"hidden_size": 16, "num_hidden_layers": 32}

@@ -1,20 +1,32 @@
-"""results.csv as the tables of docs/results.md: python examples/study/tables.py"""
+"""results.csv and turns.csv as the tables of docs/results.md: python examples/study/tables.py"""
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from examples.study.study import PREFLIGHT, RECIPES, RESULTS, Row, read, units
+from examples.study.study import COLUMNS, RECIPES, RESULTS, TURNS, Row, read, units
 
 from spikepatch.training.arms import fisher
 
-#: Fewer runs than these have no rank correlation.
-_LEAST = 10
+#: Fewer cells than these have no rank correlation; a cell has the seeds of a recipe at a rate, two of them at least.
+_LEAST, _SEEDS = 10, 2
+
+#: Draws of the bootstrap.
+_DRAWS = 2000
+
+#: What is known before training, so that a larger number is to mean more spikes.
+PREDICTORS: dict[str, Callable[[Row], float | None]] = {
+    "1 / std of the stream": lambda row: 1 / float(row["sigma_start"]),
+    "Eq. 15 excess": lambda row: float(row["eq15_excess_layer1"]) if row["eq15_excess_layer1"] else None,
+    "gradient ratio": lambda row: float(row["gradient_ratio"]),
+    "turn (the less, the more)": lambda row: -float(row["turn"]) if "turn" in row else None,
+}
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
@@ -64,19 +76,34 @@ def outcomes(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def correlations(rows: Sequence[Row]) -> Iterator[str]:
-    """Spearman's correlation of each pre-flight number with the largest excess, over the runs of a group."""
-    yield "| regime | model | lr | runs | 1 / stream's std | Eq. 15 excess | gradient ratio |"
-    yield "|---|---|---|---|---|---|---|"
-    for (regime, architecture, lr), cell in groups(rows, "regime", "architecture", "lr").items():
-        if len(cell) < _LEAST:
-            continue
-        numbers = []
-        for name in PREFLIGHT:
-            known = [row for row in cell if row[name]]
-            sign = -1 if name == "sigma_start" else 1
-            numbers.append(spearman([sign * float(row[name]) for row in known], [excess(row) for row in known]))
-        shown = " | ".join("-" if math.isnan(number) else f"{number:.2f}" for number in numbers)
-        yield f"| {regime} | {architecture} | {lr} | {len(cell)} | {shown} |"
+    """Spearman's correlation of each predictor, averaged over seeds, with the share of runs with a loss event."""
+    cells = [own for own in groups(rows, "regime", "architecture", "recipe", "lr").values() if len(own) >= _SEEDS]
+    yield "| known before training | cells | correlation with the share of runs with a loss event | 95 % interval |"
+    yield "|---|---|---|---|"
+    for name, known in PREDICTORS.items():
+        pairs = []
+        for own in cells:
+            values = [value for row in own if (value := known(row)) is not None]
+            if values:
+                share = statistics.fmean(int(row["loss_events"]) > 0 for row in own)
+                pairs.append((statistics.fmean(values), share))
+        if len(pairs) >= _LEAST:
+            low, high = interval(pairs)
+            yield f"| {name} | {len(pairs)} | {spearman(*zip(*pairs, strict=True)):.2f} | {low:.2f} to {high:.2f} |"
+
+
+def interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of Spearman's correlation, 95 %, by the bootstrap over pairs; draws without one say nothing."""
+    rng = random.Random(0)
+    drawn = [spearman(*zip(*rng.choices(pairs, k=len(pairs)), strict=True)) for _ in range(_DRAWS)]
+    found = sorted(value for value in drawn if not math.isnan(value)) or [math.nan]
+    return found[int(0.025 * len(found))], found[int(0.975 * len(found))]
+
+
+def with_turns(rows: Sequence[Row], turns: Sequence[Row]) -> list[Row]:
+    """Each training with its turn, where one was measured."""
+    known = {tuple(row[key] for key in COLUMNS[:5]): row["turn"] for row in turns}
+    return [row | {"turn": known[key]} if (key := tuple(row[k] for k in COLUMNS[:5])) in known else row for row in rows]
 
 
 def text(rows: Sequence[Row]) -> str:
@@ -86,4 +113,4 @@ def text(rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    print(text(read(RESULTS)), end="")  # noqa: T201
+    print(text(with_turns(read(RESULTS), read(TURNS))), end="")  # noqa: T201

@@ -26,9 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import spikepatch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from examples.study.study import COLUMNS, Row, inputs, recipe, units
-
-TURNS = Path(__file__).with_name("turns.csv")
+from examples.study.study import COLUMNS, TURNS, Row, inputs, recipe, units
 
 
 def turns(model: Any, ids: torch.Tensor, rates: Sequence[float]) -> Iterator[float]:
