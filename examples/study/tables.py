@@ -1,4 +1,4 @@
-"""results.csv and turns.csv as the tables of docs/results.md: python examples/study/tables.py"""
+"""results.csv and turns.csv as tables: python examples/study/tables.py [--write], which puts them into docs/results.md."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from spikepatch.training.arms import fisher
 
 #: Fewer cells than these have no rank correlation; a cell has the seeds of a recipe at a rate, two of them at least.
 _LEAST, _SEEDS = 10, 2
+
+#: Where the tables stand in the page.
+BEGIN, END = "<!-- tables -->", "<!-- end of the tables -->"
 
 #: Draws of the bootstrap.
 _DRAWS = 2000
@@ -109,8 +112,16 @@ def with_turns(rows: Sequence[Row], turns: Sequence[Row]) -> list[Row]:
 def text(rows: Sequence[Row]) -> str:
     wanted = sum(len(unit.recipes) for unit in units())
     tables = ["", *outcomes(rows), "", *correlations(rows)] if rows else []
-    return "\n".join([f"{len(rows)} of {wanted} trainings are done.", *tables, ""])
+    return "\n".join([BEGIN, f"{len(rows)} of {wanted} trainings are done.", *tables, END, ""])
+
+
+def main() -> None:
+    found, page = text(with_turns(read(RESULTS), read(TURNS))), RESULTS.parents[2] / "docs" / "results.md"
+    if sys.argv[1:] == ["--write"]:
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+        page.write_text(before + found + rest.split(f"{END}\n")[1], encoding="utf-8")
+    print(found, end="")  # noqa: T201
 
 
 if __name__ == "__main__":
-    print(text(with_turns(read(RESULTS), read(TURNS))), end="")  # noqa: T201
+    main()
