@@ -1,4 +1,4 @@
-"""results.csv and turns.csv as tables: python examples/study/tables.py [--write], which puts them into docs/results.md."""
+"""results.csv and turns.csv as tables; with --write, in docs/results.md: python examples/study/tables.py [--write]"""
 
 from __future__ import annotations
 
