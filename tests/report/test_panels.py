@@ -59,3 +59,4 @@ def test_it_fits_and_titles_are_escaped() -> None:
 
 def test_nothing_to_draw() -> None:
     assert heights(drawn((chart("a", []),))) == []
+    assert "nothing to draw" in panel_picture(())

@@ -109,6 +109,13 @@ def test_a_row_of_panels_for_each_arm(tmp_path: Path) -> None:
             assert bool(line.events) == loss.title.startswith("vanilla")
 
 
+def test_nothing_has_begun(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "a", begun=0), make(tmp_path / "b", seeds=(1,), begun=0)
+    done = CliRunner().invoke(main, ["report", str(a), str(b), "--out", str(tmp_path / "x.svg")])
+    assert done.exit_code == 0, done.output
+    assert "4 not begun" in done.stdout
+
+
 def test_the_command_takes_several_folders(tmp_path: Path) -> None:
     a, b = make(tmp_path / "a", seeds=(0, 1)), make(tmp_path / "b", seeds=(2,))
     done = CliRunner().invoke(main, ["report", str(a), str(b)])

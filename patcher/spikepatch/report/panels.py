@@ -24,6 +24,8 @@ def height(rows: Sequence[Sequence[Chart]]) -> int:
 
 def panels(rows: Sequence[Sequence[Chart]]) -> Markup:
     """Rows of as many charts each. A row has the title of its first chart; the lines of a chart are all alike."""
+    if not rows:
+        return Markup(_text(8, 20, "nothing to draw: no values"))
     columns = list(zip(*rows, strict=True))
     wide = WIDTH / len(columns)
     parts: list[str] = []
