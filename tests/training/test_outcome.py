@@ -68,8 +68,11 @@ def test_what_waits_is_of_all_folders(tmp_path: Path) -> None:
         ({"settings": {"steps": STEPS, "batch_tokens": 2048, "seq_len": 64, "schedule": "cosine"}}, "batch_tokens"),
         ({"data": {"files": ["x"], "evaluation": [], "tokens": 10_000, "fingerprint": "g"}}, "data.fingerprint"),
         ({"versions": {"torch": "2.14.0"}}, "versions.torch"),
-        ({"lr": 2e-3}, "lr was 0.001 and is 0.002"),
-        ({"models": {"vanilla": {"name": "vanilla", "source": "y", "recipe": None, "patched": False}}}, "models.van"),
+        ({"lr": 2e-3}, "lr is 0.001 and 0.002"),
+        (
+            {"models": {"vanilla": {"name": "vanilla", "source": "y", "recipe": None, "patched": False}}},
+            "model vanilla is",
+        ),
     ],
 )
 def test_other_trainings_are_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:

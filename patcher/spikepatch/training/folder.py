@@ -117,7 +117,7 @@ def write_record(out: Path, wanted: Mapping[str, Any], command: str) -> None:
     commands = [command]
     if path.exists():
         old = read_record(out)
-        changed = [*changes({name: old.get(name) for name in new}, new)]
+        changed = [*_changes({name: old.get(name) for name in new}, new)]
         if changed:
             raise Refused(
                 what="this is not the run that is to be resumed",
@@ -191,11 +191,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
+def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
     """What differs, one sentence each, by the path of its keys."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys((*old, *new)):
-            yield from changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield f"{name} was {_short(old)} and is {_short(new)}"
 

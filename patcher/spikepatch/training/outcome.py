@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from typing import Any
 
 from spikepatch.errors import Refused
 from spikepatch.source.local import local_path
-from spikepatch.training.folder import changes, read_record
+from spikepatch.training.folder import read_record
 from spikepatch.training.log import RunLog, begun, read
 from spikepatch.training.run_identity import all_runs
 from spikepatch.training.verdict import Verdict, compared, judge_run, rows_of, summarise
 
-#: What the commands of one training may differ in: which runs they are, and where the same data lie.
-_OWN = ("models", "multipliers", "seeds", "commands", "data")
+#: What the records of one training have together, beside the models.
+_TOGETHER = ("multipliers", "seeds", "commands")
 
 
 @dataclass(frozen=True)
@@ -65,22 +66,20 @@ def outcome(*folders: str | os.PathLike[str]) -> Outcome:
 def _one(paths: Sequence[Path], records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Mapping[str, Any]:
     """The record of all of them."""
     first = records[0]
-    whole = {**first, **{key: [*first[key]] for key in ("multipliers", "seeds", "commands")}, "models": {}}
+    whole = {**first, **{key: [*first[key]] for key in _TOGETHER}, "models": {}}
     for path, record in zip(paths, records, strict=True):
-        both = [name for name in record["models"] if name in whole["models"]]
-        differing = [
-            *changes(_shared(first), _shared(record)),
-            *changes({n: whole["models"][n] for n in both}, {n: record["models"][n] for n in both}, "models"),
-        ]
-        if differing:
+        mine, theirs = _shared(first), _shared(record)
+        mine |= {f"model {name}": whole["models"][name] for name in record["models"] if name in whole["models"]}
+        theirs |= {f"model {name}": model for name, model in record["models"].items() if name in whole["models"]}
+        if differing := [key for key in dict.fromkeys((*mine, *theirs)) if mine.get(key) != theirs.get(key)]:
             raise Refused(
                 what="these are not the runs of one training",
                 where=f"{paths[0]} and {path}",
-                why="; ".join(differing),
-                remedy=f"spikepatch report {path}, and the others by themselves",
+                why="; ".join(f"{key} is {mine.get(key)} and {theirs.get(key)}" for key in differing),
+                remedy=f"spikepatch report {shlex.quote(str(path))}, and the others by themselves",
             )
         whole["models"] |= record["models"]
-        for key in ("multipliers", "seeds", "commands"):
+        for key in _TOGETHER:
             whole[key] += [value for value in record[key] if value not in whole[key]]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise Refused(
@@ -93,5 +92,8 @@ def _one(paths: Sequence[Path], records: Sequence[Mapping[str, Any]], names: Seq
 
 
 def _shared(record: Mapping[str, Any]) -> dict[str, Any]:
-    data = {key: value for key, value in record["data"].items() if key not in ("files", "evaluation")}
-    return {key: value for key, value in record.items() if key not in _OWN} | {"data": data}
+    """What has to be the same; the same data may lie elsewhere, under other names."""
+    parts = {"settings": record["settings"], "versions": record["versions"]}
+    found = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+    data = {f"data.{key}": record["data"].get(key) for key in ("tokens", "fingerprint")}
+    return found | data | {key: record.get(key) for key in ("lr", "ranks", "sharded")}
