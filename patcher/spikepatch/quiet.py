@@ -13,15 +13,15 @@ from collections.abc import Iterator
 def quiet() -> Iterator[None]:
     """Hold back warnings, info logs and progress bars of dependencies while they work for us."""
     loggers = [logging.getLogger(name) for name in ("transformers", "torch", "accelerate", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
+    levels = {logger: logger.level for logger in loggers if logger.level != logging.ERROR}  # a change costs
     try:
-        for logger in loggers:
+        for logger in levels:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), _no_bars():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 

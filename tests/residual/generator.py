@@ -8,6 +8,7 @@ decides whether the stream is a sum at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -265,7 +266,10 @@ FEED_FORWARD = (
 SUMS = ("nothing", "constant", "gain", "cast", "view", "dropout", "skip", "noise")
 NO_SUMS = ("tanh", "gelu", "clamp", "soft cap", "matrix", "highway", "mixture", "sigmoid", "square")
 PLACEMENTS = ("pre", "post", "branch", "sandwich", "none", "parallel")
-BRANCHES = ("none", "value", "number", "id", "number of ids", "length", "value, in vain", "length, in vain")
+BRANCHES = (
+    "none", "value", "number", "id", "number of ids", "length", "factor of the length", "factor by length",
+    "factor of the rows", "value, in vain", "length, in vain",
+)  # fmt: skip
 STARTS = ("plain", "positions", "sqrt d", "normed", "factorised")
 
 
@@ -303,7 +307,7 @@ class Truth:
     """``sublayers``: additions to the stream in a real forward; ``projections``: what they add the products of.
 
     ``is_sum``: nothing but sums stand on the stream; behind its last addition begins the head. ``always``: every input
-    runs the same additions. ``spare``: a block is never run.
+    runs the same additions, and multiplies what is added with the same numbers. ``spare``: a block is never run.
     """
 
     sublayers: int
@@ -384,6 +388,7 @@ class Model(nn.Module):
             y = y + self.scales[n]
         elif spec.scale == "constant":
             y = 0.5 * y
+        y = self.by_size(y)
         return self.after[block][sublayer](y) if spec.placement in ("branch", "sandwich") else y
 
     def on_stream(self, name: str, x: torch.Tensor, n: int, before: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
@@ -423,6 +428,17 @@ class Model(nn.Module):
                 share = self.extra[n](x)[..., :2].softmax(-1)
                 return share[..., :1] * x + share[..., 1:] * first
         return x
+
+    def by_size(self, y: torch.Tensor) -> torch.Tensor:
+        """A factor that is another one for longer inputs, or for more of them at once."""
+        match self.spec.branch:
+            case "factor of the length":
+                return y / math.sqrt(y.shape[1])
+            case "factor by length":
+                return y * (0.5 if y.shape[1] > 5 * TOKENS else 1.0)
+            case "factor of the rows":
+                return y / y.shape[0]
+        return y
 
     def skips(self, ids: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether every other sub-layer is left out; on the example none is but by "value" and "id"."""
@@ -473,11 +489,12 @@ def truth(spec: Spec) -> Truth:
         logits = model(example()["ids"], states)
         assert bool((logits if spec.heads == 1 else logits[0]).isfinite().all())
     used = spec.on_stream[: len(model.additions)]
+    by_size = spec.branch.startswith("factor")
     branching = spec.branch not in ("none", "value, in vain", "length, in vain") and len(model.additions) > 1
     return Truth(
         sublayers=model.count,
         projections=frozenset(model.added),
         is_sum=not set(used[: len(model.additions) - 1]) & set(NO_SUMS) and not set(used) & {"highway", "mixture"},
-        always=not branching,
+        always=not branching and not by_size,
         spare=spec.spare,
     )

@@ -5,6 +5,7 @@ The model skips every other block where the answer is yes; what is true of it is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -47,6 +48,8 @@ QUESTIONS: dict[str, Question] = {
     "a share of the length": lambda ids, x: round(0.9 * ids.shape[1]) > 400,
     "length, exactly": lambda ids, x: x.shape[1] == 48,
     "shorter": lambda ids, x: x.shape[-2] < 8,
+    "rows": lambda ids, x: ids.shape[0] > 1,
+    "tokens of all rows": lambda ids, x: x.flatten(0, 1).shape[0] > 600,
 }
 #: Answers that Python takes without a question: the ids themselves are tried, and the map holds for such inputs only.
 TAKEN: dict[str, Question] = {
@@ -169,6 +172,89 @@ def test_a_choice_among_equal_experts() -> None:
     found = spikepatch.inspect(Experts(QUESTIONS["in"]), example_inputs=EXAMPLE)
     assert (found.proven, found.conditions, found.sublayers) == (True, (), 1)
     assert len(found.residual_projections) == 4
+
+
+class Differing(nn.Module):
+    """The same sub-layers on every way, and something else about them."""
+
+    def __init__(self, place: str, change: Callable[[Differing, torch.Tensor, int], torch.Tensor]) -> None:
+        super().__init__()
+        self.place, self.change = place, change
+        self.embedding, self.positions = nn.Embedding(50, WIDTH), nn.Embedding(2048, WIDTH)
+        self.norm, self.other, self.final = nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
+        self.head, self.other_head = nn.Linear(WIDTH, 50, bias=False), nn.Linear(WIDTH, 50, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        tokens = ids.shape[1]
+
+        def at(place: str, value: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
+            return self.change(self, value, tokens) if place == self.place else usual
+
+        x = self.embedding(ids)
+        x = at("embedding", x, x)
+        for block in self.blocks:
+            h = at("input", x, self.norm(x))
+            y = block(h)
+            x = x + at("branch", y, y)
+        logits: torch.Tensor = at("end", x, self.head(self.final(x)))
+        return logits
+
+
+#: Where, what is computed there of the model, the value and the number of tokens, and what is said of it.
+DIFFERING: dict[str, tuple[str, Callable[[Differing, torch.Tensor, int], torch.Tensor], str]] = {
+    "a factor by a branch": ("branch", lambda m, y, n: 0.5 * y if n > 64 else y, "0.5 as the factor on blocks.0"),
+    "a factor by a choice": ("branch", lambda m, y, n: y * (0.5 if n > 64 else 1.0), "the number 0.5"),
+    "a factor of the length": ("branch", lambda m, y, n: y / math.sqrt(n), "the number 22.63"),
+    "a power of the length": ("branch", lambda m, y, n: y * n**-0.5, "the number 0.04419"),
+    "the length": ("branch", lambda m, y, n: y / n, "the number 512"),
+    "a tensor of the length": ("branch", lambda m, y, n: y * torch.tensor(n**-0.5), "the number 0.04419"),
+    "the number of rows": ("branch", lambda m, y, n: y / len(y), "the number 3"),
+    "numbers for each token": (
+        "branch",
+        lambda m, y, n: y * (torch.arange(1.0, n + 1) ** -0.5).view(n, 1).expand(n, WIDTH),
+        "in the model's own forward",
+    ),
+    "a norm on the branch": ("branch", lambda m, y, n: m.other(y) if n > 64 else y, "the norm other"),
+    "no norm before": ("input", lambda m, x, n: x if n > 64 else m.norm(x), "leaves out the pre norm norm"),
+    "another norm before": ("input", lambda m, x, n: m.other(x) if n > 64 else m.norm(x), "the pre norm norm"),
+    "a factor on the embedding": ("embedding", lambda m, x, n: 8 * x if n > 64 else x, "8 as the factor on the emb"),
+    "its width, nearly": ("embedding", lambda m, x, n: x * math.sqrt(n), "the number 22.63"),
+    "a norm behind it": ("embedding", lambda m, x, n: m.other(x) if n > 64 else x, "token, normed as the embedding"),
+    "positions": (
+        "embedding",
+        lambda m, x, n: x if n > 64 else x + m.positions(torch.arange(n)),
+        "leaves out the embedding positions.weight",
+    ),
+    "no last norm": ("end", lambda m, x, n: m.head(x if n > 64 else m.final(x)), "leaves out the final norm final"),
+    "another head": (
+        "end",
+        lambda m, x, n: (m.other_head if n > 64 else m.head)(m.final(x)),
+        "other_head.weight as the head",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERING)
+def test_a_way_of_which_the_map_says_something_else(name: str) -> None:
+    place, change, words = DIFFERING[name]
+    found = spikepatch.inspect(Differing(place, change), example_inputs=EXAMPLE)
+    assert not found.proven
+    assert words in found.leaks[0]
+    assert "tokens, not 11: their size chooses the way" in found.leaks[0]
+
+
+def test_a_factor_that_ids_are_computed_to_is_no_constant() -> None:
+    class Counting(Asking):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(ids)
+            for block in self.blocks:
+                x = x + block(self.norm(x)) * (ids > 100).float().mean()
+            logits: torch.Tensor = self.head(x)
+            return logits
+
+    found = spikepatch.inspect(Counting(QUESTIONS["in"]), example_inputs=EXAMPLE)
+    assert {projection.multiplier for projection in found.residual_projections} == {1.0}
 
 
 class Refusing(Asking):

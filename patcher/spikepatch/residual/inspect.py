@@ -93,7 +93,10 @@ def followed(model: nn.Module, graph: Trace, source: str) -> Followed:
     whole = dataclasses.replace(
         whole, entrances=whole.entrances or tuple(entrances_not_run(model, graph, whole, unread))
     )
-    strayed, unknown = compared(model, graph, streams) if main.proven else ((), ())
+    strayed: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    if main.proven:
+        strayed, unknown = compared(model, graph, streams, main, lambda stream: _Naming(model, stream).map(source))
     leaks = (*strayed, *main.leaks)
     found = dataclasses.replace(
         whole,

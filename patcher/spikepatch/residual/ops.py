@@ -26,6 +26,8 @@ COPIES = frozenset(
     "clone _to_copy lift_fresh_copy index index_select gather repeat repeat_interleave native_dropout"
     " constant_pad_nd pad roll flip".split()
 )
+# Of these, the ones that give the same values another shape or place: how many there are hangs on the number of rows.
+RESHAPES = frozenset("view reshape _unsafe_view expand clone".split())
 # Averages over windows of neighbouring values.
 POOLS = frozenset("avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d".split())
 # Homogeneous linear in the first argument alone.
@@ -124,7 +126,7 @@ def writes(node: Node) -> bool:
 
 def operands(node: Node) -> list[Node]:
     """The graph nodes among the arguments, in order, lists included."""
-    return list(node.all_input_nodes)
+    return node.all_input_nodes
 
 
 def argument(node: Node, name: str) -> object:

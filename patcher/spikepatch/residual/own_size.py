@@ -26,8 +26,9 @@ Growth = Literal["in proportion", "not at all", "otherwise"]
 #: Sizes of the products that are tried; a norm's eps is far below them.
 _SIZES = (1.0, 10.0, 1000.0)
 
-#: Of the largest value. An eps of 1e-5 and of more, under the root, is no other law.
-_TOLERANCE = 1e-2
+#: Of the largest value. An eps of 1e-5 and of more, under the root, is no other law; nor is it where a token's product
+#: happens to be multiplied with a weight near zero, which is so for a share of the values.
+_TOLERANCE, _SHARE = 1e-2, 0.01
 
 #: Of the largest value: the rounding of a few products in float32.
 _EXACT = 1e-5
@@ -80,17 +81,29 @@ def growth(facts: Facts, term: Term) -> Growth:
 
     def equal(factors: list[float]) -> bool:
         tolerance = _TOLERANCE * float(first.abs().max())
-        pairs = zip(others, factors, strict=True)
-        return all(torch.allclose(other / factor, first, rtol=0, atol=tolerance) for other, factor in pairs)
+        far = [
+            ((other / factor - first).abs() <= tolerance).logical_not()
+            for other, factor in zip(others, factors, strict=True)
+        ]
+        return all(float(values.float().mean()) <= _SHARE for values in far)
 
     if equal([1.0, 1.0]):
         return "not at all"
     return "in proportion" if equal([size / _SIZES[0] for size in _SIZES[1:]]) else "otherwise"
 
 
+def _by_inputs(facts: Facts, term: Term) -> bool:
+    """A number computed from ids, masks or positions is on the way; a mask of this example, which lets all through,
+    is none.
+    """
+    operand_of_products = {a for node in term.path if op(node) in ops.PRODUCTS for a in operands(node)}
+    values = (a.meta.get("val") for a in operand_of_products & facts.fed - facts.varies)
+    return any(isinstance(value, torch.Tensor) and not value.is_meta and bool((value != 1).any()) for value in values)
+
+
 def constant_factor(facts: Facts, term: Term) -> float | None:
     """The number that the product of a term's only projection is multiplied with; None where it is more than that."""
-    if len(term.projections) != 1 or product_with_itself(facts, term) is not None:
+    if len(term.projections) != 1 or product_with_itself(facts, term) is not None or _by_inputs(facts, term):
         return None
     try:
         product, added = _runs(facts, term)(1.0)

@@ -263,12 +263,13 @@ def _prefer_traceable_kernels(model: nn.Module) -> None:
             if getattr(part, "use_cache", False):
                 part.use_cache = False
     kernels = {"set_attn_implementation": ("sdpa", "eager"), "set_experts_implementation": ("batched_mm",)}
-    for method, choices in kernels.items():
-        setter: Any = getattr(model, method, None)
-        for choice in choices if setter is not None else ():
-            with suppress(ValueError), quiet():
-                setter(choice)
-                break
+    with quiet():
+        for method, choices in kernels.items():
+            setter: Any = getattr(model, method, None)
+            for choice in choices if setter is not None else ():
+                with suppress(ValueError):
+                    setter(choice)
+                    break
 
 
 def record(

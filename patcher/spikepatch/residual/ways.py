@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Node
 
-from spikepatch.errors import first_line
+from spikepatch.errors import Refused, first_line
 from spikepatch.residual import ops
 from spikepatch.residual.kinds import sublayers_of
+from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.ops import behind_views, op, operands, shape
 from spikepatch.residual.stream import Stream, find
 from spikepatch.residual.told import Mode, is_ours
 from spikepatch.residual.trace import Trace, recorded
 from spikepatch.source.private import CHECKING
 
-#: A length that is tried of every model, as those of training are longer than the example's: that ``0.5 * n`` was
-#: computed of a length n, nobody is told.
-_LONG = 512
+#: A length, and a number of rows, that are tried of every model, as those of training are larger than the example's:
+#: that ``0.5 * n`` was computed of a length n, nobody is told.
+_LONG, _ROWS = 512, 3
 
 #: A pass over other lengths that makes so many times the calls loops over its tokens, and is given up.
 _MORE = 4
@@ -45,12 +48,22 @@ class Way:
     all_turned: bool = False
 
 
-def compared(model: nn.Module, graph: Trace, found: Sequence[Stream]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of the other ways that the pass may go: what they add to the stream instead; and why that is not known."""
+def compared(
+    model: nn.Module, graph: Trace, found: Sequence[Stream], main: ResidualMap, mapped: Callable[[Stream], ResidualMap]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the other ways that the pass may go: what is otherwise there; and why that is not known.
+
+    Args:
+        main: the map of the first stream, with which that of the first stream of another way is compared.
+        mapped: the map of a stream.
+    """
     strayed: dict[str, None] = {}
     unknown: dict[str, None] = {}
-    here = [_added(model, stream) for stream in found]
+    here, calls = [_added(model, stream) for stream in found], _calls(graph)
     for way in other_ways(model, graph):
+        if isinstance(way.trace, Trace) and _calls(way.trace) == calls:
+            strayed |= {f"{way.chosen} {other}": None for other in _other_numbers(found, graph, way.trace)}
+            continue
         streams = find(way.trace, found[0].facts.forms) if isinstance(way.trace, Trace) else way.trace
         leaks = [streams] if isinstance(streams, str) else [leak for stream in streams for leak in stream.leaks]
         if leaks and way.all_turned:  # without any expert there may be no sum; the first question alone is asked too
@@ -65,7 +78,64 @@ def compared(model: nn.Module, graph: Trace, found: Sequence[Stream]) -> tuple[t
             _agree(*both, without_mixtures=way.all_turned) for both in zip(here, there, strict=True)
         ):
             strayed[f"{way.chosen} {_difference(here[0], there[0])}"] = None
+        elif here == there:
+            with contextlib.suppress(Refused):  # rows are looked up that the tables do not have
+                if other := _otherwise(_said(main), _said(mapped(streams[0]))):
+                    strayed[f"{way.chosen} {other}"] = None
     return tuple(strayed), tuple(unknown)
+
+
+def _other_numbers(found: Sequence[Stream], graph: Trace, way: Trace) -> Iterator[str]:
+    """The first place where another pass, which made the same calls, multiplied or added to a stream, to its start or
+    to what a sub-layer adds, another number.
+    """
+    pairs = zip(_nodes(graph), _nodes(way), strict=True)
+    changed = {one: other for one, other in pairs if not _close(_numbers(one), _numbers(other))}
+    for stream in found if changed else ():
+        path = stream.spine.union(stream.facts.behind([stream.start]) & stream.facts.varies)
+        path = path.union(*(term.path for term in stream.terms))
+        for one, other in changed.items():
+            if one in path or not path.isdisjoint(_readers(one)):
+                mine, theirs = ([f"{n:.4g}" for n in _numbers(node)] for node in (one, other))
+                where = ops.place(one) or "the model's own forward"
+                yield f"has the number {', '.join(theirs)} in {where}, where this one has {', '.join(mine)}"
+                return
+
+
+#: What a map says of a model for every input: of what, and the words or the number for it.
+_Said = dict[str, str | float]
+
+#: Of a number that is computed in float32; and of the factor on an embedding, measured on drawn values.
+_ROUNDING, _SAMPLING = 1e-5, 0.1
+
+
+def _said(of: ResidualMap) -> _Said:
+    said: _Said = {}
+    for embedding in of.embeddings:
+        said[f"the embedding {embedding.parameter}"] = embedding.kind + ", normed" * embedding.normed
+        said[f"the factor on the embedding {embedding.parameter}"] = embedding.scale
+    for projection in of.residual_projections:
+        behind = [f"the norm {projection.branch_norm}"] if projection.branch_norm is not None else []
+        behind += [f"the {between.kind} {between.parameter or ''}".strip() for between in projection.between]
+        said[f"the factor on {projection.parameter}"] = projection.multiplier
+        said[f"what stands behind {projection.parameter}"] = ", ".join(behind) or "nothing"
+    for norm in of.norms:
+        said[f"the {norm.role} norm {norm.module}"] = f"{norm.kind}, gain {norm.gain}, eps {norm.eps:g}"
+    return said | {"the head": of.head.parameter if of.head else "none", "the placement of norms": of.placement}
+
+
+def _otherwise(here: _Said, there: _Said) -> str:
+    """The first thing that is otherwise on the other way; empty for none."""
+    for what in dict.fromkeys((*here, *there)):
+        if what not in there or what not in here:
+            return f"{'leaves out' if what in here else 'has'} {what}"
+        mine, theirs = here[what], there[what]
+        if isinstance(mine, float) and isinstance(theirs, float):
+            if not math.isclose(mine, theirs, rel_tol=_SAMPLING if "embedding" in what else _ROUNDING):
+                return f"has {theirs:.4g} as {what}, where this one has {mine:.4g}"
+        elif mine != theirs:
+            return f"has {theirs} as {what}, where this one has {mine}"
+    return ""
 
 
 #: What each sub-layer adds: its residual projections, and the shape of each.
@@ -123,21 +193,62 @@ def other_ways(model: nn.Module, found: Trace) -> Iterator[Way]:
         chosen = f"{_lines(asked.values)}: what the input holds is read by the code here, and the way for other values"
         yield from _gone(model, _other_values(found.example, rows), "values", chosen)
         yield from _gone(model, found.example, "zeros", chosen)
+    most = _MORE * len(found.graph.nodes)
     for length in sorted((asked.lengths | {_LONG}) - {asked.length}) if asked.length else ():
-        chosen = f"inputs of {length} tokens, not {asked.length}: their length chooses the way, and that for these"
-        longer = _as_long(found.example, asked.length, length)
-        for way in _gone(model, longer, "example", chosen, _MORE * len(found.graph.nodes)):
-            if not isinstance(way.trace, Trace) or _calls(way.trace) != _calls(found):
-                yield way
+        for times in (_ROWS, 1) if length == _LONG else (1,):
+            size = f"{times} x {length}" if times > 1 else str(length)
+            chosen = f"inputs of {size} tokens, not {asked.length}: their size chooses the way, and that for these"
+            larger = _as_large(found.example, asked.length, length, times)
+            ways = [*_gone(model, larger, "example", chosen, most)]
+            yield from ways
+            if ways:
+                break
 
 
 def _calls(trace: Trace) -> list[object]:
-    """Of each node, what is called, and of which nodes; or which parameter it is."""
-    place = {node: i for i, node in enumerate(trace.graph.nodes)}
+    """Of each call that does more than to give a value another shape: what it is, and of which; and each parameter."""
+    nodes = _nodes(trace)
+    place = {node: i for i, node in enumerate(nodes)}
     return [
-        trace.parameters.get(node, (node.target if node.op != "placeholder" else "", *map(place.get, operands(node))))
-        for node in place
+        trace.parameters.get(node)
+        or (node.target if node.op != "placeholder" else "", *(place.get(_behind_shapes(a)) for a in operands(node)))
+        for node in nodes
     ]
+
+
+def _nodes(trace: Trace) -> list[Node]:
+    return [node for node in trace.graph.nodes if op(node) not in ops.RESHAPES]
+
+
+def _behind_shapes(node: Node) -> Node:
+    while op(node) in ops.RESHAPES:
+        node = operands(node)[0]
+    return node
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    for user in node.users:
+        yield from _readers(user) if op(user) in ops.RESHAPES else (user,)
+
+
+def _numbers(node: Node) -> list[float]:
+    """The numbers that a call on data is given, but for sizes and places; of control that data is multiplied with, the
+    root mean square.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or op(node) in ops.VIEWS:
+        return []
+    if not value.is_meta:
+        return (
+            [float(value.double().square().mean().sqrt())] if any(op(n) in ops.PRODUCTS for n in _readers(node)) else []
+        )
+    return [float(part) for part in (*node.args, *node.kwargs.values()) if isinstance(part, (int, float))]
+
+
+def _close(here: list[float], there: list[float]) -> bool:
+    return len(here) == len(there) and all(
+        math.isclose(*both, rel_tol=_ROUNDING) for both in zip(here, there, strict=True)
+    )
 
 
 def _lines(lines: Iterable[str]) -> str:
@@ -189,12 +300,15 @@ def _other_values(example: Mapping[str, Any], rows: Mapping[int, int]) -> dict[s
     return result
 
 
-def _as_long(example: Mapping[str, Any], length: int, wanted: int) -> dict[str, Any]:
-    """The example with its tokens repeated or cut off."""
+def _as_large(example: Mapping[str, Any], length: int, wanted: int, rows: int) -> dict[str, Any]:
+    """The example with its tokens repeated or cut off, and all that is there for each of its rows so many times."""
+    tensors = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
+    batch = next((len(t) for t in tensors.values() if not t.is_floating_point() and t.shape[-1:] == (length,)), 0)
     places = torch.arange(wanted) % length
-    result = {}
-    for name, value in example.items():
-        sizes = value.shape if isinstance(value, torch.Tensor) else ()
-        axes = [axis for axis, size in enumerate(sizes) if size == length]
-        result[name] = functools.reduce(lambda v, axis: v.index_select(axis, places), axes, value)
+    result = dict(example)
+    for name, value in tensors.items():
+        axes = [axis for axis, size in enumerate(value.shape) if size == length]
+        longer = functools.reduce(lambda v, axis: v.index_select(axis, places), axes, value)
+        per_row = longer.ndim > 1 and len(longer) == batch
+        result[name] = torch.cat([longer] * rows) if per_row else longer
     return result
