@@ -41,6 +41,7 @@ LOOSE = {"__init__", "__main__", "_version", "cli", "errors", "progress", "quiet
 RANKS = (
     ("_version", "errors", "progress", "quiet"),
     ("source",),
+    ("data",),
     ("residual",),
     ("runtime",),
     ("plans",),

@@ -36,6 +36,8 @@ from transformers import PreTrainedTokenizerFast
 import spikepatch
 from spikepatch.apply.disk.manifest import digest, inherited_metadata, model_card
 from spikepatch.apply.generated.patched_source import check_known
+from spikepatch.data.documents import inputs
+from spikepatch.data.rows import DocumentPiece
 from spikepatch.errors import SpikepatchError
 from spikepatch.plans.plan import Plan
 from spikepatch.recipes.files import read_recipe
@@ -48,7 +50,6 @@ from spikepatch.spikes.read_log import read_log
 from spikepatch.spikes.spike_page import spike_page
 from spikepatch.spikes.spike_report import judge
 from spikepatch.training import checkpoints
-from spikepatch.training.documents import inputs
 from spikepatch.training.outcome import outcome
 from spikepatch.training.page import page_of
 from spikepatch.training.position import Position, restored
@@ -150,7 +151,8 @@ def judged(file: Path) -> None:
 
 def read_documents(file: Path) -> None:
     for each in inputs([str(file)]):
-        assert all(piece.text for piece in each.read())
+        for piece in each.read():
+            assert isinstance(piece, DocumentPiece) or (piece.where and piece.why)
 
 
 def inherited(file: Path) -> None:

@@ -21,6 +21,11 @@ Before training, the parameters that were initialised wrongly, and whether it is
     audit    = spikepatch.audit(model)
     report   = spikepatch.check(model, recipes=["scaled-embed"])
 
+All of a training, several models on the same batches, and a verdict on each:
+
+    verdict  = spikepatch.train(["gpt2", "gpt2@scaled-embed"], "text/*.jsonl.zst", "runs/x", steps=2000, lr=5e-4)
+    verdict  = spikepatch.train(out="runs/x", resume=True)
+
 While it trains, loss spikes in any training loop; and in a log of anybody's:
 
     detector = spikepatch.SpikeDetector()
@@ -61,6 +66,8 @@ if TYPE_CHECKING:
     from spikepatch.spikes.read_log import TrainingLog, read_log
     from spikepatch.spikes.spike_report import SpikeReport, judge
     from spikepatch.training.callback import SpikeMonitor
+    from spikepatch.training.harness import train
+    from spikepatch.training.verdict import Verdict
 
 _HOME = {
     "inspect": "spikepatch.residual.inspect",
@@ -89,6 +96,8 @@ _HOME = {
     "judge": "spikepatch.spikes.spike_report",
     "SpikeReport": "spikepatch.spikes.spike_report",
     "SpikeMonitor": "spikepatch.training.callback",
+    "train": "spikepatch.training.harness",
+    "Verdict": "spikepatch.training.verdict",
     "SpikepatchError": "spikepatch.errors",
     "BadSource": "spikepatch.errors",
     "BadTarget": "spikepatch.errors",
@@ -112,6 +121,7 @@ __all__ = [
     "SpikepatchError",
     "StabilityReport",
     "TrainingLog",
+    "Verdict",
     "audit",
     "check",
     "codemod",
@@ -125,6 +135,7 @@ __all__ = [
     "plan",
     "read_log",
     "save",
+    "train",
     "verify",
 ]
 

@@ -227,6 +227,7 @@ class _Group(click.Group):
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="spikepatch")
+@click.option("--local_rank", "--local-rank", hidden=True, expose_value=False)  # of launchers; the environment has it
 def main() -> None:
     """Put the stable pre-training initialisation of "Spike No More" into any HuggingFace model or checkpoint.
 

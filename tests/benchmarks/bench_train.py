@@ -161,9 +161,9 @@ def contend(name: str, setting: Setting, folder: Path, pipe: Connection) -> None
     import torch
     import transformers
 
-    from spikepatch.training.batches import Tokens
     from spikepatch.training.entries import build, parse_entries
     from spikepatch.training.loop import train  # noqa: F401 - all imports before memory is measured
+    from spikepatch.training.tokens import Tokens
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

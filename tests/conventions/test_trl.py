@@ -46,8 +46,10 @@ def test_sft(adapter: bool, gpt2_tokenizer: Path, tmp_path: Path) -> None:
     )
     rows = datasets.Dataset.from_list([{"text": f"after {n} comes {n + 1}, and then {n + 2}"} for n in range(8)])
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear") if adapter else None
-    trainer = trl.SFTTrainer(str(out), args=arguments, train_dataset=rows, peft_config=lora)
+    monitor = spikepatch.SpikeMonitor()
+    trainer = trl.SFTTrainer(str(out), args=arguments, train_dataset=rows, peft_config=lora, callbacks=[monitor])
     trainer.train()
+    assert monitor.report().startswith("no spike in 2 steps")
     trained = trainer.model.eval()
     before: Any = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     ids = torch.randint(5, 50257, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -215,13 +215,23 @@ def test_more_tokens_than_positions(source: str) -> None:
     assert "no more positions" not in run(source, "--tokens", str(positions), "--batch", "1").stdout
 
 
-def test_text_without_a_tokenizer(source: str, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("In the beginning was the residual stream. " * 20)
-    done = run(source, "--text", str(text), "--tokens", "16")
+def test_text_without_a_tokenizer(tmp_path: Path) -> None:
+    """As `train` takes it: as bytes; or tokens that are given, which the model must have."""
+    source = tmp_path / "model"
+    tiny_config("gpt2", vocab_size=256, bos_token_id=0, eos_token_id=0).save_pretrained(source)
+    lines, tokens = tmp_path / "text.jsonl", tmp_path / "train.bin"
+    lines.write_text(json.dumps({"content": "In the beginning was the residual stream. " * 20}) + "\n")
+    done = run(str(source), "--text", str(lines), "--text-column", "content", "--tokens", "16", "--json")
+    assert done.exit_code == 0, done.output
+    tokens.write_bytes(bytes([5, 0, 9, 0]) * 40)
+    done = run(str(source), "--text", str(tokens), "--token-dtype", "uint16", "--tokens", "16", "--json")
+    assert done.exit_code == 0, done.output
+    tokens.write_bytes(bytes([5, 1]) * 40)
+    done = run(str(source), "--text", str(tokens), "--token-dtype", "uint16", "--tokens", "16")
     assert done.exit_code == 2
-    assert "AutoTokenizer finds no vocabulary in the folder" in done.stderr
-    assert "tokens," not in done.stderr
+    assert "the id 261 is among them" in done.stderr
+    done = run(str(source), "--text", str(lines), "--tokens", "16")
+    assert "--text-column NAME says which column" in done.stderr
 
 
 def test_text_takes_the_tokenizer_of_the_source(gpt2_tokenizer: Path, tmp_path: Path) -> None:

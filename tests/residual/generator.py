@@ -270,7 +270,9 @@ BRANCHES = (
     "none", "value", "number", "id", "number of ids", "length", "factor of the length", "factor by length",
     "factor of the rows", "value, in vain", "length, in vain",
 )  # fmt: skip
-STARTS = ("plain", "positions", "sqrt d", "normed", "factorised")
+STARTS = ("plain", "positions", "sqrt d", "normed", "factorised", "convolution", "feed-forward")
+#: The table's size says nothing of the stream's.
+NO_STARTS = ("tanh", "clamp")
 
 
 def _held(module: nn.Module) -> Callable[..., Any]:
@@ -326,6 +328,11 @@ class Model(nn.Module):
         self.tokens = nn.Embedding(VOCABULARY, rows)
         if spec.start == "factorised":
             self.widen: Any = nn.Linear(rows, D, bias=False)
+        if spec.start == "convolution":
+            self.mixes: Any = nn.Conv1d(D, D, 3, padding=1)
+        if spec.start == "feed-forward":
+            self.first_up: Any = nn.Linear(D, 2 * D)
+            self.first_down: Any = nn.Linear(2 * D, D)
         if spec.start == "positions":
             self.positions = nn.Embedding(TOKENS, D)
         if spec.start == "normed":
@@ -368,6 +375,14 @@ class Model(nn.Module):
                 return self.first(x)
             case "factorised":
                 return self.widen(x)
+            case "convolution":
+                return self.mixes(x.transpose(1, 2)).transpose(1, 2)
+            case "feed-forward":
+                return self.first_down(torch.relu(self.first_up(x)))
+            case "tanh":
+                return torch.tanh(x)
+            case "clamp":
+                return x.clamp(-3, 3)
         return x
 
     def add(self, x: torch.Tensor, y: torch.Tensor, block: int, sublayer: int) -> torch.Tensor:
@@ -494,7 +509,9 @@ def truth(spec: Spec) -> Truth:
     return Truth(
         sublayers=model.count,
         projections=frozenset(model.added),
-        is_sum=not set(used[: len(model.additions) - 1]) & set(NO_SUMS) and not set(used) & {"highway", "mixture"},
+        is_sum=not set(used[: len(model.additions) - 1]) & set(NO_SUMS)
+        and not set(used) & {"highway", "mixture"}
+        and spec.start not in NO_STARTS,
         always=not branching and not by_size,
         spare=spec.spare,
     )

@@ -22,6 +22,7 @@ from spikepatch.errors import Refused
 from tests.residual.generator import (
     BRANCHES,
     FEED_FORWARD,
+    NO_STARTS,
     NO_SUMS,
     NOTATIONS,
     PLACEMENTS,
@@ -55,7 +56,7 @@ def draw(rng: random.Random) -> Spec:
         placement=placement,
         notation=rng.choice(NOTATIONS),
         on_stream=tuple(on_stream),
-        start=rng.choice(STARTS),
+        start=rng.choice(NO_STARTS if spoilt and rng.random() < 0.25 else STARTS),
         scale=rng.choice(["none", "none", "layer scale", "constant", "bias"]),
         branch=rng.choice(["none"] * 10 + [*BRANCHES]),
         shared=rng.random() < 0.15,

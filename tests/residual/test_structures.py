@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -170,7 +172,97 @@ class GroupNormed(Model):
         return x
 
 
+class Mixing(Model):
+    """Sub-layers without attention, and something between the embedding and the first of them."""
+
+    def begin(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.begin(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class BehindTanh(Mixing):
+    def begin(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x)
+
+
+class BehindClamp(Mixing):
+    def begin(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(-3, 3)
+
+
+class BehindGelu(Mixing):
+    def begin(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.gelu(x)
+
+
+class BehindFeedForward(Mixing):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.ReLU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def begin(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.first(x)
+        return y
+
+
+class BehindConvolution(Mixing):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def begin(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.first(x.transpose(1, 2)).transpose(1, 2)
+        return y
+
+
+class Cell(Model):
+    """A recurrent layer of torch's own, whose state is projected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.cell = nn.LayerNorm(WIDTH), nn.LSTM(WIDTH, WIDTH, batch_first=True)
+        self.down = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList()
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.cell(self.norm(x))[0]
+        return self.after(x, states)
+
+    def after(self, x: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return x + torch.as_tensor(self.down(states))
+
+
+class CellAlone(Cell):
+    """Its state is added as it is."""
+
+    def after(self, x: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return x + states
+
+
+class WeightNormed(Model):
+    """The weight is computed by a hook of the old kind, which leaves the module with a tensor that is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                nn.utils.weight_norm(block.down)  # type: ignore[type-var]
+
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 PROVEN = {
+    BehindFeedForward: ["blocks.0.down.weight", "blocks.1.down.weight"],
+    BehindConvolution: ["blocks.0.down.weight", "blocks.1.down.weight"],
     Reversible: ["blocks.0.down.weight", "blocks.1.down.weight"],
     Pooled: ["blocks.0.down.weight", "blocks.1.down.weight"],
     ByConvolution: ["blocks.0.down.weight", "blocks.1.down.weight"],
@@ -193,6 +285,22 @@ def test_proven(kind: type[Model]) -> None:
     assert residual.sublayers == len(PROVEN[kind])
     assert {p.kind for p in residual.residual_projections} == {"mlp"}
     assert set(residual.reaches) == reached(model, biases)
+
+
+def test_a_recurrent_layer() -> None:
+    found = spikepatch.inspect(Cell(), example_inputs=EXAMPLE)
+    assert found.proven, found.leaks
+    assert [p.parameter for p in found.residual_projections] == ["down.weight"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [(BehindConvolution, 0.6, 1.2), (BehindFeedForward, 0.6, 0.8), (ByConvolution, 1.0, 1.3)]
+)
+def test_what_a_matrix_on_the_way_keeps_of_the_size(kind: type[Model], low: float, high: float) -> None:
+    """A matrix is drawn to keep the size of what it multiplies; a rectifier keeps 1/sqrt(2) of it."""
+    (embedding,) = spikepatch.inspect(kind(), example_inputs=EXAMPLE).embeddings
+    assert not embedding.normed
+    assert low < embedding.scale < high
 
 
 def test_gain_and_bias_of_a_group_norm() -> None:
@@ -287,6 +395,9 @@ class Latents(Model):
     [
         (Mixture, "a set of states that the model mixes by computed weights"),
         (Copies, "hyper-connections: the stream is a set of 3 mixed copies"),
+        (BehindTanh, r"the input is not a term of it, but goes through tanh \(the model itself\)"),
+        (BehindClamp, r"the input is not a term of it, but goes through clamp \(the model itself\)"),
+        (BehindGelu, r"the input is not a term of it, but goes through gelu \(the model itself\)"),
         (Latents, r"the input is not a term of it, but goes through products with weights \(key"),
     ],
 )
@@ -315,6 +426,8 @@ class Ignored(Model):
     ("kind", "leak"),
     [
         (Fourier, "computed without any weight, so there is no projection to scale"),
+        (CellAlone, "it ends in tanh, in cell"),
+        (WeightNormed, "its last matrix is no parameter, but computed by weight norm interface"),
         (Ignored, "blocks.0.down.weight: never reaches the output, with nothing cut either"),
     ],
 )

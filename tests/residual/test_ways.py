@@ -215,6 +215,11 @@ DIFFERING: dict[str, tuple[str, Callable[[Differing, torch.Tensor, int], torch.T
         lambda m, y, n: y * (torch.arange(1.0, n + 1) ** -0.5).view(n, 1).expand(n, WIDTH),
         "in the model's own forward",
     ),
+    "whole numbers for each token": (
+        "branch",
+        lambda m, y, n: y.cumsum(1) / torch.arange(1, n + 1)[:, None],
+        "in the model's own forward",
+    ),
     "a norm on the branch": ("branch", lambda m, y, n: m.other(y) if n > 64 else y, "the norm other"),
     "no norm before": ("input", lambda m, x, n: x if n > 64 else m.norm(x), "leaves out the pre norm norm"),
     "another norm before": ("input", lambda m, x, n: m.other(x) if n > 64 else m.norm(x), "the pre norm norm"),

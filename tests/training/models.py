@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spikepatch.training.batches import Tokens, prepare
 from spikepatch.training.entries import parse_entries, tokenizer_of
+from spikepatch.training.tokens import Tokens, prepare
 
 SMALL: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
@@ -57,7 +57,7 @@ def text(folder: Path, lines: int = 1500) -> Path:
 
 def small_tokens(folder: Path) -> Tokens:
     entries = parse_entries([str(config_folder(folder / "model"))])
-    return prepare([str(text(folder))], tokenizer_of(entries), folder / "data")
+    return prepare([str(text(folder))], lambda text: tokenizer_of(entries, for_text=text), folder / "data")
 
 
 def on_cpu(precision: str = "no") -> Accelerator:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikepatch.errors import BadTarget, Refused
+from spikepatch.data.rows import Reading
+from spikepatch.data.tokenizing import Tokenizing, of_source
+from spikepatch.errors import BadSource, BadTarget, Refused
 from spikepatch.source.open import open_source
-from spikepatch.training import batches as module
-from spikepatch.training.batches import Tokens, batch, check_enough, held_out_batches, prepare
-from spikepatch.training.tokenizing import Tokenizing, of_source
+from spikepatch.training import tokens as module
+from spikepatch.training.batches import _mapped, batch, check_enough, held_out_batches
+from spikepatch.training.tokens import Tokens
+from tests.data.test_documents import megatron
 
 EOS = b"\xff"
 
@@ -29,6 +33,10 @@ def as_bytes(limit: int = 256) -> Tokenizing:
     source = open_source("arch:gpt2", weights=False)
     source.config.vocab_size = limit
     return of_source(source, "the model")
+
+
+def prepare(data: list[str], tokenizing: Tokenizing, folder: Path, **options: Any) -> Tokens:
+    return module.prepare(data, lambda text: tokenizing, folder, **options)
 
 
 def content(tokens: Tokens) -> npt.NDArray[Any]:
@@ -50,7 +58,7 @@ def tokens(tmp_path: Path) -> Tokens:
     return prepare([write(tmp_path, *texts)], as_bytes(), tmp_path / "data")
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=20), piece=st.integers(1, 40))
 def test_documents_are_packed_with_eos_between(
     texts: list[str], piece: int, tmp_path_factory: pytest.TempPathFactory
@@ -60,7 +68,7 @@ def test_documents_are_packed_with_eos_between(
     folder = tmp_path_factory.mktemp("packed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PIECE", piece)
-        patch.setattr("spikepatch.training.documents.PIECE", piece)
+        patch.setattr("spikepatch.data.rows.PIECE", piece)
         found = prepare([write(folder, *texts)], as_bytes(), folder / "data")
     kept = [text.encode() for text in texts if text]
     expected = EOS.join(kept) + EOS
@@ -168,33 +176,129 @@ def test_the_fingerprint_is_the_same_everywhere(tmp_path: Path) -> None:
     assert found[0].file != found[1].file
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncated", "no description", "broken description", "nested", "a pipe", "left over"]
-)
+@pytest.mark.parametrize("damage", ["no description", "left over"])
 def test_what_a_killed_run_leaves_is_not_used(damage: str, tmp_path: Path) -> None:
     path = write(tmp_path, "one" * 100)
     first = prepare([path], as_bytes(), tmp_path / "data")
     expected = content(first)
-    description = first.file.with_suffix(".json")
-    match damage:
-        case "truncated":
-            os.truncate(first.file, 10)
-        case "no description":
-            description.unlink()
-        case "broken description":
-            description.write_text('{"key": ')
-        case "nested":
-            description.write_text("[" * 100_000)
-        case "a pipe":
-            description.unlink()
-            os.mkfifo(description)
-        case "left over":
-            first.file.rename(first.file.with_name(f".{first.file.name}.new.spikepatch"))
-    module._mapped.cache_clear()
+    first.file.with_suffix(".json").unlink()
+    if damage == "left over":
+        first.file.rename(first.file.with_name(f".{first.file.name}.new.spikepatch"))
+    _mapped.cache_clear()
     again = prepare([path], as_bytes(), tmp_path / "data")
     assert again == first
     assert np.array_equal(content(again), expected)
     assert not list((tmp_path / "data").glob(".tokens-*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        ("truncated", "it has 10 bytes"),
+        ("gone", "there is no such file"),
+        ("a flipped byte", "its hash"),
+        ("zeros", "its hash"),
+        ("held_out", "its hash"),
+        ("eos", "its hash"),
+        ("no JSON", "JSONDecodeError"),
+        ("another type", "TypeError"),
+    ],
+)
+def test_damage_is_named(damage: str, why: str, tmp_path: Path) -> None:
+    """And the remedy makes the same tokens again."""
+    path = write(tmp_path, "one" * 100)
+    first = prepare([path], as_bytes(), tmp_path / "data")
+    description = first.file.with_suffix(".json")
+    stored, said = bytearray(first.file.read_bytes()), description.read_text()
+    match damage:
+        case "truncated":
+            os.truncate(first.file, 10)
+        case "gone":
+            first.file.unlink()
+        case "a flipped byte":
+            stored[77] ^= 1
+            first.file.write_bytes(stored)
+        case "zeros":
+            first.file.write_bytes(bytes(len(stored)))
+        case "held_out":
+            description.write_text(said.replace(f'"held_out": {first.held_out}', '"held_out": 99'))
+        case "eos":
+            description.write_text(said.replace('"eos": 255', '"eos": 3'))
+        case "no JSON":
+            description.write_text(said[:20])
+        case "another type":
+            description.write_text(said.replace("uint16", "uint17"))
+    with pytest.raises(BadSource, match=rf"tokens-.*: the tokens are not as they were written\n  why: .*{why}.*\n"):
+        prepare([path], as_bytes(), tmp_path / "data")
+    first.file.unlink(missing_ok=True)
+    description.unlink()
+    assert prepare([path], as_bytes(), tmp_path / "data") == first
+
+
+def test_bos(tmp_path: Path) -> None:
+    """Once for each document, however many pieces it has; tokens that are given get none."""
+    path = write(tmp_path, "a\n" * 30, "b")
+    adding = replace(as_bytes(), bos=7, adds=(7,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spikepatch.data.rows.PIECE", 10)
+        found = prepare([path], adding, tmp_path / "data")
+    assert bytes(content(found).astype(np.uint8)) == b"\7" + b"a\n" * 30 + EOS + b"\7b" + EOS
+    plain = prepare([path], adding, tmp_path / "data", bos="never")
+    assert plain.count == found.count - 2
+    assert prepare([path], as_bytes(), tmp_path / "other").count == plain.count
+    assert prepare([path], replace(as_bytes(), bos=7), tmp_path / "data", bos="always").count == found.count
+    with pytest.raises(Refused, match=r"the model: its tokenizer has no token that begins a text\n.*--bos always"):
+        prepare([path], as_bytes(), tmp_path / "data", bos="always")
+    lines = tmp_path / "ids.jsonl"
+    lines.write_text('{"input_ids": [1, 2]}\n{"input_ids": [3]}\n')
+    assert content(prepare([str(lines)], adding, tmp_path / "data")).tolist() == [1, 2, 3]
+
+
+def test_documents_of_tokens(tmp_path: Path) -> None:
+    """As they are, in the order of the files; a later call finds them."""
+    megatron(tmp_path / "m", [[1, 2, 3], [4], [5, 255]], [0, 1, 3])
+    np.arange(10, dtype=np.uint32).tofile(tmp_path / "raw.bin")
+    data, how = [str(tmp_path / "raw.bin"), str(tmp_path / "m.bin")], Reading(token_dtype="uint32")
+    found = prepare(data, as_bytes(), tmp_path / "data", reading=how)
+    assert content(found).tolist() == [*range(10), 1, 2, 3, 4, 5, 255]
+    assert (found.documents, found.dtype) == (3, "uint16")
+    assert prepare(data, as_bytes(), tmp_path / "data", reading=how) == found
+    megatron(tmp_path / "m", [[1, 2, 3], [4], [5, 255]], [0, 2, 3])  # the same tokens, and other documents
+    assert prepare(data, as_bytes(), tmp_path / "data", reading=how).file != found.file
+
+
+def test_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:
+    for name, ids in (("high", [5, 256]), ("low", [-1, 5])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps({"input_ids": ids}))
+        with pytest.raises(
+            Refused, match=rf"{name}\.jsonl: the tokens are not the model's\n.*id {ids[name == 'high']} "
+        ):
+            prepare([str(path)], as_bytes(), tmp_path / "data")
+
+
+@pytest.mark.parametrize("option", [{"split": "test"}, {"token_dtype": "uint16"}])
+def test_options_without_a_meaning(option: dict[str, Any], tmp_path: Path) -> None:
+    name = next(iter(option)).replace("_", "-")
+    with pytest.raises(Refused, match=rf"--{name} .*: --{name} has no meaning for these data\n.*none of them is a"):
+        prepare([write(tmp_path, "x")], as_bytes(), tmp_path / "data", reading=Reading(**option))
+
+
+def test_rows_without_a_document(tmp_path: Path) -> None:
+    """They are counted and named, and end it; or are left out, if that is asked for."""
+    path = tmp_path / "a.jsonl"
+    bad = ["{", '{"text": null}', '{"other": 1}', "[]", '{"text": 3}', '"x"', "nul"]
+    path.write_text("\n".join(['{"text": "good"}', *bad, '{"text": "good"}']))
+    with pytest.raises(BadSource) as caught:
+        prepare([str(path)], as_bytes(), tmp_path / "data")
+    assert str(caught.value).startswith("--data: 7 rows have no document\n")
+    assert f"{path}:2: it is not JSON" in str(caught.value)
+    assert f'{path}:4: it has no "text"; its fields are other' in str(caught.value)
+    assert "(and 2 more)" in str(caught.value)
+    assert "--skip-bad leaves such rows out" in str(caught.value)
+    assert list((tmp_path / "data").iterdir()) == []
+    found = prepare([str(path)], as_bytes(), tmp_path / "data", reading=Reading(skip_bad=True))
+    assert (found.left_out, found.documents, found.count) == (7, 2, 10)
 
 
 def _prepare(path: str, folder: Path) -> None:

@@ -19,10 +19,11 @@ from transformers import get_scheduler
 import spikepatch
 from spikepatch.residual.points import Points, points_of
 from spikepatch.training import checkpoints, loop
-from spikepatch.training.batches import Tokens, batch, held_out_batches
+from spikepatch.training.batches import batch, held_out_batches
 from spikepatch.training.log import RunLog, read
 from spikepatch.training.loop import train
 from spikepatch.training.settings import Settings
+from spikepatch.training.tokens import Tokens
 from tests.training.models import on_cpu, small_model, small_tokens
 
 pytestmark = pytest.mark.slow  # processes, trainings, or models at full size

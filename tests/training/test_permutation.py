@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikepatch.training.batches import permuted
+from spikepatch.training.permutation import permuted
 
 KEYS = st.tuples(st.integers(0, 2**64), st.integers(0, 1000))
 

@@ -22,9 +22,11 @@ import spikepatch
 from spikepatch.cli import main
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.source.open import open_source
-from spikepatch.training.folder import check_out, write_record
+from spikepatch.training.folder import check_out
+from spikepatch.training.going_on import write_record
 from spikepatch.training.log import read
 from spikepatch.training.run_identity import run_folder
+from spikepatch.training.settings import Settings, TrainingCommand
 from tests import ROOT
 from tests.counting import counted
 from tests.folders import hashes
@@ -166,22 +168,175 @@ def test_a_folder_that_is_not_empty(inputs: Path, pair: Path, tmp_path: Path) ->
 
 
 def test_what_has_changed_is_named(inputs: Path, pair: Path) -> None:
+    """By its option; what is not given is as it was."""
     before = hashes(pair)
     models = ("plain=:gpt2", "patched=:gpt2@scaled-embed")
-    seeds = ("--lr-multipliers", "1,2", "--seeds", "0,1", "--resume")
-    refused(inputs, pair, *seeds, "--grad-clip", "0", models=models, match="settings.grad_clip was 1.0 and is 0.0")
-    refused(inputs, pair, *seeds, models=models, steps=7, match="settings.steps was 6 and is 7")
-    refused(inputs, pair, "--resume", models=models, match="seeds was [0, 1] and is [0]")
-    refused(inputs, pair, *seeds, models=models[:1], match="models.patched was {")
+    refused(inputs, pair, "--resume", "--grad-clip", "0", models=models, match="--grad-clip was 1.0 and is 0.0")
+    refused(inputs, pair, "--resume", models=models, steps=7, match="with --schedule cosine the rate of every step")
+    refused(inputs, pair, "--resume", models=models, steps=5, match="can only be raised")
+    refused(inputs, pair, "--resume", "--seeds", "0", models=models, match="--seeds was [0, 1] and is [0]")
+    refused(inputs, pair, "--resume", models=models[:1], match="the model patched was {")
     other = inputs / "other.txt"
     other.write_text("something else " * 1000)
-    refused(inputs, pair, *seeds, "--data", str(other), models=models, match="data.fingerprint was")
+    refused(inputs, pair, "--resume", "--data", str(other), models=models, match="the content of --data")
     config = inputs / "gpt2/config.json"
     kept = config.read_text()
     config.write_text(kept.replace('"n_layer": 2', '"n_layer": 3'))
-    refused(inputs, pair, *seeds, models=models, match="models.plain.config was")
+    refused(inputs, pair, "--resume", models=models, match="config of the model plain was")
     config.write_text(kept)
     assert {n for n, v in before.items() if hashes(pair)[n] != v} == set()
+
+
+def resumed(out: Path, *more: str, code: int) -> str:
+    done = CliRunner().invoke(main, ["train", "--resume", str(out), *more])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def test_a_folder_is_all_that_resuming_needs(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped half way ends as one that was not; also the longer one that it becomes."""
+    whole, out = tmp_path / "whole", tmp_path / "x"
+    more = ("--schedule", "constant", "--warmup", "2", "--checkpoint-every", "2", "--bos", "never")
+    models = ("a=:gpt2@scaled-embed",)
+    run(inputs, whole, *more, models=models, steps=8, code=1)
+    run(inputs, out, *more, models=models, steps=6, code=1)
+    folder = out / "a/lr3e-3-seed0"
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "model")
+    (folder / "checkpoints/step-00000006").rename(tmp_path / "gone")
+    (folder / "checkpoints/notes.txt").write_text("mine")
+    (folder / "checkpoints/step-00000006").write_text("a file")  # as is no checkpoint
+    record = json.loads((out / "run.json").read_text())
+    record["versions"]["numpy"] = "1.0"
+    (out / "run.json").write_text(json.dumps(record))
+    said = resumed(out, "--steps", "8", code=1)
+    assert "step-00000006: damaged, and kept as damaged-step-00000006 (step-00000006 is no folder)" in said
+    assert "numpy was 1.0 and is " in said
+    one, other = (read(path / "a/lr3e-3-seed0/log.jsonl") for path in (whole, out))
+    assert [step.loss for step in one.steps] == [step.loss for step in other.steps]
+    assert other.run.steps == 8
+    weights = [load_file(path / "a/lr3e-3-seed0/model/model.safetensors") for path in (whole, out)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    after = json.loads((out / "run.json").read_text())
+    assert after["versions"]["numpy"] == "1.0"
+    assert after["versions_since"][-1]["numpy"] != "1.0"
+    before = hashes(folder)
+    assert "since this run" not in resumed(out, code=1)
+    assert hashes(folder) == before
+    monkeypatch.chdir(tmp_path)
+    record = json.loads((out / "run.json").read_text())
+    record["folder"], record["asked"]["data"] = str(inputs), ["text.txt"]
+    (out / "run.json").write_text(json.dumps(record))
+    assert f"text.txt is meant as seen from {inputs}\n  remedy: cd {inputs}" in resumed(out, code=2)
+    del record["asked"]
+    (out / "run.json").write_text(json.dumps(record))
+    assert "what was asked for is not written down" in resumed(out, code=2)
+    assert "MODEL and --data and --steps and --lr are missing" in resumed(tmp_path / "nothing", code=2)
+
+
+def test_damaged_checkpoints(inputs: Path, tmp_path: Path) -> None:
+    """The one before is taken where it is whole; what is damaged is named, and kept."""
+    out = tmp_path / "x"
+    run(inputs, out, "--checkpoint-every", "2", models=("a=:gpt2",), code=1)
+    folder = out / "a/lr3e-3-seed0"
+    store = folder / "checkpoints"
+    expected = load_file(folder / "model/model.safetensors")
+
+    def again(code: int) -> str:
+        (folder / "result.json").unlink(missing_ok=True)
+        return resumed(out, code=code)
+
+    for name in ("__0_0.distcp", "rank-0.pt", ".metadata", "state.json"):
+        path = store / "step-00000006" / name
+        content = bytearray(path.read_bytes())
+        place = content.index(b'"step": 6') + 8 if name == "state.json" else len(content) // 2
+        content[place] ^= 1
+        path.write_bytes(content)
+        said = again(code=1)
+        assert f"damaged, and kept as damaged-step-00000006 ({name} is not as it was written)" in said
+        found = load_file(folder / "model/model.safetensors")
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    for path in store.glob("step-*/rank-0.pt"):
+        path.unlink()
+    said = again(code=2)
+    assert "no checkpoint of the run is as it was written" in said
+    assert f"remedy: put a copy of one back; or rm -r {store}, and the run begins anew" in said
+    shutil.rmtree(store)
+    again(code=1)
+    (tokens,) = (out / "data").glob("tokens-*.bin")
+    tokens.write_bytes(bytes(tokens.stat().st_size))
+    said = again(code=2)
+    assert f"{tokens}: the tokens are not as they were written" in said
+    for path in (out / "data").glob("tokens-*"):
+        path.unlink()
+    again(code=1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("log.jsonl", "log.jsonl: something else has the name of what the training writes"),
+        ("checkpoints", "checkpoints: something else has the name of what the training writes"),
+        ("verdict.json", "verdict.json: something else has the name of what the training writes"),
+        ("versions", "run.json: the record of the training is not as it was written"),
+        ("warmup", "run.json: the record of the training is not as it was written"),
+        ("asked", "why: asked: TypeError: models: 3 is no list"),
+        ("seq_len", "seq_len cannot be 0"),
+    ],
+)
+def test_what_is_in_the_way(damage: str, said: str, pair: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    shutil.copytree(pair, out)
+    record = json.loads((out / "run.json").read_text())
+    match damage:
+        case "log.jsonl" | "checkpoints":
+            place = out / RUNS[3] / damage
+            if damage == "log.jsonl":
+                place.unlink()
+                place.mkdir()
+            else:
+                place.write_text("mine")
+        case "verdict.json":
+            (out / damage).unlink()
+            (out / damage).mkdir()
+        case "versions":
+            record["versions_since"] = "abc"
+        case "warmup":
+            record["settings"]["warmup"] = "abc"
+        case "asked":
+            record["asked"]["models"] = 3
+        case "seq_len":
+            record["asked"]["settings"]["seq_len"] = 0
+    (out / "run.json").write_text(json.dumps(record))
+    before = hashes(out)
+    assert said in resumed(out, code=2)
+    assert hashes(out) == before
+
+
+def test_documents_kept_apart(inputs: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"text": f"{i} squared is {i * i}"}) + "\n" for i in range(400)))
+    more = ("--data", str(lines), "--reset-positions", "--bos", "never")
+    run(inputs, tmp_path / "x", *more, models=("a=:gpt2", "b=:llama"), steps=2, code=1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "engine"),
+    [
+        (("ACCELERATE_USE_DEEPSPEED",), "DeepSpeed (accelerate launch"),
+        (("ACCELERATE_USE_MEGATRON_LM",), "Megatron-LM (accelerate launch"),
+        (("CROSS_SIZE", "LOCAL_SIZE"), "the launcher deepspeed"),  # deepspeed/launcher/launch.py
+    ],
+)
+def test_engines_that_would_do_nothing(
+    variables: tuple[str, ...], engine: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in variables:
+        monkeypatch.setenv(variable, "true")
+    done = CliRunner().invoke(main, ["--local_rank=0", *arguments(inputs, tmp_path / "x")])
+    assert done.exit_code == 2
+    assert engine in done.output
 
 
 @pytest.mark.parametrize(
@@ -327,17 +482,23 @@ def test_the_record(tmp_path: Path) -> None:
             check_out(tmp_path, resume=resume)
     (tmp_path / "data" / "mine.txt").unlink()
     whole = {"lr": 1e-3, "multipliers": [1.0], "seeds": [0], "models": {}, "data": {}}
-    write_record(tmp_path, whole | {"settings": {"steps": 1, "batch_tokens": 1, "a": (1, 2), "b": {"c": None}}}, "one")
+
+    def record(settings: dict[str, Any], command: str) -> None:
+        wanted = whole | {"settings": {"steps": 1, "batch_tokens": 1, **settings}}
+        write_record(tmp_path, wanted, TrainingCommand((), (), Settings(1), 1e-3), command)
+
+    record({"a": (1, 2), "b": {"c": None}}, "one")
     check_out(tmp_path, resume=True)
-    write_record(tmp_path, whole | {"settings": {"steps": 1, "batch_tokens": 1, "a": [1, 2], "b": {"c": None}}}, "two")
+    record({"a": [1, 2], "b": {"c": None}}, "two")
     assert json.loads((tmp_path / "run.json").read_text())["commands"] == ["one", "two"]
-    with pytest.raises(Refused, match=r"settings\.a was \[1, 2\] and is \[1\]; settings\.b\.c was null and is 3"):
-        write_record(tmp_path, whole | {"settings": {"steps": 1, "batch_tokens": 1, "a": [1], "b": {"c": 3}}}, "three")
+    with pytest.raises(Refused, match=r"--a was \[1, 2\] and is \[1\]; --b\.c was null and is 3"):
+        record({"a": [1], "b": {"c": 3}}, "three")
     assert json.loads((tmp_path / "run.json").read_text())["commands"] == ["one", "two"]
 
 
-def test_accelerate_launch(inputs: Path, tmp_path: Path) -> None:
-    """Two processes with a copy each, and two with a part each: the first step is that of one process, up to rounding.
+def test_launchers(inputs: Path, tmp_path: Path) -> None:
+    """Two processes with a copy each, by torchrun, and two with a part each, by accelerate: the first step is that of
+    one process, up to rounding.
 
     A mean over n tokens in another order differs by at most n eps; so do the sums that the gradients are.
     """
@@ -347,10 +508,13 @@ def test_accelerate_launch(inputs: Path, tmp_path: Path) -> None:
         if kind == "one":
             run(inputs, outs[kind], "--watch-every", "3", models=("a=:llama@vanilla",), code=1)
             continue
-        flags = ["--use_fsdp", "--fsdp_version", "2"] if kind == "sharded" else ["--multi_gpu"]
+        accelerate = [
+            "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines",
+            "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        ]  # fmt: skip
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [
-            sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", *flags, "--num_processes", "2",
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+            sys.executable, "-W", "ignore", "-m", *(accelerate if kind == "sharded" else torchrun),
             "-m", "spikepatch", *arguments(inputs, outs[kind], "--watch-every", "3", models=("a=:llama@vanilla",)),
         ]  # fmt: skip
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -401,8 +565,8 @@ def test_a_factor_of_the_model_is_replaced(tmp_path: Path, inputs: Path) -> None
     plan = json.loads((tmp_path / "x/scaled/lr3e-3-seed0/model/spikepatch.json").read_text())["plan"]
     (edit,) = (edit for edit in plan["edits"] if edit["edit"] == "ScaleEmbedding")
     assert edit["factor"] == pytest.approx(3 / math.sqrt(32))
-    other = CliRunner().invoke(main, [*more, *models, "--resume"])
-    assert "models.scaled.replace was true and is null" in other.output
+    other = CliRunner().invoke(main, [*more, *models, "--factor", "4", "--resume"])
+    assert "factor of the model scaled was 3.0 and is 4.0" in other.output
 
 
 def test_a_branch_that_moves(inputs: Path, tmp_path: Path, hub: LocalHub) -> None:

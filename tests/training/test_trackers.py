@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 
+from spikepatch.commands.train import train_command
 from spikepatch.errors import Refused
 from spikepatch.training import trackers
 
@@ -47,18 +49,13 @@ class Collecting(GeneralTracker):  # type: ignore[misc]
 
 
 def test_what_a_tracker_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tracker = Collecting()
-    made: list[tuple[str, Path]] = []
-
-    def make(run: str, folder: Path) -> GeneralTracker:
-        made.append((run, folder))
-        return tracker
-
-    monkeypatch.setattr(trackers, "TRACKERS", {"x": make})
-    with trackers.tracking(["x"], "a/lr1e-3-seed0", tmp_path, ABOUT) as observe:
+    """By accelerate, which makes trackers of any kind; ours are gone at the end, and the process group stays."""
+    tracker, accelerator = Collecting(), Accelerator(cpu=True)
+    monkeypatch.setattr(trackers, "filter_trackers", lambda names, logging_dir: [tracker])
+    with trackers.tracking(accelerator, ["x"], "a/lr1e-3-seed0", tmp_path, ABOUT) as observe:
         for record in RECORDS:
             observe(record)
-    assert made == [("a/lr1e-3-seed0", tmp_path)]
+    assert accelerator.trackers == []
     assert tracker.calls == [
         "start",
         {"name": "a", "recipe": None, "lr": 1e-3, "patched": True},
@@ -72,14 +69,19 @@ def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    Accelerator(cpu=True)
-    with trackers.tracking(["tensorboard"], "a", tmp_path, ABOUT) as observe:
+    with trackers.tracking(Accelerator(cpu=True), ["tensorboard"], "a", tmp_path, ABOUT) as observe:
         for record in RECORDS:
             observe(record)
     found = EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     assert [(e.step, e.value) for e in found.Scalars("loss")] == [(3, 1.5)]
     assert [(e.step, e.value) for e in found.Scalars("eval_loss")] == [(3, 2.5)]
+
+
+def test_all_of_accelerate_s() -> None:
+    assert {*trackers.TRACKERS} == {name for name in LoggerType.list() if name != "all"}
+    (option,) = (option for option in train_command.params if option.name == "log_with")
+    assert [*option.type.choices] == sorted(trackers.TRACKERS)  # type: ignore[attr-defined]
 
 
 def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,9 +39,8 @@ _THRESHOLDS = (
 @options.of_recipes
 @click.option("--tokens", type=click.IntRange(min=2), default=256, show_default=True, help="Length of a sequence.")
 @click.option("--batch", type=click.IntRange(min=1), default=2, show_default=True, help="Number of sequences.")
-@click.option(
-    "--text", type=options.Place(), metavar="FILE", help="Take the tokens from here.  [default: random tokens]"
-)
+@click.option("--text", metavar="DATA", help="Take the tokens from data, as `train` does.  [default: random tokens]")
+@options.reading
 @options.seed
 @click.option("--device", default="auto", show_default=True, help="auto: a GPU where there is one.")
 @click.option("--deep", is_flag=True, help="Measure every sub-layer's Jacobian too, and the attention bounds.")

@@ -85,6 +85,22 @@ part: Decorator = click.option(
 )
 
 
+_text_column: Decorator = click.option(
+    "--text-column", metavar="NAME", help="Where the documents are.  [default: text, else input_ids, as tokens]"
+)
+_split: Decorator = click.option("--split", metavar="NAME", help="Of a data set that has several.  [default: train]")
+_token_dtype: Decorator = click.option(
+    "--token-dtype", type=click.Choice(["uint16", "uint32"]), help="Of files of raw token ids (.bin, .npy)."
+)
+
+
+def reading(command: Any) -> Any:
+    """How data are read."""
+    for option in (_token_dtype, _split, _text_column):
+        command = option(command)
+    return command
+
+
 def of_recipes(command: Any) -> Any:
     """What goes with a recipe."""
     for option in (part, untie, replace, positions, factor):

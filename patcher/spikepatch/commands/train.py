@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet
 from spikepatch.errors import BadTarget
 from spikepatch.progress import Progress, silent
+from spikepatch.source.local import local_path
 
 
 def _numbers(kind: type[int] | type[float], least: float) -> Any:
@@ -50,13 +52,11 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
 
 
 @click.command("train")
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--data", multiple=True, required=True, metavar="DATA", help="What to train on; may be repeated.")
-@click.option(
-    "--out", type=options.Place(path_type=Path), required=True, help="Folder of the runs; new, or with --resume."
-)
-@click.option("--steps", type=click.IntRange(min=1), required=True, metavar="N", help="Optimiser steps of each run.")
-@click.option("--lr", type=_POSITIVE, required=True, help="Largest learning rate.")
+@click.argument("models", nargs=-1, metavar="MODEL...")
+@click.option("--data", multiple=True, metavar="DATA", help="What to train on; may be repeated.")
+@click.option("--out", type=options.Place(path_type=Path), help="Folder of the runs; new, or with --resume.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Optimiser steps of each run.")
+@click.option("--lr", type=_POSITIVE, help="Largest learning rate.")
 @click.option(
     "--lr-multipliers",
     "multipliers",
@@ -115,7 +115,12 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
     metavar="N",
     help="Steps; 0: never.",
 )
-@click.option("--resume", is_flag=True, help="Go on with what is in --out, from the last checkpoint of each run.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the last checkpoint of each run: `train --resume OUT` needs no more; a larger --steps is for"
+    " constant and wsd.",
+)
 @click.option(
     "--on-spike",
     type=click.Choice(["log", "skip", "rewind", "stop"]),
@@ -125,12 +130,28 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
     " out the batches since. stop: end the run. A gradient norm alone makes skip act, and no other. Gradients that are"
     " not finite are always dropped.",
 )
+@options.reading
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Begin each document with the tokenizer's BOS; auto: where the tokenizer itself does.",
+)
+@click.option("--skip-bad", is_flag=True, help="Leave out rows without a document, and count them.")
+@click.option(
+    "--reset-positions",
+    is_flag=True,
+    help="Keep the documents of a sequence apart: positions begin again, and attention does not reach back.",
+)
 @click.option("--eval-data", multiple=True, metavar="DATA", help="Held out.  [default: the last 5 % of --data]")
 @click.option(
     "--log-with",
     multiple=True,
-    type=click.Choice(["tensorboard", "trackio", "wandb"]),
-    help="Send every step there too; may be repeated.",
+    type=click.Choice(
+        ["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+    ),
+    help="Send every step there too, through accelerate; may be repeated.",
 )
 @click.option("--activation-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--compile", is_flag=True, help="Compile the models with torch.compile.")
@@ -151,28 +172,23 @@ def train_command(
     ctx: click.Context,
     /,
     models: tuple[str, ...],
-    data: tuple[str, ...],
-    out: Path,
-    lr: float,
-    multipliers: tuple[float, ...],
-    seeds: tuple[int, ...],
+    out: Path | None,
     resume: bool,
-    eval_data: tuple[str, ...],
-    log_with: tuple[str, ...],
-    revision: str | None,
     trust_remote_code: bool,
     as_json: bool,
-    **settings: Any,
+    **given: Any,
 ) -> None:
     """Train each MODEL on the same batches, and say of each run whether it stayed free of loss spikes.
 
     MODEL is a hub id, a local folder (a converted one, for example), or arch:TYPE. MODEL@RECIPE patches it in memory,
     NAME=MODEL gives it a name. --factor, --positions, --replace, --untie and --part are of the recipes. A model without
-    weights is drawn afresh from the seed. DATA is text, jsonl or parquet files or globs, datasets:NAME, or
+    weights is drawn afresh from the seed. DATA is a file or a glob: .txt, .jsonl, .csv (compressed too), .parquet,
+    .arrow, tokens (.bin with Megatron's .idx, or with --token-dtype); a folder of save_to_disk; datasets:NAME; or
     builtin:stdlib, the sources of Python's standard library on this machine.
 
     \b
         spikepatch train arch:gpt2 arch:gpt2@scaled-embed --data builtin:stdlib --out runs/x --steps 2000 --lr 5e-4
+        spikepatch train --resume runs/x               # after an interruption: all options are as they were
         accelerate launch -m spikepatch train ...      # on several GPUs; with --use_fsdp, sharded
 
     Exit code 0: every patched model (every model, if none is patched) is healthy at --lr, or has blips of one step.
@@ -181,23 +197,30 @@ def train_command(
     """
     import json
 
+    from spikepatch.training.harness import what_is_asked
     from spikepatch.training.live_line import reporting
     from spikepatch.training.runs import run_all
-    from spikepatch.training.settings import Settings
     from spikepatch.training.tables import print_verdict
 
-    if not math.isfinite(lr * max(multipliers)):
-        raise click.BadParameter(f"{lr:g} times {max(multipliers):g} is no finite learning rate", param_hint="--lr")
+    if resume and out is None and len(models) == 1:
+        out, models = local_path(models[0]), ()
+    if out is None:
+        raise click.MissingParameter(ctx=ctx, param=next(p for p in ctx.command.params if p.name == "out"))
     main = int(os.environ.get("RANK", "0")) == 0
-    given: Any = {name: settings.pop(name) for name in ("factor", "positions", "replace", "untie", "part")}
-    count = len(models) * len(multipliers) * len(seeds)
-    with reporting(count, main=main and not is_quiet()) as progress, _steps() as steps:
-        verdict = run_all(
-            models, data, out, Settings(**settings), lr=lr, multipliers=multipliers, seeds=seeds, eval_data=eval_data,
-            log_with=log_with, resume=resume, revision=revision, trust_remote_code=trust_remote_code,
-            command=shlex.join(["spikepatch", *sys.argv[1:]]), steps=steps, progress=progress,
-            say=(lambda text: None) if is_quiet() else (lambda text: click.echo(text, err=True)), **given,
-        )  # fmt: skip
+    named = {name: value for name, value in given.items() if _is_given(ctx, name)}
+    asked = what_is_asked(named | ({"models": models} if models else {}), out, resume=resume)
+    count = len(asked.models) * len(asked.multipliers) * len(asked.seeds)
+    try:
+        with reporting(count, main=main and not is_quiet()) as progress, _steps() as steps:
+            verdict = run_all(
+                asked, out, resume=resume, trust_remote_code=trust_remote_code,
+                command=shlex.join(["spikepatch", *sys.argv[1:]]), steps=steps, progress=progress,
+                say=(lambda text: None) if is_quiet() else (lambda text: click.echo(text, err=True)),
+            )  # fmt: skip
+    except (KeyboardInterrupt, SystemExit):
+        if main:
+            _say_how_to_go_on(out, trust_remote_code)
+        raise
     if main:
         if as_json:
             click.echo(json.dumps(verdict.to_dict(), indent=2, allow_nan=False))
@@ -207,6 +230,19 @@ def train_command(
         if not as_json and not is_quiet():
             click.echo(f"page: {out / 'report.html'}")
     ctx.exit(verdict.exit_code)
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+
+
+def _say_how_to_go_on(out: Path, trusted: bool) -> None:
+    from spikepatch.training.folder import RECORD
+
+    if (out / RECORD).exists():
+        launcher = "" if os.environ.get("WORLD_SIZE", "1") == "1" else " (by the same launcher)"
+        more = " --trust-remote-code" if trusted else ""
+        click.echo(f"go on with{launcher}: spikepatch train --resume {shlex.quote(str(out))}{more}", err=True)
 
 
 def _write_page(out: Path) -> None:

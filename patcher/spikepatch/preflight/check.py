@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
+from spikepatch.data.rows import Reading
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import ModelPart, Reinit
 from spikepatch.preflight.arguments import check_numbers, check_together, device_of
@@ -46,6 +47,9 @@ def check(
     tokens: int = 256,
     batch: int = 2,
     text: str | Path | None = None,
+    text_column: str | None = None,
+    split: str | None = None,
+    token_dtype: Literal["uint16", "uint32"] | None = None,
     seed: int = 0,
     device: str = "auto",
     deep: bool = False,
@@ -71,7 +75,8 @@ def check(
         reinit, factor, positions, replace, untie, part: of the recipes; as in ``spikepatch.plan``. Recipes that scale
             no embedding are compared without ``factor``, ``positions`` and ``replace``, beside others that do.
         tokens, batch: length and number of the random sequences.
-        text: a file to take the tokens from instead, by the source's tokenizer.
+        text: data to take the tokens from instead, as `train` reads them: a file, a glob, a data set.
+        text_column, split, token_dtype: how they are read, as in ``spikepatch.train``.
         seed: of random tokens and of every random weight.
         device: ``auto`` (a GPU where there is one) or as torch names it.
         deep: measure Jacobians.
@@ -110,7 +115,8 @@ def check(
         name = source.name if source is not None else type(base.structure).__name__
         setting = Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
         with in_memory(base, setting):
-            inputs = _inputs(base, source, example_inputs, text, tokens=tokens, batch=batch, seed=seed)
+            how = Reading(text_column, split, token_dtype)
+            inputs = _inputs(base, source, example_inputs, text, how, tokens=tokens, batch=batch, seed=seed)
             tell("mapping the residual stream", 0, 0)
             found = proven(base, inputs, name)
     # A text is ids alone; plans are made, and weights audited, by all that the model takes.
@@ -150,11 +156,19 @@ def check(
 
 
 def _inputs(
-    base: Subject, source: Source | None, example: Given, text: str | Path | None, *, tokens: int, batch: int, seed: int
+    base: Subject,
+    source: Source | None,
+    example: Given,
+    text: str | Path | None,
+    reading: Reading,
+    *,
+    tokens: int,
+    batch: int,
+    seed: int,
 ) -> Given:
     """What is measured: a text, the caller's own, or random tokens; None for a plain module without any."""
     if text is not None:
-        return text_tokens(Path(text), source, tokens=tokens, batch=batch)
+        return text_tokens(text, source, tokens=tokens, batch=batch, reading=reading)
     if example is not None:
         return given(example, base.structure)
     has_config = hasattr(base.structure, "config")

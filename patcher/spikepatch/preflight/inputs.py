@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +11,12 @@ import torch
 from torch import nn
 
 from spikepatch.apply.values.draw import narrow
-from spikepatch.errors import Refused, first_line
-from spikepatch.quiet import quiet
+from spikepatch.data.documents import BadRows, check_used, inputs
+from spikepatch.data.rows import BadRow, Reading
+from spikepatch.data.tokenizing import of_given_ids, of_source
+from spikepatch.errors import Refused
 from spikepatch.residual.features import place_tokens
 from spikepatch.residual.trace import full_example
-from spikepatch.source.local import read_file
-from spikepatch.source.tokenizer import source_tokenizer
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -50,29 +52,39 @@ def random_tokens(model: nn.Module, *, tokens: int, batch: int, seed: int) -> di
     return result
 
 
-def text_tokens(path: Path, source: Source | None, *, tokens: int, batch: int) -> dict[str, torch.Tensor]:
-    """``batch`` sequences of ``tokens`` ids from the beginning of a file, by the source's own tokenizer.
+def text_tokens(
+    data: str | Path, source: Source | None, *, tokens: int, batch: int, reading: Reading | None = None
+) -> dict[str, torch.Tensor]:
+    """``batch`` sequences of ``tokens`` ids from the beginning of data, as ``train`` takes them: by the source's own
+    tokenizer, or as bytes where it has none; or ids that are given.
 
     Raises:
-        Refused: the source has no usable tokenizer, or the file cannot be read or is too short.
+        BadSource, Refused: the data cannot be read or are too few, or do not fit the model or its tokenizer.
     """
 
     def refused(why: str, remedy: str) -> Refused:
-        return Refused(what="the tokens cannot be taken from the file", where=str(path), why=why, remedy=remedy)
+        return Refused(what="the tokens cannot be taken from the file", where=str(data), why=why, remedy=remedy)
 
-    if source is None or source.folder is None:
-        raise refused("there is no tokenizer beside the model", "pass example_inputs={'input_ids': ...} in Python")
-    if not path.exists():
-        raise refused("there is no such file", "give a text file")
-    tokenizer = source_tokenizer(source)
-    if isinstance(tokenizer, str):
-        raise refused(tokenizer, "leave --text out for random tokens")
-    with quiet():
-        try:
-            ids = tokenizer(read_file(path).decode("utf-8")).input_ids
-        except Exception as error:  # whatever reading or a tokenizer raises
-            raise refused(first_line(error), "give a text file, in UTF-8") from error
+    if source is None:
+        raise refused(
+            "a model in memory has no tokenizer beside it", "pass example_inputs={'input_ids': ...} in Python"
+        )
     tokens = _length(source.config.get_text_config(), tokens)
+    with tempfile.TemporaryDirectory() as cache:
+        found = inputs([str(data)], "--text", reading=reading, cache=Path(cache))
+        check_used(found, reading or Reading())
+        for_text = any(each.kind == "text" for each in found)
+        tokenizing = (of_source if for_text else of_given_ids)(source, source.name)
+        ids, begins, bad = list[int](), True, BadRows()
+        for piece in itertools.chain.from_iterable(each.read() for each in found):
+            if isinstance(piece, BadRow):
+                bad.add(piece)
+                continue
+            ids += tokenizing.ids(piece, "auto", begins=begins, where=str(data))
+            begins = piece.last
+            if len(ids) >= tokens * batch:
+                break
+    bad.check("--text")
     if len(ids) < tokens * batch:
         raise refused(f"it has {len(ids)} tokens, {batch} x {tokens} are asked for", "a longer file, or --tokens")
     return {"input_ids": torch.tensor(ids[: tokens * batch]).reshape(batch, tokens)}

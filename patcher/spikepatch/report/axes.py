@@ -28,10 +28,10 @@ class Axis:
         return self.begin + (at - low) / (high - low) * (self.end - self.begin)
 
 
-def vertical(values: Sequence[float], *, log: bool) -> Axis:
+def vertical(values: Sequence[float], *, log: bool, begin: float = HEIGHT - BOTTOM, end: float = TOP) -> Axis:
     """Upwards, from a round number below all values to one above them."""
     low, high = _decades(values) if log else _rounded(values)
-    return Axis(low, high, HEIGHT - BOTTOM, TOP, log, tuple(log_ticks(low, high) if log else ticks(low, high)))
+    return Axis(low, high, begin, end, log, tuple(log_ticks(low, high) if log else ticks(low, high)))
 
 
 def horizontal(values: Sequence[float], *, log: bool) -> Axis:

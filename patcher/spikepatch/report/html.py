@@ -11,6 +11,7 @@ import jinja2
 
 from spikepatch.apply.disk.atomic import placing
 from spikepatch.errors import BadTarget
+from spikepatch.report import panels
 from spikepatch.report.axes import HEIGHT, WIDTH
 from spikepatch.report.document import Chart, Page
 from spikepatch.report.heat import heat
@@ -46,6 +47,13 @@ def picture(charts: Sequence[Chart]) -> str:
     size = {"width": WIDTH, "height": y + _LINE, "title": _TITLE}
     drawn = {"charts": places, "legend": legend, "svg": svg, "styles": STYLES, "mark": MARK}
     return _environment().get_template("picture.svg").render(**drawn, **size)
+
+
+def panel_picture(rows: Sequence[Sequence[Chart]]) -> str:
+    """Rows of small charts as one SVG document."""
+    size = {"width": panels.WIDTH, "height": panels.height(rows)}
+    template = _environment().get_template("panels.svg")
+    return template.render(drawn=panels.panels(rows), styles=STYLES, mark=MARK, **size)
 
 
 def check_page(
@@ -87,6 +95,11 @@ def write_page(page: Page, path: str | os.PathLike[str], *, overwrite: bool = Fa
 def write_picture(charts: Sequence[Chart], path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Put the charts in place as SVG, as ``write_page`` does."""
     _put(picture(charts), path, overwrite)
+
+
+def write_panels(rows: Sequence[Sequence[Chart]], path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Put rows of small charts in place as SVG, as ``write_page`` does."""
+    _put(panel_picture(rows), path, overwrite)
 
 
 def _put(text: str, path: str | os.PathLike[str], overwrite: bool) -> None:

@@ -5,7 +5,7 @@ the stream is run on real numbers, at full width, so a factor is found whatever 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,12 +16,16 @@ from spikepatch.residual.execute import ROWS, run
 from spikepatch.residual.ops import LOOKUPS, op, operands, place, shape, table_of
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace
+from spikepatch.residual.weights import fan, matrix_weight
 
 #: Rows of a stand-in table where larger ones than ROWS are looked up (hashes of tokens): modulo this they are taken.
 MANY_ROWS = 4096
 
 #: What is smaller than a value by this factor comes from its rounding in float32, or is nothing beside it.
 _ROUNDING = 1e-4
+
+#: By how much a norm's eps, or an activation on a part of the way, may bend a size.
+_NEARLY = 0.15
 
 #: A norm that leaves the stream smaller than this is none that makes a large shortcut.
 _SMALL = 0.5
@@ -34,11 +38,15 @@ _NEAR = 1.25
 
 
 class Measured(NamedTuple):
-    """``kind`` from how the row numbers move; ``scale`` and ``normed`` as in ``residual.map.Embedding``."""
+    """``kind`` from how the row numbers move; ``scale`` and ``normed`` as in ``residual.map.Embedding``.
+
+    ``known``: what enters the stream is in proportion to the table, or nearly so, or as large whatever its size.
+    """
 
     kind: Literal["token", "position", "type"]
     scale: float
     normed: bool
+    known: bool
 
 
 def vectors(trace: Trace, stream: Stream) -> dict[Node, str]:
@@ -53,8 +61,10 @@ def vectors(trace: Trace, stream: Stream) -> dict[Node, str]:
 def measure(trace: Trace, stream: Stream, known: Mapping[Node, torch.Tensor]) -> dict[Node, Measured]:
     """Run the embedding path of ``stream`` once per table and case; float32, on the CPU.
 
-    Affine in the table: f(3 E) - f(E) = 2 (f(2 E) - f(E)), and not 0. A norm on the way breaks that. No table is zero:
-    a norm without eps divides by the size of what it reads. A learned factor that is near 1 is 1, where training began.
+    Affine in the table: f(3 E) - f(E) = 2 (f(2 E) - f(E)), and not 0. A norm breaks that: f(0.1 E) and f(3 E) are as
+    large as f(E). Behind an activation sizes may be in proportion still; what is neither is not ``known``. No
+    table is zero: a norm without eps divides by the size of what it reads. A learned factor that is near 1 is 1, where
+    training began.
 
     Args:
         known: values of ``vectors``; of those that are not there nothing is known, and they are taken to be 1.
@@ -66,10 +76,12 @@ def measure(trace: Trace, stream: Stream, known: Mapping[Node, torch.Tensor]) ->
     seeds = dict.fromkeys(trace.inputs, 0)
     result: dict[Node, Measured] = {}
     tables = {lookup: _table(trace, lookup, seeds) for lookup in stream.tables}
+    drawn = _matrices(stream, tables)
     weighted = stream.facts.behind([stream.start]) & trace.parameters.keys() - set(map(table_of, tables)) - known.keys()
     for lookup, table in tables.items():
         kind = _kind(trace, lookup)
-        at_one, at_two, at_three = (_start(trace, stream, tables, lookup, factor, known) for factor in (1.0, 2.0, 3.0))
+        values = {**drawn, **known}
+        at_one, at_two, at_three = (_start(trace, stream, tables, lookup, factor, values) for factor in (1.0, 2.0, 3.0))
         once, twice = at_two - at_one, at_three - at_one
         linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
         absent = bool(known) and not bool(once.any())  # by a learned factor of 0
@@ -79,11 +91,35 @@ def measure(trace: Trace, stream: Stream, known: Mapping[Node, torch.Tensor]) ->
         small = size < _SMALL and not weighted  # a gain's value is not known here
         scale = _size(once) / _size(looked_up) if linear else size if small else 1.0
         if linear and known and scale != 1.0 and 1 / _NEAR < scale < _NEAR:
-            others = {node: 2 * value + 1 for node, value in known.items()}
+            others = drawn | {node: 2 * value + 1 for node, value in known.items()}
             low, high = (_start(trace, stream, tables, lookup, factor, others) for factor in (1.0, 2.0))
             scale = scale if torch.allclose(high - low, once, rtol=1e-3) else 1.0
-        result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear)
+        normed = not linear and all(
+            math.isclose(_size(_start(trace, stream, tables, lookup, factor, values)), size, rel_tol=_NEARLY)
+            for factor in (0.1, 3.0)
+        )
+        if not linear and not normed and math.isclose(_size(at_three), 3 * size, rel_tol=_NEARLY):
+            linear, scale = True, size / _size(looked_up)
+        result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear, linear or normed)
     return result
+
+
+def _matrices(stream: Stream, tables: Iterable[Node]) -> dict[Node, torch.Tensor]:
+    """Random matrices that keep the size of what they multiply, in place of those on the way; their biases are zero."""
+    facts = stream.facts
+    of = {name: node for node, name in facts.trace.parameters.items()}
+    drawn: dict[Node, torch.Tensor] = {}
+    for node in facts.behind([stream.start]):
+        vectors_of = [a for a in operands(node) if a in facts.trace.parameters and len(shape(a)) == 1]
+        drawn |= {bias: torch.zeros(shape(bias)) for bias in vectors_of if facts.product(node)}
+        weight = matrix_weight(facts, node) if facts.product(node) else None
+        size = fan(facts, node, weight) if weight is not None else None
+        if weight is not None and size is not None and of[facts.weight[weight]] not in map(table_of, tables):
+            matrix = of[facts.weight[weight]]
+            drawn[matrix] = torch.randn(shape(matrix), generator=torch.Generator().manual_seed(1)) / math.sqrt(
+                size.fan_in
+            )
+    return drawn
 
 
 def _check_buffers(trace: Trace, stream: Stream) -> None:

@@ -121,8 +121,9 @@ class _Naming:
 
     def map(self, source: str) -> ResidualMap:
         norms = self._norms()
-        embeddings = self._embeddings()
+        embeddings, odd = self._embeddings()
         projections = self._projections()
+        leaks = (*self.stream.leaks, *odd)
         return ResidualMap(
             source=source,
             model_type=getattr(getattr(self.model, "config", None), "model_type", ""),
@@ -131,8 +132,8 @@ class _Naming:
             layers=len(set(self.layers.values())),
             sublayers=len(set(self.sublayer)),
             placement=self._placement(projections),
-            proven=not self.stream.leaks,
-            leaks=self.stream.leaks,
+            proven=not leaks,
+            leaks=leaks,
             reaches=self.stream.reaches,
             embeddings=embeddings,
             residual_projections=projections,
@@ -275,7 +276,8 @@ class _Naming:
                 found.add("post-norm" if s in post else "no-norm")
         return found.pop() if len(found) == 1 else "mixed"
 
-    def _embeddings(self) -> tuple[Embedding, ...]:
+    def _embeddings(self) -> tuple[tuple[Embedding, ...], tuple[str, ...]]:
+        """The tables; and of which of them nobody can say what the model does to them."""
         try:
             measured = measure(self.facts.trace, self.stream, self._known())
         except (IndexError, RuntimeError, NotImplementedError) as error:
@@ -286,14 +288,19 @@ class _Naming:
                 remedy="please report the architecture",
             ) from error
         found: dict[str, Embedding] = {}
+        odd: dict[str, None] = {}
         for table in self.stream.tables:
             parameter = self.facts.weight.get(table_of(table))
             if parameter is not None:  # None: a fixed table, such as sinusoidal positions kept in a buffer
-                kind, scale, normed = measured[table]
+                kind, scale, normed, known = measured[table]
+                if not known:
+                    odd[
+                        f"{parameter}: what enters the stream is not in proportion to it, nor as large for any size"
+                    ] = None
                 module = place(table) if op(table) in ops.LOOKUPS else parameter.rpartition(".")[0]
                 width = ops.last(table)
                 found.setdefault(parameter, Embedding(module, parameter, kind, scale, normed, width))
-        return tuple(found.values())
+        return tuple(found.values()), tuple(odd)
 
     def _known(self) -> dict[Node, torch.Tensor]:
         """Values of the learned factors on the embedding path; on the meta device, those that they begin with."""

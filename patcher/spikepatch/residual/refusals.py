@@ -17,10 +17,13 @@ def no_sum(facts: Facts, output: Node) -> str:
     if reason := copies(n for n in cone if n in facts.carries) or _mixture(facts, cone) or _gated(facts, cone):
         return reason
     ends = [n for n in cone if n in facts.varies and n not in facts.carries and facts.carries.keys() & facts.data(n)]
-    places = ", ".join(dict.fromkeys(place(n) or op(n) for n in ends[-2:])) or "nothing"
+    others = [n for n in ends if not facts.product(n)]
+    of = others if others and not any(facts.product(n) for n in ends[-2:]) else [n for n in ends if facts.product(n)]
+    places = ", ".join(dict.fromkeys(place(n) or "the model itself" for n in of[-2:])) or "nothing"
+    through = "products with weights" if of is not others else op(others[-1]).replace("_", " ")
     return (
         "no sum of an embedding and sub-layer outputs reaches the output: the input is not a term of it,"
-        f" but goes through products with weights ({places})"
+        f" but goes through {through} ({places})"
     )
 
 

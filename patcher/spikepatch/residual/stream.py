@@ -89,6 +89,9 @@ def _locate(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str
         rooted = _at(facts.rooted(root), output, beyond)
         if not isinstance(rooted, Stream) or root not in rooted.spine:
             continue
+        before, beside = facts.behind([root]), {a for n in rooted.spine - {root} for a in operands(n)}
+        if any(a in before for o in beside & facts.varies - rooted.spine for a in _summands(facts, o)):
+            continue  # it is added to what it was computed from, as a sub-layer's output is
         if not rooted.leaks:
             return rooted
         nearest = nearest or rooted

@@ -95,7 +95,8 @@ def _other_numbers(found: Sequence[Stream], graph: Trace, way: Trace) -> Iterato
         path = stream.spine.union(stream.facts.behind([stream.start]) & stream.facts.varies)
         path = path.union(*(term.path for term in stream.terms))
         for one, other in changed.items():
-            if one in path or not path.isdisjoint(_readers(one)):
+            readers = {reader for reader in _readers(one) if op(reader) in ops.PRODUCTS}
+            if one in path or not path.isdisjoint(readers):
                 mine, theirs = ([f"{n:.4g}" for n in _numbers(node)] for node in (one, other))
                 where = ops.place(one) or "the model's own forward"
                 yield f"has the number {', '.join(theirs)} in {where}, where this one has {', '.join(mine)}"
@@ -236,13 +237,13 @@ def _numbers(node: Node) -> list[float]:
     root mean square.
     """
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or op(node) in ops.VIEWS:
+    if not isinstance(value, torch.Tensor):
         return []
     if not value.is_meta:
-        return (
-            [float(value.double().square().mean().sqrt())] if any(op(n) in ops.PRODUCTS for n in _readers(node)) else []
-        )
-    return [float(part) for part in (*node.args, *node.kwargs.values()) if isinstance(part, (int, float))]
+        multiplies = any(op(reader) in ops.PRODUCTS for reader in _readers(node))
+        return [float(value.to(torch.complex128).abs().square().mean().sqrt())] if multiplies and value.numel() else []
+    numbers = (*node.args, *node.kwargs.values()) if value.is_floating_point() and op(node) not in ops.VIEWS else ()
+    return [float(part) for part in numbers if isinstance(part, (int, float))]
 
 
 def _close(here: list[float], there: list[float]) -> bool:

@@ -224,6 +224,8 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in modules.values():
         for value in vars(module).values():
             _find_functions(value, modules.keys(), functions)
+            if isinstance(value, torch.Tensor) and not value.is_leaf:  # computed from parameters: Python copies none
+                memo[id(value)] = value.detach().to("meta")
     cells = {number: [CellType() for _ in function.__closure__ or ()] for number, function in functions.items()}
     for number, function in functions.items():
         again = FunctionType(

@@ -2,22 +2,26 @@
 
     checkpoints/step-00000500/        torch's distributed checkpoint: weights and optimiser, each rank its shards
                               rank-0.pt ...   random states of each rank
-                              state.json      the rest: position, spike detector, log
+                              state.json      the rest: position, spike detector, log; and a hash of each file
     checkpoints/.step-00001000.new    being written; or left behind by a run that was killed, and swept by the next one
     checkpoints/.step-00000000.old    being deleted
+    checkpoints/damaged-step-...      was not as it had been written when the run was to go on from it
 
 All ranks write into the ``.new`` folder; when all of them are done, the first one renames it. A folder of the final
-name is complete and on the disk, so that resuming takes the last one without a look inside.
+name was complete and on the disk. Whether it still is, its hashes tell when a run is resumed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import pickle
 import random
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +88,11 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     torch.save(_random_states(), new / f"rank-{_rank()}.pt")
     sync(new / f"rank-{_rank()}.pt")
     _barrier()
+    hashes = _together(_hashes(new, sorted(found.name for found in new.iterdir())))
     if _rank() == 0:
         _log.debug("write the state")
-        text = json.dumps({**state, "step": step, "ranks": _ranks()}, allow_nan=False, indent=2)
+        whole = {**state, "step": step, "ranks": _ranks(), "files": hashes}
+        text = json.dumps({**whole, "sha256": _hash_of(whole)}, allow_nan=False, indent=2)
         (new / "state.json").write_text(text)
         sync(new / "state.json")
         _log.debug("commit")
@@ -145,13 +151,96 @@ def damaged(path: Path, why: str) -> BadSource:
         "the checkpoint does not fit the model, or is damaged",
         where=str(path),
         why=why,
-        remedy="delete this checkpoint, to resume from the one before, or train into a new folder",
+        remedy="move this checkpoint away, to resume from the one before, or train into a new folder",
     )
+
+
+def set_aside_damaged(folder: Path) -> list[str]:
+    """Rename the last checkpoints until one is as it was written. Called on every rank alike.
+
+    Returns:
+        A sentence on each that is not, for people; it is kept, as ``damaged-step-...``.
+
+    Raises:
+        BadSource: none of them is: what is there is not to be trained over without being asked.
+    """
+    damaged_ones: dict[Path, str] = {}
+    for path in reversed(_named_as_ours(folder)):
+        faults: dict[str, str] = _together(_faults(path))
+        if not faults:
+            break
+        damaged_ones[path] = "; ".join(f"{name} {fault}" for name, fault in sorted(faults.items()))
+    else:
+        if damaged_ones:
+            raise BadSource(
+                "no checkpoint of the run is as it was written",
+                where=str(folder),
+                why="; ".join(f"{path.name}: {why}" for path, why in damaged_ones.items()),
+                remedy=f"put a copy of one back; or rm -r {folder}, and the run begins anew at its first step",
+            )
+    _barrier()
+    if _rank() == 0:
+        for path in damaged_ones:
+            aside = folder / f"damaged-{path.name}"
+            if os.path.lexists(aside):
+                shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
+            os.replace(path, aside)
+    _barrier()
+    return [f"{path}: damaged, and kept as damaged-{path.name} ({why})" for path, why in damaged_ones.items()]
+
+
+def _faults(path: Path) -> dict[str, str]:
+    """What is wrong with a checkpoint: name of a file -> what. Each rank looks at its share of the files."""
+    if path.is_symlink() or not path.is_dir():
+        return {path.name: "is no folder"}
+    try:
+        state = json.loads(read_file(path / "state.json"))
+        said = state.pop("sha256", None)
+        files = {str(name): str(value) for name, value in state["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return {"state.json": f"cannot be read ({getattr(error, 'strerror', None) or on_one_line(error)})"}
+    if said != _hash_of(state):
+        return {"state.json": "is not as it was written"}
+    return {
+        name: "is missing" if hashed is None else "is not as it was written"
+        for name, hashed in _hashes(path, sorted(files)).items()
+        if hashed != files[name]
+    }
+
+
+def _hashes(folder: Path, names: Sequence[str]) -> dict[str, str | None]:
+    """SHA-256 of this rank's share of the files; None of one that cannot be read."""
+    found: dict[str, str | None] = {}
+    for name in names[_rank() :: _ranks()]:
+        try:
+            with opened(folder / name) as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            found[name] = None
+    return found
+
+
+def _hash_of(state: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON, however it is laid out."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(state)), sort_keys=True).encode()).hexdigest()
+
+
+def _together(found: dict[str, Any]) -> dict[str, Any]:
+    """What all ranks have found."""
+    if not dist.is_initialized():
+        return found
+    parts: list[Any] = [None] * _ranks()
+    dist.all_gather_object(parts, found)
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def committed(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
+    return [path for path in _named_as_ours(folder) if path.is_dir()]
+
+
+def _named_as_ours(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def latest(folder: Path, *, before: int | None = None) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -52,6 +53,31 @@ def curves(pair: Pair, names: Sequence[str], verdict: Verdict) -> tuple[Chart, C
         Chart(f"Loss, {about}", "step", "nats per token", tuple(losses), log=_wide(losses)),
         Chart(f"Gradient norm, {about}", "step", "before clipping", tuple(norms), log=True),
     )
+
+
+def arm_panels(logs: Sequence[RunLog], verdict: Verdict) -> tuple[tuple[Chart, Chart], ...]:
+    """Loss and gradient norm of each model at each learning rate: a row each, all seeds on each other, with events."""
+    told = {(arm.model, arm.lr): f": {arm.with_events} of {arm.runs} runs have a loss event" for arm in verdict.arms}
+    rows: dict[tuple[float, str], list[tuple[RunLog, RunResult]]] = {}
+    for log, run in zip(logs, verdict.runs, strict=True):
+        rows.setdefault((run.lr, run.name), []).append((log, run))
+    rates = {lr for lr, _ in rows}
+    found = []
+    for (lr, name), runs in sorted(rows.items(), key=lambda row: row[0][0]):
+        title = f"{name}{f', lr {lr:g}' if len(rates) > 1 else ''}{told.get((name, lr), '')}"
+        losses, norms = (
+            tuple(Line(f"seed {run.seed}", tuple(_points(log.steps, field)), _peaks(run, field)) for log, run in runs)
+            for field in ("loss", "gradient_norm")
+        )
+        loss = Chart(title, "step", "loss, nats per token", losses)
+        found.append((loss, Chart(title, "step", "gradient norm", norms, log=True)))
+    wide = _wide([line for loss, _ in found for line in loss.series])
+    return tuple((dataclasses.replace(loss, log=wide), norm) for loss, norm in found)
+
+
+def _peaks(run: RunResult, field: str) -> tuple[Mark, ...]:
+    events = (event for event in run.events if event.kind in (field, "nonfinite"))
+    return tuple(Mark(event.peak, event.value, "ring", "event") for event in events)
 
 
 def _points(steps: Iterable[Step], field: str) -> Iterator[tuple[float, float | None]]:

@@ -15,6 +15,7 @@ import torch
 
 from spikepatch.apply.generated.patched_source import check_known, check_replaced, load_as_it_is, load_unpatched
 from spikepatch.apply.live.patch import patch
+from spikepatch.data.tokenizing import Tokenizing, of_given_ids, of_source, shared
 from spikepatch.errors import Refused
 from spikepatch.plans.plan import Plan, Recipe
 from spikepatch.preflight.values import fresh
@@ -28,7 +29,6 @@ from spikepatch.source.open import Source, build_meta, open_source
 from spikepatch.source.private import from_config
 from spikepatch.training.folder import DATA, RECORD
 from spikepatch.training.run_identity import TrainedModel
-from spikepatch.training.tokenizing import Tokenizing, of_source, shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,14 +113,18 @@ def parse_entries(
     return tuple(entries.values())
 
 
-def tokenizer_of(entries: Sequence[Entry]) -> Tokenizing:
+def tokenizer_of(entries: Sequence[Entry], *, for_text: bool = True) -> Tokenizing:
     """The one tokenizer of all models: what lies in their folders; bytes, where none of them has one.
+
+    Args:
+        for_text: else the data are token ids, and all that counts is which ids the models have.
 
     Raises:
         BadSource: a tokenizer cannot be used.
         Refused: the models have different ones, or one has a vocabulary that is too small.
     """
-    return shared([(entry.name, of_source(entry.source, entry.name)) for entry in entries])
+    of = of_source if for_text else of_given_ids
+    return shared([(entry.name, of(entry.source, entry.name)) for entry in entries])
 
 
 def build(entry: Entry, *, seed: int) -> PreTrainedModel:

@@ -6,28 +6,23 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from spikepatch._version import __version__
 from spikepatch.apply.disk.atomic import locked, placing
-from spikepatch.errors import BadSource, BadTarget, Refused, first_line, on_one_line
+from spikepatch.errors import BadSource, BadTarget, first_line, on_one_line
 from spikepatch.source.local import local_path, read_file
 from spikepatch.source.typed import parsed
 from spikepatch.training.run_identity import all_runs
 
-#: What is run. Written before the first step; its keys but ``versions`` and ``command`` stay as they are.
+#: What is run. Written before the first step; ``versions`` are those of its beginning.
 RECORD = "run.json"
 
 #: The tokens are in files of this beginning, in this folder; ``data.prepare`` has a lock of the same name there.
 DATA, TOKENS, LOCK = "data", "tokens-", ".lock"
-
-_LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
 
 
 def check_out(out: Path, *, resume: bool, sources: Iterable[str] = ()) -> None:
@@ -55,6 +50,25 @@ def check_out(out: Path, *, resume: bool, sources: Iterable[str] = ()) -> None:
     else:
         why, remedy = "what is in it is not of a training", "give a new folder"
     raise BadTarget("the output folder is not empty", where=str(out), why=why, remedy=remedy)
+
+
+def check_places(out: Path, runs: Iterable[str]) -> None:
+    """Refuse a file that has the name of a folder of ours, and a folder that has the name of a file.
+
+    Args:
+        runs: their folders, under ``out``.
+    """
+    folders = [out / DATA, *(out / run / name for run in runs for name in ("", "checkpoints", "model"))]
+    files = [out / "verdict.json", *(out / run / name for run in runs for name in ("log.jsonl", "result.json"))]
+    for kind, paths in (("folder", [*folders, *(place.parent for place in folders)]), ("file", files)):
+        for path in paths:
+            if os.path.lexists(path) and not (path.is_dir() if kind == "folder" else path.is_file()):
+                raise BadTarget(
+                    "something else has the name of what the training writes",
+                    where=str(path),
+                    why=f"it is no {kind}",
+                    remedy="move it away, and give the command again",
+                )
 
 
 def _holds_tokens(data: Path) -> bool:
@@ -103,36 +117,6 @@ def _remove_unused(made: Iterable[Path]) -> None:
     with contextlib.suppress(OSError):
         for path in made:
             path.rmdir()
-
-
-def write_record(out: Path, wanted: Mapping[str, Any], command: str) -> None:
-    """Write ``run.json``; where there is one, it must be of the same run.
-
-    Raises:
-        Refused: something else was run, or on other data; all that differs is named.
-    """
-    path = out / RECORD
-    new = json.loads(json.dumps(wanted))  # tuples become lists, as in the file
-    versions = {"spikepatch": __version__, "python": platform.python_version()} | {n: version(n) for n in _LIBRARIES}
-    commands = [command]
-    if path.exists():
-        old = read_record(out)
-        changed = [*_changes({name: old.get(name) for name in new}, new)]
-        if changed:
-            raise Refused(
-                what="this is not the run that is to be resumed",
-                where=str(out),
-                why="; ".join(changed),
-                remedy="give the options and data that it began with, or a new folder",
-            )
-        commands = [*old["commands"], command]
-    write_json(path, {**new, "versions": versions, "commands": commands})
-
-
-def recorded_commits(out: Path) -> dict[str, str | None]:
-    """Source -> the commit of the Hub that it stood for when the training began."""
-    models = read_record(out)["models"] if (out / RECORD).exists() else {}
-    return {model["source"]: model.get("commit") for model in models.values()}
 
 
 @dataclass(frozen=True)
@@ -197,20 +181,6 @@ def _check_name(folder: str) -> None:
     parts = PurePosixPath(folder).parts
     if folder.startswith("/") or ".." in parts or "\0" in folder or any(len(os.fsencode(part)) > 255 for part in parts):
         raise ValueError(f"{folder[:60]!r} names no folder of a run")
-
-
-def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """What differs, one sentence each, by the path of its keys."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys((*old, *new)):
-            yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield f"{name} was {_short(old)} and is {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def write_json(path: Path, value: Any) -> None:

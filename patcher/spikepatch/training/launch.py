@@ -36,6 +36,7 @@ def launched(settings: Settings) -> Iterator[Launch]:
     Raises:
         Refused: the settings are not possible on them.
     """
+    _check_launcher()
     cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     _check_precision(settings, cpu)
     fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "")
@@ -56,6 +57,31 @@ def launched(settings: Settings) -> Iterator[Launch]:
         forget_accelerators()
         if ours and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+#: What a launcher sets for its processes -> what it is, which would do nothing here.
+_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (accelerate launch --use_deepspeed)",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM (accelerate launch --use_megatron_lm)",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's parallelism config",
+}
+
+
+def _check_launcher() -> None:
+    """Refuse launchers whose engine would be left out without a word."""
+    found = [
+        name for variable, name in _ENGINES.items() if os.environ.get(variable, "").lower() not in ("", "false", "0")
+    ]
+    if "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ:  # deepspeed/launcher/launch.py sets both
+        found.append("the launcher deepspeed")
+    if found:
+        raise Refused(
+            what="the models cannot be trained by this engine",
+            where=found[0],
+            why="spikepatch trains by a loop of its own, on copies (DDP) or shards (FSDP2) of the model",
+            remedy="accelerate launch --use_fsdp --fsdp_version 2 shards the model, its gradients and the optimiser, as"
+            " ZeRO 3 does; torchrun, or accelerate launch --multi_gpu, trains on copies",
+        )
 
 
 def _notes(accelerator: Accelerator, fsdp: bool) -> Iterator[str]:

@@ -6,6 +6,7 @@ handed to the operating system when it is written, so a killed run loses nothing
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -89,6 +90,14 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Lengthened:
+    """After ``step`` the run has so many ``steps`` in all, more than its first record says."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class Stop:
     """The run ended before its last step."""
 
@@ -104,9 +113,10 @@ class Opened:
     event: Event
 
 
-LogRecord = RunHeader | Step | Layers | Rewind | Eval | Stop | Opened
+LogRecord = RunHeader | Step | Layers | Rewind | Eval | Lengthened | Stop | Opened
 _KINDS: dict[str, type[LogRecord]] = {
     "run": RunHeader, "step": Step, "layers": Layers, "rewind": Rewind, "eval": Eval, "stop": Stop,
+    "steps": Lengthened,
 }  # fmt: skip
 
 
@@ -234,9 +244,10 @@ def read(path: str | os.PathLike[str]) -> RunLog:
         if isinstance(record, Layers) and not _fits(record, records[0]):
             raise _broken(path, i, "it has more or fewer places than the first line names")
     stops = [r for r in records if isinstance(r, Stop)]
+    lengths = [r.steps for r in records if isinstance(r, Lengthened)]
     return RunLog(
         path=path,
-        run=records[0],
+        run=dataclasses.replace(records[0], steps=lengths[-1]) if lengths else records[0],
         steps=tuple(r for r in records if isinstance(r, Step)),
         kept=tuple(_kept(records)),
         layers=tuple(r for r in records if isinstance(r, Layers)),

@@ -34,11 +34,13 @@ from spikepatch.quiet import quiet
 from spikepatch.residual.points import Points, watching
 from spikepatch.spikes.detector import SpikeDetector, news
 from spikepatch.training import checkpoints
-from spikepatch.training.batches import Tokens, batch, held_out_batches
+from spikepatch.training.batches import batch, held_out_batches
 from spikepatch.training.gradients import gradient_norms, whole
 from spikepatch.training.log import Reporter, open_log, read
 from spikepatch.training.position import Position, restored
+from spikepatch.training.resets import IGNORED, counted, positions, targets
 from spikepatch.training.settings import Settings
+from spikepatch.training.tokens import Tokens
 
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -107,7 +109,8 @@ def train(
     groups = param_groups(model, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=1e-8, fused=True)
     factor = _schedule(optimizer, settings)
-    loss_of = _loss(wrapped, model, settings)
+    eos = tokens.eos if settings.reset_positions else None
+    loss_of = _loss(wrapped, model, settings, eos)
 
     # Where to begin: at the last checkpoint, or with the first step.
     store = folder / "checkpoints"
@@ -141,7 +144,10 @@ def train(
             if settings.on_spike == "rewind":
                 save()
         elif log is not None:
-            progress({"type": "run", **dataclasses.asdict(read(folder / "log.jsonl").run)})
+            begun = read(folder / "log.jsonl").run
+            progress({"type": "run", **dataclasses.asdict(begun) | {"steps": settings.steps}})
+            if begun.steps != settings.steps:
+                write({"type": "steps", "step": at.step, "steps": settings.steps})
 
         stop: str | None = None
         while at.step < settings.steps:
@@ -153,6 +159,11 @@ def train(
             # Forward and backward; the gradients of the micro-batches add up to those of the whole batch's mean loss.
             sizes = {"sequences": settings.sequences, "length": settings.seq_len, "rank": rank, "ranks": ranks}
             rows = torch.from_numpy(batch(tokens, seed=seed, index=index, **sizes))
+            all_targets = share * settings.seq_len
+            if eos is not None:  # documents end at other places on other ranks
+                all_targets = (
+                    counted(batch(tokens, seed=seed, index=index, **sizes | {"rank": 0, "ranks": 1}), eos) / ranks
+                )
             rows = rows.to(device, non_blocking=True)  # (B, T + 1)
             loss = torch.zeros((), device=device)
             every = settings.watch_every
@@ -160,7 +171,7 @@ def train(
             streams: dict[str, torch.Tensor] = {}
             for first in range(0, share, micro):
                 part = rows[first : first + micro]
-                part_of = len(part) / share
+                part_of = len(part) / share if eos is None else counted(part, eos) / all_targets
                 whole_batch = first + micro >= share
                 with contextlib.nullcontext() if whole_batch else accelerator.no_sync(wrapped):
                     with watching(model, points, streams) if watched and not first else contextlib.nullcontext():
@@ -261,29 +272,36 @@ def evaluate(
     for first in range(0, len(batches), ranks):
         report(done, held_out)
         done += sum(sizes[first : first + ranks])
-        rows = torch.from_numpy(batches[min(first + rank, len(batches) - 1)]).to(accelerator.device)
-        entropy, _ = loss_of(rows)
-        if first + rank < len(batches):
-            total += entropy.item() * rows[:, 1:].numel()
-            count += rows[:, 1:].numel()
+        rows = torch.from_numpy(batches[min(first + rank, len(batches) - 1)])
+        entropy, _ = loss_of(rows.to(accelerator.device))
+        if first + rank < len(batches) and (size := counted(rows, tokens.eos if settings.reset_positions else None)):
+            total += entropy.item() * size
+            count += size
     model.train()
     total, count = accelerator.reduce(torch.tensor([total, count], device=accelerator.device)).tolist()
     return total / count if count else None
 
 
-def _loss(wrapped: nn.Module, model: PreTrainedModel, settings: Settings) -> Loss:
+def _loss(wrapped: nn.Module, model: PreTrainedModel, settings: Settings, eos: int | None) -> Loss:
     """A function of rows of T + 1 tokens: their mean cross-entropy, and what is trained on.
 
     That is with the z-loss, and with the load-balancing loss of a mixture of experts, where its config asks for it.
+    With ``eos`` documents are kept apart, see ``resets.py``.
     """
     # A cache is of use when text is generated.
     cache = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
     balance = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
 
     def loss_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output = wrapped(input_ids=rows[:, :-1], **cache)
+        apart = {} if eos is None else {"position_ids": positions(rows[:, :-1], eos)}
+        output = wrapped(input_ids=rows[:, :-1], **cache, **apart)
         logits = output.logits.float().flatten(0, 1)  # (B T, V)
-        entropy = objective = F.cross_entropy(logits, rows[:, 1:].flatten())
+        if eos is None:
+            entropy = objective = F.cross_entropy(logits, rows[:, 1:].flatten())
+        else:
+            wanted = targets(rows, eos).flatten()  # it may have no target at all
+            total = F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+            entropy = objective = total / (wanted != IGNORED).sum().clamp(min=1)
         if settings.z_loss:
             objective = objective + settings.z_loss * logits.logsumexp(-1).pow(2).mean()
         if getattr(output, "aux_loss", None) is not None:

@@ -10,116 +10,114 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from spikepatch.apply.live.save import pretrained, save, sharded
+from spikepatch.data.tokenizing import BYTES
 from spikepatch.errors import BadTarget, Refused
 from spikepatch.progress import Progress, silent
-from spikepatch.recipes.request import Options
 from spikepatch.residual.points import Points, points_of
 from spikepatch.source.open import Source
 from spikepatch.source.tokenizer import has_tokenizer, source_tokenizer
 from spikepatch.spikes.conclusion import LEAST_ROWS
 from spikepatch.training import checkpoints
-from spikepatch.training.batches import Tokens, check_enough, prepare
+from spikepatch.training.batches import check_enough
 from spikepatch.training.entries import Entry, build, check_causal, parse_entries, split, tokenizer_of
-from spikepatch.training.folder import DATA, RECORD, check_out, held, recorded_commits, write_json, write_record
+from spikepatch.training.folder import DATA, RECORD, check_out, check_places, held, write_json
+from spikepatch.training.going_on import check_record, recorded_commits, write_record
 from spikepatch.training.launch import Launch, launched
-from spikepatch.training.log import Reporter, read
+from spikepatch.training.log import Reporter, begun, read
 from spikepatch.training.loop import train
+from spikepatch.training.resets import check_boundaries, check_resets
 from spikepatch.training.run_identity import Run, all_runs
-from spikepatch.training.settings import Settings
-from spikepatch.training.tokenizing import BYTES, Tokenizing
+from spikepatch.training.settings import Settings, TrainingCommand
+from spikepatch.training.tokens import Tokens, prepare
 from spikepatch.training.trackers import check_installed, tracking
 from spikepatch.training.verdict import Verdict, compared, judge_run, rows_of, summarise
 
 
 def run_all(
-    models: Sequence[str],
-    data: Sequence[str],
+    asked: TrainingCommand,
     out: Path,
-    settings: Settings,
     *,
-    lr: float,
-    multipliers: Sequence[float] = (1.0,),
-    seeds: Sequence[int] = (0,),
-    eval_data: Sequence[str] = (),
-    log_with: Sequence[str] = (),
     resume: bool = False,
-    revision: str | None = None,
     trust_remote_code: bool = False,
     command: str = "",
     steps: Progress = silent,
     progress: Reporter = lambda record: None,
     say: Callable[[str], None] = lambda text: None,
-    **options: Unpack[Options],
 ) -> Verdict:
     """Train every model at every learning rate and seed, one after the other. Called on every process alike.
 
     Args:
-        models: as ``entries.parse_entries`` reads them.
-        data, eval_data: as ``data.prepare`` reads them.
-        lr, multipliers: a run's learning rate is one times the other.
-        log_with: names of ``trackers.TRACKERS``.
         resume: go on with what ``out`` holds; runs that are done are not run again.
-        revision, trust_remote_code: of the models. A training stays with the commits that it began with.
+        trust_remote_code: of the models. A training stays with the commits that it began with.
         command: the command line, to be recorded.
         steps, progress, say: told what is being prepared; each record of a run's log; and what the user should know. Of
             one process only.
-        options: of the models' recipes.
 
     Raises:
         SpikepatchError: the input cannot be used; or ``out`` holds something, without ``resume``; or with it, something
             else.
     """
-    check_installed(log_with)
+    settings = asked.settings
+    check_installed(asked.log_with)
     with launched(settings) as launch, contextlib.ExitStack() as stack:
         main = launch.accelerator.is_main_process
-        check_out(out, resume=resume, sources=[split(model)[1] for model in models])
+        check_out(out, resume=resume, sources=[split(model)[1] for model in asked.models])
         launch.accelerator.wait_for_everyone()
+        told = say if main else lambda text: None
         if main:
             stack.enter_context(held(out))
-            for note in launch.notes:
-                say(note)
+        for note in launch.notes:
+            told(note)
         quiet_steps: Progress = steps if main else silent
         quiet_steps("reading the models")
-        parse = partial(parse_entries, models, trust_remote_code=trust_remote_code, **options)
-        entries = _of_one_commit(partial(parse, revision=revision), recorded_commits(out) if resume else {})
+        parse = partial(parse_entries, asked.models, trust_remote_code=trust_remote_code, **asked.options)
+        entries = _of_one_commit(partial(parse, revision=asked.revision), recorded_commits(out) if resume else {})
         wanted: dict[str, Any] = {
             "settings": dataclasses.asdict(settings),
-            "lr": lr, "multipliers": multipliers, "seeds": seeds,
-            "models": {entry.name: _recorded(entry) for entry in entries}, "revision": revision,
+            "lr": asked.lr, "multipliers": asked.multipliers, "seeds": asked.seeds,
+            "models": {entry.name: _recorded(entry) for entry in entries}, "revision": asked.revision,
+            "ranks": launch.accelerator.num_processes, "sharded": launch.shard,
+            "reading": dataclasses.asdict(asked.reading), "bos": asked.bos,
         }  # fmt: skip
         runs = tuple(all_runs(wanted))
         _check_apart([run.folder for run in runs])
         _check_models(entries, settings)
-        tokenizing = tokenizer_of(entries)
-        tokens = prepare(data, tokenizing, out / DATA, eval_data=eval_data, progress=quiet_steps)
+        check_places(out, [run.folder for run in runs])
+        if resume:
+            check_record(out, wanted)
+        tokens = prepare(
+            asked.data, lambda text: tokenizer_of(entries, for_text=text), out / DATA, eval_data=asked.eval_data,
+            reading=asked.reading, bos=asked.bos, progress=quiet_steps, say=told,
+        )  # fmt: skip
         check_enough(tokens, sequences=settings.sequences, length=settings.seq_len)
-        if main:
-            for note in _notes(tokens, tokenizing, settings):
-                say(note)
-        wanted |= {
-            "data": {"files": data, "evaluation": eval_data, "tokens": tokens.count, "fingerprint": tokens.fingerprint},
-            "ranks": launch.accelerator.num_processes, "sharded": launch.shard,
+        check_boundaries(tokens, settings)
+        for note in _notes(tokens, settings):
+            told(note)
+        wanted["data"] = {
+            "files": asked.data, "evaluation": asked.eval_data, "tokens": tokens.count,
+            "fingerprint": tokens.fingerprint,
         }  # fmt: skip
         if main:
-            write_record(out, wanted, command)
+            write_record(out, wanted, asked, command, told)
         launch.accelerator.wait_for_everyone()
 
         results, curves, points = [], [], dict[str, Points]()
         by_name = {entry.name: entry for entry in entries}
         for run in runs:
             folder, entry = out / run.folder, by_name[run.name]
-            if (folder / "result.json").exists():
+            if _is_done(folder, settings):
                 if main:
                     progress({"type": "run", **dataclasses.asdict(read(folder / "log.jsonl").run)})
             else:
@@ -127,11 +125,13 @@ def run_all(
                 model = build(entry, seed=run.seed)
                 if run.name not in points:
                     check_causal(model, run.source, settings.seq_len)
+                    if settings.reset_positions:
+                        check_resets(model, run.source, settings.seq_len)
                     needed = settings.watch_every or launch.shard
                     points[run.name] = points_of(model) if needed else Points((), (), 0)
                 _run(
-                    run, entry.source, model, tokens, settings, folder, launch, points[run.name], log_with, command,
-                    progress,
+                    run, entry.source, model, tokens, settings, folder, launch, points[run.name], asked.log_with,
+                    command, progress, told,
                 )  # fmt: skip
                 del model
             launch.accelerator.wait_for_everyone()
@@ -176,9 +176,19 @@ def _check_apart(folders: Sequence[str]) -> None:
         )
 
 
-def _notes(tokens: Tokens, tokenizing: Tokenizing, settings: Settings) -> Iterator[str]:
+def _is_done(folder: Path, settings: Settings) -> bool:
+    """It has ended, and not before the last step that is asked for; or for good."""
+    if not (folder / "result.json").exists() or not begun(folder / "log.jsonl"):
+        return False
+    log = read(folder / "log.jsonl")
+    return log.stop is not None or (bool(log.evals) and log.run.steps >= settings.steps)
+
+
+def _notes(tokens: Tokens, settings: Settings) -> Iterator[str]:
     """What there is to train on, and whether it is enough for a verdict."""
-    means = f"{tokenizing.name}, since no model has a tokenizer" if tokenizing.name == BYTES else tokenizing.name
+    means = f"{BYTES}, since no model has a tokenizer" if tokens.tokenizer == BYTES else tokens.tokenizer
+    if tokens.left_out:
+        yield f"{tokens.left_out:,} rows without a document are left out, as --skip-bad says"
     yield (
         f"{tokens.count:,} tokens of {tokens.documents:,} document{'' if tokens.documents == 1 else 's'} ({means});"
         f" {tokens.held_out:,} of them are held out for evaluation"
@@ -200,18 +210,21 @@ def _run(
     log_with: Sequence[str],
     command: str,
     progress: Reporter,
+    say: Callable[[str], None],
 ) -> None:
     """Train, and write the trained model to ``folder/model``: one that was stopped before its last step has none."""
     main = launch.accelerator.is_main_process
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints.sweep(folder / "checkpoints")
+    for note in checkpoints.set_aside_damaged(folder / "checkpoints"):
+        say(note)
     versions = json.loads((folder.parents[1] / RECORD).read_text())["versions"]
     about = {
         **dataclasses.asdict(run), "steps": settings.steps,
         "parameters": sum(p.numel() for p in model.parameters()), "versions": versions, "command": command,
     }  # fmt: skip
     try:
-        with tracking(log_with if main else (), run.folder, folder, about) as track:
+        with tracking(launch.accelerator, log_with if main else (), run.folder, folder, about) as track:
 
             def observe(record: Mapping[str, Any]) -> None:
                 progress(record)
@@ -224,13 +237,23 @@ def _run(
         if stop is None:
             _save(model, folder / "model", source, main)
     except OSError as error:
-        raise BadTarget(
-            "the run cannot be written",
-            where=str(folder),
-            why=str(error),
-            remedy="check the disk's free space and the folder's permissions, and go on with --resume",
-        ) from error
+        raise _unwritable(folder, error) from error
     launch.accelerator.free_memory()
+
+
+def _unwritable(folder: Path, error: OSError) -> BadTarget:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "free some space on the disk"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "correct the permissions"
+    else:
+        remedy = f"move away what is in the way there, if it is none of the run's: {error.filename or folder}"
+    return BadTarget(
+        "the run cannot be written",
+        where=str(folder),
+        why=str(error),
+        remedy=f"{remedy}, and go on with: spikepatch train --resume {folder.parents[1]}",
+    )
 
 
 def _save(model: nn.Module, out: Path, source: Source, main: bool) -> None:

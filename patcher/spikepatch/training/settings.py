@@ -1,9 +1,13 @@
-"""What all runs of one command have in common."""
+"""What all runs of one command have in common, and what is asked for by it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from spikepatch.data.rows import Reading
+from spikepatch.data.tokenizing import Bos
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Settings:
         on_spike: what a flagged step leads to. log: nothing. skip: its gradients are dropped. rewind: back to the last
             checkpoint before it, and the batches since then are left out. stop: the run ends. Gradients that are not
             finite are always dropped.
+        reset_positions: documents that share a sequence do not see each other, and each begins at position 0; the first
+            token of a document is no target.
         watch_every: steps between two measurements inside the model; 0: none.
     """
 
@@ -39,6 +45,7 @@ class Settings:
     z_loss: float = 0.0
     checkpoint_every: int = 500
     on_spike: Literal["log", "skip", "rewind", "stop"] = "log"
+    reset_positions: bool = False
     watch_every: int = 50
     activation_checkpointing: bool = False
     compile: bool = False
@@ -51,3 +58,29 @@ class Settings:
     @property
     def warmup_steps(self) -> int:
         return round(self.warmup * self.steps if self.warmup < 1 else self.warmup)
+
+
+@dataclass(frozen=True)
+class TrainingCommand:
+    """A command, as ``run.json`` keeps it, so that it can be gone on with.
+
+    Attributes:
+        models, data, eval_data: as given.
+        lr, multipliers, seeds: every model is trained at each product of the first two with each of the third.
+        reading, bos: how the data become tokens.
+        log_with: names of trackers.
+        options: of the models' recipes, those that are given.
+    """
+
+    models: tuple[str, ...]
+    data: tuple[str, ...]
+    settings: Settings
+    lr: float
+    multipliers: tuple[float, ...] = (1.0,)
+    seeds: tuple[int, ...] = (0,)
+    eval_data: tuple[str, ...] = ()
+    reading: Reading = field(default_factory=Reading)
+    bos: Bos = "auto"
+    log_with: tuple[str, ...] = ()
+    revision: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)

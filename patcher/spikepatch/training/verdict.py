@@ -78,9 +78,14 @@ class ModelResult(TrainedModel):
 
 @dataclass(frozen=True)
 class Verdict:
-    """All runs and all models; the arms, where there are two models; and the exit code: 0 if every patched model, or
-    where none is patched every model, is healthy, or has blips only, at multiplier 1 for every seed; else 1. Other
-    multipliers do not count.
+    """What came of a training.
+
+    Attributes:
+        runs: all of them, in order.
+        models: what all runs of each say.
+        arms: two models side by side, where there are two.
+        exit_code: 0 if every patched model, or where none is patched every model, is healthy, or has blips only, at
+            multiplier 1 for every seed; else 1. Other multipliers do not count.
     """
 
     runs: tuple[RunResult, ...]

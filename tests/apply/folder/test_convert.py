@@ -24,12 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import spikepatch
 from spikepatch.apply.folder.conversion import Conversion
 from spikepatch.apply.folder.drift import drift_written
+from spikepatch.data.tokenizing import of_source, shared
 from spikepatch.plans.plan import Fill, Plan, ScaleEmbedding
 from spikepatch.recipes.built_in import RECIPES
 from spikepatch.residual.inspect import inspect
 from spikepatch.source.open import build_meta, open_source
 from spikepatch.source.tokenizer import PROBE, SAMPLE
-from spikepatch.training.tokenizing import of_source, shared
 from spikepatch_transforms.embed_scale import EmbedScale
 from spikepatch_transforms.small_init import SmallInit
 from tests.architectures import tiny_config, tiny_model
