@@ -351,7 +351,7 @@ def test_engines_that_would_do_nothing(
         (("--betas", "0.9", "1"), "Invalid value for '--betas'"),
         (("--seeds", "0,x"), "'0,x' is no list of numbers"),
         (("--lr-multipliers", "0"), "each must be at least"),
-        (("--lr-multipliers", "1,1e308", "--lr", "10"), "no finite learning rate"),
+        (("--lr-multipliers", "1,1e308", "--lr", "10"), "cannot be inf"),
         (("--log-with", "wandb"), "pip install wandb"),
         (("--batch-tokens", "1048576"), "too few for one batch"),
     ],
