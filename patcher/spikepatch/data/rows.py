@@ -283,7 +283,7 @@ def _object(line: bytes) -> dict[str, Any] | str:
 
 def _table_rows(path: Path) -> Iterator[tuple[int, list[str], int]]:
     """The line on which each row begins, its values, and the bytes read."""
-    csv.field_size_limit(max(csv.field_size_limit(), (1 << 31) - 1))  # of the whole process; the default is 128 KiB
+    before = csv.field_size_limit((1 << 31) - 1)  # of the whole process, so only while this is read
     raw, content = unpacked(path)
     with raw, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if endings(path)[0] == ".tsv" else ",", strict=True)
@@ -297,6 +297,8 @@ def _table_rows(path: Path) -> Iterator[tuple[int, list[str], int]]:
             raise unreadable(path, f"the row that begins on line {begun} is not CSV ({error})") from error
         except UnicodeDecodeError as error:
             raise unreadable(path, f"it is not UTF-8 text ({error.reason})") from error
+        finally:
+            csv.field_size_limit(before)
 
 
 def unreadable(path: Path | str, why: str) -> BadSource:
