@@ -40,9 +40,9 @@ TESTS = [
     "apply/values/test_draw.py",
     "test_cli.py",
     "apply/folder/test_convert.py",
-    "apply/folder/test_fold.py",
+    "apply/own_file/test_codemod.py",
+    "preflight/test_check.py",
 ]
-TESTS += ["apply/test_agreement.py", "apply/own_file/test_codemod.py", "preflight/test_check.py"]
 #: And of trainings, which are slow ones, these.
 SLOW, TRAINED = ("test_loop.py", "test_callback.py"), "bare_loop or free_of_events"
 LEFT_OUT = "smollm2 or drift or hub or no_warning or switched_on"

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -591,11 +592,11 @@ def test_without_the_hub_the_cache_serves(tmp_path: Path, hub: LocalHub, save_ti
 @pytest.mark.slow
 def test_a_hub_that_is_down(tmp_path: Path, hub: LocalHub) -> None:
     hub.broken.add("org/model")
-    (broken,) = open_in_fresh_process(hub.environment(tmp_path), ("org/model", {"weights": False}))
     closed = "http://127.0.0.1:1"
-    (unreachable,) = open_in_fresh_process(
-        hub.environment(tmp_path, HF_ENDPOINT=closed), ("org/model", {"weights": False})
-    )
+    environments = [hub.environment(tmp_path / "a"), hub.environment(tmp_path / "b", HF_ENDPOINT=closed)]
+    with ThreadPoolExecutor() as pool:  # each waits for long between its tries
+        found = pool.map(lambda of: open_in_fresh_process(of, ("org/model", {"weights": False})), environments)
+        (broken,), (unreachable,) = found
 
     assert hub.requests
     assert "503" in broken["why"]

@@ -38,6 +38,7 @@ class Facts:
         self.weight: dict[Node, str] = self._weight_views()
         self.fed: set[Node] = self._fed()
         self.varies: set[Node] = self._input_dependent()
+        self._data: dict[Node, list[Node]] = {}
         self.inputs: dict[Node, frozenset[Node]] = self._inputs_of_data()
         self.norm_at: dict[Node, NormNode] = norms(trace, self.data, self.varies, self.weight, self.forms)
         self.carries: dict[Node, list[Node]] = self._carriers(None)
@@ -104,8 +105,10 @@ class Facts:
 
     def data(self, node: Node) -> list[Node]:
         """The operands whose values depend on the tokens; indices and offsets that do are control, not data."""
-        arguments = operands(node)[:1] if op(node) in ops.VIEWS else operands(node)  # type_as reads a dtype only
-        return [a for a in arguments if a in self.varies and floating(a)]
+        if node not in self._data:
+            arguments = operands(node)[:1] if op(node) in ops.VIEWS else operands(node)  # type_as reads a dtype only
+            self._data[node] = [a for a in arguments if a in self.varies and floating(a)]
+        return self._data[node]
 
     def product(self, node: Node) -> bool:
         """A matmul, or a convolution that mixes channels (a depthwise one only moves values between positions)."""
