@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from spikepatch.errors import BadSource, Refused
@@ -155,6 +158,39 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(BadSource, match="does not fit the model, or is damaged"):
         checkpoints.load(path, model, torch.optim.AdamW(model.parameters()))
+
+
+class Calling:
+    """Whoever unpickles it calls ``open``."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.marker), "w")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_nothing_of_a_foreign_checkpoint_is_run(tmp_path: Path) -> None:
+    """What torch unpickles as it is: the description of the tensors, and values that are none."""
+    model, marker = small_model(), tmp_path / "run"
+    optimizer = trained(model, 1)
+    path = checkpoints.save(tmp_path / "c", 1, model, optimizer, {})
+    whole = (path / ".metadata").read_bytes()
+    (path / ".metadata").write_bytes(pickle.dumps(Calling(marker)))
+    with pytest.raises(BadSource, match=r"names _?io\.open, which no checkpoint needs"):
+        checkpoints.load(path, model, optimizer)
+    (path / ".metadata").write_bytes(whole)
+    checkpoints.load(path, model, optimizer)
+
+    foreign, names = tmp_path / "foreign", dict(model.named_parameters())
+    dcp.save({"model": dict.fromkeys(names, Calling(marker))}, checkpoint_id=foreign)  # type: ignore[attr-defined]
+    for file in foreign.iterdir():
+        shutil.copy(file, path / file.name)
+    marker.unlink(missing_ok=True)
+    with pytest.raises(BadSource, match="does not fit the model, or is damaged"):
+        checkpoints.load(path, model, optimizer)
+    assert not marker.exists()
 
 
 def test_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

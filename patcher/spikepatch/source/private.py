@@ -102,6 +102,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and any(said in str(error) for said in words))
 
 
+#: (module, name) of all that torch's distributed checkpoints name in their ``.metadata``, beside dtypes.
+IN_CHECKPOINTS = frozenset(
+    {
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+                "ChunkStorageMetadata", "MetadataIndex",
+                "StorageMeta", "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("pathlib", "PosixPath"),
+    }
+)  # fmt: skip
+
+
 def schema(operation: object) -> Any:
     """Names, defaults and mutability of an ATen operation's arguments; None of what is none."""
     return getattr(operation, "_schema", None)

@@ -42,6 +42,7 @@ from spikepatch.apply.disk.atomic import beside, put, remove, sync
 from spikepatch.errors import BadSource, BadTarget, Refused, on_one_line
 from spikepatch.quiet import quiet
 from spikepatch.source.local import opened, read_file
+from spikepatch.training.checkpoint_reader import SafeLoadPlanner, SafeReader
 
 #: Debug messages name the steps of the protocol, each just before it is done.
 _log = logging.getLogger(__name__)
@@ -127,9 +128,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     optimizer.state.clear()
     try:
         with quiet():
-            reader = dcp.FileSystemReader(path)  # type: ignore[attr-defined]
+            reader = SafeReader(path)
             tensors = _targets(set(reader.read_metadata().state_dict_metadata), model, optimizer)
-            dcp.load(tensors, storage_reader=reader)  # type: ignore[attr-defined]
+            dcp.load(tensors, storage_reader=reader, planner=SafeLoadPlanner())  # type: ignore[attr-defined]
     except (dcp.CheckpointException, *_UNREADABLE) as error:  # type: ignore[attr-defined]
         raise damaged(path, str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)) from error
     set_model_state_dict(model, tensors["model"])
