@@ -48,6 +48,9 @@ class SafeLoadPlanner(dcp.DefaultLoadPlanner):  # type: ignore[misc,name-defined
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         """Puts a value in place."""
         begin = value.tell()
-        torch.load(value, weights_only=True)
+        try:
+            torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:  # its message says how to run it all the same
+            raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is more than plain values") from error
         value.seek(begin)
         super().load_bytes(read_item, value)
