@@ -218,13 +218,15 @@ def skeleton(model: nn.Module, *, keep_buffers: bool = False) -> nn.Module:
 
 
 def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy, in which functions that hold modules hold the copied ones: Python copies no function."""
+    """A deep copy, in which functions that hold modules hold the copied ones: Python copies no function. Tensors that a
+    module has computed from parameters lie on the meta device, as these do.
+    """
     functions: dict[int, FunctionType] = {}
     modules = {id(module): module for module in model.modules()}
     for module in modules.values():
         for value in vars(module).values():
             _find_functions(value, modules.keys(), functions)
-            if isinstance(value, torch.Tensor) and not value.is_leaf:  # computed from parameters: Python copies none
+            if isinstance(value, torch.Tensor) and not value.is_leaf:  # Python copies none
                 memo[id(value)] = value.detach().to("meta")
     cells = {number: [CellType() for _ in function.__closure__ or ()] for number, function in functions.items()}
     for number, function in functions.items():
