@@ -9,7 +9,7 @@ by ``bash -eu`` and each ``python`` block by Python. A comment on the line befor
     <!-- prints -->                     the whole of what the last block that was run wrote to stdout
     <!-- prints, among others -->       each of its lines is in it, but for white space and the frames of tables
     <!-- prints, at the end -->         it ends like this
-    <!-- setup ... -->                  bash that the reader does not see: what stands for files of his own
+    <!-- setup ... -->                  bash that the reader does not see: what stands for files of his own; $REPOSITORY
 
 Other fences (``text``, ``toml``, ``diff``) are not run and need no mark. What is different on each machine (a duration,
 a temporary folder) is not shown.
@@ -30,6 +30,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests import ROOT
 
 _COMMENT = r"<!-- ((?:(?!-->).)*?) ?-->"
 _PIECE = re.compile(rf"(?:^{_COMMENT}\n)?^```(\w*)\n(.*?)^```$|^<!-- setup\n(.*?)-->$", re.DOTALL | re.MULTILINE)
@@ -127,7 +129,7 @@ def prepared() -> Iterator[dict[str, str]]:
                 stub.write_text(_STUB.format(python=sys.executable, address=address, name=name))
                 stub.chmod(0o755)
             path = os.pathsep.join([f"{folder}/bin", str(Path(sys.executable).parent), os.environ["PATH"]])
-            own = {"SPIKEPATCH_LOAD_TEST": "0", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+            own = {"SPIKEPATCH_LOAD_TEST": "0", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "REPOSITORY": str(ROOT)}
             try:
                 yield {**os.environ, **own, "PATH": path, "PYTHON_EXEC": f"{folder}/bin/python"}  # that is torchrun's
             finally:
