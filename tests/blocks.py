@@ -31,6 +31,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import ROOT
+
 _COMMENT = r"<!-- ((?:(?!-->).)*?) ?-->"
 _PIECE = re.compile(rf"(?:^{_COMMENT}\n)?^```(\w*)\n(.*?)^```$|^<!-- setup\n(.*?)-->$", re.DOTALL | re.MULTILINE)
 
@@ -118,7 +120,9 @@ def prepared() -> Iterator[dict[str, str]]:
     """
     with tempfile.TemporaryDirectory() as folder:
         address = f"{folder}/socket"
-        with subprocess.Popen([sys.executable, "-m", "tests.blocks", address], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [sys.executable, "-m", "tests.blocks", address], cwd=ROOT, stdout=subprocess.PIPE
+        ) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
             for name in ("spikepatch", "python"):
