@@ -38,6 +38,9 @@ settings.load_profile("spikepatch")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What is printed is as wide as a pipe takes it, whatever terminal the tests run on.
+os.environ.pop("COLUMNS", None)
+
 # A conversion that is not tested for loading saves a process of its own; the fixture `load_test` brings it back.
 os.environ.setdefault("SPIKEPATCH_LOAD_TEST", "0")
 

@@ -29,6 +29,7 @@ from spikepatch.commands.spikes import spikes_command
 from spikepatch.commands.train import train_command
 from spikepatch.commands.verify import verify_command
 from spikepatch.errors import SpikepatchError, check_platform, first_line
+from spikepatch.report.terminal import say
 
 #: What the system refuses and nobody here can help -> the remedy.
 _FULL = {
@@ -130,7 +131,7 @@ def _forget_output() -> None:
 def _say(text: str) -> None:
     """On stderr, if it can be written to."""
     with contextlib.suppress(OSError):
-        click.echo(text, err=True)
+        say(text, err=True)
 
 
 def _say_full(error: OSError) -> None:

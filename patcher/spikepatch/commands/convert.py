@@ -14,8 +14,9 @@ from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose, progress
 from spikepatch.plans import in_words
 from spikepatch.plans.plan import Fill
+from spikepatch.report.document import Table, number
+from spikepatch.report.terminal import print_rows, print_table, say
 from spikepatch.residual.map import pattern
-from spikepatch.residual.table import columns
 from spikepatch.source.formats import size
 
 if TYPE_CHECKING:
@@ -62,8 +63,20 @@ def convert_command(source: str, out: str, *, as_json: bool, dry_run: bool, **op
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
         return
-    for line in _lines(result, dry_run=dry_run):
-        click.echo(line)
+    if dry_run or not is_quiet():
+        _say_about(result, parts=dry_run)
+    written = f"{result.parameters:,} parameters, {size(result.bytes)}, {result.dtype}, storage {result.storage}"
+    if dry_run:
+        say(f"dry run, nothing written: {written}")
+    if is_verbose():
+        say("left alone:")
+        print_rows([(f"  {skip.target}", skip.reason) for skip in result.plan.skips])
+    elif dry_run:
+        for line in _left_alone(result.plan):
+            say(line)
+    if not dry_run:
+        say(f"wrote {result.out}: {written}")
+        click.echo(load_line(result))
 
 
 def load_line(result: Conversion | Folded) -> str:
@@ -72,19 +85,12 @@ def load_line(result: Conversion | Folded) -> str:
     return f"load it with {result.auto_class}.from_pretrained({json.dumps(str(result.out), ensure_ascii=False)}{trust})"
 
 
-def _lines(result: Conversion, *, dry_run: bool) -> Iterator[str]:
-    if dry_run or not is_quiet():
-        yield from _about(result, parts=dry_run)
-    written = f"{result.parameters:,} parameters, {size(result.bytes)}, {result.dtype}, storage {result.storage}"
-    if dry_run:
-        yield f"dry run, nothing written: {written}"
-    if is_verbose():
-        yield from columns([("left alone:", ""), *((f"  {skip.target}", skip.reason) for skip in result.plan.skips)])
-    elif dry_run:
-        yield from _left_alone(result.plan)
-    if not dry_run:
-        yield f"wrote {result.out}: {written}"
-        yield load_line(result)
+def _say_about(result: Conversion, *, parts: bool) -> None:
+    for line in _about(result, parts=parts):
+        say(line)
+    if result.drift:
+        say(f"on a sample text (log V = {result.log_vocab:.1f}):")
+        print_table(_drift_table(result))
 
 
 def _about(result: Conversion, *, parts: bool) -> Iterator[str]:
@@ -97,9 +103,6 @@ def _about(result: Conversion, *, parts: bool) -> Iterator[str]:
     for entrance in result.residual.entrances:
         if entrance.parameter in filled and not entrance.normed:
             yield f"  features of {', '.join(entrance.inputs)}: std near 1 where they enter, by {entrance.parameter}"
-    if result.drift:
-        yield f"on a sample text (log V = {result.log_vocab:.1f}):"
-        yield from columns(list(_drift_rows(result)))
 
 
 def _left_alone(plan: Plan) -> Iterator[str]:
@@ -113,12 +116,12 @@ def _left_alone(plan: Plan) -> Iterator[str]:
         yield f"  {first.target}" + (f" and {len(others)} more" if others else "") + f": {first.reason}"
 
 
-def _drift_rows(result: Conversion) -> Iterator[tuple[str, ...]]:
+def _drift_table(result: Conversion) -> Table:
     """A row for each model; of the layers the first three and the last, where the stream grows and where it ends."""
     count = len(result.drift[0].stream)
     layers = sorted({i for i in (0, 1, 2, count - 1) if 0 <= i < count})
-    named = f"stream std at layers {', '.join(str(i + 1) for i in layers)}" if layers else ""
-    yield "", "loss", "KL", named
+    rows = []
     for row in result.drift:
-        stds = (f"{row.stream[i]:<6.3g}" for i in layers if i < len(row.stream))
-        yield row.model, f"{row.loss:.3f}", f"{row.kl:.3f}", " ".join(stds)
+        stds = (number(row.stream[i] if i < len(row.stream) else None) for i in layers)
+        rows.append((row.model, f"{row.loss:.3f}", f"{row.kl:.3f}", *stds))
+    return Table("", ("", "loss", "KL", *(f"stream std at layer {i + 1}" for i in layers)), tuple(rows))

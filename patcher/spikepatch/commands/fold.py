@@ -12,6 +12,7 @@ from spikepatch.apply.folder.loader import loader
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, progress
 from spikepatch.commands.convert import load_line
+from spikepatch.report.terminal import say
 from spikepatch.source.formats import size
 
 
@@ -41,8 +42,8 @@ def fold_command(trained: str, out: str, *, as_json: bool, **options: Any) -> No
         return
     if not is_quiet():
         for note in result.notes:
-            click.echo(note)
+            say(note)
         if result.untied:
-            click.echo("the head has its own matrix now, and the config says so")
-    click.echo(f"wrote {result.out}: {result.parameters:,} parameters, {size(result.bytes)}, plain")
+            say("the head has its own matrix now, and the config says so")
+    say(f"wrote {result.out}: {result.parameters:,} parameters, {size(result.bytes)}, plain")
     click.echo(load_line(result))

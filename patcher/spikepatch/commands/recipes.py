@@ -13,6 +13,7 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose
+from spikepatch.report.terminal import say
 
 if TYPE_CHECKING:
     from spikepatch.plans.plan import Recipe, Transform
@@ -93,7 +94,7 @@ def recipes_command(
         click.echo(json.dumps(data, indent=2))
         return
     for line in lines:
-        click.echo(line)
+        say(line)
 
 
 def _list(recipes: list[Recipe]) -> Iterator[str]:

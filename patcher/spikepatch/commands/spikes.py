@@ -83,9 +83,7 @@ def _print(report: object, *, first: bool) -> None:
     """What was read, what cannot be judged, events, verdict."""
     import dataclasses
 
-    from rich.console import Console
-
-    from spikepatch.report.terminal import print_table
+    from spikepatch.report.terminal import print_table, say
     from spikepatch.spikes.spike_page import event_table
     from spikepatch.spikes.spike_report import SpikeReport
 
@@ -94,15 +92,14 @@ def _print(report: object, *, first: bool) -> None:
         click.echo()
     if not is_quiet():
         for line in report.log.describe():
-            click.echo(line)
+            say(line)
         for line in report.log.limits():
-            click.echo(f"cannot be judged: {line}")
+            say(f"cannot be judged: {line}")
         if report.events:
             table = event_table(report, narrow=True)
             shown = dataclasses.replace(table, rows=table.rows[:_PRINTED])
-            console = Console(highlight=False)
-            print_table(shown, console if console.is_terminal else Console(highlight=False, width=120))
+            print_table(shown)
             if more := len(table.rows) - len(shown.rows):
                 click.echo(f"and {more} more events, which --json and --report have")
     for line in report.lines():
-        click.echo(line)
+        say(line)
