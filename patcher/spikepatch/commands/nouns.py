@@ -163,12 +163,10 @@ def _file(given: str, path: Path) -> Noun | None:
 def _remedies(command: str, noun: Noun) -> Iterable[str]:
     """Commands that take it, the nearest to what was meant first."""
     place, recipe = shlex.quote(noun.place), shlex.quote(noun.recipe)
+    state = os.path.join(noun.place, "trainer_state.json")
     match noun.kind:
-        case "model" if (Path(local_path(noun.place)) / "trainer_state.json").is_file() and command in (
-            "report",
-            "spikes",
-        ):
-            yield f"spikepatch spikes {shlex.quote(os.path.join(noun.place, 'trainer_state.json'))}"
+        case "model" if command in ("report", "spikes") and local_path(state).is_file():
+            yield f"spikepatch spikes {shlex.quote(state)}"
         case "model" if command in ("codemod", "verify"):
             yield f"spikepatch convert {place} OUT"
         case "model":
@@ -197,7 +195,7 @@ def _remedies(command: str, noun: Noun) -> Iterable[str]:
             yield from _trained(command, noun.place)
             yield f"spikepatch spikes {place}"
         case "recipe":
-            yield f"spikepatch {'check' if command == 'check' else 'convert'} SOURCE{' OUT' * (command != 'check')} --recipe {recipe}"
+            yield f"{again('check' if command == 'check' else 'convert', 'SOURCE')} --recipe {recipe}"
 
 
 def _trained(command: str, place: str) -> Iterable[str]:
