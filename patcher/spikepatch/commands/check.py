@@ -37,8 +37,8 @@ _THRESHOLDS = (
 )
 @options.reinit
 @options.of_recipes
-@click.option("--tokens", type=click.IntRange(min=2), default=256, show_default=True, help="Length of a sequence.")
-@click.option("--batch", type=click.IntRange(min=1), default=2, show_default=True, help="Number of sequences.")
+@click.option("--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Length of a sequence.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Number of sequences.")
 @click.option("--text", metavar="DATA", help="Take the tokens from data, as `train` does.  [default: random tokens]")
 @options.reading
 @options.seed
