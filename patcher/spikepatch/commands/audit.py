@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("audit")
-@options.sources
+@options.sources("audit")
 @click.option(
     "--expect",
     metavar="RECIPE",

@@ -27,7 +27,7 @@ _THRESHOLDS = (
 
 
 @click.command("check")
-@options.sources
+@options.sources("check")
 @click.option(
     "--recipe",
     "recipes",

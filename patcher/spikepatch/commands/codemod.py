@@ -8,11 +8,12 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose, progress
+from spikepatch.commands.nouns import checked
 from spikepatch.report.terminal import say
 
 
 @click.command("codemod")
-@click.argument("file", type=options.Place())
+@click.argument("file", type=options.Place(), callback=checked("codemod"))
 @click.option("--factory", required=True, metavar="MODULE:FUNCTION", help="What builds the model; see above.")
 @options.recipe
 @options.factor

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from spikepatch.apply.disk.publish import check_local_target
 from spikepatch.apply.folder.loader import loader
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @click.command("convert", help=f"Write a patched copy of SOURCE to OUT.\n{options.SOURCE_HELP}")
-@options.source
+@options.source("convert")
 @options.out
 @options.recipe
 @options.reinit
@@ -53,13 +54,18 @@ if TYPE_CHECKING:
     "--dry-run", is_flag=True, help="Plan and check everything, print the plan, and what factors do to learned weights."
 )
 @options.as_json
-def convert_command(source: str, out: str, *, as_json: bool, dry_run: bool, **options: Any) -> None:
+@click.pass_context
+def convert_command(
+    ctx: click.Context, /, source: str, out: str, *, as_json: bool, dry_run: bool, **options: Any
+) -> None:
     check_local_target(out, source, overwrite=options["overwrite"])  # before torch is loaded
     # Its imports go on while ours do.
     with loader(options["load_test"] and not dry_run), progress() as report:
         from spikepatch.apply.folder.convert import convert
 
         result = convert(source, out, dry_run=dry_run, progress=report, **options)
+    if is_quiet() and ctx.get_parameter_source("reinit") is ParameterSource.DEFAULT and result.discards:
+        say(result.discards, err=True)  # which else has been said before anything was written
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
         return
@@ -96,7 +102,7 @@ def _say_about(result: Conversion, *, parts: bool) -> None:
 def _about(result: Conversion, *, parts: bool) -> Iterator[str]:
     """``parts``: with those of a model of several modalities, which else are said before they are drawn."""
     plan = result.plan
-    yield from result.notes
+    yield from (note for note in result.notes if note != result.discards)
     yield f"{plan.architecture}: {in_words.streams(plan)}, proven"
     yield from (f"  {line}" for line in (*(in_words.parts(plan) if parts else ()), *in_words.changes(plan)))
     filled = {fill.parameter for fill in plan.select(Fill)}

@@ -12,12 +12,13 @@ from spikepatch.apply.folder.loader import loader
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, progress
 from spikepatch.commands.convert import load_line
+from spikepatch.commands.nouns import checked
 from spikepatch.report.terminal import say
 from spikepatch.source.formats import size
 
 
 @click.command("fold")
-@click.argument("trained")
+@click.argument("trained", shell_complete=options.complete_folder, callback=checked("fold"))
 @options.out
 @options.revision
 @options.trust_remote_code

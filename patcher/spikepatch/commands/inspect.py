@@ -11,7 +11,7 @@ from spikepatch.residual.table import described
 
 
 @click.command("inspect", help=f"Show the residual map of SOURCE, and whether it is proven.\n{options.SOURCE_HELP}")
-@options.source
+@options.source("inspect")
 @options.revision
 @options.trust_remote_code
 @options.example_inputs

@@ -8,10 +8,14 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet
+from spikepatch.commands.nouns import checked
 
 
 @click.command("report")
-@click.argument("folders", nargs=-1, required=True, type=options.Place(path_type=Path), metavar="FOLDER...")
+@click.argument(
+    "folders", nargs=-1, required=True, type=options.Place(path_type=Path), metavar="FOLDER...",
+    callback=checked("report"),
+)  # fmt: skip
 @click.option(
     "--out",
     type=options.Place(path_type=Path, dir_okay=False),

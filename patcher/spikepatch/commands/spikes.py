@@ -8,13 +8,16 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet
+from spikepatch.commands.nouns import checked
 
 #: Events that are printed; the page has all.
 _PRINTED = 20
 
 
 @click.command("spikes")
-@click.argument("logs", nargs=-1, required=True, metavar="LOG...", type=options.Place(path_type=Path))
+@click.argument(
+    "logs", nargs=-1, required=True, metavar="LOG...", type=options.Place(path_type=Path), callback=checked("spikes")
+)
 @click.option("--loss", metavar="KEY", help="What the loss is called in the log.  [default: found]")
 @click.option("--norm", metavar="KEY", help="What the gradient norm is called, before clipping.  [default: found]")
 @click.option("--step", metavar="KEY", help="What the step is called.  [default: found]")

@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from spikepatch.commands import options
 from spikepatch.commands.console import bar_on_stderr, is_quiet
+from spikepatch.commands.nouns import check_noun
 from spikepatch.errors import BadTarget
 from spikepatch.progress import Progress, silent
 from spikepatch.report.terminal import say
@@ -56,7 +57,7 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
 
 
 @click.command("train")
-@click.argument("models", nargs=-1, metavar="MODEL...")
+@click.argument("models", nargs=-1, metavar="MODEL...", shell_complete=options.complete_source)
 @click.option("--data", multiple=True, metavar="DATA", help="What to train on; may be repeated.")
 @click.option("--out", type=options.Place(path_type=Path), help="Folder of the runs; new, or with --resume.")
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Optimiser steps of each run.")
@@ -201,6 +202,8 @@ def train_command(
     """
     import json
 
+    for model in () if resume else models:  # a lone one is then OUT
+        check_noun("train", model)
     from spikepatch.training.harness import what_is_asked
     from spikepatch.training.live_line import reporting
     from spikepatch.training.runs import run_all

@@ -9,12 +9,13 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import progress
+from spikepatch.commands.nouns import checked
 from spikepatch.report.terminal import say
 from spikepatch.source.formats import size
 
 
 @click.command("verify")
-@options.out
+@click.argument("out", type=options.Place(), callback=checked("verify"))
 @options.allow_nonfinite
 @options.as_json
 def verify_command(out: str, allow_nonfinite: bool, as_json: bool) -> None:
