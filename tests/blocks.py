@@ -120,7 +120,9 @@ def prepared() -> Iterator[dict[str, str]]:
     """
     with tempfile.TemporaryDirectory() as folder:
         address = f"{folder}/socket"
-        with subprocess.Popen([sys.executable, "-m", "tests.blocks", address], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [sys.executable, "-m", "tests.blocks", address], cwd=ROOT, stdout=subprocess.PIPE
+        ) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
             for name in ("spikepatch", "python", "torchrun"):
@@ -129,7 +131,12 @@ def prepared() -> Iterator[dict[str, str]]:
                 stub.write_text(_STUB.format(python=sys.executable, address=address, name=name))
                 stub.chmod(0o755)
             path = os.pathsep.join([f"{folder}/bin", str(Path(sys.executable).parent), os.environ["PATH"]])
-            own = {"SPIKEPATCH_LOAD_TEST": "0", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "REPOSITORY": str(ROOT)}
+            own = {
+                "SPIKEPATCH_LOAD_TEST": "0",
+                "OMP_NUM_THREADS": "1",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "REPOSITORY": str(ROOT),
+            }
             try:
                 yield {**os.environ, **own, "PATH": path, "PYTHON_EXEC": f"{folder}/bin/python"}  # that is torchrun's
             finally:

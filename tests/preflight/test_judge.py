@@ -129,6 +129,31 @@ def test_the_gradient_ratio(report: StabilityReport, ratio: float, verdict: str)
     assert judged(changed, residual, Thresholds(), finite=True).verdict == verdict
 
 
+@pytest.mark.parametrize("model_type", ["olmo2", "gemma2"])
+def test_a_stream_that_norms_on_the_branches_make_grow(model_type: str) -> None:
+    """sigma^2 grows by the square of each norm's gain, and the gradient falls as sigma grows, by no weight's fault."""
+    model = tiny_model(model_type, num_hidden_layers=6)
+    with torch.no_grad():  # far from the norms' eps
+        for name, p in model.named_parameters():
+            if "layers" in name and p.ndim == 2:
+                p.mul_(10)
+    report = check(model)
+    assert report.sigma_start is not None and report.sigma_end is not None
+    assert report.sigma_end**2 - report.sigma_start**2 == pytest.approx(report.sublayers, rel=0.2)
+    assert report.gradient_ratio is not None and report.gradient_ratio > Thresholds().ratio_at_risk
+    assert report.relative_gradient_ratio is not None and 0.2 < report.relative_gradient_ratio < 5
+    (finding,) = (f for f in report.findings if f.name == "gradient-ratio")
+    assert (finding.severity, finding.limit, finding.remedy) == ("note", None, "")
+    assert "norms on the branches" in finding.what
+
+
+def test_a_gradient_that_outgrows_such_a_stream(report: StabilityReport) -> None:
+    residual = spikepatch.inspect(tiny_model("olmo2"))
+    for relative, verdict in ((4.9, "stable"), (5.0, "at-risk"), (50.0, "unstable")):
+        changed = dataclasses.replace(report, gradient_ratio=500.0, relative_gradient_ratio=relative)
+        assert judged(changed, residual, Thresholds(), finite=True).verdict == verdict
+
+
 @pytest.mark.parametrize(("layers", "limit"), [(24, 1.0), (12, math.sqrt(2)), (96, 0.5)])
 def test_the_excess_is_judged_by_depth(report: StabilityReport, layers: int, limit: float) -> None:
     residual = spikepatch.inspect(small_gpt2(2))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
 from spikepatch.errors import Refused
-from spikepatch.plans.plan import Context, Fill, Recipe, Reinit
+from spikepatch.plans.plan import Context, Fill, Recipe, Reinit, ScaleEmbedding
 from spikepatch_transforms.embed_init import EmbedInit
 from spikepatch_transforms.small_init import SmallInit
 from tests.residual.maps import mapped, plan_of
@@ -40,9 +41,25 @@ def test_learned_embeddings_are_kept(reinit: Reinit) -> None:
         plan_of("gpt2", "unit-embed", reinit=reinit)
 
 
-def test_behind_a_norm() -> None:
-    with pytest.raises(Refused, match=r"does not matter(.|\n)*a norm stands between"):
-        plan_of("bloom", "unit-embed", reinit="all")
+@pytest.mark.parametrize(
+    ("model", "changes", "why"),
+    [
+        ("bloom", {}, "already normalised"),
+        ("gemma2", {}, r"already multiplied by 8(.|\n)*the large shortcut is there"),
+        ("granite", {"embedding_multiplier": 12.0}, r"multiplied by 12(.|\n)*scaled-embed with --replace"),
+        ("opt", {"word_embed_proj_dim": 32}, "the token embedding is 32 wide, the stream 64"),
+        ("opt", {"do_layer_norm_before": False}, "does not apply to a post-norm model"),
+    ],
+)
+def test_where_the_stream_would_not_start_with_it(model: str, changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        plan_of(model, "unit-embed", reinit="all", changes=changes)
+
+
+def test_the_remedy_where_it_is_multiplied() -> None:
+    changes = {"embedding_multiplier": 12.0}
+    (scaled,) = plan_of("granite", reinit="all", changes=changes, replace=True).select(ScaleEmbedding)
+    assert scaled.factor == pytest.approx(8 / 12)
 
 
 def test_two_transforms_for_one_table() -> None:

@@ -4,9 +4,9 @@ With s = 1 the large shortcut is in the weights themselves. Adam's relative step
 smaller than behind a factor at d = 2304, and weight decay pulls the rows to zero: leave embeddings out of it.
 
 Refuses: a tied head where s sqrt(d) > 3. The head reads a stream of std 1 with the same matrix, so the initial logits
-have a std of s sqrt(d), which costs s^2 d / 2 nats above log V; no usual initialisation comes near 3. Also a model that
-normalises its embedding, whose scale then does not matter; learned embeddings that are to be kept; and an s that is no
-positive number.
+have a std of s sqrt(d), which costs s^2 d / 2 nats above log V; no usual initialisation comes near 3. Also a model whose
+stream would not start with s: it normalises its embedding, multiplies it by a number (sqrt(d) and s = 1 make 64 at
+d = 4096), or projects it; a post-norm model; learned embeddings that are to be kept; an s that is no positive number.
 Preserves: nothing. Goes with ``SmallInit(token_embedding=False)``.
 Sources: footnote of Takase et al., arXiv 2312.16903; BioNeMo and Megatron-LM's ``--embedding-init-method-std`` (std 1,
 untied, no weight decay on embeddings).
@@ -22,6 +22,7 @@ from spikepatch.errors import Refused
 from spikepatch.plans.entrances import enlarge_entrances
 from spikepatch.plans.plan import Context, Edit, Fill, Skip
 from spikepatch.residual.map import ResidualMap
+from spikepatch_transforms.embed_scale import check_shortcut, multiplied, multiplied_already
 
 #: std of the initial logits of a tied head that is refused.
 _LOGITS = 3.0
@@ -52,13 +53,9 @@ class EmbedInit:
             )
         tokens = [embedding for embedding in residual.embeddings if embedding.kind == "token"]
         for token in tokens:
-            if token.normed:
-                raise Refused(
-                    what="the scale of the token embedding does not matter in this model",
-                    where=residual.source,
-                    why=f"a norm stands between {token.parameter} and the stream",
-                    remedy="use the recipe vanilla for the small sub-layers alone",
-                )
+            check_shortcut(residual, token)
+            if multiplied_already(token, residual):
+                raise multiplied(residual, token, "; scaled-embed with --replace (replace) divides that factor out")
         logits = self.std * math.sqrt(residual.width)
         if tokens and not context.untied and logits > _LOGITS:
             raise Refused(

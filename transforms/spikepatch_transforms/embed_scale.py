@@ -50,7 +50,7 @@ class EmbedScale:
             return
         check_shortcut(residual, token, any_width=self.factor is not None)
         scaled = [e for e in residual.embeddings if e is token or (self.positions and e.kind == "position")]
-        if self.replace and not context.stream and not any(_multiplied_already(e, residual) for e in scaled):
+        if self.replace and not context.stream and not any(multiplied_already(e, residual) for e in scaled):
             raise Refused(
                 what="there is no factor to replace",
                 where=residual.source,
@@ -66,7 +66,7 @@ class EmbedScale:
         if chosen is None and context.embedding_std is not None:
             chosen = _reciprocal(context.embedding_std, residual.source)
         factor = math.sqrt(residual.width) if chosen is None else chosen
-        if not _multiplied_already(embedding, residual):
+        if not multiplied_already(embedding, residual):
             return ScaleEmbedding(embedding.module, factor, per_width=chosen is None)
         if not self.replace:
             raise multiplied(residual, embedding, "; --replace divides that factor out")
@@ -75,7 +75,8 @@ class EmbedScale:
         return ScaleEmbedding(embedding.module, factor / embedding.scale)
 
 
-def _multiplied_already(embedding: Embedding, residual: ResidualMap) -> bool:
+def multiplied_already(embedding: Embedding, residual: ResidualMap) -> bool:
+    """The architecture multiplies what it looks up by a number; a projection's is none."""
     return embedding.width == residual.width and embedding.scale != 1.0
 
 

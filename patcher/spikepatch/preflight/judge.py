@@ -41,7 +41,7 @@ class Thresholds:
             squared gradient goes with S excess^2, so at another depth the limit is this times sqrt(48 / S): it moves as
             the excess of every recipe with depth scaling does.
         ratio_at_risk: gradient norm, first over last layer: the remedies have 1.1 and 1.2, Vanilla 13; about their
-            geometric mean.
+            geometric mean. Where all branches have norms, of the gradient times the stream's size.
         ratio_unstable: between Vanilla (13), which the paper trains up to 1.7 billion parameters, and Xavier (122).
         loss: initial loss over log V. A uniform guess has 1; logits of unit variance add 0.5 nats, 5 % of log V.
         gaussian: how far ||W|| may be from std (sqrt(in) + sqrt(out)): its fluctuation is a few n^(-2/3), 0.06 times a
@@ -147,20 +147,44 @@ def _findings(
             "Eq. 15",
             remedy(),
         )
-    ratio = report.gradient_ratio
-    if ratio is not None and ratio >= limits.ratio_at_risk:
-        unstable = ratio >= limits.ratio_unstable
-        yield Finding(
-            "gradient-ratio",
-            "unstable" if unstable else "at-risk",
-            f"the gradient is {ratio:.3g} times as large at the first layer as at the last",
-            ratio,
-            limits.ratio_unstable if unstable else limits.ratio_at_risk,
-            "Eq. 7",
-            remedy(),
-        )
+    yield from _gradient(report, residual, limits, remedy)
     yield from _loss(report, residual, limits, remedy)
     yield from _steps(report)
+
+
+def _gradient(
+    report: StabilityReport, residual: ResidualMap, limits: Thresholds, remedy: Callable[..., str]
+) -> Iterator[Finding]:
+    """With norms on all branches a sub-layer adds its gain m, whatever its weights: sigma_k^2 = sigma_1^2 + k m^2, and
+    a gradient that goes with 1/sigma_k has a ratio of sqrt(1 + S m^2 / sigma_1^2). The limits are of models in which
+    weights set what is added, and such a ratio is no sign of large ones; what exceeds it is.
+    """
+    ratio, relative = report.gradient_ratio, report.relative_gradient_ratio
+    if ratio is None or ratio < limits.ratio_at_risk:
+        return
+    what = f"the gradient is {ratio:.3g} times as large at the first layer as at the last"
+    if relative is not None and all(p.branch_norm is not None for p in residual.residual_projections):
+        if relative < limits.ratio_at_risk:
+            yield Finding(
+                "gradient-ratio",
+                "note",
+                f"{what}, and the stream {ratio / relative:.3g} times as small: norms on the branches make it grow so,"
+                " whatever the weights, and no limit is known for that",
+                ratio,
+                equation="Eq. 7",
+            )
+            return
+        ratio, what = relative, f"{what}, {relative:.3g} times relative to the stream's size"
+    unstable = ratio >= limits.ratio_unstable
+    yield Finding(
+        "gradient-ratio",
+        "unstable" if unstable else "at-risk",
+        what,
+        ratio,
+        limits.ratio_unstable if unstable else limits.ratio_at_risk,
+        "Eq. 7",
+        remedy(),
+    )
 
 
 def _stream(report: StabilityReport, residual: ResidualMap, limits: Thresholds) -> Iterator[Finding]:

@@ -161,6 +161,7 @@ def _measured(
     layers = view.layers()
     first, second = view.excesses()
     norms = [layer.gradient_norm for layer in layers]
+    relative = [layer.gradient_norm * layer.sigma_in for layer in layers]
     jacobians = [layer.jacobian for layer in layers]
     start, end = found.start, found.end
     steps = run_steps(
@@ -177,6 +178,7 @@ def _measured(
         initial_loss=found.loss,
         log_vocab=math.log(vocabulary) if vocabulary is not None else None,
         gradient_ratio=norms[0] / norms[-1] if norms[-1] else None,
+        relative_gradient_ratio=relative[0] / relative[-1] if relative[-1] else None,
         growth_activations=growth(start.mean, end.mean, len(layers)) if start is not None and end is not None else None,
         growth_gradients=growth(norms[-1], norms[0], len(layers)),
         eq15_excess_layer1=first,

@@ -33,6 +33,7 @@ def summary_table(report: StabilityReport, thresholds: Thresholds, *, details: b
         (f"Eq. 15 excess at layer 1 (below {excess:.2g})", lambda m: number(m.eq15_excess_layer1)),
         ("initial loss (near log V)", _loss),
         ("stream after the last layer", lambda m: number(m.sigma_end)),
+        ("gradient times the stream's size, first over last", lambda m: number(m.relative_gradient_ratio)),
         ("Eq. 15 excess, by the stream there", lambda m: number(m.eq15_excess_layer1_stream)),
         ("Eq. 7, product of the bounds (less is better)", lambda m: number(m.bound_product)),
         ("product of measured Jacobians", lambda m: number(m.jacobian_product)),

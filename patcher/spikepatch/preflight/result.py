@@ -152,6 +152,7 @@ class StabilityReport:
         sigma_start, sigma_end: of the stream entering the first sub-layer and after the last.
         initial_loss, log_vocab: next-token loss on random or given tokens; None where the output holds no logits.
         gradient_ratio: ||dL/dx|| at the first layer's input over that at the last layer's.
+        relative_gradient_ratio: the same of ||dL/dx|| sigma_x, the gradient of changes relative to the stream's size.
         growth_activations, growth_gradients: (1/N) log of last over first, and of first over last; 0 is ideal (OLMo 2).
         eq15_excess_layer1: excess of Eq. 15 at layer 1; sigma_x' = sigma of the token embedding's output after its
             factor or norm, before positions.
@@ -191,6 +192,7 @@ class StabilityReport:
     initial_loss: float | None = None
     log_vocab: float | None = None
     gradient_ratio: float | None = None
+    relative_gradient_ratio: float | None = None
     growth_activations: float | None = None
     growth_gradients: float | None = None
     eq15_excess_layer1: float | None = None

@@ -115,6 +115,7 @@ def extended(report: StabilityReport, whole: ResidualMap, source: str) -> Stabil
         sublayers=whole.sublayers,
         shortened=ShortenedRun(len(short), count, report.gradient_ratio, report.sigma_end),
         gradient_ratio=ratio,
+        relative_gradient_ratio=ratio * short[0].sigma_in / last,
         sigma_end=end,
         growth_activations=growth(start, end, count) if start is not None else None,
         growth_gradients=math.log(ratio) / count if 0 < ratio < math.inf else None,

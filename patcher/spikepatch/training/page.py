@@ -14,7 +14,7 @@ from spikepatch.spikes.statistic import WARMUP
 from spikepatch.training.arms import told
 from spikepatch.training.curves import Pair, curves, heat_maps, pairs, rates, which
 from spikepatch.training.outcome import Outcome, outcome
-from spikepatch.training.tables import arm_table, event_table, model_table, run_table, score_notes, score_table
+from spikepatch.training.tables import USUAL, arm_table, event_table, model_table, run_table, score_notes, score_table
 from spikepatch.training.verdict import LEVEL, Verdict
 
 _FOOTER = (
@@ -119,7 +119,7 @@ def _event_tables(found: Outcome) -> tuple[Table, ...]:
         tables.append(event_table(found.verdict))
     if rewinds:
         headers = ("model", "lr", "seed", "at step", "back to step", "batches left out")
-        tables.append(Table("Rewinds", headers, tuple(rewinds)))
+        tables.append(Table("Rewinds", headers, tuple(rewinds), USUAL))
     return tuple(tables)
 
 
