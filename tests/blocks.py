@@ -115,7 +115,7 @@ sys.exit(code[0] if code else 70)
 
 @contextmanager
 def prepared() -> Iterator[dict[str, str]]:
-    """An environment whose ``spikepatch``, ``python`` and ``torchrun`` are forks of one process, which has imported
+    """An environment whose ``spikepatch``, ``python`` and ``torchrun`` are forks of one process that has imported
     torch, transformers and spikepatch.
     """
     with tempfile.TemporaryDirectory() as folder:

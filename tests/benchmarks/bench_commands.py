@@ -1,8 +1,8 @@
 """Whole commands against their imports, printed: ``python -m tests.benchmarks.bench_commands``.
 
 Processor time of fresh processes, medians of three rounds in which each is run once. They are compared with a process
-that imports torch, transformers and GPT-2's classes, and does nothing. Targets: ``convert`` within 1.3 times the imports
-(its load test, a process of its own, is left out), ``check`` within 1.7.
+that imports torch, transformers and GPT-2's classes, and does nothing. Targets: ``convert`` within 1.3 times the
+imports (its load test, a process of its own, is left out), ``check`` within 1.7.
 """
 
 from __future__ import annotations
