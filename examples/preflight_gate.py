@@ -18,7 +18,7 @@ def gate(model: torch.nn.Module, what: str) -> bool:
     """Print the verdict with what it rests on; true where the run may start."""
     report = spikepatch.check(model, tokens=32)
     print(f"{what}: {report.verdict}")  # noqa: T201
-    for finding in (*report.findings, *report.audit.findings):
+    for finding in (*report.findings, *(report.audit.findings if report.audit else ())):
         print(f"  {finding.severity}: {finding.what}")  # noqa: T201
     return report.verdict == "stable"
 

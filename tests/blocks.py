@@ -115,8 +115,8 @@ sys.exit(code[0] if code else 70)
 
 @contextmanager
 def prepared() -> Iterator[dict[str, str]]:
-    """An environment whose ``spikepatch``, ``python`` and ``torchrun`` are forks of one process that has imported all of torch,
-    transformers and spikepatch.
+    """An environment whose ``spikepatch``, ``python`` and ``torchrun`` are forks of one process that has imported
+    torch, transformers and spikepatch.
     """
     with tempfile.TemporaryDirectory() as folder:
         address = f"{folder}/socket"
@@ -131,7 +131,12 @@ def prepared() -> Iterator[dict[str, str]]:
                 stub.write_text(_STUB.format(python=sys.executable, address=address, name=name))
                 stub.chmod(0o755)
             path = os.pathsep.join([f"{folder}/bin", str(Path(sys.executable).parent), os.environ["PATH"]])
-            own = {"SPIKEPATCH_LOAD_TEST": "0", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "REPOSITORY": str(ROOT)}
+            own = {
+                "SPIKEPATCH_LOAD_TEST": "0",
+                "OMP_NUM_THREADS": "1",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "REPOSITORY": str(ROOT),
+            }
             try:
                 yield {**os.environ, **own, "PATH": path, "PYTHON_EXEC": f"{folder}/bin/python"}  # that is torchrun's
             finally:

@@ -46,7 +46,7 @@ os.environ.setdefault("SPIKEPATCH_LOAD_TEST", "0")
 
 #: What never imports torch: `pytest --light` runs these files alone, in seconds, and fails if one did.
 LIGHT = (
-    "test_package.py", "plans/test_plan.py", "plans/test_edits.py", "plans/test_work_out.py",
+    "test_package.py", "test_pages.py", "plans/test_plan.py", "plans/test_edits.py", "plans/test_work_out.py",
     "recipes/test_built_in.py", "recipes/test_megatron.py", "recipes/test_request.py", "transforms", "report",
     "apply/own_file/test_placement.py", "source/test_arrivals.py", "source/test_formats.py", "source/test_typed.py",
     "data/test_documents.py", "training/test_harness.py", "commands",

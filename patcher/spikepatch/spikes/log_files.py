@@ -316,12 +316,14 @@ def _key(
         return ending[0]
     if not needed:
         return None
-    likely = ending or [name for name in names if "loss" in name.lower()]
+    likely = [
+        f', such as {option} "{name[:60]}"' for name in ending or names if name in ending or "loss" in name.lower()
+    ]
     raise Refused(
         "its loss is not found" if not ending else f"{len(set(ending))} columns may be its loss",
         where=str(path),
         why=f"its keys are {listed}",
-        remedy=f"{option} with the one of these that it is" + (f', such as {option} "{likely[0][:60]}"' if likely else ""),
+        remedy=f"{option} with the one of these that it is{likely[0] if likely else ''}",
     )
 
 
