@@ -33,7 +33,7 @@ from pathlib import Path
 
 from tests import ROOT
 
-_COMMENT = r"<!-- ((?:(?!-->).)*?) ?-->"
+_COMMENT = r"<!-- (?!setup\n)((?:(?!-->).)*?) ?-->"
 _PIECE = re.compile(rf"(?:^{_COMMENT}\n)?^```(\w*)\n(.*?)^```$|^<!-- setup\n(.*?)-->$", re.DOTALL | re.MULTILINE)
 
 
@@ -69,7 +69,7 @@ def squeezed(line: str) -> str:
 
 def compare(block: Block, printed: str) -> None:
     if block.mark == "prints":
-        assert printed == block.text
+        assert printed == block.text, printed
     elif block.mark == "prints, at the end":
         assert printed.endswith(block.text), printed
     elif block.mark == "prints, among others":

@@ -113,8 +113,19 @@ class Badge:
 
 
 @dataclass(frozen=True)
+class Ranked:
+    """A finding: how bad it is in a word, which its colour says again, and what it is."""
+
+    rank: str
+    text: str
+    tone: Tone = "neutral"
+
+
+@dataclass(frozen=True)
 class Section:
-    """``code``: texts that are shown letter by letter, such as commands. ``folded``: closed until it is opened."""
+    """``code``: texts that are shown letter by letter, such as commands. ``folded``: closed until it is opened.
+    ``ranked``: findings, the worst first.
+    """
 
     title: str
     paragraphs: tuple[str, ...] = ()
@@ -123,6 +134,7 @@ class Section:
     heat_maps: tuple[HeatMap, ...] = ()
     code: tuple[str, ...] = ()
     folded: bool = False
+    ranked: tuple[Ranked, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -43,7 +44,7 @@ def page_of(found: Outcome) -> Page:
         Section(
             "Runs",
             (*_state(found), *told(verdict.arms), *_norms(verdict), *score_notes(verdict)),
-            (*arms, run_table(verdict, in_words=True), model_table(verdict), score_table(verdict)),
+            (*arms, run_table(_worst_first(verdict), in_words=True), model_table(verdict), score_table(verdict)),
         )
     ]
     if compared:
@@ -55,6 +56,12 @@ def page_of(found: Outcome) -> Page:
     sections += _inside(compared)
     sections.append(_how(found))
     return Page(f"Training: {', '.join(names)}", about, tuple(_badges(names, verdict)), tuple(sections), _FOOTER)
+
+
+def _worst_first(verdict: Verdict) -> Verdict:
+    order = list(TONES)
+    runs = sorted(verdict.runs, key=lambda run: (-order.index(run.verdict), -(run.largest_excess or 0.0)))
+    return dataclasses.replace(verdict, runs=tuple(runs))
 
 
 def _count(number_of: int, noun: str) -> str:
