@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import spikepatch
 from spikepatch.auditing.fault import LEVELS
@@ -55,6 +56,15 @@ def test_recipes_are_left_alone(recipe: str) -> None:
         audit = spikepatch.audit(model)
         assert audit.at_least("at-risk") == ()
         assert not audit.learned
+
+
+@pytest.mark.parametrize(("width", "layers"), [(32, 6), (64, 12)])
+def test_a_depth_scaled_std_that_is_a_variance_by_chance(width: int, layers: int) -> None:
+    """sqrt(2/(5d)) / sqrt(S) is 1/d where S = 2d/5."""
+    sizes: dict[str, Any] = {"n_embd": width, "n_layer": layers, "n_head": 4, "n_positions": 64, "vocab_size": 256}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    spikepatch.patch(model, "scaled-embed", reinit="all", seed=0)
+    assert spikepatch.audit(model).findings == ()
 
 
 #: Of different structure; ``python -m tests.auditing.mutations`` runs all.

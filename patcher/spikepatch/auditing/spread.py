@@ -86,7 +86,7 @@ def wrong_formulas(evidence: Evidence, scheme: Scheme | None) -> Iterator[Fault]
         else:
             plain.append(group)
     yield from _roots(evidence)
-    yield from _variances(plain, width, scheme)
+    yield from _variances([g for g in plain if not _scaled_by_depth(g, evidence, scheme)], width, scheme)
     yield from _fused(evidence)
     yield from _by_outputs(evidence, scheme)
     yield from _uneven(evidence)
@@ -118,6 +118,14 @@ def _variances(groups: list[Group], width: int, scheme: Scheme | None) -> Iterat
                 f"a std of {wrong[0].std:.3g}",
                 "take the square root",
             )
+
+
+def _scaled_by_depth(group: Group, evidence: Evidence, scheme: Scheme | None) -> bool:
+    """A residual projection of the scheme's std / sqrt(S), which can be a variance's number by chance: at d = 64,
+    sqrt(2/(5d)) / sqrt(24) is about 1/d.
+    """
+    depths = [stream.sublayers for stream in evidence.streams] if group.part == "projection" else []
+    return scheme is not None and any(close(group.std, scheme.std(group) * s**-0.5, group.error) for s in depths if s)
 
 
 def _roots(evidence: Evidence) -> Iterator[Fault]:
