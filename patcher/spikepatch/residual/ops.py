@@ -6,7 +6,6 @@ That is the safe direction: the proof can only fail for it, never succeed wrongl
 
 from __future__ import annotations
 
-import functools
 import operator
 
 import torch
@@ -82,12 +81,17 @@ def op(node: object) -> str:
     """The op's bare name: ``aten.add_.Tensor`` -> ``add``; empty for anything that is not a call."""
     if not isinstance(node, Node) or node.op != "call_function":
         return ""
-    if node.target is operator.getitem:
-        return "getitem"
-    return _name(node.target)
+    target = node.target
+    found = _NAMES.get(id(target))
+    if found is None:
+        found = _NAMES[id(target)] = (target, "getitem" if target is operator.getitem else _name(target))
+    return found[1]
 
 
-@functools.cache
+#: id of a target -> it, so that the id stays its own, and its name. (An ATen operation's own hash is Python code.)
+_NAMES: dict[int, tuple[object, str]] = {}
+
+
 def _name(target: object) -> str:
     packet = getattr(target, "overloadpacket", target)
     name = str(getattr(packet, "__name__", packet))
