@@ -9,7 +9,7 @@ by ``bash -eu`` and each ``python`` block by Python. A comment on the line befor
     <!-- prints -->                     the whole of what the last block that was run wrote to stdout
     <!-- prints, among others -->       each of its lines is in it, but for white space and the frames of tables
     <!-- prints, at the end -->         it ends like this
-    <!-- setup ... -->                  bash that the reader does not see: what stands for files of his own
+    <!-- setup ... -->                  bash that the reader does not see: what stands for files of his own; $REPOSITORY
 
 Other fences (``text``, ``toml``, ``diff``) are not run and need no mark. What is different on each machine (a duration,
 a temporary folder) is not shown.
@@ -31,7 +31,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_COMMENT = r"<!-- ((?:(?!-->).)*?) ?-->"
+from tests import ROOT
+
+_COMMENT = r"<!-- (?!setup\n)((?:(?!-->).)*?) ?-->"
 _PIECE = re.compile(rf"(?:^{_COMMENT}\n)?^```(\w*)\n(.*?)^```$|^<!-- setup\n(.*?)-->$", re.DOTALL | re.MULTILINE)
 
 
@@ -67,7 +69,7 @@ def squeezed(line: str) -> str:
 
 def compare(block: Block, printed: str) -> None:
     if block.mark == "prints":
-        assert printed == block.text
+        assert printed == block.text, printed
     elif block.mark == "prints, at the end":
         assert printed.endswith(block.text), printed
     elif block.mark == "prints, among others":
@@ -113,22 +115,30 @@ sys.exit(code[0] if code else 70)
 
 @contextmanager
 def prepared() -> Iterator[dict[str, str]]:
-    """An environment whose ``spikepatch`` and ``python`` are forks of one process that has imported all of torch,
-    transformers and spikepatch.
+    """An environment whose ``spikepatch``, ``python`` and ``torchrun`` are forks of one process that has imported
+    torch, transformers and spikepatch.
     """
     with tempfile.TemporaryDirectory() as folder:
         address = f"{folder}/socket"
-        with subprocess.Popen([sys.executable, "-m", "tests.blocks", address], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [sys.executable, "-m", "tests.blocks", address], cwd=ROOT, stdout=subprocess.PIPE
+        ) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
-            for name in ("spikepatch", "python"):
+            for name in ("spikepatch", "python", "torchrun"):
                 stub = Path(folder, "bin", name)
                 stub.parent.mkdir(exist_ok=True)
                 stub.write_text(_STUB.format(python=sys.executable, address=address, name=name))
                 stub.chmod(0o755)
             path = os.pathsep.join([f"{folder}/bin", str(Path(sys.executable).parent), os.environ["PATH"]])
+            own = {
+                "SPIKEPATCH_LOAD_TEST": "0",
+                "OMP_NUM_THREADS": "1",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "REPOSITORY": str(ROOT),
+            }
             try:
-                yield {**os.environ, "PATH": path, "SPIKEPATCH_LOAD_TEST": "0", "OMP_NUM_THREADS": "1"}
+                yield {**os.environ, **own, "PATH": path, "PYTHON_EXEC": f"{folder}/bin/python"}  # that is torchrun's
             finally:
                 process.terminate()
 
@@ -136,9 +146,9 @@ def prepared() -> Iterator[dict[str, str]]:
 def _execute(name: str, words: Sequence[str]) -> None:
     """As the program, or Python with a file, ``-m``, ``-c`` or ``-``."""
     sys.path[0] = ""
-    if name == "spikepatch":
-        name, words = "python", ["-m", "spikepatch", *words]
-    first, *rest = words
+    sys.executable = os.environ["PYTHON_EXEC"]  # what it starts is a fork as well
+    module = {"spikepatch": "spikepatch", "torchrun": "torch.distributed.run"}.get(name)
+    first, *rest = ["-m", module, *words] if module else [word for word in words if word not in ("-u", "-P")]
     if first == "-c":
         sys.argv = ["-c", *rest[1:]]
         exec(compile(rest[0], "<block>", "exec"), {"__name__": "__main__"})

@@ -38,17 +38,21 @@ settings.load_profile("spikepatch")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What is printed is as wide as a pipe takes it, whatever terminal the tests run on.
+os.environ.pop("COLUMNS", None)
+
 # A conversion that is not tested for loading saves a process of its own; the fixture `load_test` brings it back.
 os.environ.setdefault("SPIKEPATCH_LOAD_TEST", "0")
 
 #: What never imports torch: `pytest --light` runs these files alone, in seconds, and fails if one did.
 LIGHT = (
-    "test_package.py", "plans/test_plan.py", "plans/test_edits.py", "plans/test_work_out.py",
+    "test_package.py", "test_pages.py", "plans/test_plan.py", "plans/test_edits.py", "plans/test_work_out.py",
     "recipes/test_built_in.py", "recipes/test_megatron.py", "recipes/test_request.py", "transforms", "report",
     "apply/own_file/test_placement.py", "source/test_arrivals.py", "source/test_formats.py", "source/test_typed.py",
-    "data/test_documents.py", "training/test_harness.py",
+    "data/test_documents.py", "training/test_harness.py", "commands",
     "training/test_live_line.py", "training/test_log.py", "training/test_page.py", "training/test_permutation.py",
-    "test_architectures_page.py", "training/test_verdict.py", "spikes/test_scores.py", "spikes/test_detector.py", "spikes/test_hindsight.py",
+    "test_architectures_page.py",
+    "training/test_verdict.py", "spikes/test_scores.py", "spikes/test_detector.py", "spikes/test_hindsight.py",
     "spikes/test_read_log.py", "spikes/test_twin.py", "spikes/test_command.py", "training/test_outcome.py",
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ from spikepatch.commands import options
 from spikepatch.recipes.built_in import RECIPES
 from spikepatch.recipes.files import KINDS
 from tests import ROOT
-from tests.architectures import tiny_config
+from tests.architectures import tiny_config, tiny_model
 from tests.cli_surface import surface
 
 COMMAND = [sys.executable, "-m", "spikepatch"]
@@ -183,6 +183,20 @@ def test_a_recipe_of_ones_own_in_detail(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('name = "mine"\n[[transform]]\nkind = "small_init"\nbase = "normal"\nstd = 0.01\n')
     assert "small_init(base='normal', std=0.01)" in CliRunner().invoke(main, ["recipes", str(file)]).output
+
+
+def test_learned_weights_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    """By default one line on stderr says so, however quiet; who asked for it by name is told with -q no more."""
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    words = ["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--dry-run"]
+    line = f"fresh weights: the learned weights of {tmp_path}/model are NOT used; --reinit none keeps them"
+    for more, silent in (([], False), (["-q"], False), (["-q", "--json"], False), (["-q", "--reinit", "all"], True)):
+        done = CliRunner().invoke(main, [*words, *more])
+        assert done.exit_code == 0, done.output
+        assert done.stderr.count(line) == (0 if silent else 1), more
+        assert done.stdout.count(line) == ("--json" in more)
+        assert "-q" not in more or done.stderr == line * (not silent) + "\n" * (not silent)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -472,8 +486,8 @@ def test_architectures() -> None:
     table = CliRunner().invoke(main, ["architectures", "--filter", "openai-gpt"]).stdout
     assert "1 of 1 proven" in table
     narrow = CliRunner(env={"COLUMNS": "60"}).invoke(main, ["architectures", "--filter", "openai-gpt"]).stdout
-    assert "…" not in narrow
-    assert "post-norm" not in narrow.splitlines()[3]  # it is folded at this width
+    assert narrow.splitlines()[0] == "type: openai-gpt"  # a block: its columns do not fit
+    assert "  embedding as found: token x 1" in narrow
 
 
 @pytest.mark.slow

@@ -33,6 +33,9 @@ SAMPLE = """
 <!-- setup
 echo one > file
 -->
+```bash
+echo two > other
+```
 Some prose.
 
 <!-- exits with 3 -->
@@ -73,7 +76,7 @@ assert Path("printed").read_text() == "three\\n"
 
 def test_a_page(environment: dict[str, str], tmp_path: Path) -> None:
     """Every kind of block, and each fails where it should."""
-    assert run(SAMPLE, tmp_path, environment) == 4
+    assert run(SAMPLE, tmp_path, environment) == 5
     assert prose(SAMPLE).split() == ["#", "Words", "Some", "prose."]
     for right, wrong in (("three\n[", "four\n["), ("exits with 3", "exits with 4"), ("one\n```", "two\n```"),
                          ('"three', '"four')):  # fmt: skip

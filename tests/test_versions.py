@@ -42,6 +42,7 @@ TESTS = [
     "apply/folder/test_convert.py",
     "apply/own_file/test_codemod.py",
     "preflight/test_check.py",
+    "report/test_svg.py",
 ]
 #: And of trainings, which are slow ones, these.
 SLOW, TRAINED = ("test_loop.py", "test_callback.py"), "bare_loop or free_of_events"

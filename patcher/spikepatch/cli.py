@@ -19,16 +19,19 @@ from spikepatch.commands.architectures import architectures_command
 from spikepatch.commands.audit import audit_command
 from spikepatch.commands.check import check_command
 from spikepatch.commands.codemod import codemod_command
+from spikepatch.commands.completion import switch_on
 from spikepatch.commands.console import VisibleStream, level_options
 from spikepatch.commands.convert import convert_command
 from spikepatch.commands.fold import fold_command
 from spikepatch.commands.inspect import inspect_command
+from spikepatch.commands.nouns import meant_by
 from spikepatch.commands.recipes import recipes_command
 from spikepatch.commands.report import report_command
 from spikepatch.commands.spikes import spikes_command
 from spikepatch.commands.train import train_command
 from spikepatch.commands.verify import verify_command
 from spikepatch.errors import SpikepatchError, check_platform, first_line
+from spikepatch.report.terminal import say
 
 #: What the system refuses and nobody here can help -> the remedy.
 _FULL = {
@@ -60,6 +63,8 @@ def _usage(error: click.UsageError) -> SpikepatchError:
     near: Sequence[str] = getattr(error, "possibilities", None) or ()
     said = error.message if near else error.format_message()
     remedy = f"did you mean {' or '.join(sorted(near)[:3])}? " if near else ""
+    if error.ctx is not None and (meant := meant_by(error.ctx.info_name or "", error.message)):
+        remedy = f"did you mean `{meant}`? "
     return SpikepatchError(
         said.rstrip("."),
         where=command,
@@ -130,7 +135,7 @@ def _forget_output() -> None:
 def _say(text: str) -> None:
     """On stderr, if it can be written to."""
     with contextlib.suppress(OSError):
-        click.echo(text, err=True)
+        say(text, err=True)
 
 
 def _say_full(error: OSError) -> None:
@@ -258,6 +263,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+switch_on()  # completion in bash
 main.add_command(convert_command)
 main.add_command(fold_command)
 main.add_command(inspect_command)

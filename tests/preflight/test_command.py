@@ -31,7 +31,7 @@ def test_the_table(source: str) -> None:
     done = run(source, "--recipe", "embed-ln", "--tokens", "16", "--deep", "-v")
     assert done.exit_code == 0
     assert "sub-layers\n" not in run(source, "--tokens", "16").stdout
-    assert "GPT2LMHeadModel: pre-norm, width d = 64, S = 6 sub-layers; 2 x 16 tokens" in done.stdout
+    assert "GPT2LMHeadModel: pre-norm, width d = 64, S = 6 sub-layers; 1 x 16 tokens" in done.stdout
     for words in (
         "as it is: at-risk",
         "embed-ln: stable",

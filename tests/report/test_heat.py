@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 import re
-import struct
-import zlib
 from itertools import pairwise
 
 import pytest
+from PIL import Image
 
 from spikepatch.report.document import HeatMap
 from spikepatch.report.heat import COLUMNS, heat
@@ -17,31 +17,16 @@ from spikepatch.report.heat import COLUMNS, heat
 Pixel = tuple[int, int, int] | None
 
 
-def decoded(data: bytes) -> list[list[Pixel]]:
-    """The rows of a PNG of palette colours without row filters, by its specification; None: transparent."""
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    at, chunks = 8, {}
-    while at < len(data):
-        (size,) = struct.unpack(">I", data[at : at + 4])
-        kind, content = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
-        assert struct.unpack(">I", data[at + 8 + size : at + 12 + size]) == (zlib.crc32(kind + content),)
-        chunks[kind] = content
-        at += 12 + size
-    width, height, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
-    assert rest == [8, 3, 0, 0, 0]
-    pixels = zlib.decompress(chunks[b"IDAT"])
-    assert len(pixels) == height * (width + 1)
-    assert chunks[b"tRNS"] == b"\0"
-    palette = [tuple(chunks[b"PLTE"][i : i + 3]) for i in range(0, len(chunks[b"PLTE"]), 3)]
-    rows = [pixels[i : i + width + 1] for i in range(0, len(pixels), width + 1)]
-    assert {row[0] for row in rows} == {0}
-    return [[palette[i] if i else None for i in row[1:]] for row in rows]  # type: ignore[misc]
-
-
 def images(chart: HeatMap) -> tuple[list[list[Pixel]], list[Pixel]]:
     """The cells, the top row first; and the scale, from its top."""
-    cells, scale = re.findall(r'href="data:image/png;base64,([^"]*)"', heat(chart))
-    return decoded(base64.b64decode(cells)), [pixel for (pixel,) in decoded(base64.b64decode(scale))]
+    found = []
+    for data in re.findall(r'href="data:image/png;base64,([^"]*)"', heat(chart)):
+        image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA")
+        pixels = [image.getpixel((x, y)) for y in range(image.height) for x in range(image.width)]
+        rows = [pixels[i : i + image.width] for i in range(0, len(pixels), image.width)][::-1]  # it is drawn turned
+        found.append([[pixel[:3] if pixel[3] else None for pixel in row] for row in rows])
+    cells, scale = found
+    return cells, [pixel for (pixel,) in scale]
 
 
 def chart(*values: tuple[float | None, ...], columns: tuple[float, ...] | None = None) -> HeatMap:

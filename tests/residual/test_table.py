@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,21 @@ import torch
 from transformers import Dinov2Config, Dinov2Model, T5Config, T5ForConditionalGeneration
 
 import spikepatch
-from spikepatch.residual.table import lines
+from spikepatch.report.document import Table
+from spikepatch.report.terminal import table_lines
+from spikepatch.residual.map import ResidualMap
+from spikepatch.residual.table import described
 from tests.architectures import tiny_model
 from tests.residual import plain_gpt
 from tests.residual.plain_gpt import GPT
+
+
+def lines(residual: ResidualMap) -> Iterator[str]:
+    for part in described(residual):
+        if isinstance(part, str):
+            yield part
+        else:
+            yield from table_lines(Table("", ("",) * len(part[0]), tuple(part)), None)
 
 
 def test_table_of_a_plain_gpt() -> None:

@@ -52,10 +52,12 @@ def test_exit_codes(tmp_path: Path) -> None:
 
 
 def test_lines_fit_a_terminal(tmp_path: Path) -> None:
-    done = run(write(tmp_path / "c", fall(300) + spike(300, 200, 2.0, 5.0)))
-    table = [line for line in done.stdout.splitlines() if line[:1] in "┏┃┡│└"]
-    assert len(table) >= 5
-    assert max(map(len, table)) <= 80
+    log = str(write(tmp_path / "c", fall(300) + spike(300, 200, 2.0, 5.0)))
+    lines = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["spikes", log]).stdout.splitlines()
+    rule = next(i for i, line in enumerate(lines) if line.startswith("─"))
+    assert lines[rule - 1].split()[:5] == ["#", "in", "kind", "onset", "peak"]
+    assert lines[rule + 1].split()[:4] == ["1", "loss", "spike", "201"]
+    assert max(map(len, lines)) <= max(80, len(log) + 80)
     assert run(write(tmp_path / "c", fall(300)), "-q").stdout.startswith("healthy: ")
 
 

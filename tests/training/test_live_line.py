@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,12 +129,28 @@ def test_on_a_terminal(no_color: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("\x1b[38;5;" in shown or "\x1b[3" in shown) != no_color
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("name", ["a", "a-model-with-a-long-name@scaled-embed"])
+def test_on_a_terminal_of_any_width_no_number_is_cut(name: str, width: int) -> None:
+    out = io.StringIO()
+    evaluating = {"type": "evaluating", "step": 12_345, "done": 100_512, "total": 201_024}
+    for more in ([], [evaluating]):
+        with reporting(10, console=Console(file=out, force_terminal=True, width=width)) as report:
+            for record in (run(name, steps=20_000), step(1), step(2), event(7), step(12_345), *more):
+                report(record)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    for words in (f"run 1 of 10: {name}, lr 0.0005, seed 0", "12345/20000", "loss 2.5", "100,512 of 201,024"):
+        assert words in shown or words in " ".join(shown.split())
+    assert "…" not in shown
+    assert max(len(line) for line in re.split(r"[\r\n]", shown)) <= width
+
+
 def test_an_evaluation_on_a_terminal() -> None:
     out = io.StringIO()
     with reporting(4, console=Console(file=out, force_terminal=True, width=150)) as report:
         for record in (run(), step(100), {"type": "evaluating", "step": 100, "done": 512, "total": 1024}):
             report(record)
-    assert "held-out tokens: 512 of 1,024" in out.getvalue()
+    assert "held out: 512 of 1,024" in out.getvalue()
 
 
 def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:

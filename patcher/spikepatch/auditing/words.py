@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from xml.etree import ElementTree
 
 from spikepatch.auditing.fault import Audit, Fault
+from spikepatch.report.terminal import wrapped
 from spikepatch.residual.map import pattern
 
 _GITHUB = {"note": "notice", "at-risk": "warning", "unstable": "error"}
@@ -21,18 +21,13 @@ def lines(audit: Audit, *, width: int = 80, details: bool = False) -> Iterator[s
     yield f"{audit.source}: {audit.worst or 'nothing found'} ({audit.architecture}, {found})"
     for fault in audit.findings:
         short = fault.severity == "note" and not details
-        yield from textwrap.wrap(
-            f"{fault.severity}: {fault.what}", width, initial_indent="  ", subsequent_indent="    "
-        )
+        yield from wrapped(f"  {fault.severity}: {fault.what}", width)
         yield from (f"    {name}" for name in named(fault)[: 3 if short else None])
         if not short:
-            text = f"expected {fault.expected}; measured {fault.measured}"
-            yield from textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="      ")
-            yield from textwrap.wrap(
-                f"remedy: {fault.remedy}", width, initial_indent="    ", subsequent_indent="      "
-            )
+            yield from wrapped(f"    expected {fault.expected}; measured {fault.measured}", width)
+            yield from wrapped(f"    remedy: {fault.remedy}", width)
     for text in audit.not_said:
-        yield from textwrap.wrap(f"nothing is said of {text}", width, initial_indent="  ", subsequent_indent="    ")
+        yield from wrapped(f"  nothing is said of {text}", width)
 
 
 def named(fault: Fault) -> list[str]:

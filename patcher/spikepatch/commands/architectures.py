@@ -44,14 +44,12 @@ def architectures_command(text: str, as_json: bool) -> None:
 
 def _print(rows: Sequence[Row]) -> None:
     import transformers
-    from rich.console import Console
-    from rich.table import Table
 
-    table = Table()
-    for header in ("type", "task", "structure", "sub-layers per layer", "embedding as found", "proven"):
-        table.add_column(header, overflow="fold")
-    for row in rows:
-        table.add_row(
+    from spikepatch.report.document import Table
+    from spikepatch.report.terminal import print_table, say
+
+    entries = (
+        (
             row.type,
             row.task,
             ", ".join([row.placement, *row.kinds]) if row.placement else "",
@@ -59,10 +57,12 @@ def _print(rows: Sequence[Row]) -> None:
             ", ".join(row.embeddings),
             row.reason or ("for some inputs" if row.conditions else "yes"),
         )
-    console = Console()
-    console.print(table)
+        for row in rows
+    )
+    headers = ("type", "task", "structure", "sub-layers per layer", "embedding as found", "proven")
+    print_table(Table("", headers, tuple(entries)))
     proven = sum(row.proven for row in rows)
-    console.print(f"{proven} of {len(rows)} proven, by default configs of transformers {transformers.__version__}")
+    say(f"{proven} of {len(rows)} proven, by default configs of transformers {transformers.__version__}")
 
 
 def _per_layer(sublayers: int | None, layers: int | None) -> str:

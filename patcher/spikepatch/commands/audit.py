@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose, progress
+from spikepatch.report.terminal import columns_of
 
 if TYPE_CHECKING:
     from spikepatch.auditing.fault import Audit
 
 
 @click.command("audit")
-@options.sources
+@options.sources("audit")
 @click.option(
     "--expect",
     metavar="RECIPE",
@@ -83,7 +84,7 @@ def _print(found: list[Audit], style: str, as_json: bool) -> None:
         for each in found:
             click.echo(f"{each.source}: {each.worst or 'nothing found'}")
     else:
-        width = min(shutil.get_terminal_size((80, 24)).columns, 100)
+        width = columns_of(sys.stdout) or 80
         for each in found:
             for line in lines(each, width=width, details=is_verbose()):
                 click.echo(line)

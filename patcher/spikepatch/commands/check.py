@@ -27,7 +27,7 @@ _THRESHOLDS = (
 
 
 @click.command("check")
-@options.sources
+@options.sources("check")
 @click.option(
     "--recipe",
     "recipes",
@@ -37,8 +37,8 @@ _THRESHOLDS = (
 )
 @options.reinit
 @options.of_recipes
-@click.option("--tokens", type=click.IntRange(min=2), default=256, show_default=True, help="Length of a sequence.")
-@click.option("--batch", type=click.IntRange(min=1), default=2, show_default=True, help="Number of sequences.")
+@click.option("--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Length of a sequence.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Number of sequences.")
 @click.option("--text", metavar="DATA", help="Take the tokens from data, as `train` does.  [default: random tokens]")
 @options.reading
 @options.seed
@@ -99,6 +99,7 @@ def check_command(
     """
     from spikepatch.preflight.check import check
     from spikepatch.preflight.judge import PROMISE, Thresholds, at_or_above
+    from spikepatch.report.terminal import say
 
     changes = _parse(thresholds)
     limits = Thresholds.changed(changes)
@@ -112,7 +113,7 @@ def check_command(
     for each in () if as_json else found:
         _print(each, limits, named=len(found) > 1)
     if not as_json and not is_quiet():
-        click.echo(PROMISE)
+        say(PROMISE)
     if report is not None:
         _write_report(found[0], report, limits, overwrite)
         if not is_quiet():
@@ -155,34 +156,29 @@ def _write_report(found: StabilityReport, path: Path, thresholds: Thresholds, ov
 
 def _print(report: StabilityReport, limits: Thresholds, *, named: bool) -> None:
     """``named``: with the source, where there are several."""
-    from rich.console import Console
-
     from spikepatch.preflight.present import embedding_table, findings, layer_table, not_covered, summary_table
-    from spikepatch.report.terminal import print_table
+    from spikepatch.report.terminal import print_table, say
 
     source = f"{report.source}: " if named else ""
     if is_quiet():
         for model in (report, *report.models):
             click.echo(f"{source}{model.name}: {model.verdict}")
         return
-    console = Console(highlight=False)
-    width = max(console.width, 100) if not console.is_terminal else console.width
-    console = Console(highlight=False, width=width)
-    click.echo(
+    say(
         f"{source}{report.architecture}: {report.placement}, width d = {report.width}, S = {report.sublayers}"
         f" sub-layers; {report.batch} x {report.tokens} tokens, float32 on {report.device}"
     )
-    print_table(summary_table(report, limits, details=is_verbose()), console)
+    print_table(summary_table(report, limits, details=is_verbose()))
     for model in report.every if is_verbose() else ():
         for table in (embedding_table(model), layer_table(model)):
             if table.rows:  # a refused recipe has none
-                print_table(table, console)
+                print_table(table)
     for model in report.every:
         click.echo(f"{model.name}: {model.verdict}")
         for line in findings(model):
-            click.echo(f"  {line}")
+            say(f"  {line}")
     for line in not_covered(report):
-        click.echo(line)
+        say(line)
 
 
 def _parse(thresholds: tuple[str, ...]) -> dict[str, float]:

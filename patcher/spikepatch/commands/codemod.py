@@ -8,10 +8,12 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose, progress
+from spikepatch.commands.nouns import checked
+from spikepatch.report.terminal import say
 
 
 @click.command("codemod")
-@click.argument("file", type=options.Place())
+@click.argument("file", type=options.Place(), callback=checked("codemod"))
 @click.option("--factory", required=True, metavar="MODULE:FUNCTION", help="What builds the model; see above.")
 @options.recipe
 @options.factor
@@ -47,11 +49,11 @@ def codemod_command(file: str, factory: str, **options: Any) -> None:
         result = codemod(file, factory, **options)
     if not is_quiet():
         for note in result.notes:
-            click.echo(note, err=True)
+            say(note, err=True)
     if is_verbose():
         for skip in result.plan.skips:
-            click.echo(f"left alone: {skip.target}: {skip.reason}", err=True)
+            say(f"left alone: {skip.target}: {skip.reason}", err=True)
     if options["write"]:
-        click.echo(f"wrote {file}: {result.plan.recipe}, checked by building {result.plan.architecture} from it")
+        say(f"wrote {file}: {result.plan.recipe}, checked by building {result.plan.architecture} from it")
     else:
         click.echo(result.diff, nl=False)

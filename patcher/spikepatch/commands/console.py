@@ -8,12 +8,17 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from spikepatch.errors import visible
 from spikepatch.progress import Progress, silent
+from spikepatch.report.terminal import columns_of, wrapped
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import ProgressColumn
 
 Level = Literal["verbose", "quiet"]
 _LEVEL = "spikepatch.level"
@@ -69,7 +74,7 @@ class VisibleStream:
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return "\n".join(wrapped(visible(super().format(record)), columns_of(sys.stderr)))
 
 
 @contextlib.contextmanager
@@ -130,13 +135,24 @@ def _lines() -> Progress:
     return show
 
 
+def bar_on_stderr(*more: ProgressColumn) -> RichProgress:
+    """What is done, a bar, how much of it; where it is narrow the words are folded, and no number."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+    from rich.table import Column
+
+    console = Console(stderr=True)
+    bar = BarColumn(bar_width=min(40, max(8, console.width - 60)))
+    words = TextColumn("{task.description}", table_column=Column())
+    return RichProgress(words, bar, TaskProgressColumn(), *more, console=console, transient=True)
+
+
 @contextlib.contextmanager
 def _bar() -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with bar_on_stderr(TimeElapsedColumn()) as bar:
         task = bar.add_task("starting", total=None)
 
         def show(step: str, done: int = 0, total: int = 0) -> None:

@@ -12,11 +12,13 @@ from spikepatch.apply.folder.loader import loader
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, progress
 from spikepatch.commands.convert import load_line
+from spikepatch.commands.nouns import checked
+from spikepatch.report.terminal import say
 from spikepatch.source.formats import size
 
 
 @click.command("fold")
-@click.argument("trained")
+@click.argument("trained", shell_complete=options.complete_folder, callback=checked("fold"))
 @options.out
 @options.revision
 @options.trust_remote_code
@@ -41,8 +43,8 @@ def fold_command(trained: str, out: str, *, as_json: bool, **options: Any) -> No
         return
     if not is_quiet():
         for note in result.notes:
-            click.echo(note)
+            say(note)
         if result.untied:
-            click.echo("the head has its own matrix now, and the config says so")
-    click.echo(f"wrote {result.out}: {result.parameters:,} parameters, {size(result.bytes)}, plain")
+            say("the head has its own matrix now, and the config says so")
+    say(f"wrote {result.out}: {result.parameters:,} parameters, {size(result.bytes)}, plain")
     click.echo(load_line(result))

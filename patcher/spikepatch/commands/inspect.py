@@ -6,11 +6,12 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_verbose, progress
-from spikepatch.residual.table import lines
+from spikepatch.report.terminal import print_rows, say
+from spikepatch.residual.table import described
 
 
 @click.command("inspect", help=f"Show the residual map of SOURCE, and whether it is proven.\n{options.SOURCE_HELP}")
-@options.source
+@options.source("inspect")
 @options.revision
 @options.trust_remote_code
 @options.example_inputs
@@ -35,10 +36,13 @@ def inspect_command(
     if as_json:
         click.echo(residual.to_json())
         return
-    for line in lines(residual):
-        click.echo(line)
+    for part in described(residual):
+        if isinstance(part, str):
+            say(part)
+        else:
+            print_rows(part)
     if is_verbose():
         for each in (residual, *residual.streams):
-            click.echo("with every residual projection cut, the output still depends on:")
+            say("with every residual projection cut, the output still depends on:")
             for name in each.reaches:
                 click.echo(f"  {name}")

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from spikepatch.commands.nouns import checked
 from spikepatch.source.local import in_utf8
 
 
@@ -40,8 +41,13 @@ def complete_recipe(context: click.Context, parameter: click.Parameter, incomple
     return found or [CompletionItem(incomplete, type="file")]
 
 
-def _complete_folder(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return [CompletionItem(incomplete, type="dir")]
+def complete_source(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """``arch:TYPE``, once it is begun, and folders."""
+    from spikepatch.source.type_names import model_types
+
+    names = [f"arch:{name}" for name in model_types()] if incomplete else []
+    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return found if incomplete.startswith("arch:") else [*found, *complete_folder(context, parameter, incomplete)]
 
 
 def _complete_dtype(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -50,10 +56,23 @@ def _complete_dtype(context: click.Context, parameter: click.Parameter, incomple
     return [name for name in STORED if name.startswith(incomplete)]
 
 
-source: Decorator = click.argument("source", shell_complete=_complete_folder)
-sources: Decorator = click.argument(
-    "sources", metavar="SOURCE...", nargs=-1, required=True, shell_complete=_complete_folder
-)
+def source(command: str) -> Decorator:
+    """The SOURCE of a command."""
+    return click.argument("source", shell_complete=complete_source, callback=checked(command))
+
+
+def sources(command: str) -> Decorator:
+    """One SOURCE or several."""
+    return click.argument(
+        "sources", metavar="SOURCE...", nargs=-1, required=True, shell_complete=complete_source,
+        callback=checked(command),
+    )  # fmt: skip
+
+
+def complete_folder(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(incomplete, type="dir")]
+
+
 out: Decorator = click.argument("out", type=Place())
 recipe: Decorator = click.option(
     "--recipe",

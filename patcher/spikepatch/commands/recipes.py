@@ -13,6 +13,8 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet, is_verbose
+from spikepatch.commands.nouns import checked
+from spikepatch.report.terminal import say
 
 if TYPE_CHECKING:
     from spikepatch.plans.plan import Recipe, Transform
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command("recipes")
-@click.argument("name", required=False, shell_complete=options.complete_recipe)
+@click.argument("name", required=False, shell_complete=options.complete_recipe, callback=checked("recipes"))
 @click.option("--for", "program", type=click.Choice(["megatron"]), help="Print NAME as options of Megatron-LM.")
 @click.option("--width", type=click.IntRange(min=1), metavar="D", help="With --for: width of the residual stream.")
 @click.option("--layers", type=click.IntRange(min=1), metavar="N", help="With --for: number of layers.")
@@ -93,7 +95,7 @@ def recipes_command(
         click.echo(json.dumps(data, indent=2))
         return
     for line in lines:
-        click.echo(line)
+        say(line)
 
 
 def _list(recipes: list[Recipe]) -> Iterator[str]:

@@ -8,10 +8,14 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet
+from spikepatch.commands.nouns import checked
 
 
 @click.command("report")
-@click.argument("folders", nargs=-1, required=True, type=options.Place(path_type=Path), metavar="FOLDER...")
+@click.argument(
+    "folders", nargs=-1, required=True, type=options.Place(path_type=Path), metavar="FOLDER...",
+    callback=checked("report"),
+)  # fmt: skip
 @click.option(
     "--out",
     type=options.Place(path_type=Path, dir_okay=False),
@@ -35,6 +39,7 @@ def report_command(folders: tuple[Path, ...], out: Path | None, overwrite: bool,
     import json
 
     from spikepatch.report.html import check_page, write_page, write_panels
+    from spikepatch.report.terminal import say
     from spikepatch.training.curves import arm_panels
     from spikepatch.training.outcome import outcome
     from spikepatch.training.page import page_of
@@ -55,6 +60,6 @@ def report_command(folders: tuple[Path, ...], out: Path | None, overwrite: bool,
     if as_json or is_quiet():
         return
     if found.under_way or found.waiting:
-        click.echo(f"not finished: {len(found.under_way)} under way, {len(found.waiting)} not begun")
+        say(f"not finished: {len(found.under_way)} under way, {len(found.waiting)} not begun")
     if path is not None:
         click.echo(f"page: {path}")

@@ -8,13 +8,16 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import is_quiet
+from spikepatch.commands.nouns import checked
 
 #: Events that are printed; the page has all.
 _PRINTED = 20
 
 
 @click.command("spikes")
-@click.argument("logs", nargs=-1, required=True, metavar="LOG...", type=options.Place(path_type=Path))
+@click.argument(
+    "logs", nargs=-1, required=True, metavar="LOG...", type=options.Place(path_type=Path), callback=checked("spikes")
+)
 @click.option("--loss", metavar="KEY", help="What the loss is called in the log.  [default: found]")
 @click.option("--norm", metavar="KEY", help="What the gradient norm is called, before clipping.  [default: found]")
 @click.option("--step", metavar="KEY", help="What the step is called.  [default: found]")
@@ -83,9 +86,7 @@ def _print(report: object, *, first: bool) -> None:
     """What was read, what cannot be judged, events, verdict."""
     import dataclasses
 
-    from rich.console import Console
-
-    from spikepatch.report.terminal import print_table
+    from spikepatch.report.terminal import print_table, say
     from spikepatch.spikes.spike_page import event_table
     from spikepatch.spikes.spike_report import SpikeReport
 
@@ -94,15 +95,14 @@ def _print(report: object, *, first: bool) -> None:
         click.echo()
     if not is_quiet():
         for line in report.log.describe():
-            click.echo(line)
+            say(line)
         for line in report.log.limits():
-            click.echo(f"cannot be judged: {line}")
+            say(f"cannot be judged: {line}")
         if report.events:
             table = event_table(report, narrow=True)
             shown = dataclasses.replace(table, rows=table.rows[:_PRINTED])
-            console = Console(highlight=False)
-            print_table(shown, console if console.is_terminal else Console(highlight=False, width=120))
+            print_table(shown)
             if more := len(table.rows) - len(shown.rows):
                 click.echo(f"and {more} more events, which --json and --report have")
     for line in report.lines():
-        click.echo(line)
+        say(line)

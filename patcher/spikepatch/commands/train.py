@@ -9,16 +9,21 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from spikepatch.commands import options
-from spikepatch.commands.console import is_quiet
+from spikepatch.commands.console import bar_on_stderr, is_quiet
+from spikepatch.commands.nouns import check_noun
 from spikepatch.errors import BadTarget
 from spikepatch.progress import Progress, silent
+from spikepatch.report.terminal import say
 from spikepatch.source.local import local_path
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 
 def _numbers(kind: type[int] | type[float], least: float) -> Any:
@@ -52,7 +57,7 @@ _BELOW_1 = _Finite(min=0, max=1, max_open=True)
 
 
 @click.command("train")
-@click.argument("models", nargs=-1, metavar="MODEL...")
+@click.argument("models", nargs=-1, metavar="MODEL...", shell_complete=options.complete_source)
 @click.option("--data", multiple=True, metavar="DATA", help="What to train on; may be repeated.")
 @click.option("--out", type=options.Place(path_type=Path), help="Folder of the runs; new, or with --resume.")
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Optimiser steps of each run.")
@@ -197,6 +202,8 @@ def train_command(
     """
     import json
 
+    for model in () if resume else models:  # a lone one is then OUT
+        check_noun("train", model)
     from spikepatch.training.harness import what_is_asked
     from spikepatch.training.live_line import reporting
     from spikepatch.training.runs import run_all
@@ -215,7 +222,7 @@ def train_command(
             verdict = run_all(
                 asked, out, resume=resume, trust_remote_code=trust_remote_code,
                 command=shlex.join(["spikepatch", *sys.argv[1:]]), steps=steps, progress=progress,
-                say=(lambda text: None) if is_quiet() else (lambda text: click.echo(text, err=True)),
+                say=(lambda text: None) if is_quiet() else (lambda text: say(text, err=True)),
             )  # fmt: skip
     except (KeyboardInterrupt, SystemExit):
         if main:
@@ -264,16 +271,12 @@ def _write_page(out: Path) -> None:
 @contextlib.contextmanager
 def _steps() -> Iterator[Progress]:
     """What is being prepared, on stderr: each step once, and on a terminal a bar for one of known length."""
-    import rich.progress as rich_bars
-    from rich.console import Console
-
     if is_quiet():
         yield silent
         return
-    columns = (rich_bars.TextColumn("{task.description}"), rich_bars.BarColumn(), rich_bars.TaskProgressColumn())
     seen: set[str] = set()
     with contextlib.ExitStack() as shown:
-        bars: list[rich_bars.Progress] = []
+        bars: list[RichProgress] = []
 
         def update(step: str, done: int = 0, total: int = 0) -> None:
             if step not in seen:
@@ -283,9 +286,7 @@ def _steps() -> Iterator[Progress]:
                 click.echo(f"{step} ...", err=True)
             if total and sys.stderr.isatty():
                 if not bars:
-                    bars.append(
-                        shown.enter_context(rich_bars.Progress(*columns, console=Console(stderr=True), transient=True))
-                    )
+                    bars.append(shown.enter_context(bar_on_stderr()))
                     bars[0].add_task(step, total=total)
                 bars[0].update(bars[0].task_ids[0], completed=done)
                 if done >= total:  # the display of a run is to have the terminal for itself

@@ -9,11 +9,13 @@ import click
 
 from spikepatch.commands import options
 from spikepatch.commands.console import progress
+from spikepatch.commands.nouns import checked
+from spikepatch.report.terminal import say
 from spikepatch.source.formats import size
 
 
 @click.command("verify")
-@options.out
+@click.argument("out", type=options.Place(), callback=checked("verify"))
 @options.allow_nonfinite
 @options.as_json
 def verify_command(out: str, allow_nonfinite: bool, as_json: bool) -> None:
@@ -33,9 +35,7 @@ def verify_command(out: str, allow_nonfinite: bool, as_json: bool) -> None:
         click.echo(json.dumps(dataclasses.asdict(found) | {"folder": out}))
     elif not found.manifest:
         held = f"{found.tensors} tensors, {size(found.bytes)}"
-        click.echo(
-            f"{out} is a checkpoint of a patched model, whole and finite: {held}; it has no manifest of its files"
-        )
+        say(f"{out} is a checkpoint of a patched model, whole and finite: {held}; it has no manifest of its files")
     else:
         held = f"{found.files} files, {found.tensors} tensors, {size(found.bytes)}"
-        click.echo(f"{out} is what was written: {held}")
+        say(f"{out} is what was written: {held}")

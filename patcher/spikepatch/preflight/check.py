@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,7 +28,7 @@ from spikepatch.residual.example import Given, given
 from spikepatch.residual.inspect import followed
 from spikepatch.residual.map import ResidualMap
 from spikepatch.residual.trace import trace
-from spikepatch.source.meta import settings_read, unwrapped
+from spikepatch.source.meta import unwrapped
 
 if TYPE_CHECKING:
     from spikepatch.source.open import Source
@@ -44,8 +44,8 @@ def check(
     replace: bool = False,
     untie: bool = False,
     part: ModelPart | None = None,
-    tokens: int = 256,
-    batch: int = 2,
+    tokens: int = 128,
+    batch: int = 1,
     text: str | Path | None = None,
     text_column: str | None = None,
     split: str | None = None,
@@ -100,25 +100,22 @@ def check(
         recipes, reinit=reinit, seed=seed, factor=factor, positions=positions, replace=replace, untie=untie, part=part
     )
     source: Source | None = None
-    with settings_read() as read:
-        if isinstance(model, str):
-            from spikepatch.source.open import open_source
+    if isinstance(model, str):
+        from spikepatch.source.open import open_source
 
-            tell("reading the source", 0, 0)
-            source = open_source(
-                model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell
-            )
-            base = of_source(source, seed)
-        else:
-            model = unwrapped(model)
-            base = of_model(model, seed)
-        name = source.name if source is not None else type(base.structure).__name__
-        setting = Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
-        with in_memory(base, setting):
-            how = Reading(text_column, split, token_dtype)
-            inputs = _inputs(base, source, example_inputs, text, how, tokens=tokens, batch=batch, seed=seed)
-            tell("mapping the residual stream", 0, 0)
-            found = proven(base, inputs, name)
+        tell("reading the source", 0, 0)
+        source = open_source(model, revision=revision, trust_remote_code=trust_remote_code, weights=True, report=tell)
+        base = of_source(source, seed)
+    else:
+        model = unwrapped(model)
+        base = of_model(model, seed)
+    name = source.name if source is not None else type(base.structure).__name__
+    setting = Setting(name, tokens, batch, seed, torch_device, deep, steps, lr)
+    with in_memory(base, setting):
+        how = Reading(text_column, split, token_dtype)
+        inputs = _inputs(base, source, example_inputs, text, how, tokens=tokens, batch=batch, seed=seed)
+        tell("mapping the residual stream", 0, 0)
+        found = proven(base, inputs, name)
     # A text is ids alone; plans are made, and weights audited, by all that the model takes.
     whole = found if text is None else followed(base.structure, trace(base.structure, example_inputs), name)
     plain = base
@@ -145,7 +142,7 @@ def check(
         about = about_a_part(subject.recipe or "as it is", tell) if recipes else tell
         with in_memory(subject, setting):
             about("mapping the residual stream", 0, 0)
-            judge = Judgement(limits, own, learned, partial(_remedy, subject, source, partial(ground, "all"), read))
+            judge = Judgement(limits, own, learned, partial(_remedy, subject, source, partial(ground, "all")))
             mapped = found if subject is base else proven(subject, inputs, name)
             reports.append(measured(*cut(subject, mapped, layers, inputs, name), setting, judge, about))
     if example_inputs is None and 0 < reports[0].tokens < tokens:
@@ -204,7 +201,6 @@ def _remedy(
     subject: Subject,
     source: Source | None,
     fresh: Callable[[], Mapped],
-    read: Collection[str],
     whole: ResidualMap,
     *,
     untie: bool = False,
@@ -220,4 +216,4 @@ def _remedy(
         return of_a_tied_head(Mapped(subject.structure, whole, source), subject.request) if subject.request else ""
     if subject.request is not None or (source is not None and source.patched is not None):
         return "another recipe: `spikepatch recipes` lists them"
-    return of_a_model(Mapped(subject.structure, whole)) if source is None else of_a_source(fresh(), source, read)
+    return of_a_model(Mapped(subject.structure, whole)) if source is None else of_a_source(fresh(), source)

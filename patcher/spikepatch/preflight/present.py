@@ -10,7 +10,7 @@ from functools import partial
 from spikepatch.auditing.words import named
 from spikepatch.preflight.judge import CALIBRATED, PROMISE, Thresholds
 from spikepatch.preflight.result import LayerReport, Stability, StabilityReport
-from spikepatch.report.document import Badge, Chart, Line, Page, Section, Table, Tone, number
+from spikepatch.report.document import Badge, Chart, Line, Page, Ranked, Section, Table, Tone, number
 
 _TONES: dict[Stability, Tone] = {
     "stable": "good", "learned": "neutral", "at-risk": "warning", "unstable": "bad", "unknown": "neutral",
@@ -125,6 +125,15 @@ def findings(report: StabilityReport) -> Iterable[str]:
     yield from (f"not measured: {reason}" for reason in report.not_measured)
 
 
+def ranked(report: StabilityReport) -> tuple[Ranked, ...]:
+    """The same, the worst first."""
+    ranks: dict[str, Tone] = {
+        "unstable": "bad", "at-risk": "warning", "note": "neutral", "remedy": "good", "not measured": "neutral",
+    }  # fmt: skip
+    lines = sorted((line.split(": ", 1) for line in findings(report)), key=lambda line: [*ranks].index(line[0]))
+    return tuple(Ranked(rank, text, ranks[rank]) for rank, text in lines)
+
+
 def not_covered(report: StabilityReport) -> Iterable[str]:
     """Why bounds are not given, each reason once for all compared models."""
     reasons: dict[str, list[str]] = {}
@@ -141,7 +150,9 @@ def page(report: StabilityReport, thresholds: Thresholds) -> Page:
     models = report.every
     badges = tuple(Badge(m.name, m.verdict, _TONES[m.verdict]) for m in models)
     sections = [Section("Compared", (PROMISE, *not_covered(report)), (summary_table(report, thresholds),))]
-    sections += [Section(f"Findings: {m.name}", tuple(findings(m)) or ("none",), (embedding_table(m),)) for m in models]
+    for m in models:
+        found = ranked(m)
+        sections.append(Section(f"Findings: {m.name}", () if found else ("none",), (embedding_table(m),), ranked=found))
     sections.append(Section("Along the layers", charts=tuple(_layer_charts(models, thresholds))))
     if any(m.steps for m in models):
         sections.append(Section("Optimiser steps", charts=tuple(_step_charts(models))))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
 
 from spikepatch.apply.disk.manifest import command_line
-from spikepatch.apply.folder.routes import choose
 from spikepatch.apply.generated.structure import restructure
 from spikepatch.errors import SpikepatchError
 from spikepatch.plans.plan import Recipe
@@ -20,19 +18,16 @@ from spikepatch_transforms.untie import UntieHead
 _TRIED = (("scaled-embed", False), ("scaled-embed", True), ("embed-ln", False), ("vanilla", False))
 
 
-def of_a_source(mapped: Mapped, source: Source, read: Collection[str]) -> str:
-    """``spikepatch convert SOURCE OUT --recipe R``, R the first recipe that can be planned and stored; else empty.
+def of_a_source(mapped: Mapped, source: Source) -> str:
+    """``spikepatch convert SOURCE OUT --recipe R``, R the first recipe that can be planned and built; else empty.
 
     Args:
         mapped: the source's structure without weights.
-        read: the settings that it reads; see ``routes.choose``.
     """
     for recipe, replace in _TRIED:
         with contextlib.suppress(SpikepatchError):
             plan = plan_on(mapped, parse_request(recipe, reinit="all", replace=replace))
-            patched = build_meta(source)
-            restructure(patched, plan)
-            choose(source, plan, patched, "auto", read=read)
+            restructure(build_meta(source), plan)  # what can be built can be stored: as code, if by nothing else
             return command_line(
                 ("convert", source.name, "OUT"),
                 recipe=recipe,

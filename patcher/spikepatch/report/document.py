@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Tone = Literal["good", "warning", "bad", "neutral"]
 _NUMBER = re.compile(r"-|n/a|[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?[x%]?")
+#: Entries that say nothing.
+EMPTY = ("", "-", "n/a")
 Shape = Literal["triangle", "diamond", "cross", "square", "ring"]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; a column of numbers only is aligned to the right."""
+    """Rows of text; a column of numbers only is aligned to the right.
+
+    ``usual``: by header, the entry that goes without saying, such as a default.
+    """
 
     title: str
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    usual: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def numeric(self) -> tuple[bool, ...]:
         """Whether a column has numbers only."""
         return tuple(all(_NUMBER.fullmatch(row[i]) for row in self.rows) for i in range(len(self.headers)))
+
+    @property
+    def shown(self) -> Table:
+        """Without the columns that say nothing: all empty, or all as usual. The first one stays."""
+        silent = [{*EMPTY, self.usual.get(header, "")} for header in self.headers]
+        kept = [i for i in range(len(self.headers)) if not i or any(row[i] not in silent[i] for row in self.rows)]
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        return replace(self, headers=tuple(self.headers[i] for i in kept), rows=rows) if self.rows else self
 
 
 @dataclass(frozen=True)
@@ -98,8 +113,19 @@ class Badge:
 
 
 @dataclass(frozen=True)
+class Ranked:
+    """A finding: how bad it is in a word, which its colour says again, and what it is."""
+
+    rank: str
+    text: str
+    tone: Tone = "neutral"
+
+
+@dataclass(frozen=True)
 class Section:
-    """``code``: texts that are shown letter by letter, such as commands. ``folded``: closed until it is opened."""
+    """``code``: texts that are shown letter by letter, such as commands. ``folded``: closed until it is opened.
+    ``ranked``: findings, the worst first.
+    """
 
     title: str
     paragraphs: tuple[str, ...] = ()
@@ -108,6 +134,7 @@ class Section:
     heat_maps: tuple[HeatMap, ...] = ()
     code: tuple[str, ...] = ()
     folded: bool = False
+    ranked: tuple[Ranked, ...] = ()
 
 
 @dataclass(frozen=True)

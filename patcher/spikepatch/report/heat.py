@@ -1,30 +1,42 @@
-"""A heat map as inline SVG around a small image, one pixel a cell."""
+"""A heat map as SVG around a small image, one pixel a cell, beside a scale that says what a colour stands for."""
 
 from __future__ import annotations
 
-import base64
 import bisect
 import math
-import struct
-import zlib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
-from spikepatch.report.axes import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, log_ticks, names, nothing, opening, ticks
+from spikepatch.errors import visible
 from spikepatch.report.document import HeatMap
+from spikepatch.report.figures import (
+    BOTTOM,
+    HEIGHT,
+    INK,
+    TOP,
+    WIDTH,
+    Groups,
+    drawn,
+    inside,
+    nothing,
+    ticks,
+    written,
+)
+from spikepatch.report.thinning import drawable
 
-#: Room for the scale at the right.
-RIGHT = 92
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Room for the scale at the right, and how wide it is.
+_RIGHT, _SCALE = 84, 12
 
 #: Columns that are drawn at most; of the measurements that share one, each row shows its largest value.
 COLUMNS = 240
 
-#: Anchors of viridis (van der Walt and Smith 2015): even steps look even, in every kind of colour vision and in grey;
-#: both its ends stand out from a light and from a dark page.
-_ANCHORS = "440154 482475 414487 355f8d 2a788e 21918c 22a884 44bf70 7ad151 bddf26 fde725"
-
-#: Colours of the scale; what has no value is transparent.
+#: Colours of the scale.
 _LEVELS = 255
 
 
@@ -37,26 +49,67 @@ def heat(chart: HeatMap) -> Markup:
     low, high = chart.scale or (min(present), max(present))
     if low == high:
         low, high = low / 1.1, high * 1.1
-    cells = [bytes(_level(value, low, high) for value in row) for row in reversed(values)]
-    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    scale, name = WIDTH - RIGHT + 12, escape(chart.value)
-    parts = [
-        opening(chart.title),
-        *names(chart.x, chart.y, RIGHT),
-        _image(cells, LEFT, TOP, width, height),
-        f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{width}" height="{height}"/>',
-        *_rows(chart.rows, height),
-        *_columns(columns, width),
-        _image([bytes([level]) for level in range(_LEVELS, 0, -1)], scale, TOP, 14, height),
-        f'<text x="{scale + 14}" y="{HEIGHT - BOTTOM + 34}" text-anchor="middle">{name}</text>',
-    ]
-    for value in _scale(low, high):
-        at = TOP + height * (1 - (math.log(value) - math.log(low)) / (math.log(high) - math.log(low)))
-        parts.append(f'<text class="scale" x="{scale + 19}" y="{at + 4:.1f}">{value:.3g}</text>')
-    parts.append("</svg>")
-    if len(present) < sum(map(len, values)):
-        parts.append('<p class="empty">no colour: no finite value</p>')
-    return Markup("".join(parts))
+
+    def draw(figure: Figure) -> Groups:
+        inside(figure, right=_RIGHT)
+        axes = figure.subplots()
+        _draw_cells(axes, chart, columns, values, (low, high))
+        left, bottom, tall = WIDTH - _RIGHT + 10, BOTTOM / HEIGHT, 1 - (TOP + BOTTOM) / HEIGHT
+        _draw_scale(figure.add_axes((left / WIDTH, bottom, _SCALE / WIDTH, tall)), chart.value, low, high)
+        return {}
+
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
+    root = Markup(f'<svg {size} role="img" aria-label="{escape(chart.title)}" class="chart">')
+    whole = len(present) == sum(map(len, values))
+    note = Markup("" if whole else '<p class="empty">no colour: no finite value</p>')
+    return root + drawn(draw, WIDTH, HEIGHT, chart) + Markup("</svg>") + note
+
+
+def _draw_cells(
+    axes: Axes, chart: HeatMap, columns: Sequence[float], values: Sequence[Sequence[float | None]],
+    scale: tuple[float, float],
+) -> None:  # fmt: skip
+    levels = [[_level(value, *scale) for value in row] for row in values]
+    axes.imshow(levels, cmap="viridis", vmin=0, vmax=1, origin="lower", aspect="auto", interpolation="none")
+    axes.set_xlabel(visible(chart.x))
+    axes.set_ylabel(visible(chart.y))
+    every = math.ceil(len(chart.rows) / 12)
+    axes.set_yticks(range(0, len(chart.rows), every), [visible(row) for row in chart.rows[::every]])
+    axes.tick_params(length=0)
+    _step_ticks(axes, columns)
+    for spine in axes.spines.values():
+        spine.set_color(INK["rule"])
+
+
+def _step_ticks(axes: Axes, columns: Sequence[float]) -> None:
+    """Round numbers at their places between the columns' middles."""
+    from matplotlib.ticker import MaxNLocator
+
+    whole = MaxNLocator(6, integer=True).tick_values(columns[0], columns[-1]) if len(columns) > 1 else columns
+    places = {}
+    for x in (float(x) for x in whole if columns[0] <= x <= columns[-1]):
+        i = max(bisect.bisect_right(columns, x) - 1, 0)
+        part = (x - columns[i]) / (columns[i + 1] - columns[i]) if i + 1 < len(columns) else 0.0
+        places[i + part] = written(x)
+    axes.set_xticks([*places], [*places.values()])
+
+
+def _draw_scale(axes: Axes, name: str, low: float, high: float) -> None:
+    """The colours from the least to the most, with values beside them."""
+    axes.imshow([[i / (_LEVELS - 1)] for i in range(_LEVELS)], cmap="viridis", vmin=0, vmax=1, origin="lower",
+                aspect="auto", interpolation="none", extent=(0, 1, 0, 1))  # fmt: skip
+    axes.set_axis_on()
+    axes.set_xticks([])
+    axes.set_xlabel(visible(name))
+    axes.yaxis.tick_right()
+    ticks(axes.yaxis, low, high, log=True)
+    found = [float(value) for value in axes.yaxis.get_major_locator().tick_values(low, high)]
+    margin = 10 ** (0.08 * (math.log10(high) - math.log10(low)))
+    values = [low, *(v for v in found if low * margin < v < high / margin), high]
+    axes.set_yticks([_level(value, low, high) for value in values], [f"{value:.3g}" for value in values])
+    axes.tick_params(length=2)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def _thinned(chart: HeatMap) -> tuple[list[float], list[list[float | None]]]:
@@ -68,63 +121,11 @@ def _thinned(chart: HeatMap) -> tuple[list[float], list[list[float | None]]]:
 
 
 def _largest(values: Iterable[float | None]) -> float | None:
-    return max((value for value in values if value is not None and 0 < value < math.inf), default=None)
+    return max((value for value in values if value is not None and drawable(value, log=True)), default=None)
 
 
-def _level(value: float | None, low: float, high: float) -> int:
+def _level(value: float | None, low: float, high: float) -> float:
+    """From 0 to 1, by its logarithm; NaN, which has no colour, for None."""
     if value is None:
-        return 0
-    at = (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
-    return 1 + round((_LEVELS - 1) * min(max(at, 0.0), 1.0))
-
-
-def _scale(low: float, high: float) -> list[float]:
-    """The ends, and round numbers that are not too near to them."""
-    margin = 10 ** (0.08 * (math.log10(high) - math.log10(low)))
-    return [low, *(tick for tick in log_ticks(low, high) if low * margin < tick < high / margin), high]
-
-
-def _rows(rows: Sequence[str], height: float) -> Iterable[str]:
-    every = math.ceil(len(rows) / 12)
-    for i in range(0, len(rows), every):
-        at = TOP + height * (1 - (i + 0.5) / len(rows))
-        yield f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{escape(rows[i])}</text>'
-
-
-def _columns(columns: Sequence[float], width: float) -> Iterable[str]:
-    """Round numbers at their places between the columns' middles."""
-    whole = ticks(columns[0], columns[-1], whole=True) if len(columns) > 1 else columns
-    for x in whole:
-        i = max(bisect.bisect_right(columns, x) - 1, 0)
-        part = (x - columns[i]) / (columns[i + 1] - columns[i]) if i + 1 < len(columns) else 0.0
-        at = LEFT + width * (i + part + 0.5) / len(columns)
-        yield f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>'
-
-
-def _image(rows: Sequence[bytes], x: float, y: float, width: float, height: float) -> str:
-    data = base64.b64encode(png(rows)).decode()
-    return (
-        f'<image x="{x}" y="{y}" width="{width}" height="{height}" preserveAspectRatio="none"'
-        f' href="data:image/png;base64,{data}"/>'
-    )
-
-
-def png(rows: Sequence[bytes]) -> bytes:
-    """An image of one byte a pixel: 0 is transparent, 1 to 255 are the colours of the scale (PNG, third edition)."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 3, 0, 0, 0)  # 8 bits, colours from a palette
-    palette = bytes(3) + b"".join(_colour(i / (_LEVELS - 1)) for i in range(_LEVELS))
-    pixels = zlib.compress(b"".join(b"\0" + row for row in rows), 9)  # each row without a filter
-    chunks = ((b"IHDR", header), (b"PLTE", palette), (b"tRNS", b"\0"), (b"IDAT", pixels), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in chunks)
-
-
-def _colour(at: float) -> bytes:
-    """Red, green and blue at ``at``, from 0 to 1, between the anchors."""
-    anchors = [bytes.fromhex(anchor) for anchor in _ANCHORS.split()]
-    place = at * (len(anchors) - 1)
-    i = min(int(place), len(anchors) - 2)
-    return bytes(round(a + (b - a) * (place - i)) for a, b in zip(anchors[i], anchors[i + 1], strict=True))
+        return math.nan
+    return min(max((math.log(value) - math.log(low)) / (math.log(high) - math.log(low)), 0.0), 1.0)

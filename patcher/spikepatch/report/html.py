@@ -8,14 +8,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from spikepatch.apply.disk.atomic import placing
 from spikepatch.errors import BadTarget
-from spikepatch.report import panels
-from spikepatch.report.axes import HEIGHT, WIDTH
 from spikepatch.report.document import Chart, Page
+from spikepatch.report.figures import STYLES
 from spikepatch.report.heat import heat
-from spikepatch.report.svg import STYLES, kinds, shape_svg, svg
+from spikepatch.report.panels import panels, stacked
+from spikepatch.report.svg import kinds, svg
 
 #: What every page and picture says of itself, near its beginning.
 MARK = "made by spikepatch"
@@ -24,36 +25,26 @@ _ELSEWHERE = "give another path"
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-#: Pixels of a picture: a title's height, a legend line's, a name's letter at 12 px, and what is beside a name.
-_TITLE, _LINE, _LETTER, _SWATCH = 34, 22, 7, 58
-
 
 def render(page: Page) -> str:
     """The page as HTML; every text is escaped."""
-    drawing = {"heat": heat, "kinds": kinds, "shape_svg": shape_svg}
-    return _environment().get_template("page.html").render(page=page, mark=MARK, svg=svg, styles=STYLES, **drawing)
+    drawing = {"heat": heat, "kinds": kinds, "svg": svg, "styles": STYLES}
+    return _environment().get_template("page.html").render(page=page, mark=MARK, **drawing)
 
 
 def picture(charts: Sequence[Chart]) -> str:
     """The charts, one below the other, as one SVG document; they have the same series, and share a legend."""
-    places = [(chart, i * (_TITLE + HEIGHT)) for i, chart in enumerate(charts)]
-    x, y, legend = 16, len(charts) * (_TITLE + HEIGHT) + _LINE, []
-    for name in (series.name for series in charts[0].series):
-        wide = _SWATCH + _LETTER * len(name)
-        if x > 16 and x + wide > WIDTH:
-            x, y = 16, y + _LINE
-        legend.append((name, x, y))
-        x += wide
-    size = {"width": WIDTH, "height": y + _LINE, "title": _TITLE}
-    drawn = {"charts": places, "legend": legend, "svg": svg, "styles": STYLES, "mark": MARK}
-    return _environment().get_template("picture.svg").render(**drawn, **size)
+    return _document(*stacked(charts))
 
 
 def panel_picture(rows: Sequence[Sequence[Chart]]) -> str:
     """Rows of small charts as one SVG document."""
-    size = {"width": panels.WIDTH, "height": panels.height(rows)}
-    template = _environment().get_template("panels.svg")
-    return template.render(drawn=panels.panels(rows), styles=STYLES, mark=MARK, **size)
+    return _document(*panels(rows))
+
+
+def _document(drawn: Markup, width: int, height: int) -> str:
+    template = _environment().get_template("picture.svg")
+    return template.render(drawn=drawn, width=width, height=height, mark=MARK)
 
 
 def check_page(

@@ -1,86 +1,100 @@
-"""Small charts in rows as one SVG picture, to be read at 420 pixels: the charts of a column share their axes."""
+"""Pictures: charts below each other with one legend, and small charts in rows, whose columns share their axes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from spikepatch.report.axes import Axis, vertical
-from spikepatch.report.document import Chart, Line, number
+from spikepatch.errors import visible
+from spikepatch.report.document import Chart
+from spikepatch.report.figures import HEIGHT, INK, LARGE, LEFT, RIGHT, Groups, drawn, inside, plain, ticks
+from spikepatch.report.svg import is_empty, place, plot, style
+from spikepatch.report.thinning import Pixels, runs_of, thinned
 
-#: Pixels: of the picture, of a chart, of what is above a row, left of a chart and below the last one.
-WIDTH, _HIGH, _ABOVE, _LEFT, _BELOW = 440, 84, 30, 34, 40
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-#: Values beside an axis at most.
-_TICKS = 4
+#: Pixels: of a picture of charts, above each of them, a line of its legend, a letter of it, and what is beside a name.
+WIDE, _TITLE, _LINE, _LETTER, _SWATCH = 560, 34, 22, 7, 58
+
+#: Pixels: of a picture of panels, a panel, what is above a row, left of a panel and below the last one.
+NARROW, _HIGH, _ABOVE, _LEFT, _BELOW = 440, 84, 30, 36, 44
 
 
-def height(rows: Sequence[Sequence[Chart]]) -> int:
-    return len(rows) * (_ABOVE + _HIGH) + _BELOW
+def stacked(charts: Sequence[Chart]) -> tuple[Markup, int, int]:
+    """The charts, one below the other, which have the same series; the SVG's inside, its width and height."""
+    names = [visible(series.name) for series in charts[0].series] if charts else []
+    beside = max(1, WIDE // (_SWATCH + _LETTER * max(map(len, names), default=0)))
+    legend = _LINE * -(-len(names) // beside) + 12
+    height = len(charts) * (_TITLE + HEIGHT) + legend
+
+    def draw(figure: Figure) -> Groups:
+        from matplotlib.lines import Line2D
+
+        groups: Groups = {}
+        every = figure.subplots(len(charts), squeeze=False)[:, 0]
+        inside(figure, top=_TITLE, bottom=legend + 42)
+        figure.subplots_adjust(hspace=(_TITLE + 42) / (HEIGHT - 42))
+        for i, (axes, chart) in enumerate(zip(every, charts, strict=True)):
+            axes.set_title(visible(chart.title), loc="left", x=-(LEFT - 12) / (WIDE - LEFT - RIGHT), color=INK["text"],
+                           fontsize=LARGE + 2, fontweight="semibold")  # fmt: skip
+            groups |= plot(axes, chart, WIDE - LEFT - RIGHT, f"{i}-")
+        lines = [Line2D([], [], color=style(i)[0], linestyle=style(i)[1], linewidth=1.5) for i in range(len(names))]
+        figure.legend(lines, names, loc="lower left", bbox_to_anchor=(0.01, 0), ncols=beside, frameon=False,
+                      handlelength=2.4, columnspacing=1.2)  # fmt: skip
+        return groups
+
+    if not charts or any(map(is_empty, charts)):
+        return Markup('<text x="16" y="24">nothing to draw: no values</text>'), WIDE, 40
+    return drawn(draw, WIDE, height, charts), WIDE, height
 
 
-def panels(rows: Sequence[Sequence[Chart]]) -> Markup:
-    """Rows of as many charts each. A row has the title of its first chart; the lines of a chart are all alike."""
+def panels(rows: Sequence[Sequence[Chart]]) -> tuple[Markup, int, int]:
+    """Rows of as many charts each, to be read at 420 pixels; as ``stacked``. A row has the title of its first chart;
+    the lines of a chart are all alike.
+    """
     if not rows:
-        return Markup(_text(8, 20, "nothing to draw: no values"))
-    columns = list(zip(*rows, strict=True))
-    wide = WIDTH / len(columns)
-    parts: list[str] = []
-    for i, column in enumerate(columns):
-        left, right = i * wide + _LEFT, (i + 1) * wide - 8
-        x_axis = Axis(0, max(_values(column, 0), default=1), left, right, False, ())
-        heights = [v for v in _values(column, 1) if v > 0 or not column[0].log] or [1.0]
-        for j, chart in enumerate(column):
-            top = j * (_ABOVE + _HIGH) + _ABOVE
-            y_axis = vertical(heights, log=chart.log, begin=top + _HIGH, end=top)
-            parts += _grid(x_axis, y_axis)
-            for line in chart.series:
-                parts += _drawn(line, x_axis, y_axis)
-        parts.append(_text(right, height(rows) - _BELOW + 16, f"{x_axis.high:,.0f}", "end"))
-        parts.append(_text(left, height(rows) - _BELOW + 16, "0"))
-        parts.append(_text((left + right) / 2, height(rows) - _BELOW + 16, column[0].x, "middle"))
-        parts.append(_text((left + right) / 2, height(rows) - 8, column[0].y, "middle"))
-    for j, row in enumerate(rows):
-        parts.append(f'<text class="title" x="8" y="{j * (_ABOVE + _HIGH) + 20}">{escape(row[0].title)}</text>')
-    return Markup("".join(parts))
+        return Markup('<text x="8" y="20">nothing to draw: no values</text>'), NARROW, _BELOW
+    height = len(rows) * (_ABOVE + _HIGH) + _BELOW
+
+    def draw(figure: Figure) -> Groups:
+        count = len(rows[0])
+        every = figure.subplots(len(rows), count, sharex="col", sharey="col", squeeze=False)
+        inside(figure, left=_LEFT, right=10, top=_ABOVE, bottom=_BELOW)
+        figure.subplots_adjust(hspace=_ABOVE / _HIGH, wspace=_LEFT * count / (NARROW - _LEFT - 10 - _LEFT))
+        groups: Groups = {}
+        for i, row in enumerate(rows):
+            figure.text(8 / NARROW, 1 - (i * (_ABOVE + _HIGH) + 20) / height, visible(row[0].title), color=INK["text"],
+                        fontsize=LARGE, fontweight="semibold", gid=f"title-{i}")  # fmt: skip
+            groups[f"title-{i}"] = '<g class="title">'
+            for axes, chart in zip(every[i], row, strict=True):
+                _small(axes, chart, NARROW // count - _LEFT)
+        groups |= {"run": '<g class="run">', "event": '<g class="event">'}
+        for j, chart in enumerate(rows[-1]):
+            plain(every[-1, j], f"{chart.x}; {chart.y}", "")
+            low, high = every[-1, j].get_ylim()
+            ticks(every[-1, j].yaxis, low, high, log=chart.log, most=4)
+            ticks(every[-1, j].xaxis, *every[-1, j].get_xlim(), log=False, whole=True, most=4)
+        return groups
+
+    return drawn(draw, NARROW, height, rows), NARROW, height
 
 
-def _values(column: Iterable[Chart], place: int) -> Iterator[float]:
-    for chart in column:
-        for point in (point for line in chart.series for point in line.points):
-            value = point[place]
-            if value is not None and math.isfinite(value):
-                yield value
-
-
-def _drawn(line: Line, x_axis: Axis, y_axis: Axis) -> Iterator[str]:
+def _small(axes: Axes, chart: Chart, pixels: int) -> None:
     """The lowest and the highest point of each column of pixels, and a dot on each event."""
-    for there, points in groupby(line.points, key=lambda p: _there(p[1], y_axis)):
-        if not there:
-            continue
-        path = []
-        for x, column in groupby(points, key=lambda p: round(x_axis(p[0]))):
-            heights = [y_axis(y) for _, y in column if y is not None]
-            path += [f"{x},{y:.0f}" for y in dict.fromkeys((max(heights), min(heights)))]
-        yield f'<polyline class="run" points="{" ".join(path)}"/>'
-    for event in line.events:
-        y = y_axis(event.y) if event.y is not None and _there(event.y, y_axis) else y_axis.end
-        yield f'<circle class="event" cx="{x_axis(event.x):.0f}" cy="{y:.0f}" r="2.5"/>'
-
-
-def _there(value: float | None, axis: Axis) -> bool:
-    return value is not None and math.isfinite(value) and (value > 0 or not axis.log)
-
-
-def _grid(x_axis: Axis, y_axis: Axis) -> Iterator[str]:
-    for value in y_axis.ticks[:: math.ceil(len(y_axis.ticks) / _TICKS)]:
-        at = y_axis(value)
-        yield f'<line class="grid" x1="{x_axis.begin}" x2="{x_axis.end}" y1="{at:.1f}" y2="{at:.1f}"/>'
-        yield _text(x_axis.begin - 4, at + 4, number(value), "end")
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{escape(text)}</text>'
+    plain(axes, "", "")
+    axes.set_yscale("log" if chart.log else "linear")
+    runs = [run for line in chart.series for run in runs_of(line, log=chart.log)]
+    last = max((run[-1][0] for run in runs), default=1.0)
+    for run in runs:
+        xs, ys = zip(*thinned(run, Pixels(0, last, pixels)), strict=True)
+        axes.plot(xs, ys, color=INK["s1"], alpha=0.75, linewidth=1, gid="run")
+    for event in (event for line in chart.series for event in line.events):
+        y, transform = place(axes, event, chart.log)
+        axes.plot([event.x], [y], color=INK["bad"], marker="o", markersize=5, linestyle="none", clip_on=False,
+                  transform=transform, zorder=5, gid="event")  # fmt: skip
+    if runs:
+        axes.set_xlim(0, max(last, *axes.get_xlim()))

@@ -1,8 +1,8 @@
-"""A residual map as lines of text, equal parts of all layers together. Names are there to be copied: none is cut."""
+"""A residual map in words and rows, equal parts of all layers together. Names are there to be copied."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from spikepatch.residual.map import pattern
@@ -11,17 +11,21 @@ if TYPE_CHECKING:
     from spikepatch.residual.map import Matrix, Norm, ResidualMap, ResidualProjection
 
 
-def lines(residual: ResidualMap) -> Iterator[str]:
+#: Rows of a table without headers.
+Untitled = list[tuple[str, ...]]
+
+
+def described(residual: ResidualMap) -> Iterator[str | Untitled]:
     """What the stream is, whether that is proven, and a table of its parts; then the same of every stream it reads."""
     yield f"{residual.architecture} ({residual.model_type or 'a plain module'}): {_summary(residual)}"
     tied = [("tied", name, "", f"is {first}") for first, *others in residual.tied for name in others]
     yield from _proof(residual)
-    yield from columns([*_rows(residual), *tied, *_unread(residual)])
+    yield [*_rows(residual), *tied, *_unread(residual)]
     for stream in residual.streams:
         yield ""
         yield f"the stream that cross-attention reads: {_summary(stream)}"
         yield from _proof(stream)
-        yield from columns([*_rows(stream)])
+        yield [*_rows(stream)]
 
 
 def _unread(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
@@ -32,13 +36,6 @@ def _unread(residual: ResidualMap) -> Iterator[tuple[str, str, str, str]]:
         modules.setdefault(pattern(name), set()).update(numbers if len(numbers) == 1 else ())
     for module, layers in modules.items():
         yield "never read", module, _ranges(sorted(layers)), "by the inputs of the traced pass"
-
-
-def columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Rows of plain text, each column as wide as its longest entry."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)).rstrip()
 
 
 def _summary(residual: ResidualMap) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 from spikepatch.errors import BadSource, first_line
 from spikepatch.quiet import quiet
+from spikepatch.source.local import is_path, local_path, nearby
+from spikepatch.source.type_names import model_types
 
 _REQUEST_SECONDS = 20
 
@@ -46,9 +48,11 @@ def locate(repository: str, revision: str | None, *, learned: bool = False) -> S
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    silence: Exception | None = None
     with _silent():
         try:
-            config = hf_hub_download(repository, "config.json", revision=revision)
+            silence = _silence(repository, revision)
+            config = hf_hub_download(repository, "config.json", revision=revision, local_files_only=silence is not None)
         except HFValidationError as error:
             raise BadSource(
                 "is neither a folder nor a model id",
@@ -58,7 +62,7 @@ def locate(repository: str, revision: str | None, *, learned: bool = False) -> S
                 + ("" if learned else "; or arch:TYPE"),
             ) from error
         except LocalEntryNotFoundError as error:  # the Hub did not answer
-            cause: Any = error.__cause__ or error
+            cause: Any = silence or error.__cause__ or error
             if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500:
                 raise _refusal(cause, repository, revision) from error
             what = "is no folder here, cannot be fetched, and is not"
@@ -71,6 +75,23 @@ def locate(repository: str, revision: str | None, *, learned: bool = False) -> S
         listing = _listed(repository, folder.name)
     cached = frozenset(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return Snapshot(repository, folder.name, folder, listing or cached, online=listing is not None)
+
+
+def _silence(repository: str, revision: str | None) -> Exception | None:
+    """Why the Hub cannot be asked for what is not in the cache; hf_hub_download would try for half a minute."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
+        return None  # which it then takes at once
+    url = hf_hub_url(repository, "config.json", revision=revision)
+    try:
+        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HfHubHTTPError, HFValidationError):
+        return None  # it answers, and is asked again
+    except Exception as error:  # of httpx or requests, whichever this huggingface_hub is built on
+        return error
+    return None
 
 
 def _listed(repository: str, revision: str | None) -> frozenset[str] | None:
@@ -176,6 +197,23 @@ def download(snapshot: Snapshot, file: str, arrived: Callable[[int], None]) -> N
         hf_hub_download(snapshot.repository, file, revision=snapshot.commit, tqdm_class=Bar)
 
 
+def may_be_id(source: str) -> bool:
+    """Whether a SOURCE that is no folder here may be on the Hub: an id is NAME or OWNER/NAME."""
+    return not is_path(source) and source.count("/") < 2
+
+
+def no_folder(source: str, *, learned: bool = False) -> BadSource:
+    """The error for a path at which there is no folder; see ``locate``."""
+    return BadSource(
+        "is a file, not a folder" if os.path.exists(local_path(source)) else "does not exist",
+        where=source,
+        why="a local source is a folder as save_pretrained writes it",
+        remedy=or_near(
+            source, "give that folder, or a hub id such as org/name" + ("" if learned else "; or arch:TYPE")
+        ),
+    )
+
+
 def no_config(names: Iterable[str], where: str) -> BadSource:
     """The error for a folder or repository without config.json, told from its other files."""
     present = set(names)
@@ -210,9 +248,20 @@ def not_reachable(
         f"{what} in the local cache",
         where=repository,
         why=f"{why} ({state})",
-        remedy="check the connection, or the spelling of a local folder"
-        + ("" if learned else "; or use arch:TYPE, a default configuration that needs no download (arch:gpt2)"),
+        remedy=or_near(
+            repository,
+            "check the connection, or the spelling of a local folder"
+            + ("" if learned else "; or use arch:TYPE, a default configuration that needs no download (arch:gpt2)"),
+        ),
     )
+
+
+def or_near(source: str, remedy: str) -> str:
+    """``remedy``, behind the folders here, and the types, that have a name near to ``source``."""
+    near = nearby(source)
+    if "/" not in source and source in model_types():
+        near.append(f"arch:{source}")
+    return f"did you mean {' or '.join(near)}? Otherwise: {remedy}" if near else remedy
 
 
 def _refusal(error: Exception, repository: str, revision: str | None) -> BadSource:
@@ -238,7 +287,7 @@ def _refusal(error: Exception, repository: str, revision: str | None) -> BadSour
             "is not a model on the Hub, or is private",
             where=repository,
             why="the Hub does not tell a missing repository from a private one, and no folder has this name",
-            remedy=f"check the spelling; if it is private, {log_in}",
+            remedy=or_near(repository, f"check the spelling; if it is private, {log_in}"),
         )
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return BadSource("access was refused", where=repository, why=first_line(error), remedy=log_in)

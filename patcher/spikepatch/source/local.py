@@ -6,6 +6,7 @@ folder. Every file of a source is opened here. What is wrong with one is an ``OS
 
 from __future__ import annotations
 
+import difflib
 import errno
 import io
 import os
@@ -112,3 +113,22 @@ def read_file(path: str | os.PathLike[str], *, within: Path | None = None, limit
         if os.fstat(file.fileno()).st_size > limit:
             raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
         return file.read()
+
+
+def nearby(source: str) -> list[str]:
+    """Folders here whose path is near to one that is not there: another last part, or another one before it."""
+    path = local_path(source)
+    if path.parent.is_dir():
+        return [str(path.parent / name) for name in _near(path.parent, path.name)]
+    above = path.parent.parent
+    places = [above / name for name in _near(above, path.parent.name)] if above.is_dir() else []
+    return [str(place / name) for place in places for name in _near(place, path.name)]
+
+
+def _near(place: Path, name: str) -> list[str]:
+    try:
+        with os.scandir(place) as entries:
+            names = [entry.name for entry in entries if entry.is_dir()]
+    except OSError:
+        return []
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.75)

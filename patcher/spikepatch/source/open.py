@@ -139,7 +139,7 @@ def open_source(
     if is_arch:
         found = default_architecture(spec.removeprefix("arch:"), where=spec)
         return Source(spec, "arch", None, found.config, found.model_class, found.auto_class)
-    if here:
+    if here or not hub.may_be_id(spec):
         return _local_folder(spec, local_path(spec), trust_remote_code, weights, learned)
     return _hub_model(spec, revision, trust_remote_code, weights, learned, report)
 
@@ -173,12 +173,7 @@ def build_meta(source: Source) -> PreTrainedModel:
 
 def _local_folder(spec: str, folder: Path, trusted: bool, weights: bool, learned: bool) -> Source:
     if not os.path.isdir(folder):
-        raise BadSource(
-            "is a file, not a folder" if os.path.exists(folder) else "does not exist",
-            where=spec,
-            why="a local source is a folder as save_pretrained writes it",
-            remedy="give that folder, or a hub id such as org/name" + ("" if learned else "; or arch:TYPE"),
-        )
+        raise hub.no_folder(spec, learned=learned)
     try:
         names = set(os.listdir(folder))
     except OSError as error:

@@ -316,11 +316,14 @@ def _key(
         return ending[0]
     if not needed:
         return None
+    likely = [
+        f', such as {option} "{name[:60]}"' for name in ending or names if name in ending or "loss" in name.lower()
+    ]
     raise Refused(
         "its loss is not found" if not ending else f"{len(set(ending))} columns may be its loss",
         where=str(path),
         why=f"its keys are {listed}",
-        remedy=f'{option} with one of these, such as {option} "{(ending or names or ["loss"])[0][:60]}"',
+        remedy=f"{option} with the one of these that it is{likely[0] if likely else ''}",
     )
 
 

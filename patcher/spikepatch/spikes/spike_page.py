@@ -64,7 +64,8 @@ def event_table(report: SpikeReport, *, narrow: bool = False) -> Table:
 
 
 def spike_page(reports: Sequence[SpikeReport]) -> Page:
-    """The page of ``spikepatch spikes``."""
+    """The page of ``spikepatch spikes``, the worst first."""
+    reports = sorted(reports, key=lambda report: -[*TONES].index(report.conclusion.verdict))
     badges = [Badge(r.log.name, r.verdict, TONES[r.conclusion.verdict]) for r in reports]
     sections = [section for report in reports for section in _sections(report)]
     title = f"Spikes: {', '.join(report.log.name for report in reports)}"

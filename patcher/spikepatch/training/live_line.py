@@ -20,6 +20,9 @@ from spikepatch.training.tables import KINDS
 #: Seconds between two lines where there is no terminal.
 _EVERY = 30.0
 
+#: Columns of a line for figures, at least: loss and gradient norm.
+_LEAST = 32
+
 #: Steps whose time speaks for the next ones.
 _RECENT = 20
 
@@ -94,8 +97,8 @@ class _State:
     def run(self) -> str:
         return f"run {len(self.begun)} of {self.runs}: {self.name}"
 
-    def figures(self) -> str:
-        """Loss, gradient norm, tokens per second, time left in this run, spikes so far."""
+    def figures(self, room: int | None = None) -> str:
+        """Loss, gradient norm, tokens per second, time left in this run, spikes so far; what has room of it."""
         loss, norm = number(self.step["loss"], 4), number(self.step["gradient_norm"])
         parts = [f"loss {loss}", f"gradient norm {norm}"]
         seconds = sum(spent for _, spent in self.recent)
@@ -105,7 +108,10 @@ class _State:
             left = (self.steps - self.step["step"]) * seconds / len(self.recent)
             parts += [f"{rate:,.0f} tokens/s", f"{timedelta(seconds=round(left))} left"]
         count = sum(kind != "gradient_norm" for kind, _ in self.spikes)
-        return ", ".join([*parts, f"{count} spike{'' if count == 1 else 's'}" if count else "no spikes"])
+        parts.append(f"{count} spike{'' if count == 1 else 's'}" if count else "no spikes")
+        while room is not None and len(parts) > 1 and len(", ".join(parts)) > room:
+            del parts[-2 if len(parts) > 2 else -1]
+        return ", ".join(parts)
 
 
 def _opened(record: Mapping[str, Any]) -> str:
@@ -144,24 +150,36 @@ def _lines(runs: int, console: Console, clock: Callable[[], float]) -> Reporter:
 @contextlib.contextmanager
 def _live(runs: int, console: Console) -> Iterator[Reporter]:
     state = _State(runs)
+    beside = min(20, max(4, console.width - 80))
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=beside),
         TextColumn("{task.completed}/{task.total}", markup=False),
         TextColumn("{task.fields[figures]}", markup=False),
     )
     bar = Progress(*columns, console=console, transient=True, refresh_per_second=4)
     task = bar.add_task("", total=None, figures="")
 
+    def room(name: str) -> int:
+        """Columns that are left for figures."""
+        return console.width - len(name) - beside - 2 * len(str(state.steps)) - len("/") - 3
+
+    def name() -> str:
+        """Of the run; where its figures had no room beside it, its number alone."""
+        whole = state.run()
+        return whole if room(whole) >= _LEAST else whole.partition(":")[0]
+
     def report(record: Mapping[str, Any]) -> None:
         news = state.take(record)
         if record["type"] == "step":
-            bar.update(task, completed=record["step"], figures=state.figures())
+            bar.update(task, completed=record["step"], figures=state.figures(room(name())))
         elif record["type"] == "run" and news is not None:
-            bar.reset(task, description=news, total=record["steps"], figures="")
+            if name() != news:
+                console.print(news, markup=False, highlight=False)
+            bar.reset(task, description=name(), total=record["steps"], figures="")
             bar.start()  # not before: what is prepared until then has a bar of its own
         elif record["type"] == "evaluating":
-            figures = f"held-out tokens: {record['done']:,} of {record['total']:,}"
+            figures = f"held out: {record['done']:,} of {record['total']:,}"
             bar.update(task, figures=figures)
         elif news is not None:
             console.print(f"{state.run()}: {news}", markup=False, highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from spikepatch.spikes.statistic import WARMUP
 from spikepatch.training.arms import told
 from spikepatch.training.curves import Pair, curves, heat_maps, pairs, rates, which
 from spikepatch.training.outcome import Outcome, outcome
-from spikepatch.training.tables import arm_table, event_table, model_table, run_table, score_notes, score_table
+from spikepatch.training.tables import USUAL, arm_table, event_table, model_table, run_table, score_notes, score_table
 from spikepatch.training.verdict import LEVEL, Verdict
 
 _FOOTER = (
@@ -43,7 +44,7 @@ def page_of(found: Outcome) -> Page:
         Section(
             "Runs",
             (*_state(found), *told(verdict.arms), *_norms(verdict), *score_notes(verdict)),
-            (*arms, run_table(verdict, in_words=True), model_table(verdict), score_table(verdict)),
+            (*arms, run_table(_worst_first(verdict), in_words=True), model_table(verdict), score_table(verdict)),
         )
     ]
     if compared:
@@ -55,6 +56,12 @@ def page_of(found: Outcome) -> Page:
     sections += _inside(compared)
     sections.append(_how(found))
     return Page(f"Training: {', '.join(names)}", about, tuple(_badges(names, verdict)), tuple(sections), _FOOTER)
+
+
+def _worst_first(verdict: Verdict) -> Verdict:
+    order = list(TONES)
+    runs = sorted(verdict.runs, key=lambda run: (-order.index(run.verdict), -(run.largest_excess or 0.0)))
+    return dataclasses.replace(verdict, runs=tuple(runs))
 
 
 def _count(number_of: int, noun: str) -> str:
@@ -119,7 +126,7 @@ def _event_tables(found: Outcome) -> tuple[Table, ...]:
         tables.append(event_table(found.verdict))
     if rewinds:
         headers = ("model", "lr", "seed", "at step", "back to step", "batches left out")
-        tables.append(Table("Rewinds", headers, tuple(rewinds)))
+        tables.append(Table("Rewinds", headers, tuple(rewinds), USUAL))
     return tuple(tables)
 
 

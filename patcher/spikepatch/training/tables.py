@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from rich.console import Console
-
 from spikepatch.report.document import Table, number
-from spikepatch.report.terminal import print_table
+from spikepatch.report.terminal import print_table, say
 from spikepatch.spikes.conclusion import norm_line
 from spikepatch.spikes.events import Event
 from spikepatch.spikes.scores import LEAST
 from spikepatch.spikes.spike_page import ORIGINS
 from spikepatch.training.arms import told
 from spikepatch.training.verdict import RunResult, Verdict
+
+#: What goes without saying of a run: no multiplier, the default seed.
+USUAL = {"x": "1", "seed": "0"}
 
 #: Events that are printed; the page has all.
 _PRINTED = 20
@@ -42,14 +43,14 @@ def run_table(verdict: Verdict, *, in_words: bool = False) -> Table:
         )
         for run in verdict.runs
     ]
-    return Table("", headers, tuple(rows))
+    return Table("", headers, tuple(rows), USUAL)
 
 
 def score_table(verdict: Verdict) -> Table:
     """Published scores, a row for each run."""
     scores = tuple(dict.fromkeys(score for run in verdict.runs for score in run.scores))
     rows = [(*_which(run), *(_score(run.scores[score]) for score in scores)) for run in verdict.runs]
-    return Table("Published scores, which decide nothing", ("model", "lr", "x", "seed", *scores), tuple(rows))
+    return Table("Published scores, which decide nothing", ("model", "lr", "x", "seed", *scores), tuple(rows), USUAL)
 
 
 def score_notes(verdict: Verdict) -> Iterator[str]:
@@ -127,34 +128,32 @@ def event_table(verdict: Verdict) -> Table:
         for i, run, event in numbered_events(verdict)
     ]
     kinds = ("seen in", "onset", "peak", "at the peak", "level", "score", "steps", "kind", "back at", "batch")
-    return Table("Events", ("#", "model", "lr", "x", "seed", *kinds, *(["origin"] if twins else [])), tuple(rows))
+    headers = ("#", "model", "lr", "x", "seed", *kinds, *(["origin"] if twins else []))
+    return Table("Events", headers, tuple(rows), USUAL)
 
 
 def print_verdict(verdict: Verdict) -> None:
     """What is to be seen at the end of a training, on stdout."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, 120))
-    print_table(run_table(verdict), console)
+    print_table(run_table(verdict))
     if verdict.arms:
-        print_table(arm_table(verdict), console)
+        print_table(arm_table(verdict))
         for line in told(verdict.arms):
-            console.print(line, markup=False, soft_wrap=True)
+            say(line)
     if verdict.models:
-        print_table(model_table(verdict), console)
+        print_table(model_table(verdict))
     if any(value is not None for run in verdict.runs for value in run.scores.values()):
-        print_table(score_table(verdict), console)
+        print_table(score_table(verdict))
         for line in score_notes(verdict):
-            console.print(line, markup=False, soft_wrap=True)
+            say(line)
     if any(run.events for run in verdict.runs):
         table = event_table(verdict)
-        print_table(dataclasses.replace(table, rows=table.rows[:_PRINTED]), console)
+        print_table(dataclasses.replace(table, rows=table.rows[:_PRINTED]))
         if more := len(table.rows[_PRINTED:]):
-            console.print(f"and {more} more, on the page")
+            say(f"and {more} more, on the page")
     for run in verdict.runs:
-        console.print(f"{run.name}, lr {run.lr:g}, seed {run.seed}: {run.text}", markup=False, soft_wrap=True)
+        say(f"{run.name}, lr {run.lr:g}, seed {run.seed}: {run.text}")
         if (norms := norm_line(run.events)) is not None:
-            console.print(f"  {norms}", markup=False, soft_wrap=True)
+            say(f"  {norms}")
 
 
 def _which(run: RunResult) -> tuple[str, str, str, str]:

@@ -33,6 +33,7 @@ class Conversion:
         log_vocab: log V, the loss of a uniform guess.
         notes: what the user should know, one sentence each; the first says whose the weights are.
         casts: tensor name -> how many learned values overflowed and underflowed in the dtype asked for, where any did.
+        discards: a sentence that says so, where the source has learned weights and none of them is used; else empty.
         drift: for learned weights, what the source does on a sample text and what the written model does; after a dry
             run, what the source would do with other factors. Empty where not measured.
     """
@@ -50,11 +51,14 @@ class Conversion:
     log_vocab: float | None
     notes: tuple[str, ...]
     casts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    discards: str = ""
     drift: tuple[Behaviour, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as ``--json`` prints it."""
-        return dataclasses.asdict(self) | {"out": str(self.out), "plan": self.plan.to_dict()}
+        known = dataclasses.asdict(self)
+        del known["discards"]  # which is a note
+        return known | {"out": str(self.out), "plan": self.plan.to_dict()}
 
 
 def with_drift(result: Conversion, drift: tuple[Behaviour, ...] | str) -> Conversion:

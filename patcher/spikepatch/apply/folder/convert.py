@@ -126,6 +126,8 @@ def convert(
         found = dataclasses.replace(found, config=_with_dtype(found, stored))
         job = _job(found, request, storage, stored, max_shard_size, example_inputs, report)
         result = _result(job, folder)
+        if result.discards:
+            _log.warning("%s", result.discards)
         if dry_run:
             return _tried(job, result, report)
         for line in in_words.parts(job.plan) if reinit != "none" else ():
@@ -208,6 +210,7 @@ def _result(job: _Job, folder: Path) -> Conversion:
         bytes=job.shards.bytes,
         expected_loss=expected_loss,
         log_vocab=log_vocab,
+        discards=notes.unused(source.name) if source.has_weights and plan.reinit == "all" and not plan.kept else "",
         notes=(
             *notes.whose_weights(source, plan),
             notes.how_it_loads(plan, job.route, trust=job.trust),

@@ -30,7 +30,7 @@ def whose_weights(source: Source, plan: Plan) -> Iterator[str]:
             " weights in all else: --part all draws all, --reinit none keeps all"
         )
     elif source.has_weights:
-        yield f"fresh weights: the learned weights of {source.name} are NOT used; --reinit none keeps them"
+        yield unused(source.name)
     else:
         yield "fresh weights: a model to pre-train"
     if source.patched is not None and source.patched.embeddings:
@@ -40,6 +40,11 @@ def whose_weights(source: Source, plan: Plan) -> Iterator[str]:
         yield note + (", and the learned weights were trained with the old one" if plan.reinit != "all" else "")
     if apart := sorted(stored_apart(source.checkpoint)):
         yield f"the config ties {', '.join(apart)}, the checkpoint does not: kept apart, as transformers loads them"
+
+
+def unused(source: str) -> str:
+    """Learned weights of ``source`` are there, and none of them goes into the output."""
+    return f"fresh weights: the learned weights of {source} are NOT used; --reinit none keeps them"
 
 
 def how_it_loads(plan: Plan, route: Route, *, trust: bool) -> str:
