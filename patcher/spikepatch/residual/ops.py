@@ -51,6 +51,8 @@ CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution conv_transpose1d".spl
 LIKE_SECOND = frozenset("type_as view_as expand_as".split())
 # Rows of the first tensor are replaced by other values.
 REPLACED_ROWS = frozenset("index_put index_copy masked_scatter".split())
+# What is left of a write in place into a view.
+PARTLY_WRITTEN = frozenset("copy select_scatter slice_scatter overwritten".split())
 # Some rows of one tensor, and others of another one.
 PUT_TOGETHER = REPLACED_ROWS | frozenset("where cat scatter select_scatter slice_scatter".split())
 NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm".split())
