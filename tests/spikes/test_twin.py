@@ -65,4 +65,5 @@ def test_a_twin_that_is_the_same_run() -> None:
     assert report.twin is not None
     assert report.twin.quieter == math.inf
     assert report.to_dict()["twin"]["quieter"] is None
+    assert any("(correlation 1.000, most rows equal)" in line for line in report.lines())
     assert {e.origin for e in report.events} == {"data"}

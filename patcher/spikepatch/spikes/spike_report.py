@@ -121,8 +121,10 @@ def _twin_line(twin: Twin) -> str:
             " these runs have not seen the same batches at the same steps, and it says nothing"
         )
     data = sum(origin == "data" for origin in twin.origins.values())
+    known = twin.quieter is not None and math.isfinite(twin.quieter)
+    quieter = f"their difference {twin.quieter:.3g} times quieter" if known else "most rows equal"
     return (
-        f"against {twin.name}, on the same batches (correlation {twin.correlation:.3f}, their difference"
-        f" {twin.quieter:.3g} times quieter): of {len(twin.origins)} events of the loss {data} are in both, so the"
-        f" data's, and {len(twin.origins) - data} in this run only"
+        f"against {twin.name}, on the same batches (correlation {twin.correlation:.3f}, {quieter}):"
+        f" of {len(twin.origins)} events of the loss {data} are in both, so the data's, and"
+        f" {len(twin.origins) - data} in this run only"
     )
