@@ -51,6 +51,7 @@ LIGHT = (
     "apply/own_file/test_placement.py", "source/test_arrivals.py", "source/test_formats.py", "source/test_typed.py",
     "data/test_documents.py", "training/test_harness.py", "commands",
     "training/test_live_line.py", "training/test_log.py", "training/test_page.py", "training/test_permutation.py",
+    "test_architectures_page.py",
     "training/test_verdict.py", "spikes/test_scores.py", "spikes/test_detector.py", "spikes/test_hindsight.py",
     "spikes/test_read_log.py", "spikes/test_twin.py", "spikes/test_command.py", "training/test_outcome.py",
 )  # fmt: skip

@@ -779,6 +779,98 @@ class Renaming(Decoder):
             state[name.replace("wte.", "tok_embeddings.")] = state.pop(name)
 
 
+class TokenShift(Decoder):
+    """Each sub-layer reads a learned mix of this token and the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.ParameterList(nn.Parameter(torch.rand(D)) for _ in range(4))
+
+    def add(self, x: Tensor, i: int, f: nn.Module) -> Tensor:
+        n = self.norms[i](x)
+        return x + f(n * self.mix[i] + F.pad(n, (0, 0, 1, -1)) * (1 - self.mix[i]))
+
+
+class Skips(Decoder):
+    """What the stream was in the first half is added in the second, by learned shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.ones(2))
+
+    def stack(self, x: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        for i, f in self.sublayers():
+            x = self.add(x if i < 2 else x + self.share[i - 2] * kept.pop(), i, f)
+            kept += [x] if i < 2 else []
+        return x
+
+
+class WeightedMeans(Decoder):
+    """The stream is a learned mean of all that it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = nn.ParameterList(nn.Parameter(torch.eye(i + 2)[i + 1]) for i in range(4))
+
+    def stack(self, x: Tensor) -> Tensor:
+        before = [x]
+        for i, f in self.sublayers():
+            before.append(self.add(x, i, f))
+            parts = [s * y for s, y in zip(self.share[i], before, strict=True)]
+            x = functools.reduce(torch.add, parts)
+        return x
+
+
+class ByBlocks(Attention):
+    """What it adds is made up in a buffer, block by block and in place, as online softmax does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = torch.zeros_like(x)
+        for part, rows in zip(whole.split(4, 1), super().forward(x).split(4, 1), strict=True):
+            part.mul_(0.5).add_(rows)
+        return whole.div_(1.0)
+
+
+class AddedThroughAView(Decoder):
+    def stack(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        rows = x.view(-1, D)
+        for i, f in self.sublayers():
+            rows.add_(f(self.norms[i](x)).view(-1, D))
+        return x
+
+
+class WrittenInPart(Decoder):
+    def stack(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        for i, f in self.sublayers():
+            x[:, :6] += f(self.norms[i](x))[:, :6]
+        return x
+
+
+class LossAlone(Decoder):
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+class Unchosen(nn.Module):
+    """The last expert is for values that do not occur, so that its product has no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(MLP() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        result, chosen = torch.zeros_like(flat), (flat[:, 0] > 1e9).long()
+        for e, expert in enumerate(self.experts):
+            rows = torch.where(chosen == e)[0]
+            result.index_add_(0, rows, expert(flat[rows]))
+        return result.view_as(x)
+
+
 def compiled() -> nn.Module:
     return torch.compile(Decoder(), backend="eager")  # type: ignore[return-value]
 
@@ -873,6 +965,14 @@ MODELS: dict[str, Foreign] = {
     "an object of results": Foreign(AsObject),
     "two tracks": Foreign(TwoTracks, leak="past the stream, as a second track"),
     "a tensor's type by name": Foreign(OfItsType),
+    "token shift": Foreign(TokenShift),
+    "skips": Foreign(Skips),
+    "weighted means": Foreign(WeightedMeans),
+    "attention by blocks": Foreign(_with(attention=ByBlocks)),
+    "added through a view": Foreign(AddedThroughAView),
+    "written in part": Foreign(WrittenInPart, leak="a write into a part of it"),
+    "loss alone": Foreign(LossAlone),
+    "an expert nobody chose": Foreign(_with(mlp=Unchosen)),
     "compiled": Foreign(compiled),
     "compiled blocks": Foreign(compiled_blocks),
 }

@@ -94,7 +94,14 @@ def test_a_learned_factor_that_is_divided_out() -> None:
     assert abs(size / 0.4**0.5 - 1) < 6 / (2 * 48 * 32) ** 0.5
 
 
-@pytest.mark.parametrize("name", ["own config", "a mode"])
+@pytest.mark.parametrize("name", ["attention by blocks", "added through a view"])
+def test_what_is_added_in_place_has_no_factor(name: str) -> None:
+    """Not that of the buffer before, though both are in one memory."""
+    residual = spikepatch.inspect(made(name), example_inputs=MODELS[name].example)
+    assert {p.multiplier for p in residual.residual_projections} == {1.0}
+
+
+@pytest.mark.parametrize("name", ["own config", "a mode", "loss alone", "added through a view"])
 def test_check(name: str) -> None:
     report = spikepatch.check(made(name), recipes=["scaled-embed"], example_inputs=MODELS[name].example)
     assert report.sublayers == MODELS[name].sublayers

@@ -1,6 +1,6 @@
 """Time and memory of ``check``, printed: ``python -m tests.benchmarks.bench_check [gpt2] [deep] [depth] [7b] [70b]``.
 
-Targets, on two cores, after imports: ``arch:gpt2`` in at most 10 s, with ``--deep --batch 1`` in at most 120 s; a model
+Targets, on two cores, after imports: ``arch:gpt2`` in at most 10 s, with ``--deep`` in at most 120 s; a model
 of 7 billion parameters in under 4 GB of memory, one of 70 billion in under 12 GB, at float32 and 128 tokens; memory
 that grows with the largest layer and not with depth. Each runs in a process of its own.
 """
@@ -77,7 +77,7 @@ def main(words: list[str]) -> None:
         if name == "llama":
             llama(*map(int, sizes))
         else:
-            gpt2(**({"deep": True, "batch": 1} if name == "deep" else {}))
+            gpt2(**({"deep": True} if name == "deep" else {}))
         return
     click.echo(f"{os.cpu_count()} cores")
     for name in words or ["gpt2", "deep", "depth"]:

@@ -30,7 +30,7 @@ def groups(root: ElementTree.Element, name: str) -> list[ElementTree.Element]:
 
 def points(root: ElementTree.Element) -> list[list[tuple[float, float]]]:
     paths = [path for group in groups(root, "run") for path in group.findall(f"{SVG}path")]
-    return [[(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path.attrib["d"])] for path in paths]
+    return [[(float(x), float(y)) for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path.attrib["d"])] for path in paths]
 
 
 def heights(root: ElementTree.Element) -> list[list[float]]:
@@ -55,7 +55,7 @@ def test_columns_share_their_axes() -> None:
     first, second = heights(root)
     assert first[0] - min(first) > 50
     above = [float(text.attrib["y"]) for text in titles(root)]
-    assert first[0] - above[0] == pytest.approx(second[0] - above[1], abs=0.03)
+    assert first[0] - above[0] == pytest.approx(second[0] - above[1], abs=0.2)
 
 
 def test_what_is_not_finite_is_a_gap_and_its_event_lies_at_the_top() -> None:

@@ -3,10 +3,10 @@
 With s = 1 the large shortcut is in the weights themselves. Adam's relative step on a row is then lr / s, some 76 times
 smaller than behind a factor at d = 2304, and weight decay pulls the rows to zero: leave embeddings out of it.
 
-Refuses: a tied head where s sqrt(d) > 3. The head reads a stream of std 1 with the same matrix, so the initial logits
-have a std of s sqrt(d), which costs s^2 d / 2 nats above log V; no usual initialisation comes near 3. Also a model whose
-stream would not start with s: it normalises its embedding, multiplies it by a number (sqrt(d) and s = 1 make 64 at
-d = 4096), or projects it; a post-norm model; learned embeddings that are to be kept; an s that is no positive number.
+Refuses: a tied head where s sqrt(d) > 3. The head reads a stream of std 1 with the same matrix, so the first logits
+have a std of s sqrt(d), which costs s^2 d / 2 nats above log V; no usual std comes near 3. Also a model whose
+stream would not start with s: it has a norm, a projection or a factor on its embedding (sqrt(d) makes 64 at d = 4096);
+a post-norm model; learned embeddings that are to be kept; and an s that is no positive number.
 Preserves: nothing. Goes with ``SmallInit(token_embedding=False)``.
 Sources: footnote of Takase et al., arXiv 2312.16903; BioNeMo and Megatron-LM's ``--embedding-init-method-std`` (std 1,
 untied, no weight decay on embeddings).

@@ -222,7 +222,7 @@ def _record_weights(
         name = program.stream.facts.trace.parameters[node]
         if name in found.weights:
             continue
-        largest = float(torch.linalg.vector_norm(value, math.inf))
+        largest = float(torch.linalg.vector_norm(value, math.inf)) if value.numel() else 0.0
         std = _std(value)
         norm = gaussianity = None
         if name in matrices and value.ndim == 2 and math.isfinite(largest) and std:

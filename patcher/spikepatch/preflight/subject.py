@@ -158,8 +158,10 @@ def vocabulary_of(model: nn.Module) -> int | None:
 
 
 def logits_over(model: nn.Module, residual: ResidualMap, graph: Trace) -> int | None:
-    """Length of the output's last axis, where that is a vocabulary: the config's, or else the rows of the table."""
-    length, vocabulary = shape(graph.output)[-1], vocabulary_of(model)
+    """Length of the output's last axis, where that is a vocabulary: the config's, or else the rows of the table. A
+    model that gives its loss alone has none.
+    """
+    length, vocabulary = (shape(graph.output) or (0,))[-1], vocabulary_of(model)
     if vocabulary is None:
         tables = [model.get_parameter(e.parameter) for e in residual.embeddings if e.kind == "token"]
         vocabulary = next((len(table) for table in tables if len(table) == length), None)

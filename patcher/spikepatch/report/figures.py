@@ -99,14 +99,20 @@ def _in_colours_of_the_page(text: str, groups: Mapping[str, str]) -> str:
 
 
 def _in_short(tag: str, used: Collection[str]) -> str:
-    """A tag with colours by name, hundredths of a pixel, and the font of its page; an id only if it is ``used``."""
+    """A tag with colours by name, tenths of a pixel, and the font of its page; an id only if it is ``used``."""
     names = {ink: name for name, ink in INK.items()}
     tag = re.sub(r"(fill|stroke): (#0000[0-9a-f]{2})\b", lambda m: f"{m[1]}: var(--{names.get(m[2], 'text')})", tag)
     tag = re.sub(r" id=\"([^\"]*)\"", lambda m: m[0] if m[1] in used else "", tag)
     tag = re.sub(r"font-family: [^;\"]*; |(?<=;) font-family: [^;\"]*(?=\")", "", tag)
-    tag = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), tag)
+    tag = re.sub(r" (d|x|y|width|height)=\"[^\"]*\"", _in_tenths, tag)
     tag = re.sub(r" transform=\"rotate\(-?0 [^)]*\)\"", "", tag)
-    return re.sub(r" \n(?=[LMz])", " ", tag).replace("xlink:href", "href")
+    return tag.replace("xlink:href", "href")
+
+
+def _in_tenths(attribute: re.Match[str]) -> str:
+    """Places in tenths of a pixel; behind a move or a line to one, another pair of numbers is a line to that."""
+    places = re.sub(r"-?\d+\.\d{2,}", lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), attribute[0])
+    return re.sub(r"(?<=[\d.]) \n(?:L (?=[-\d]))?", " ", places)
 
 
 def inside(

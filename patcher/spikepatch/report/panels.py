@@ -90,7 +90,7 @@ def _small(axes: Axes, chart: Chart, pixels: int) -> None:
     runs = [run for line in chart.series for run in runs_of(line, log=chart.log)]
     last = max((run[-1][0] for run in runs), default=1.0)
     for run in runs:
-        xs, ys = zip(*thinned(run, Pixels(0, last, pixels)), strict=True)
+        xs, ys = zip(*thinned(run, Pixels(0, last, pixels), ends=False), strict=True)
         axes.plot(xs, ys, color=INK["s1"], alpha=0.75, linewidth=1, gid="run")
     for event in (event for line in chart.series for event in line.events):
         y, transform = place(axes, event, chart.log)

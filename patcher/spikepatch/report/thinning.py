@@ -44,14 +44,15 @@ class Pixels:
         return int((x - self.first) / (self.last - self.first) * self.count) if self.last > self.first else 0
 
 
-def thinned(run: Sequence[Vertex], pixels: Pixels) -> list[Vertex]:
+def thinned(run: Sequence[Vertex], pixels: Pixels, *, ends: bool = True) -> list[Vertex]:
     """Of each column of pixels the first, the lowest, the highest and the last point: no spike is lost, and the line
-    covers the same pixels (M4; Jugel et al. 2014, "M4: A Visualization-Oriented Time Series Data Aggregation").
+    covers the same pixels (M4; Jugel et al. 2014, "M4: A Visualization-Oriented Time Series Data Aggregation"). Without
+    ``ends``, the lowest and the highest alone.
     """
     kept: list[Vertex] = []
     for points in _columns(run, pixels, 1):
         heights = [y for _, y in points]
-        places = {0, heights.index(min(heights)), heights.index(max(heights)), len(points) - 1}
+        places = {heights.index(min(heights)), heights.index(max(heights)), *((0, len(points) - 1) if ends else ())}
         kept += [points[i] for i in sorted(places)]
     return kept
 

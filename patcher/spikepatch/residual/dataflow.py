@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from spikepatch.residual.ops import COPIES, VIEWS, op, shape, writes
+from spikepatch.residual.in_place import redirect_writes
+from spikepatch.residual.ops import op, shape, writes
 
 
 def follow_data(graph: Graph, inputs: Collection[Node] = ()) -> None:
@@ -18,46 +19,10 @@ def follow_data(graph: Graph, inputs: Collection[Node] = ()) -> None:
     Args:
         inputs: the placeholders of what the model is called with.
     """
-    _redirect_writes(graph)
+    redirect_writes(graph)
     _undo_splits(graph)
     _take_apart(graph)
     _look_up(graph, inputs)
-
-
-def overwritten(value: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """``value`` after ``written``, which shares its memory, was written in place: executed, it has changed already."""
-    return value
-
-
-def _redirect_writes(graph: Graph) -> None:
-    """Make in-place ops visible as data: whoever reads the written memory later reads it through the write.
-
-    The written tensor itself is replaced by the op's result, every other view of the same memory by ``overwritten``.
-    """
-    order: dict[Node, float] = {node: i for i, node in enumerate(graph.nodes)}
-    base: dict[Node, Node] = {}
-    family: dict[Node, list[Node]] = {}
-    for node in list(graph.nodes):
-        first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        if first is None:
-            continue
-        if writes(node) or (op(node) in VIEWS and op(node) not in COPIES):
-            base[node] = base.get(first, first)
-            family.setdefault(base[node], [base[node]]).append(node)
-        if not writes(node):
-            continue
-        for alias in family[base[node]]:
-            later = [user for user in alias.users if order.get(user, -1.0) > order[node]]
-            if not later or alias is node:
-                continue
-            seen = node
-            if alias is not first:
-                with graph.inserting_after(node):
-                    seen = graph.call_function(overwritten, (alias, node))
-                seen.meta = dict(alias.meta)
-                order[seen] = order[node] + 0.5
-            for user in later:
-                user.replace_input_with(alias, seen)
 
 
 def _undo_splits(graph: Graph) -> None:

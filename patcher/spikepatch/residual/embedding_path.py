@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from spikepatch.errors import Refused
-from spikepatch.residual.execute import ROWS, run
+from spikepatch.residual.execute import ROWS, needed_for, run
 from spikepatch.residual.ops import LOOKUPS, op, operands, place, shape, table_of
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace
@@ -77,11 +77,12 @@ def measure(trace: Trace, stream: Stream, known: Mapping[Node, torch.Tensor]) ->
     result: dict[Node, Measured] = {}
     tables = {lookup: _table(trace, lookup, seeds) for lookup in stream.tables}
     drawn = _matrices(stream, tables)
+    drawn |= _steady(trace, stream, tables, {**drawn, **known}, known)
     weighted = stream.facts.behind([stream.start]) & trace.parameters.keys() - set(map(table_of, tables)) - known.keys()
     for lookup, table in tables.items():
         kind = _kind(trace, lookup)
-        values = {**drawn, **known}
-        at_one, at_two, at_three = (_start(trace, stream, tables, lookup, factor, values) for factor in (1.0, 2.0, 3.0))
+        values, at = {**drawn, **known}, _entry(stream, lookup)
+        at_one, at_two, at_three = (_start(trace, stream, tables, lookup, at, f, values) for f in (1.0, 2.0, 3.0))
         once, twice = at_two - at_one, at_three - at_one
         linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
         absent = bool(known) and not bool(once.any())  # by a learned factor of 0
@@ -92,16 +93,40 @@ def measure(trace: Trace, stream: Stream, known: Mapping[Node, torch.Tensor]) ->
         scale = _size(once) / _size(looked_up) if linear else size if small else 1.0
         if linear and known and scale != 1.0 and 1 / _NEAR < scale < _NEAR:
             others = drawn | {node: 2 * value + 1 for node, value in known.items()}
-            low, high = (_start(trace, stream, tables, lookup, factor, others) for factor in (1.0, 2.0))
+            low, high = (_start(trace, stream, tables, lookup, at, factor, others) for factor in (1.0, 2.0))
             scale = scale if torch.allclose(high - low, once, rtol=1e-3) else 1.0
         normed = not linear and all(
-            math.isclose(_size(_start(trace, stream, tables, lookup, factor, values)), size, rel_tol=_NEARLY)
+            math.isclose(_size(_start(trace, stream, tables, lookup, at, factor, values)), size, rel_tol=_NEARLY)
             for factor in (0.1, 3.0)
         )
         if not linear and not normed and math.isclose(_size(at_three), 3 * size, rel_tol=_NEARLY):
             linear, scale = True, size / _size(looked_up)
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear, linear or normed)
     return result
+
+
+def _steady(
+    trace: Trace,
+    stream: Stream,
+    tables: Mapping[Node, torch.Tensor],
+    values: Mapping[Node, torch.Tensor],
+    known: Mapping[Node, torch.Tensor],
+) -> dict[Node, torch.Tensor]:
+    """What the path reads that hangs on no table and no known number, such as a tower that picks rows: run once."""
+    alone = _alone(stream)
+    moved = {*map(table_of, tables), *known}
+    path = sorted(needed_for([stream.start], {}, alone))
+    for node in path:
+        if not moved.isdisjoint([alone[node]] if node in alone else operands(node)):
+            moved.add(node)
+    read = {a for node in path if node in moved and node not in alone for a in operands(node)}
+    still = [a for a in read - moved if op(a) and a in path]
+    return run(trace, still, values, dict.fromkeys(trace.inputs, 0), alone)
+
+
+def _alone(stream: Stream) -> dict[Node, Node]:
+    """As if no features entered."""
+    return {node: stream.facts.carries[node][0] for node in stream.entrances}
 
 
 def _matrices(stream: Stream, tables: Iterable[Node]) -> dict[Node, torch.Tensor]:
@@ -165,18 +190,28 @@ def _table(trace: Trace, node: Node, seeds: Mapping[Node, int]) -> torch.Tensor:
     return torch.randn(*rows, width, generator=torch.Generator().manual_seed(0))
 
 
+def _entry(stream: Stream, lookup: Node) -> Node:
+    """What a table brings to the stream: at its start, or what is added to it behind a layer."""
+    if lookup not in stream.spine or lookup in needed_for([stream.start], {}, _alone(stream)):
+        return stream.start
+    node = lookup
+    while users := [user for user in node.users if stream.facts.carries.get(user) == [node]]:
+        node = users[0]
+    return node
+
+
 def _start(
     trace: Trace,
     stream: Stream,
     tables: Mapping[Node, torch.Tensor],
     lookup: Node,
+    at: Node,
     factor: float,
     known: Mapping[Node, torch.Tensor],
 ) -> torch.Tensor:
-    """The first point of the stream, with this table times ``factor``, and next to nothing of the others."""
+    """The value ``at`` a node on the way, with this table times ``factor``, and next to nothing of the others."""
     values = {**known} | {table_of(other): _ROUNDING**2 * table for other, table in tables.items()}
     values[table_of(lookup)] = factor * tables[lookup]
-    alone = {node: stream.facts.carries[node][0] for node in stream.entrances}  # as if no features entered
-    result = run(trace, [stream.start], values, dict.fromkeys(trace.inputs, 0), alone)[stream.start]
+    result = run(trace, [at], values, dict.fromkeys(trace.inputs, 0), _alone(stream))[at]
     assert isinstance(result, torch.Tensor)
     return result.float()

@@ -82,13 +82,7 @@ def run(
     """
 
     given: dict[Node, Any] = dict(values)
-    needed: set[Node] = set()
-    todo = list(wanted)
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            todo.extend([instead[node]] if node in instead else [] if node in given else _read(node))
+    needed = needed_for(wanted, given, instead)
     for node in needed - given.keys():
         if node in trace.buffers:
             buffer = trace.buffers[node].cpu()
@@ -107,6 +101,18 @@ def run(
 
     execute(computed, results, value=value, call=_call, keep={*wanted, *instead.values()})
     return {node: value(node) for node in wanted}
+
+
+def needed_for(wanted: list[Node], given: Mapping[Node, Any], instead: Mapping[Node, Node]) -> set[Node]:
+    """The nodes whose values ``wanted`` are computed from, themselves included."""
+    needed: set[Node] = set()
+    todo = list(wanted)
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo.extend([instead[node]] if node in instead else [] if node in given else _read(node))
+    return needed
 
 
 def _read(node: Node) -> list[Node]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from spikepatch.errors import Refused, first_line
+from spikepatch.quiet import quiet
 from spikepatch.residual import ops
 from spikepatch.residual.embedding_path import measure, vectors
 from spikepatch.residual.example import Given
@@ -66,7 +67,8 @@ def inspect(model: nn.Module, *, example_inputs: Given = None, source: str = "")
     source = source or type(model).__name__
     if any(buffer.is_meta for buffer in model.buffers()) and is_transformers_model(model):
         model = build_meta(type(model), model.config, where=source)  # some embeddings' factor is the value of a buffer
-    return followed(model, trace(model, example_inputs), source).residual
+    with quiet():  # once for all passes: to silence a logger costs, and finds it silent within
+        return followed(model, trace(model, example_inputs), source).residual
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ That is the safe direction: the proof can only fail for it, never succeed wrongl
 
 from __future__ import annotations
 
-import functools
 import operator
 
 import torch
@@ -52,6 +51,8 @@ CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution conv_transpose1d".spl
 LIKE_SECOND = frozenset("type_as view_as expand_as".split())
 # Rows of the first tensor are replaced by other values.
 REPLACED_ROWS = frozenset("index_put index_copy masked_scatter".split())
+# What is left of a write in place into a view.
+PARTLY_WRITTEN = frozenset("copy select_scatter slice_scatter overwritten".split())
 # Some rows of one tensor, and others of another one.
 PUT_TOGETHER = REPLACED_ROWS | frozenset("where cat scatter select_scatter slice_scatter".split())
 NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm".split())
@@ -82,12 +83,17 @@ def op(node: object) -> str:
     """The op's bare name: ``aten.add_.Tensor`` -> ``add``; empty for anything that is not a call."""
     if not isinstance(node, Node) or node.op != "call_function":
         return ""
-    if node.target is operator.getitem:
-        return "getitem"
-    return _name(node.target)
+    target = node.target
+    found = _NAMES.get(id(target))
+    if found is None:
+        found = _NAMES[id(target)] = (target, "getitem" if target is operator.getitem else _name(target))
+    return found[1]
 
 
-@functools.cache
+#: id of a target -> it, so that the id stays its own, and its name. (An ATen operation's own hash is Python code.)
+_NAMES: dict[int, tuple[object, str]] = {}
+
+
 def _name(target: object) -> str:
     packet = getattr(target, "overloadpacket", target)
     name = str(getattr(packet, "__name__", packet))

@@ -109,7 +109,7 @@ def constant_factor(facts: Facts, term: Term) -> float | None:
         product, added = _runs(facts, term)(1.0)
     except (IndexError, RuntimeError, NotImplementedError):  # an operation that the CPU lacks
         return None
-    if product.numel() != added.numel():
+    if product.numel() != added.numel() or not product.numel():  # an expert that no token chose has no rows
         return None
     product, added = product.flatten().double(), added.flatten().double()
     factor = float(product @ added / (product @ product))

@@ -171,7 +171,7 @@ def _lost(facts: Facts, node: Node, spine: set[Node], inside: set[Node], path: s
     while op(at) in ops.VIEWS and (users := [u for u in at.users if u in facts.varies]):
         at = users[0]
     computed = op(at) in ops.PRODUCTS and len(facts.data(at)) > 1
-    name = op(at).strip("_").replace("_", " ")
+    name = "a write into a part of it" if op(at) in ops.PARTLY_WRITTEN else op(at).strip("_").replace("_", " ")
     what = "a matrix" if facts.product(at) else "a product of computed values" if computed else name
     while len(way := facts.carries.get(before, [])) == 1 and len(facts.data(before)) < 2:
         before = way[0]  # through gains and views, back to the addition
@@ -196,7 +196,7 @@ def _mask(bit: Mapping[str, int], names: set[str]) -> int:
 
 def _without_projection(facts: Facts, term: Term) -> str:
     held = sorted({facts.trace.parameters[n] for n in term.interior if n in facts.trace.parameters})
-    where = place(term.node) or term.node.name
+    where = place(term.node) or "the model's own forward"
     if not held:
         return f"{where}: this part of the sum is computed without any weight, so there is no projection to scale"
     sample = ", ".join(held[:3]) + (" ..." if len(held) > 3 else "")
@@ -214,6 +214,8 @@ def _in_the_way(facts: Facts, term: Term) -> str:
             matrix = [a for a in operands(node) if a not in facts.varies and len(shape(a)) > 1]
             made_by = op(behind_views(matrix[0])).strip("_").replace("_", " ") if matrix else ""
             return f"its last matrix is no parameter, but computed{f' by {made_by}' if made_by else ''}"
+        if op(node) in ops.PRODUCTS and len(facts.data(node)) > 1:
+            return f"it is a gate, a product of computed values, in {place(node) or 'the model itself'}"
         norm = facts.norm_at.get(node)
         linear = op(node) in ops.LINEAR_FIRST | ops.JOINS | ops.PRODUCTS and not ops.squares(node)
         before = [norm.input] if norm is not None else data

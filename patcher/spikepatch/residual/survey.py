@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,9 @@ _OTHERS = {
     "audio": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
     "other": "MODEL_MAPPING_NAMES",
 }
+
+#: How a reason begins that is none of the model's.
+BUG = "a bug in spikepatch, please report it"
 
 #: Config fields that hold the number of layers, and lists as long as it that hold anything but kinds of layers.
 _COUNTS = (
@@ -88,12 +91,20 @@ def types(text: str = "") -> list[tuple[str, str, str]]:
 
 
 def survey(text: str = "") -> Iterator[Row]:
-    """Map the default config of every type, cut to one layer of each kind, on the meta device."""
-    for task, model_type, architecture in types(text):
+    """Map the default config of every type with ``text`` in it, cut to one layer of each kind, on the meta device."""
+    return rows_of(types(text))
+
+
+def rows_of(chosen: Iterable[tuple[str, str, str]]) -> Iterator[Row]:
+    """The same of some (task, type, class)."""
+    for task, model_type, architecture in chosen:
         try:
             residual = _mapped(model_type, architecture)
         except SpikepatchError as error:
             yield Row(model_type, task, architecture, False, _reason(error))
+            continue
+        except Exception as error:  # the other types are told all the same
+            yield Row(model_type, task, architecture, False, f"{BUG}: {type(error).__name__}: {error}")
             continue
         yield Row(
             model_type,
@@ -175,6 +186,4 @@ def keep_one_layer_of_each_kind(config: PreTrainedConfig) -> None:
 
 
 def _reason(error: SpikepatchError) -> str:
-    if error.what == "the default config cannot be built":
-        return f"{error.what}: pass a real one"
     return f"{error.what}: {error.why}"

@@ -70,22 +70,25 @@ def trace(model: nn.Module, example_inputs: Given = None) -> Trace:
         Refused: its forward pass does not run on them.
     """
     example = example_of(model) if example_inputs is None else given(example_inputs, model)
+    first = ""
     try:
         try:
             found = recorded(model, example)
-        except Exception:  # whatever a forward pass raises
+        except Exception as error:  # whatever a forward pass raises
             more = completed(model, example) if example_inputs is None else example
             if more.keys() == example.keys():
                 raise
+            first = f'{" and ".join(example)} ("{first_line(error)}"), nor on '
             example = more
             found = recorded(model, example)
     except Exception as error:
+        made = " as they are made up from its config" if example_inputs is None else " alone"
         raise Refused(
             what="the forward pass cannot be traced, so its residual stream cannot be found",
             where=type(model).__name__,
-            why=f'it does not run on {" and ".join(example)} alone: "{first_line(error)}"',
+            why=f'it does not run on {first}{" and ".join(example)}{made}: "{first_line(error)}"',
             remedy="give all that its forward needs: --example-inputs module:NAME (in Python: a dict of tensors as"
-            " example_inputs)",
+            " example_inputs); where the sizes of a default config do not fit each other, give a real config",
         ) from error
     if example_inputs is not None or _read(found) == len(found.parameters):
         return found

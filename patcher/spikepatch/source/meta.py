@@ -244,6 +244,8 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _find_functions(value: object, modules: Set[int], found: dict[int, FunctionType]) -> bool:
     """Note the functions in ``value`` that hold one of ``modules``; is there one in it, or is it one?"""
+    if value is None or isinstance(value, (str, int, float, torch.Tensor)):
+        return False
     if isinstance(value, nn.Module):
         return id(value) in modules
     if isinstance(value, (list, tuple)):

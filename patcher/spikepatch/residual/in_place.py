@@ -1,0 +1,180 @@
+"""Writes in place as data: whoever reads written memory later reads what the write made of it.
+
+The views of one tensor are a tree. A write to one of them gives it a new value, which is put back into what it is a
+view of, and read again by the other views of that; operations in place become their functional forms. So no two values
+of a graph share memory, and each may be replaced by another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from spikepatch.residual.ops import COPIES, VIEWS, op, shape, writes
+
+_ATEN = torch.ops.aten
+
+#: Views that keep the order of the elements, where they keep all; and those whose result is a list of parts.
+_IN_ORDER = frozenset("view _unsafe_view unsqueeze squeeze flatten unflatten slice narrow alias detach".split())
+_CUTS = frozenset("split split_with_sizes chunk unbind".split())
+
+
+def overwritten(value: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+    """``value`` after a part of it was written in place by way of ``written``, a view that is not undone here."""
+    return value
+
+
+def redirect_writes(graph: Graph) -> None:
+    """Take all writes in place out of ``graph``."""
+    if any(writes(node) for node in graph.nodes):
+        _Memory(graph).redirect()
+
+
+class _Memory:
+    """``view_of``: of a node, the first one that had its memory. ``held``: of that, all that have had it since; the
+    last holds its value. ``family``: all views of one tensor, each behind what it is a view of.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.order = {node: float(i) for i, node in enumerate(graph.nodes)}
+        self.view_of: dict[Node, Node] = {}
+        self.held: dict[Node, list[Node]] = defaultdict(list)
+        self.family: dict[Node, list[Node]] = defaultdict(list)
+        self.made: list[Node] = []
+
+    def redirect(self) -> None:
+        for node in list(self.graph.nodes):
+            first = node.args[0] if node.args else None
+            if not isinstance(first, Node):
+                continue
+            if writes(node):
+                self.write(node, self.known(first))
+            elif _is_view(node):
+                self.known(first)
+                self.view_of[node] = node
+                self.held[node].append(node)
+                self.family[self.root(node)].append(node)
+        for node in reversed(self.made):
+            if not node.users:
+                self.graph.erase_node(node)
+
+    def known(self, node: Node) -> Node:
+        if node not in self.view_of:
+            self.view_of[node] = node
+            self.held[node].append(node)
+            self.family[node].append(node)
+        return self.view_of[node]
+
+    def parent(self, view: Node) -> Node | None:
+        """What it is a view of; None of a tensor with memory of its own."""
+        first = view.args[0] if _is_view(view) else None
+        return self.view_of[first] if isinstance(first, Node) else None
+
+    def root(self, view: Node) -> Node:
+        while (parent := self.parent(view)) is not None:
+            view = parent
+        return view
+
+    def write(self, node: Node, written: Node) -> None:
+        changed = {written: node}
+        inner, latest = written, node
+        while (outer := self.parent(inner)) is not None:
+            cut = outer if op(inner) == "getitem" and op(outer) in _CUTS else None
+            target = outer if cut is None else self.parent(cut)
+            if target is None:
+                break
+            latest = self._put_back(node, inner, target, changed[inner])
+            changed[target] = latest
+            inner = target
+        for other in self.family[self.root(written)]:
+            around = self.parent(other)
+            if other not in changed and around in changed and not self._apart(other, written):
+                again = (changed[around], *other.args[1:])
+                changed[other] = self._insert(node, other.target, again, dict(other.kwargs), like=other)
+        for other, value in changed.items():
+            for alias in self.held[other]:
+                for user in [u for u in alias.users if self.order.get(u, -1.0) > self.order[node]]:
+                    if user is not value and user not in changed.values():
+                        user.replace_input_with(alias, value)
+            self.held[other].append(value)
+            self.view_of[value] = other
+        _make_functional(node)
+
+    def _insert(self, write: Node, target: Any, args: tuple[Any, ...], kwargs: Any = None, *, like: Node) -> Node:
+        """A call behind ``write`` and what was inserted there before; its value is of the shape of ``like``'s."""
+        after = self.made[-1] if self.made and math.floor(self.order[self.made[-1]]) == self.order[write] else write
+        with self.graph.inserting_after(after):
+            made = self.graph.call_function(target, args, kwargs or {})
+        made.meta = {**write.meta, "val": like.meta.get("val")}
+        self.order[made] = self.order[after] + 1e-5
+        self.made.append(made)
+        return made
+
+    def _put_back(self, write: Node, inner: Node, outer: Node, value: Node) -> Node:
+        """The value of ``outer``, where its view ``inner`` is ``value``."""
+        before, name, args = self.held[outer][-1], op(inner), inner.args[1:]
+        if (name in _IN_ORDER or name == "getitem") and math.prod(shape(inner)) == math.prod(shape(outer)):
+            return self._insert(write, _ATEN.reshape.default, (value, list(shape(outer))), like=outer)
+        inverse = {"transpose": _ATEN.transpose.int, "t": _ATEN.t.default, "permute": _ATEN.permute.default}
+        if name in inverse:
+            if name == "permute":
+                axes = [axis % len(shape(outer)) for axis in args[0]]  # type: ignore[union-attr, operator]
+                args = ([axes.index(i) for i in range(len(axes))],)
+            return self._insert(write, inverse[name], (value, *args), like=outer)
+        if name == "slice":
+            return self._insert(write, _ATEN.slice_scatter.default, (before, value, *args), like=outer)
+        if name == "select":
+            return self._insert(write, _ATEN.select_scatter.default, (before, value, *args), like=outer)
+        if name == "getitem" and isinstance(cut := inner.args[0], Node) and op(cut) in _CUTS:
+            return self._insert(write, *_into_cut(cut, args[0], before, value, shape(outer)), like=outer)
+        return self._insert(write, overwritten, (before, value), like=outer)
+
+    def _apart(self, view: Node, written: Node) -> bool:
+        """They are in different parts of one cut, and share no memory."""
+        others = dict(self._parts(written))
+        return any(others.get(cut, part) != part for cut, part in self._parts(view))
+
+    def _parts(self, view: Node) -> Iterator[tuple[Node, Any]]:
+        """The cuts that it comes from, and which of their parts it is in."""
+        while (parent := self.parent(view)) is not None:
+            if op(view) == "getitem" and op(parent) in _CUTS:
+                yield parent, view.args[1]
+            view = parent
+
+
+def _is_view(node: Node) -> bool:
+    """Of memory of its first argument's; results of one operation have memory of their own each."""
+    of_list = op(node) == "getitem"
+    return op(node) in VIEWS and op(node) not in COPIES and (not of_list or op(node.args[0]) in _CUTS)
+
+
+def _into_cut(cut: Node, part: Any, before: Node, value: Node, outer: tuple[int, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The operation that puts one part of a cut back, and its arguments."""
+    if op(cut) == "unbind":
+        return _ATEN.select_scatter.default, (before, value, _axis(cut, 1), part)
+    axis, sizes = _axis(cut, 2), cut.args[1]
+    if isinstance(sizes, (list, tuple)):
+        start = sum(sizes[:part])
+    else:
+        size = -(-outer[axis] // sizes) if op(cut) == "chunk" else sizes
+        start = part * size
+    return _ATEN.slice_scatter.default, (before, value, axis, start, start + shape(value)[axis])
+
+
+def _axis(cut: Node, place: int) -> Any:
+    return cut.args[place] if len(cut.args) > place else cut.kwargs.get("dim", 0)
+
+
+def _make_functional(node: Node) -> None:
+    """``mul_`` becomes ``mul``, where there is such an operation."""
+    namespace, _, rest = str(node.target).partition(".")
+    name, _, overload = rest.partition(".")
+    functional = getattr(getattr(_ATEN, name.removesuffix("_"), None), overload, None)
+    if namespace == "aten" and name.endswith("_") and functional is not None:
+        node.target = functional
