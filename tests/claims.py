@@ -152,7 +152,10 @@ LONGER = {
     "training against a bare loop (docs/benchmarks.md)": "python -m tests.benchmarks.bench_train small large bf16",
     "convert against cp (docs/benchmarks.md)": "python -m tests.benchmarks.bench_convert",
     "check of 5.9 and 71.9 billion parameters (docs/benchmarks.md)": "python -m tests.benchmarks.bench_check 7b 70b",
-    "the audit's rates (docs/audit.md)": "python -m tests.auditing.mutations; python -m tests.benchmarks.bench_audit",
+    "the audit's rates (docs/audit-measured.md)": "python -m tests.auditing.mutations;"
+    " python -m tests.preflight.verdicts FILE; python -m tests.benchmarks.bench_audit",
+    "every type (docs/architectures.md)": "python -m tests.architectures_page FILE",
+    "models from PyPI (docs/foreign.md)": "python -m tests.packages",
 }
 
 

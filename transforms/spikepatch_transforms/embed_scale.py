@@ -22,8 +22,7 @@ from spikepatch.plans.entrances import enlarge_entrances
 from spikepatch.plans.plan import Context, Edit, ScaleEmbedding, Skip
 from spikepatch.residual.map import Embedding, ResidualMap
 
-#: Factors in the map are rounded to six digits.
-_ROUNDED = 1e-5
+_ROUNDED = 1e-5  # as factors in the map are, to six digits
 
 
 @dataclass(frozen=True)
