@@ -542,7 +542,7 @@ def test_the_hub(tmp_path: Path, hub: LocalHub, save_tiny: Callable[..., Path], 
         ("gated", {"weights": False}),
         ("pickled", {"weights": True}),
         ("adapter", {"weights": False}),
-        ("not a/model/id", {"weights": False}),
+        ("not a model/id", {"weights": False}),
     )
     assert weights["tensors"] == single["tensors"] == 21
     assert not [request for request in hub.requests if "consolidated" in request or ".bin" in request]
