@@ -215,7 +215,8 @@ def _in_the_way(facts: Facts, term: Term) -> str:
             made_by = op(behind_views(matrix[0])).strip("_").replace("_", " ") if matrix else ""
             return f"its last matrix is no parameter, but computed{f' by {made_by}' if made_by else ''}"
         if op(node) in ops.PRODUCTS and len(facts.data(node)) > 1:
-            return f"it is a gate, a product of computed values, in {place(node) or 'the model itself'}"
+            what = "ends in a quotient" if op(node) == "div" else "is a gate, a product"
+            return f"it {what} of computed values, in {place(node) or 'the model itself'}"
         norm = facts.norm_at.get(node)
         linear = op(node) in ops.LINEAR_FIRST | ops.JOINS | ops.PRODUCTS and not ops.squares(node)
         before = [norm.input] if norm is not None else data
