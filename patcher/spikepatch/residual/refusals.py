@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from torch.fx import Node
 
@@ -85,6 +85,13 @@ def copies(carriers: Iterable[Node]) -> str | None:
             count = after[-1] // before[-1] if along_width else after[-2]
             return f"hyper-connections: the stream is a set of {count} mixed copies, not a sum"
     return None
+
+
+def in_part(spine: Collection[Node]) -> Iterator[str]:
+    """What adds sub-layers to a part of the stream alone, and puts that back."""
+    for node in spine:
+        if op(node) in {"slice_scatter", "select_scatter"} and sum(a in spine for a in operands(node)) > 1:
+            yield f"the stream goes through a write into a part of it, in {place(node) or 'the model itself'}"
 
 
 def _repeats_tokens(node: Node) -> bool:
