@@ -265,7 +265,7 @@ MODELS = (
     Package("lightning-gpt", "nanoGPT's `GPT`", _nanogpt, "idx", "transformer.h.0"),
     Package(
         "local-attention", "`LocalTransformer`, with hyper-connections", _local, "x", "",
-        refused="no sum of an embedding",
+        refused="hyper-connections: the stream is a set of 4 mixed copies",
     ),
     Package("gateloop-transformer", "`Transformer`", _gateloop, "x", "layers.0.0"),
     Package(
