@@ -849,6 +849,14 @@ class WrittenInPart(Decoder):
         return x
 
 
+class LastAlone(Decoder):
+    """The logits of the last token, as where text is generated."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = super().forward(ids)
+        return logits[:, -1:]
+
+
 class LossAlone(Decoder):
     def forward(self, ids: Tensor) -> Tensor:
         logits = super().forward(ids)
@@ -972,6 +980,7 @@ MODELS: dict[str, Foreign] = {
     "added through a view": Foreign(AddedThroughAView),
     "written in part": Foreign(WrittenInPart, leak="a write into a part of it"),
     "loss alone": Foreign(LossAlone),
+    "last logits alone": Foreign(LastAlone),
     "an expert nobody chose": Foreign(_with(mlp=Unchosen)),
     "compiled": Foreign(compiled),
     "compiled blocks": Foreign(compiled_blocks),

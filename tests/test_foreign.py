@@ -101,7 +101,7 @@ def test_what_is_added_in_place_has_no_factor(name: str) -> None:
     assert {p.multiplier for p in residual.residual_projections} == {1.0}
 
 
-@pytest.mark.parametrize("name", ["own config", "a mode", "loss alone", "added through a view"])
+@pytest.mark.parametrize("name", ["own config", "a mode", "loss alone", "last logits alone", "added through a view"])
 def test_check(name: str) -> None:
     report = spikepatch.check(made(name), recipes=["scaled-embed"], example_inputs=MODELS[name].example)
     assert report.sublayers == MODELS[name].sublayers

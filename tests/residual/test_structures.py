@@ -426,7 +426,7 @@ class Ignored(Model):
     ("kind", "leak"),
     [
         (Fourier, "computed without any weight, so there is no projection to scale"),
-        (CellAlone, "it ends in tanh, in cell"),
+        (CellAlone, "it is a gate, a product of computed values, in cell"),
         (WeightNormed, "its last matrix is no parameter, but computed by weight norm interface"),
         (Ignored, "blocks.0.down.weight: never reaches the output, with nothing cut either"),
     ],

@@ -21,7 +21,7 @@ from tests.test_architectures_page import ROWS, of_this_version
         ("image-text", "llava"),
         ("image-text", "glm4v"),
         ("image-text", "aya_vision"),
-        pytest.param("speech", "whisper", marks=pytest.mark.slow),
+        pytest.param("speech", "speecht5", marks=pytest.mark.slow),
         pytest.param("other", "clip", marks=pytest.mark.slow),
         pytest.param("image-text", "qwen3_vl", marks=pytest.mark.slow),
     ],

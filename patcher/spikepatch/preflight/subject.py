@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -159,14 +160,15 @@ def vocabulary_of(model: nn.Module) -> int | None:
 
 def logits_over(model: nn.Module, residual: ResidualMap, graph: Trace) -> int | None:
     """Length of the output's last axis, where that is a vocabulary: the config's, or else the rows of the table. A
-    model that gives its loss alone has none.
+    model that gives its loss alone, or the logits of the last token, has none.
     """
     length, vocabulary = (shape(graph.output) or (0,))[-1], vocabulary_of(model)
     if vocabulary is None:
         tables = [model.get_parameter(e.parameter) for e in residual.embeddings if e.kind == "token"]
         vocabulary = next((len(table) for table in tables if len(table) == length), None)
-    tokens = any(not x.is_floating_point() for x in graph.inputs.values())
-    return length if tokens and residual.head is not None and vocabulary is not None and length >= vocabulary else None
+    ids = [x for x in graph.inputs.values() if not x.is_floating_point()][-1:]
+    each = any(x.numel() == math.prod(shape(graph.output)[:-1]) for x in ids)  # not of the last token alone
+    return length if each and residual.head is not None and vocabulary is not None and length >= vocabulary else None
 
 
 def _kept(model: nn.Module, weights: Weights) -> Weights:

@@ -110,7 +110,7 @@ class _Memory:
                         user.replace_input_with(alias, value)
             self.held[other].append(value)
             self.view_of[value] = other
-        _make_functional(node)
+        _make_functional(self.graph, node)
 
     def _insert(self, write: Node, target: Any, args: tuple[Any, ...], kwargs: Any = None, *, like: Node) -> Node:
         """A call behind ``write`` and what was inserted there before; its value is of the shape of ``like``'s."""
@@ -186,11 +186,18 @@ def _axis(cut: Node, place: int) -> Any:
     return cut.args[place] if len(cut.args) > place else cut.kwargs.get("dim", 0)
 
 
-def _make_functional(node: Node) -> None:
-    """``mul_`` becomes ``mul``, where there is such an operation, and a copy of all values these values."""
-    values = [a.meta.get("val") for a in node.args if isinstance(a, Node)] if op(node) == "copy" else []
-    if len({(v.shape, v.dtype) for v in values if isinstance(v, torch.Tensor)}) == 1 < len(values):
-        node.target, node.args, node.kwargs = _ATEN.clone.default, (node.args[1],), {}
+def _make_functional(graph: Graph, node: Node) -> None:
+    """``mul_`` becomes ``mul``, where there is such an operation; ``copy_`` and ``zero_`` what has derivatives."""
+    if op(node) == "zero":
+        node.target = _ATEN.zeros_like.default
+        return
+    if op(node) == "copy":
+        written, source = node.args[:2]
+        if isinstance(source, Node):
+            with graph.inserting_before(node):
+                spread = graph.call_function(_ATEN.expand.default, (source, list(shape(written))))
+            spread.meta = {**node.meta, "val": node.meta.get("val")}
+            node.target, node.args, node.kwargs = _ATEN._to_copy.default, (spread,), {"dtype": node.meta["val"].dtype}
         return
     namespace, _, rest = str(node.target).partition(".")
     name, _, overload = rest.partition(".")

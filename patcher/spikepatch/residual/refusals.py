@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from torch.fx import Node
 
@@ -81,10 +81,18 @@ def copies(carriers: Iterable[Node]) -> str | None:
         along_width = len(after) > 2 and after[-1] > before[-1]
         new_axis = len(after) > 3 and after[-1] == before[-1] and after[-2] > before[-2] == 1
         new_axis = new_axis and not _repeats_tokens(node)
-        if along_width or new_axis:
-            count = after[-1] // before[-1] if along_width else after[-2]
+        beside_texts = len(after) > 3 and after[-2:] == before[-2:] and after[-3] > before[-3] == 1
+        if along_width or new_axis or beside_texts:
+            count = after[-1] // before[-1] if along_width else after[-2] if new_axis else after[-3]
             return f"hyper-connections: the stream is a set of {count} mixed copies, not a sum"
     return None
+
+
+def in_part(spine: Collection[Node]) -> Iterator[str]:
+    """What adds sub-layers to a part of the stream alone, and puts that back."""
+    for node in spine:
+        if op(node) in {"slice_scatter", "select_scatter"} and sum(a in spine for a in operands(node)) > 1:
+            yield f"the stream goes through a write into a part of it, in {place(node) or 'the model itself'}"
 
 
 def _repeats_tokens(node: Node) -> bool:

@@ -23,7 +23,7 @@ from spikepatch.residual.norms import Forms
 from spikepatch.residual.ops import behind_views, last, op, operands, shape
 from spikepatch.residual.own_size import growth, other_law, product_with_itself
 from spikepatch.residual.proof import Term, left_over, prove
-from spikepatch.residual.refusals import copies, no_sum
+from spikepatch.residual.refusals import copies, in_part, no_sum
 from spikepatch.residual.trace import Trace
 from spikepatch.residual.weights import factors, matrix_weight
 
@@ -118,7 +118,7 @@ def _at(facts: Facts, output: Node, beyond: frozenset[Node]) -> Stream | str:
     entrances = _entrances(facts, spine, later)
     features = frozenset(node for nodes in entrances.values() for node in nodes)
     proof = prove(facts, output, spine, start, terms)
-    leaks = (*left_over(facts, output, spine, start, terms, beyond | features), *proof.leaks)
+    leaks = (*left_over(facts, output, spine, start, terms, beyond | features), *proof.leaks, *in_part(spine))
     divided: dict[Node, Node] = {}
     if not leaks:
         divided, leaks = _own_sizes(facts, terms)
