@@ -98,10 +98,10 @@ class _Memory:
         for other in self.family[self.root(written)]:
             around = self.parent(other)
             if other not in changed and around in changed and not self._apart(other, written):
-                target, again, how = other.target, (changed[around], *other.args[1:]), dict(other.kwargs)
+                again: tuple[Any, Any, Any] = (other.target, (changed[around], *other.args[1:]), other.kwargs)
                 if op(other) == "as_strided":  # by places in memory, which is another one now
-                    target, again, how = overwritten, (self.held[other][-1], changed[around]), {}
-                changed[other] = self._insert(node, target, again, how, like=other)
+                    again = (overwritten, (self.held[other][-1], changed[around]), {})
+                changed[other] = self._insert(node, *again, like=other)
         own = {node, *self.made[before:]}
         for other, value in changed.items():
             for alias in self.held[other]:
@@ -143,7 +143,7 @@ class _Memory:
         if isinstance(whole, torch.Tensor) and isinstance(part, torch.Tensor) and whole.is_contiguous():
             place = (part.shape, part.stride(), part.storage_offset() - whole.storage_offset())
             rows = torch.arange(whole.numel()).as_strided(*place).flatten()
-            if len(rows.unique()) == len(rows):  # no element is written twice
+            if int(rows.bincount().max()) == 1:  # no element is written twice
                 alone = self._insert(write, _ATEN.clone.default, (before,), _ALONE, like=outer)
                 return self._insert(write, _ATEN.as_strided_scatter.default, (alone, value, *place), like=outer)
         return self._insert(write, overwritten, (before, value), like=outer)
