@@ -66,6 +66,9 @@ class _Memory:
         for node in reversed(self.made):
             if not node.users:
                 self.graph.erase_node(node)
+        for node in self.graph.nodes:
+            if node.target is _ATEN.view.default:  # what it reads may lie in memory in another order now
+                node.target = _ATEN.reshape.default
 
     def known(self, node: Node) -> Node:
         if node not in self.view_of:
