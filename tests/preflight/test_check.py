@@ -374,7 +374,8 @@ def test_a_recipe_that_does_not_apply_is_a_column() -> None:
 @pytest.mark.parametrize(
     "model_type", ["gemma2", *(pytest.param(t, marks=pytest.mark.slow) for t in ("gpt2", "olmo2", "granite"))]
 )
-def test_every_remedy_that_is_printed_runs(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("untie", [False, True])
+def test_every_remedy_that_is_printed_runs(model_type: str, untie: bool, tmp_path: Path) -> None:
     """Of a folder: the commands. Of a loaded model: the calls. Each as it stands, but for the place of the output."""
     strict = {"ratio_at_risk": 1e-3, "ratio_unstable": 1e6}
     tiny_config(model_type, tie_word_embeddings=True, vocab_size=60).save_pretrained(tmp_path / "source")
@@ -383,9 +384,12 @@ def test_every_remedy_that_is_printed_runs(model_type: str, tmp_path: Path) -> N
     kinds = "".join(f'[[transform]]\nkind = "{kind}"\n' for kind in ("small_init", "residual_init", "embed_norm"))
     own.write_text(f'name = "own"\n{kinds}')
     for subject in (source, model):
-        report = spikepatch.check(subject, recipes=["vanilla", str(own)], tokens=12, thresholds=strict)
+        report = spikepatch.check(subject, recipes=["vanilla", str(own)], untie=untie, tokens=12, thresholds=strict)
         assert [each.recipe for each in report.models] == ["vanilla", "own"]
-        assert any("spikepatch" in f.remedy for f in report.findings)
+        (first,) = {f.remedy for f in report.findings if "spikepatch" in f.remedy}
+        (first,) = {f.remedy for f in report.findings if "spikepatch" in f.remedy}
+        tied = subject is source or bool(model.config.tie_word_embeddings)
+        assert ("untie" in first) == (untie and tied)
         for remedy in {f.remedy for each in report.every for f in each.findings if f.remedy.startswith("spikepatch")}:
             ran += 1
             if subject is source:

@@ -142,7 +142,7 @@ def check(
         about = about_a_part(subject.recipe or "as it is", tell) if recipes else tell
         with in_memory(subject, setting):
             about("mapping the residual stream", 0, 0)
-            judge = Judgement(limits, own, learned, partial(_remedy, subject, source, partial(ground, "all")))
+            judge = Judgement(limits, own, learned, partial(_remedy, subject, source, partial(ground, "all"), untie))
             mapped = found if subject is base else proven(subject, inputs, name)
             reports.append(measured(*cut(subject, mapped, layers, inputs, name), setting, judge, about))
     if example_inputs is None and 0 < reports[0].tokens < tokens:
@@ -201,6 +201,7 @@ def _remedy(
     subject: Subject,
     source: Source | None,
     fresh: Callable[[], Mapped],
+    untied: bool,
     whole: ResidualMap,
     *,
     untie: bool = False,
@@ -209,6 +210,7 @@ def _remedy(
 
     Args:
         fresh: what is planned on where nothing of the source is kept.
+        untied: a head of its own was asked for.
         whole: the map of the subject.
         untie: the same recipe with a head of its own.
     """
@@ -216,4 +218,6 @@ def _remedy(
         return of_a_tied_head(Mapped(subject.structure, whole, source), subject.request) if subject.request else ""
     if subject.request is not None or (source is not None and source.patched is not None):
         return "another recipe: `spikepatch recipes` lists them"
-    return of_a_model(Mapped(subject.structure, whole)) if source is None else of_a_source(fresh(), source)
+    if source is None:
+        return of_a_model(Mapped(subject.structure, whole), untie=untied)
+    return of_a_source(fresh(), source, untie=untied)

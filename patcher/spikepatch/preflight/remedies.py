@@ -18,32 +18,36 @@ from spikepatch_transforms.untie import UntieHead
 _TRIED = (("scaled-embed", False), ("scaled-embed", True), ("embed-ln", False), ("vanilla", False))
 
 
-def of_a_source(mapped: Mapped, source: Source) -> str:
+def of_a_source(mapped: Mapped, source: Source, *, untie: bool) -> str:
     """``spikepatch convert SOURCE OUT --recipe R``, R the first recipe that can be planned and built; else empty.
 
     Args:
         mapped: the source's structure without weights.
+        untie: with a head of its own, as was asked for; left out where the head has its own matrix.
     """
+    untie &= bool(mapped.residual.head and mapped.residual.head.tied)
     for recipe, replace in _TRIED:
         with contextlib.suppress(SpikepatchError):
-            plan = plan_on(mapped, parse_request(recipe, reinit="all", replace=replace))
+            plan = plan_on(mapped, parse_request(recipe, reinit="all", replace=replace, untie=untie))
             restructure(build_meta(source), plan)  # what can be built can be stored: as code, if by nothing else
             return command_line(
                 ("convert", source.name, "OUT"),
                 recipe=recipe,
                 replace=replace,
+                untie=untie,
                 revision=source.revision,
                 trust_remote_code=source.needs_code,
             )
     return ""
 
 
-def of_a_model(mapped: Mapped) -> str:
+def of_a_model(mapped: Mapped, *, untie: bool) -> str:
     """``spikepatch.patch(model, R, reinit="all")``, with the first recipe that can be planned; else empty."""
+    untie &= bool(mapped.residual.head and mapped.residual.head.tied)
     for recipe, replace in _TRIED:
         with contextlib.suppress(SpikepatchError):
-            plan_on(mapped, parse_request(recipe, reinit="all", replace=replace))
-            options = ", replace=True" if replace else ""
+            plan_on(mapped, parse_request(recipe, reinit="all", replace=replace, untie=untie))
+            options = (", replace=True" if replace else "") + (", untie=True" if untie else "")
             options += "" if is_transformers_model(mapped.model) else ", example_inputs=example_inputs"
             return f'spikepatch.patch(model, "{recipe}", reinit="all"{options})'
     return ""
