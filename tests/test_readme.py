@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from tests.architectures import tiny_config
 from tests.blocks import blocks
-from tests.conftest import LocalHub, tiny_config
+from tests.conftest import LocalHub
 from tests.residual.test_golden import golden
 
 pytestmark = pytest.mark.slow  # processes, trainings, or models at full size

@@ -65,6 +65,7 @@ CASES: list[tuple[str, str, str]] = [
     ("model/config.json", "report spikes", "spikepatch check model"),
     ("model/config.json", "codemod", "spikepatch convert model OUT"),
     ("log.jsonl", "convert inspect check audit fold verify report codemod", "spikepatch spikes log.jsonl"),
+    ("log.jsonl", "train", "spikepatch train MODEL --data log.jsonl"),
     ("board", "inspect report", "spikepatch spikes board"),
     ("board/events.out.tfevents.1", "report", "spikepatch spikes board/events.out.tfevents.1"),
     ("trainer", "report spikes", "spikepatch spikes trainer/trainer_state.json"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import spikepatch
 from spikepatch.residual.in_place import redirect_writes
 from spikepatch.residual.ops import writes
 from spikepatch.residual.trace import trace
@@ -28,6 +29,8 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "whole": lambda x: x[:],
     "unsqueeze": lambda x: x.unsqueeze(1),
     "narrow": lambda x: x.narrow(0, 1, 2),
+    "diagonal": lambda x: x.diagonal(),
+    "windows": lambda x: x.unfold(0, 2, 2),
 }
 WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "mul": lambda view, _: view.mul_(0.5),
@@ -36,6 +39,9 @@ WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "fill": lambda view, _: view.fill_(3.0),
     "masked": lambda view, _: view.masked_fill_(view > 0, 0.25),
     "zero": lambda view, _: view.zero_(),
+    "itself": lambda view, _: view.sub_(view.flip(-1) * 0.25),
+    "out": lambda view, _: torch.mul(view, 0.7, out=view),
+    "of its data": lambda view, _: view.data.mul_(0.9),
 }
 
 
@@ -110,3 +116,27 @@ def test_a_graph_without_writes_is_left_alone() -> None:
     before = str(graph)
     redirect_writes(graph)
     assert str(graph) == before
+
+
+class IntoABuffer(nn.Module):
+    """``out`` receives the sum: another tensor than the first argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(16, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 16, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.rows(ids)
+        for block in self.blocks:
+            total = torch.empty_like(x)
+            torch.add(x, block(torch.nn.functional.layer_norm(x, (8,))), out=total)
+            x = total
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def test_a_sum_into_a_buffer_is_one() -> None:
+    residual = spikepatch.inspect(IntoABuffer(), example_inputs={"ids": torch.arange(6)[None]})
+    assert (residual.proven, residual.sublayers) == (True, 3), residual.leaks

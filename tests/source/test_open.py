@@ -542,7 +542,7 @@ def test_the_hub(tmp_path: Path, hub: LocalHub, save_tiny: Callable[..., Path], 
         ("gated", {"weights": False}),
         ("pickled", {"weights": True}),
         ("adapter", {"weights": False}),
-        ("not a/model/id", {"weights": False}),
+        ("not a model/id", {"weights": False}),
     )
     assert weights["tensors"] == single["tensors"] == 21
     assert not [request for request in hub.requests if "consolidated" in request or ".bin" in request]
@@ -587,6 +587,28 @@ def test_without_the_hub_the_cache_serves(tmp_path: Path, hub: LocalHub, save_ti
         assert f"HF_ENDPOINT is {hub.url}, HF_HUB_OFFLINE is 1" in error["why"]
         assert "arch:TYPE" in error["remedy"]
         assert "local folder" in error["remedy"]
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the folder that was meant is named; hf_hub_download itself would ask six times."""
+    import huggingface_hub
+
+    asked = []
+
+    def refuse(url: str, **_: object) -> None:
+        asked.append(url)
+        raise ConnectionError("no route to it")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints/run-1").mkdir(parents=True)
+    with pytest.raises(BadSource, match="no route to it") as refusal:
+        open_source("checkpoints/run-1x", weights=False)
+    assert refusal.value.remedy.startswith("did you mean checkpoints/run-1? Otherwise: check the connection")
+    assert len(asked) == 1
+    with pytest.raises(BadSource, match="does not exist"):
+        open_source("runs/checkpoints/run-1", weights=False)
+    assert len(asked) == 1  # it has a slash too many for an id
 
 
 @pytest.mark.slow

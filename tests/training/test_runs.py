@@ -593,7 +593,8 @@ def test_a_branch_that_moves(inputs: Path, tmp_path: Path, hub: LocalHub) -> Non
     first = train()
     assert not hub.before
     by_name = [line for line in hub.requests if "/main/" in line]
-    assert by_name == [f"{how} /org/model/resolve/main/config.json" for how in ("HEAD", "GET")]
+    # Whether the Hub answers at all; what the name stands for; and that.
+    assert by_name == [f"{how} /org/model/resolve/main/config.json" for how in ("HEAD", "HEAD", "GET")]
     shutil.rmtree(tmp_path / "x/plain")
     shutil.rmtree(tmp_path / "home")
     assert train("--resume") == first

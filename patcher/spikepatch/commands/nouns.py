@@ -43,7 +43,7 @@ _WORDS: dict[Kind, tuple[str, str]] = {
     "patched model": ("is neither a folder nor a model id", "only `train` takes a model and a recipe as MODEL@RECIPE"),
     "named model": ("is neither a folder nor a model id", "only `train` takes a model with a name, as NAME=MODEL"),
     "source code": ("is Python source, not a model", "a recipe is put into source code as a change to it"),
-    "log": ("is the log of a training", "of a log the spikes can be found"),
+    "log": ("is a log, or data", "`spikes` reads logs, and `train` takes data by --data"),
     "training": ("is the folder of a training", "it holds run.json, which `spikepatch train` writes"),
     "run": ("is the folder of one run", "it holds log.jsonl, which `spikepatch train` writes"),
     "recipe": ("is a recipe, not a model", "a recipe goes with a model"),
@@ -184,6 +184,8 @@ def _remedies(command: str, noun: Noun) -> Iterable[str]:
         case "source code":
             yield f"spikepatch codemod {place} --factory MODULE:FUNCTION"
         case "log":
+            if command == "train":
+                yield f"spikepatch train MODEL --data {place}"
             yield f"spikepatch spikes {place}"
         case "training":
             yield f"spikepatch report {place}"

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from spikepatch.residual.ops import COPIES, VIEWS, op, shape, writes
+from spikepatch.residual.ops import op, shape, writes
+from spikepatch.source.private import schema
 
 _ATEN = torch.ops.aten
 
 #: Views that keep the order of the elements, where they keep all; and those whose result is a list of parts.
 _IN_ORDER = frozenset("view _unsafe_view unsqueeze squeeze flatten unflatten slice narrow alias detach".split())
+#: With memory of its own, in the order of the elements.
+_ALONE = {"memory_format": torch.contiguous_format}
 _CUTS = frozenset("split split_with_sizes chunk unbind".split())
 
 
@@ -63,6 +66,9 @@ class _Memory:
         for node in reversed(self.made):
             if not node.users:
                 self.graph.erase_node(node)
+        for node in self.graph.nodes:
+            if node.target is _ATEN.view.default:  # what it reads may lie in memory in another order now
+                node.target = _ATEN.reshape.default
 
     def known(self, node: Node) -> Node:
         if node not in self.view_of:
@@ -82,7 +88,7 @@ class _Memory:
         return view
 
     def write(self, node: Node, written: Node) -> None:
-        changed = {written: node}
+        changed, before = {written: node}, len(self.made)
         inner, latest = written, node
         while (outer := self.parent(inner)) is not None:
             cut = outer if op(inner) == "getitem" and op(outer) in _CUTS else None
@@ -95,12 +101,15 @@ class _Memory:
         for other in self.family[self.root(written)]:
             around = self.parent(other)
             if other not in changed and around in changed and not self._apart(other, written):
-                again = (changed[around], *other.args[1:])
-                changed[other] = self._insert(node, other.target, again, dict(other.kwargs), like=other)
+                again: tuple[Any, Any, Any] = (other.target, (changed[around], *other.args[1:]), other.kwargs)
+                if op(other) == "as_strided":  # by places in memory, which is another one now
+                    again = (overwritten, (self.held[other][-1], changed[around]), {})
+                changed[other] = self._insert(node, *again, like=other)
+        own = {node, *self.made[before:]}
         for other, value in changed.items():
             for alias in self.held[other]:
                 for user in [u for u in alias.users if self.order.get(u, -1.0) > self.order[node]]:
-                    if user is not value and user not in changed.values():
+                    if user not in own:
                         user.replace_input_with(alias, value)
             self.held[other].append(value)
             self.view_of[value] = other
@@ -133,6 +142,13 @@ class _Memory:
             return self._insert(write, _ATEN.select_scatter.default, (before, value, *args), like=outer)
         if name == "getitem" and isinstance(cut := inner.args[0], Node) and op(cut) in _CUTS:
             return self._insert(write, *_into_cut(cut, args[0], before, value, shape(outer)), like=outer)
+        whole, part = (node.meta.get("val") for node in (outer, inner))
+        if isinstance(whole, torch.Tensor) and isinstance(part, torch.Tensor) and whole.is_contiguous():
+            place = (part.shape, part.stride(), part.storage_offset() - whole.storage_offset())
+            rows = torch.arange(whole.numel()).as_strided(*place).flatten()
+            if int(rows.bincount().max()) == 1:  # no element is written twice
+                alone = self._insert(write, _ATEN.clone.default, (before,), _ALONE, like=outer)
+                return self._insert(write, _ATEN.as_strided_scatter.default, (alone, value, *place), like=outer)
         return self._insert(write, overwritten, (before, value), like=outer)
 
     def _apart(self, view: Node, written: Node) -> bool:
@@ -150,8 +166,10 @@ class _Memory:
 
 def _is_view(node: Node) -> bool:
     """Of memory of its first argument's; results of one operation have memory of their own each."""
-    of_list = op(node) == "getitem"
-    return op(node) in VIEWS and op(node) not in COPIES and (not of_list or op(node.args[0]) in _CUTS)
+    if op(node) == "getitem":
+        return op(node.args[0]) in _CUTS
+    known = schema(node.target)
+    return known is not None and any(part.alias_info is not None for part in known.returns)
 
 
 def _into_cut(cut: Node, part: Any, before: Node, value: Node, outer: tuple[int, ...]) -> tuple[Any, tuple[Any, ...]]:
@@ -182,7 +200,7 @@ def _make_functional(graph: Graph, node: Node) -> None:
             with graph.inserting_before(node):
                 spread = graph.call_function(_ATEN.expand.default, (source, list(shape(written))))
             spread.meta = {**node.meta, "val": node.meta.get("val")}
-            node.target, node.args, node.kwargs = _ATEN.clone.default, (spread,), {}
+            node.target, node.args, node.kwargs = _ATEN._to_copy.default, (spread,), {"dtype": node.meta["val"].dtype}
         return
     namespace, _, rest = str(node.target).partition(".")
     name, _, overload = rest.partition(".")

@@ -113,6 +113,25 @@ def _drawn(values: Any) -> Any:
 
 
 @functools.cache
+def without_out(func: Any) -> Any:
+    """The operation that returns what ``func`` writes into its argument ``out``.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+
+    def taken(operation: Any) -> list[tuple[str, str]]:
+        arguments = schema(operation).arguments
+        return [(part.name, str(part.type)) for part in arguments if part.alias_info is None]
+
+    others = (getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads())
+    found = (other for other in others if not schema(other).is_mutable and taken(other) == taken(func))
+    if (first := next(found, None)) is None:
+        raise NotImplementedError(f"{func} has no form without out")
+    return first
+
+
+@functools.cache
 def _makes_new(func: Any) -> bool:
     """Its result shares no memory with an argument, and nothing is written."""
     known = schema(func)

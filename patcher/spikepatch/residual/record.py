@@ -21,7 +21,18 @@ from torch.overrides import TorchFunctionMode
 
 from spikepatch.quiet import quiet
 from spikepatch.residual.flex import flex_attention
-from spikepatch.residual.on_meta import INDEX, META, mapped, outcome, placed, shares, stand_in, tensors_in, to_meta
+from spikepatch.residual.on_meta import (
+    INDEX,
+    META,
+    mapped,
+    outcome,
+    placed,
+    shares,
+    stand_in,
+    tensors_in,
+    to_meta,
+    without_out,
+)
 from spikepatch.residual.told import LONGEST, SHORTEST, Asked, Mode, TakenFrom, Told, asking_line, told
 from spikepatch.source.meta import skeleton
 from spikepatch.source.private import TAKE_NUMBER, TorchDispatchMode, is_batched, memory, own_buffers, schema
@@ -96,6 +107,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if getattr(func, "name", None) is not None and func.name() == "flex_attention":
             with self:
                 return flex_attention(*args)
+        if isinstance(kwargs.get("out"), torch.Tensor):
+            with self:  # as a value, and a write
+                value = without_out(func)(*args, **{name: each for name, each in kwargs.items() if name != "out"})
+                return kwargs["out"].copy_(value)
         tensors = tensors_in((args, kwargs))
         if any(map(is_batched, tensors)):  # inside vmap, which makes masks
             return func(*args, **kwargs)
