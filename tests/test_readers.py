@@ -279,6 +279,7 @@ def readers(folder: Path) -> Iterator[tuple[str, Reader]]:
     )  # fmt: skip
     losses = [3 + 0.01 * (i % 7) + (5 if 60 <= i < 63 else 0) for i in range(100)]
     rows = [{"step": i, "loss": loss, "grad_norm": 1.0} for i, loss in enumerate(losses)]
+    nested = [{"step": row["step"], "train": row} for row in rows]
     golden = {"lm loss": {"start_step": 0, "end_step": 99, "step_interval": 1, "values": dict(enumerate(losses))}}
     table = "".join(f"{row['step']},{row['loss']},{row['grad_norm']}\n" for row in rows)
 
@@ -305,6 +306,8 @@ def readers(folder: Path) -> Iterator[tuple[str, Reader]]:
         "a Trainer's state": Reader(folder / "state.json", changed_json, judged, 10, as_json({"log_history": rows})),
         "golden values": Reader(folder / "golden.json", changed_json, judged, 10, as_json(golden)),
         "a table": Reader(folder / "log.csv", changed_bytes, judged, 10, f"step,loss,grad_norm\n{table}".encode()),
+        "lines of text": Reader(folder / "own.log", changed_bytes, judged, 10, printed(named, losses)),
+        "keys within keys": Reader(folder / "nested.jsonl", changed_line, judged, 5, b"\n".join(map(as_json, nested))),
         **{
             form: Reader(folder / f"{i}.txt", changed_bytes, judged, 1, printed(line, losses))
             for i, (form, (line, _)) in enumerate(LINES.items())
@@ -318,6 +321,10 @@ def readers(folder: Path) -> Iterator[tuple[str, Reader]]:
 
 def as_json(value: Any) -> bytes:
     return json.dumps(value).encode()
+
+
+def named(step: int, loss: float, norm: float) -> str:
+    return f"[2026-11-30 03:00:01,123] INFO step {step}: train loss {loss}, grad_norm={norm}"
 
 
 def printed(line: Callable[[int, float, float], str], losses: list[float]) -> bytes:

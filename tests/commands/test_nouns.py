@@ -34,6 +34,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "trainer/trainer_state.json").write_text('{"log_history": []}')
     rows = "".join(f'{{"step": {i}, "loss": {3 + i * 7 % 5 / 50}}}\n' for i in range(100))
     (tmp_path / "log.jsonl").write_text(rows)
+    (tmp_path / "own.log").write_text("".join(f"INFO step {i}: train loss 3.{i % 7}\n" for i in range(100)))
+    (tmp_path / "text.txt").write_text("It was the best of times.\nIt was the worst of times.\n")
+    (tmp_path / "output/checkpoint-9").mkdir(parents=True)
+    (tmp_path / "output/checkpoint-9/trainer_state.json").write_text('{"log_history": []}')
     (tmp_path / "board").mkdir()
     (tmp_path / "board/events.out.tfevents.1").write_bytes(b"")
     (tmp_path / "model.py").write_text("")
@@ -65,10 +69,14 @@ CASES: list[tuple[str, str, str]] = [
     ("model/config.json", "report spikes", "spikepatch check model"),
     ("model/config.json", "codemod", "spikepatch convert model OUT"),
     ("log.jsonl", "convert inspect check audit fold verify report codemod", "spikepatch spikes log.jsonl"),
+    ("own.log", "report", "spikepatch spikes own.log"),
     ("log.jsonl", "train", "spikepatch train MODEL --data log.jsonl"),
     ("board", "inspect report", "spikepatch spikes board"),
     ("board/events.out.tfevents.1", "report", "spikepatch spikes board/events.out.tfevents.1"),
-    ("trainer", "report spikes", "spikepatch spikes trainer/trainer_state.json"),
+    ("trainer", "report", "spikepatch spikes trainer"),
+    ("output", "report inspect", "spikepatch spikes output"),
+    ("text.txt", "report verify", "spikepatch spikes text.txt --loss KEY"),
+    ("text.txt", "train inspect", "spikepatch train MODEL --data text.txt"),
     ("trainer/trainer_state.json", "report inspect", "spikepatch spikes trainer/trainer_state.json"),
     ("training", "inspect convert spikes fold verify codemod train", "spikepatch report training"),
     ("training", "check", f"spikepatch check {RUN}/model"),
@@ -126,7 +134,7 @@ def test_a_noun_in_place_of_a_command_or_one_too_many(given: str, meant: str, pl
 
 def test_a_remedy_that_is_quick_runs(place: Path) -> None:
     tried = 0
-    for given, command in (("log.jsonl", "inspect"), ("training", "spikes"), (RUN, "report")):
+    for given, command in (("log.jsonl", "inspect"), ("own.log", "report"), ("training", "spikes"), (RUN, "report")):
         stderr = CliRunner().invoke(main, words(command, given)).stderr
         for each in remedies(stderr):
             _, name, *rest = shlex.split(each)
@@ -134,7 +142,7 @@ def test_a_remedy_that_is_quick_runs(place: Path) -> None:
                 done = CliRunner().invoke(main, [name, *rest, "--json"])
                 assert done.exit_code in (0, 1), done.stderr
                 tried += 1
-    assert tried >= 4
+    assert tried >= 5
 
 
 def test_what_is_right_passes(place: Path) -> None:
@@ -142,7 +150,7 @@ def test_what_is_right_passes(place: Path) -> None:
         "convert": ("gpt2", "org/model", "arch:gpt2", "model", "./model", "unknown"),
         "train": ("gpt2@scaled-embed", "mine=model", "a=arch:gpt2@mine.toml"),
         "report": ("training", "absent"),
-        "spikes": ("log.jsonl", RUN, "board", "absent.log"),
+        "spikes": ("log.jsonl", RUN, "board", "absent.log", "own.log", "text.txt", "trainer", "output"),
         "codemod": ("model.py",),
         "verify": ("model", "absent"),
         "recipes": ("scaled-embed", "mine.toml", "module:NAME"),

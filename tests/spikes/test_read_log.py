@@ -356,3 +356,128 @@ def test_rows_by_hand() -> None:
         TrainingLog((1, 1), (1.0, 2.0))
     with pytest.raises(Refused, match="it has 1 steps, 2 losses"):
         TrainingLog((1,), (1.0, 2.0))
+
+
+# Lines of text of one's own.
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("[2026-11-30 03:00:01,123] INFO step={s} nll={x} | gnorm={n}", ("nll", "gnorm", "step")),
+        ("2026-11-30T03:00:01Z INFO:root:update {s}: nll {x}, gnorm {n}", ("nll", "gnorm", "update")),
+        (
+            "[03:00:01 host-3] train | iter {s:>6} | lm nll: {x} | grad size: {n} | 227.6ms",
+            ("nll", "grad size", "iter"),
+        ),
+        ("step {s} {{'nll': {x}, 'gnorm': tensor({n}, device='cuda:0'), 'lr': 1e-3}}", ("nll", "gnorm", None)),
+        ('03:00:01 INFO {{"step": {s}, "nll": "{x}", "gnorm": {n}}}', ("nll", "gnorm", "step")),
+        ("step {s}: train loss {x}, grad norm {n}", (None, None, None)),
+        ("INFO trainer step={s}, loss={x}, grad_norm={n}, lr=1e-3", (None, None, None)),
+        ("Train Epoch: 1 [{s}/120 (3%)] step {s}\tLoss: {x} gnorm {n}", ("loss", "gnorm", "step")),
+    ],
+)
+def test_lines_of_free_text(line: str, named: tuple[str | None, str | None, str | None], tmp_path: Path) -> None:
+    lines = ["start, of a run with 8 layers", "device: cuda:0, 1 GPU"]
+    for row in rows():
+        lines.append(line.format(s=row["step"], x=row["loss"], n=row["grad_norm"]))
+        if row["step"] % 40 == 0:
+            lines += [
+                f"eval step {row['step']} loss: 9.5 nll=9.5",
+                f"Evaluation at step {row['step']}: nll 9, loss=9.5",
+            ]
+    path = tmp_path / "mine.log"
+    path.write_text("\n".join(lines))
+    loss, norm, step = named
+    log = read_log(path, loss=loss, norm=norm, step=step)
+    assert (log.losses, log.norms, log.steps) == (tuple(LOSSES), tuple(NORMS), tuple(range(1, 121)))
+    assert log.format.startswith("lines of text, ")
+    if loss is not None:
+        with pytest.raises(Refused, match=r"of no trainer that is known; numbers stand behind .*(nll|Loss)") as error:
+            read_log(path)
+        assert "step,loss,grad_norm" in error.value.remedy
+    with pytest.raises(Refused, match="it has no 'size of it'"):
+        read_log(path, loss="size of it")
+
+
+def test_an_ambiguous_name_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "mine.log"
+    path.write_text("".join(f"step {s} aux loss {x / 9} lm nll {x} moe nll 2\n" for s, x in enumerate(LOSSES)))
+    with pytest.raises(Refused, match=r"it has no 'nll'(.|\n)*aux loss, lm nll, moe nll, step"):
+        read_log(path, loss="nll")
+    with pytest.raises(Refused, match="its loss is not found"):
+        read_log(path)  # a loss that is only a part of it is not taken for it
+    assert read_log(path, loss="lm nll").losses == tuple(LOSSES)
+    path.write_text("".join(f"aux loss={x / 9} lm loss={x} step={s}\n" for s, x in enumerate(LOSSES)))
+    assert read_log(path).losses == tuple(LOSSES)
+
+
+def test_a_trainer_that_is_known_by_the_names_of_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text(text("llm.c's output", LOSSES, NORMS))
+    log = read_log(path, loss="loss", norm="norm", step="step")
+    assert (log.steps, log.losses) == (read_log(path).steps, read_log(path).losses)
+
+
+@pytest.mark.parametrize("more", [", step={s}", ""])
+def test_a_bar_of_tqdm(more: str, tmp_path: Path) -> None:
+    """It writes each state over the one before; of a step the last one counts."""
+    states = []
+    for row in rows():
+        bar = f"Training: {row['step']:3}%|█▌  | {row['step']}/120 [00:01<00:20,  4.50it/s, loss="
+        states += [f"{bar}9.99{more.format(s=row['step'])}]", f"{bar}{row['loss']}{more.format(s=row['step'])}]"]
+    path = tmp_path / "log.txt"
+    path.write_bytes("\r".join(states).encode() + b"\n")
+    log = read_log(path)
+    assert (log.steps, log.losses) == (tuple(range(1, 121)), tuple(LOSSES))
+    path.write_bytes("\r".join(["step,loss", *(f"{s},{x}" for s, x in enumerate(LOSSES))]).encode())
+    assert read_log(path).losses == tuple(LOSSES)
+
+
+def test_a_table_needs_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("".join(f"{s},{x},1.0\n" for s, x in enumerate(LOSSES)))
+    with pytest.raises(Refused, match="it is a table without a header"):
+        read_log(path)
+    path.write_text("step,loss,grad_norm\n" + path.read_text())  # the remedy
+    assert read_log(path).losses == tuple(LOSSES)
+    path.write_text("step,0,1\n" + "".join(f"{s},{x},{x + 1}\n" for s, x in enumerate(LOSSES)))
+    assert read_log(path, loss="0").losses == tuple(LOSSES)  # a pivot by seeds
+
+
+def test_keys_within_keys(tmp_path: Path) -> None:
+    nested = [
+        {"_step": r["step"], "train": {"loss": r["loss"], "grad": {"norm": r["grad_norm"]}}, "val": {"loss": 9.0}}
+        for r in rows()
+    ]
+    path = jsonl(tmp_path / "a.jsonl", nested)
+    for names in ({}, {"loss": "train.loss", "norm": "train.grad.norm"}, {"loss": "train/loss"}):
+        log = read_log(path, **names)
+        assert (log.steps, log.losses, log.norms) == (tuple(range(1, 121)), tuple(LOSSES), tuple(NORMS))
+    with pytest.raises(Refused, match=r"its keys are _step, train\.grad\.norm, train\.loss, val\.loss"):
+        read_log(path, loss="train")
+    path = jsonl(
+        tmp_path / "a.jsonl", [{"m": {"ce": r["loss"], "z": {"loss": 0.1}, "aux": {"loss": 0}}} for r in rows()]
+    )
+    with pytest.raises(Refused, match=r"2 columns may be its loss\n.*m\.aux\.loss, m\.ce, m\.z\.loss"):
+        read_log(path)
+    assert read_log(path, loss="m/ce").losses == tuple(LOSSES)
+    flat = jsonl(tmp_path / "flat.jsonl", [{"x/ce": r["loss"]} for r in rows()])
+    assert read_log(flat, loss="x.ce").losses == tuple(LOSSES)
+
+
+def test_the_output_folder_of_a_trainer(tmp_path: Path) -> None:
+    for last in (9, 80, 100):
+        (tmp_path / f"checkpoint-{last}").mkdir()
+        (tmp_path / f"checkpoint-{last}/trainer_state.json").write_text(
+            json.dumps({"global_step": last, "log_history": rows()[:last]})
+        )
+    (tmp_path / "checkpoint-110").mkdir()  # killed while it was written
+    log = read_log(tmp_path)
+    assert len(log.steps) == 100
+    assert log.notes[0] == f"read from {tmp_path}/checkpoint-100/trainer_state.json"
+    assert len(read_log(tmp_path / "checkpoint-80").steps) == 80
+    own = tmp_path / "trainer_state.json"
+    for reached, count in ((120, 120), (90, 100)):  # the end of the run; the end of one that was resumed
+        own.write_text(json.dumps({"global_step": reached, "log_history": rows()[:reached]}))
+        assert len(read_log(tmp_path).steps) == count

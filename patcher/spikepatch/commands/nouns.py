@@ -16,9 +16,20 @@ import click
 from spikepatch.errors import BadSource
 from spikepatch.source.hub import may_be_id, no_folder
 from spikepatch.source.local import local_path
+from spikepatch.spikes.log_files import is_log
+from spikepatch.spikes.trainer_output import trainer_state
 
 Kind = Literal[
-    "model", "part of a model", "patched model", "named model", "source code", "log", "training", "run", "recipe"
+    "model",
+    "part of a model",
+    "patched model",
+    "named model",
+    "source code",
+    "log",
+    "text",
+    "training",
+    "run",
+    "recipe",
 ]
 
 #: Commands that read a model.
@@ -31,7 +42,7 @@ _TAKEN: dict[str, tuple[Kind, ...]] = {
     "fold": ("model",),
     "verify": ("model",),
     "report": ("training",),
-    "spikes": ("log", "run"),
+    "spikes": ("log", "text", "run"),
     "codemod": ("source code",),
     "recipes": ("recipe",),
 }
@@ -44,11 +55,16 @@ _WORDS: dict[Kind, tuple[str, str]] = {
     "named model": ("is neither a folder nor a model id", "only `train` takes a model with a name, as NAME=MODEL"),
     "source code": ("is Python source, not a model", "a recipe is put into source code as a change to it"),
     "log": ("is a log, or data", "`spikes` reads logs, and `train` takes data by --data"),
+    "text": (
+        "is a file of text",
+        "`train` takes it as data; as a log, `spikes` has to be told what its loss is",
+    ),
     "training": ("is the folder of a training", "it holds run.json, which `spikepatch train` writes"),
     "run": ("is the folder of one run", "it holds log.jsonl, which `spikepatch train` writes"),
     "recipe": ("is a recipe, not a model", "a recipe goes with a model"),
 }
 
+#: Files that may be logs, or data.
 _LOGS = (".jsonl", ".csv", ".tsv", ".log", ".txt")
 
 
@@ -80,7 +96,7 @@ def check_noun(command: str, given: str) -> None:
 
 def _takes(command: str, noun: Noun, given: str) -> bool:
     if noun.kind not in _TAKEN[command]:
-        return command == "spikes" and _has_events(given)
+        return command == "spikes" and _has_log(given)
     if given.startswith("arch:"):
         return command != "verify"
     return noun.kind not in ("training", "log") or noun.place == given
@@ -142,9 +158,7 @@ def _folder(given: str, path: Path) -> Noun | None:
         return Noun("model", given)
     if (path / "log.jsonl").is_file():
         return Noun("run", given)
-    if (path / "trainer_state.json").is_file():
-        return Noun("log", os.path.join(given, "trainer_state.json"))
-    return Noun("log", given) if any(path.glob("events.out.tfevents.*")) else None
+    return Noun("log", given) if any(path.glob("events.out.tfevents.*")) or trainer_state(path) else None
 
 
 def _file(given: str, path: Path) -> Noun | None:
@@ -157,16 +171,15 @@ def _file(given: str, path: Path) -> Noun | None:
         return Noun("recipe", given, given)
     if path.suffix in (".json", ".safetensors", ".bin", ".model", ".txt") and (path.parent / "config.json").is_file():
         return Noun("part of a model", parent)
-    return Noun("log", given) if path.suffix in _LOGS else None
+    return Noun("log" if is_log(path) else "text", given) if path.suffix in _LOGS else None
 
 
 def _remedies(command: str, noun: Noun) -> Iterable[str]:
     """Commands that take it, the nearest to what was meant first."""
     place, recipe = shlex.quote(noun.place), shlex.quote(noun.recipe)
-    state = os.path.join(noun.place, "trainer_state.json")
     match noun.kind:
-        case "model" if command in ("report", "spikes") and local_path(state).is_file():
-            yield f"spikepatch spikes {shlex.quote(state)}"
+        case "model" if command in ("report", "spikes") and _has_log(noun.place):
+            yield f"spikepatch spikes {place}"
         case "model" if command in ("codemod", "verify"):
             yield f"spikepatch convert {place} OUT"
         case "model":
@@ -187,6 +200,10 @@ def _remedies(command: str, noun: Noun) -> Iterable[str]:
             if command == "train":
                 yield f"spikepatch train MODEL --data {place}"
             yield f"spikepatch spikes {place}"
+        case "text":
+            if command in (*_OF_MODELS, "train", "fold"):
+                yield f"spikepatch train MODEL --data {place}"
+            yield f"spikepatch spikes {place} --loss KEY"
         case "training":
             yield f"spikepatch report {place}"
             yield from _trained(command, noun.place)
@@ -212,10 +229,10 @@ def again(command: str, source: str) -> str:
     return f"spikepatch {command} {source}" + (" OUT" if command in ("convert", "fold") else "")
 
 
-def _has_events(given: str) -> bool:
-    """``spikes`` looks for TensorBoard's files in all that lies below."""
+def _has_log(given: str) -> bool:
+    """``spikes`` looks for TensorBoard's files in all that lies below, and for a Trainer's state."""
     path = local_path(given)
-    return path.is_dir() and any(path.rglob("events.out.tfevents.*"))
+    return path.is_dir() and (any(path.rglob("events.out.tfevents.*")) or trainer_state(path) is not None)
 
 
 def _names() -> Iterable[str]:

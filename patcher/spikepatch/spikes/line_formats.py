@@ -70,7 +70,7 @@ LINE_FORMATS: tuple[LineFormat, ...] = (
 )  # fmt: skip
 
 #: What a colour on a terminal is written as.
-_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 #: What launchers write before a line of a rank: [rank0]:, [default0]:, 0:
 _RANK = re.compile(r"^(?:\s*(?:\[[^\]=]*\]:?|\d+:)\s?)+")
@@ -83,7 +83,7 @@ def rows_of(form: LineFormat, lines: list[str]) -> tuple[list[tuple[int, float |
     rows: list[tuple[int, float | None, float | None]] = []
     evals, begun = 0, False
     for raw in lines:
-        line = _RANK.sub("", _COLOUR.sub("", raw).strip("\r\n "))
+        line = _RANK.sub("", COLOUR.sub("", raw).strip("\r\n "))
         if eval_at and eval_at.search(line):
             evals, begun = evals + 1, False
             continue

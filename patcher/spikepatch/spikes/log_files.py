@@ -7,25 +7,18 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spikepatch.errors import BadSource, Refused, did_you_mean, on_one_line
+from spikepatch.errors import BadSource, Refused, SpikepatchError, on_one_line
 from spikepatch.source.local import read_file
+from spikepatch.spikes.free_text import named_by, pairs, text_records
 from spikepatch.spikes.line_formats import LINE_FORMATS, LossOf, rows_of
-
-#: Keys by which a log calls its step, its loss and the norm of its gradient; the first that is there.
-STEP_KEYS = ("step", "global_step", "current_steps", "iteration", "iter", "trainer/global_step", "Step", "_step")
-LOSS_KEYS = (
-    "loss", "train_loss", "train/loss", "train_loss_step", "train/train_loss", "lm loss", "train/CE loss",
-    "loss_metrics/global_avg_loss", "training/loss", "Loss/train",
-)  # fmt: skip
-NORM_KEYS = (
-    "grad_norm", "gradient_norm", "train/grad_norm", "grad-norm", "norm", "grad norm", "optim/total grad norm",
-    "train/global_grad_norm",
-)  # fmt: skip
+from spikepatch.spikes.log_keys import LOSS_KEYS, STEP_KEYS, Keys, chosen, flat, key_of, listed
+from spikepatch.spikes.trainer_output import trainer_state
 
 #: Bytes of a log.
 _LARGEST = 2_000_000_000
@@ -33,14 +26,8 @@ _LARGEST = 2_000_000_000
 #: Of a log with many numbers, how many rows are enough to know its format by.
 _LINES = 2000
 
-
-@dataclass(frozen=True)
-class Keys:
-    """What the user calls step, loss and norm; None: as in the tables above."""
-
-    loss: str | None = None
-    norm: str | None = None
-    step: str | None = None
+#: Bytes by which a file is known for a log.
+_BEGIN = 100_000
 
 
 @dataclass(frozen=True)
@@ -74,7 +61,11 @@ def raw_rows(path: Path, keys: Keys) -> Raw:
             raise _unknown(
                 path, "it is the folder of a whole training: give that of one run in it, or `spikepatch report`"
             )
-        raise _unknown(path, "the folder has neither TensorBoard's events nor a log.jsonl")
+        state = trainer_state(path)
+        if state is not None:
+            found = raw_rows(state, keys)
+            return replace(found, notes=(f"read from {state}", *found.notes))
+        raise _unknown(path, "the folder has neither TensorBoard's events nor a log.jsonl nor a trainer_state.json")
     if "tfevents" in path.name:
         return _tensorboard(path, [path], keys)
     try:
@@ -83,6 +74,21 @@ def raw_rows(path: Path, keys: Keys) -> Raw:
         raise BadSource(
             "the log cannot be read", where=str(path), why=str(error.strerror), remedy="give the file of a log"
         ) from error
+    return _rows_in(path, content, keys)
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file has losses, by its beginning."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(_BEGIN)
+        whole = begin if len(begin) < _BEGIN else begin[: max(begin.rfind(b"\n"), begin.rfind(b"\r")) + 1]
+        return any(loss is not None for _, loss, _ in _rows_in(path, whole, Keys()).rows)
+    except (OSError, SpikepatchError):
+        return False
+
+
+def _rows_in(path: Path, content: bytes, keys: Keys) -> Raw:
     wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what a shell of Windows redirects to a file
     text = content.decode("utf-16" if wide else "utf-8", errors="replace")
     if text.count("\0") > len(text) / 2 or text.count("\ufffd") > len(text) / 20:
@@ -106,9 +112,9 @@ def raw_rows(path: Path, keys: Keys) -> Raw:
         return _records(path, "JSON lines", mappings, keys)
     if keys == Keys() and _best(lines):
         return _lines(lines)
-    if text.lstrip()[0] in "{[" and not mappings:
+    if re.match(r"\s*(?:\{\s*\"|\[\s*\{)", text) and not mappings:
         raise _unknown(path, f"it begins as JSON and is not whole: {_json_error(text)}")
-    return _table(path, text, keys)
+    return _table(path, text.lstrip(), keys) or _text(path, lines, keys)
 
 
 def _document(text: str) -> Any:
@@ -164,7 +170,7 @@ def _trainer_state(path: Path, document: Mapping[str, Any], keys: Keys) -> Raw:
 def _golden(path: Path, document: Mapping[str, Any], keys: Keys) -> Raw:
     """Megatron-LM's golden values: {"lm loss": {"values": {"5": 9.1, "10": "nan"}}}, where "nan" is not logged."""
     series = {name: v["values"] for name, v in document.items() if isinstance(v, Mapping) and "values" in v}
-    loss, norm = _chosen(path, series, keys)
+    loss, norm = chosen(path, series, keys)
     values, norms = series[loss], series[norm] if norm else {}
     found = {
         int(step): (_number(value), _number(norms.get(step))) for step, value in values.items() if step.isdecimal()
@@ -175,9 +181,10 @@ def _golden(path: Path, document: Mapping[str, Any], keys: Keys) -> Raw:
 
 def _records(path: Path, name: str, records: Sequence[Mapping[str, Any]], keys: Keys) -> Raw:
     """Rows that are mappings. A row without a loss is an evaluation, or has something else to tell."""
+    records = [flat(record) for record in records]
     here = dict.fromkeys(key for record in records[:_LINES] for key in record)
-    loss, norm = _chosen(path, here, keys)
-    step = _key(path, "--step", keys.step, STEP_KEYS, here, needed=False)
+    loss, norm = chosen(path, here, keys)
+    step = key_of(path, "--step", keys.step, STEP_KEYS, here, needed=False)
     rows, evals = [], 0
     for record in records:
         if record.get(loss) in (None, ""):
@@ -222,17 +229,30 @@ def _lines(lines: list[str]) -> Raw:
     )
 
 
-def _table(path: Path, text: str, keys: Keys) -> Raw:
-    """CSV with a header, by commas, semicolons or tabs."""
+def _table(path: Path, text: str, keys: Keys) -> Raw | None:
+    """CSV with a header, by commas, semicolons or tabs; None where it is no table."""
     head = text.splitlines()[0]
     delimiter = max(",;\t", key=head.count)
-    table = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    if delimiter not in head:
+        return None
+    table = csv.DictReader(io.StringIO(text, newline=None), delimiter=delimiter)
     try:
         rows = [{name: _cell(cell) for name, cell in row.items() if name} for row in table]
     except csv.Error as error:
         raise _unknown(path, f"as a table it is broken: {error}") from error
-    if delimiter not in head or not rows:
-        raise _unknown(path, "no line of it is in a format that is known, and it has no columns")
+    some = rows[:_LINES]
+    if not some or 2 * sum(any(cell is not None for cell in row.values()) for row in some) < len(some):
+        return None
+    numbers = [name for name in rows[0] if _cell(name) is not None]
+    if numbers and not {keys.loss, *LOSS_KEYS} & set(rows[0]):
+        if pairs(head):
+            return None
+        raise Refused(
+            "it is a table without a header",
+            where=str(path),
+            why=f"its first line has {', '.join(numbers)[:60]} where names of columns should be",
+            remedy="put a line of names above it, such as step,loss,grad_norm",
+        )
     header = list(rows[0])
     lightning = {"epoch", "step"} <= set(header) and any(name.endswith("_step") for name in header)
     found = _records(path, "CSV", rows, keys)
@@ -244,6 +264,26 @@ def _table(path: Path, text: str, keys: Keys) -> Raw:
     name = f"Lightning's metrics.csv, {found.format.partition(', ')[2]}" if lightning else found.format
     of: LossOf | None = "one step" if lightning else found.loss_of
     return Raw(name, of, tuple(cells), found.evals, tuple(notes))
+
+
+def _text(path: Path, lines: Sequence[str], keys: Keys) -> Raw:
+    """Lines of text in which names stand before numbers."""
+    records = text_records(lines)
+    names = list(dict.fromkeys(name for record in records for name in record))
+    if not names:
+        raise _unknown(path, "no line of it is in a format that is known, and it has no columns")
+    loss, norm, step = (named_by(key, names) for key in (keys.loss, keys.norm, keys.step))
+    if loss is None and key_of(path, "--loss", None, LOSS_KEYS, names, needed=False) is None:
+        likely = next((f', such as --loss "{name[:60]}"' for name in names if "loss" in name.lower()), "")
+        raise Refused(
+            "its loss is not found",
+            where=str(path),
+            why=f"it is lines of text of no trainer that is known; numbers stand behind {listed(names)}",
+            remedy=f"--loss with the one of these that it is{likely} (and --norm, --step); or make a CSV of it, whose"
+            " first line is step,loss,grad_norm",
+        )
+    known = (name for key in STEP_KEYS if (name := named_by(key, names)) in names)
+    return _records(path, "lines of text", records, Keys(loss, norm, step or next(known, None)))
 
 
 def _patterned(losses: Sequence[float | None]) -> bool:
@@ -280,51 +320,10 @@ def _tensorboard(path: Path, events: Sequence[Path], keys: Keys) -> Raw:
             }
             if found:
                 series.setdefault(tag, {}).update(found)
-    loss, norm = _chosen(path, series, keys)
+    loss, norm = chosen(path, series, keys)
     norms = series[norm] if norm else {}
     rows = tuple((step, value, norms.get(step)) for step, value in sorted(series[loss].items()))
     return Raw(f"TensorBoard's events, {loss!r}", None, rows)
-
-
-def _chosen(path: Path, here: Iterable[str], keys: Keys) -> tuple[str, str | None]:
-    """The keys of loss and norm."""
-    names = list(here)
-    loss = _key(path, "--loss", keys.loss, LOSS_KEYS, names, needed=True)
-    assert loss is not None
-    return loss, _key(path, "--norm", keys.norm, NORM_KEYS, names, needed=False)
-
-
-def _key(
-    path: Path, option: str, wanted: str | None, known: Sequence[str], here: Iterable[str], *, needed: bool
-) -> str | None:
-    names = list(here)
-    listed = ", ".join(str(name)[:60] for name in sorted(names)[:40]) or "none"
-    if wanted is not None:
-        if wanted in names:
-            return wanted
-        raise Refused(
-            f"it has no {wanted!r}",
-            where=str(path),
-            why=f"its keys are {listed}",
-            remedy=did_you_mean(wanted, names, f"{option} with one of these"),
-        )
-    for name in known:
-        if name in names:
-            return name
-    ending = [n for n in names for k in known if n.endswith((f" - {k}", f"/{k}")) and not n.startswith(("val", "eval"))]
-    if len(set(ending)) == 1:
-        return ending[0]
-    if not needed:
-        return None
-    likely = [
-        f', such as {option} "{name[:60]}"' for name in ending or names if name in ending or "loss" in name.lower()
-    ]
-    raise Refused(
-        "its loss is not found" if not ending else f"{len(set(ending))} columns may be its loss",
-        where=str(path),
-        why=f"its keys are {listed}",
-        remedy=f"{option} with the one of these that it is{likely[0] if likely else ''}",
-    )
 
 
 def _number(value: Any) -> float | None:

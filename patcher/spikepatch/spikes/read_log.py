@@ -13,7 +13,8 @@ from pathlib import Path
 
 from spikepatch.errors import Refused
 from spikepatch.spikes.line_formats import LossOf
-from spikepatch.spikes.log_files import Keys, raw_rows
+from spikepatch.spikes.log_files import raw_rows
+from spikepatch.spikes.log_keys import Keys
 from spikepatch.spikes.statistic import WARMUP
 
 _Row = tuple[int, float | None, float | None]
@@ -124,7 +125,8 @@ def read_log(
     """Read a training log.
 
     Args:
-        path: a file, or a folder of TensorBoard's event files or of a run of ``spikepatch train``.
+        path: a file, or a folder of TensorBoard's event files, of a run of ``spikepatch train`` or of what a Trainer
+            saved.
         loss, norm, step: what these are called in it, where that is not found out.
 
     Raises:
