@@ -150,13 +150,16 @@ def test_documents(tmp_path: Path) -> None:
     log = read_log(path)
     assert log.format.startswith("Trainer's trainer_state.json")
     assert (log.loss_of, log.interval, log.evals, log.losses) == ("mean", 5, 1, tuple(LOSSES))
-    golden = {"lm loss": {"start_step": 1, "end_step": 120, "step_interval": 5, "values": {
+    golden: dict[str, Any] = {"lm loss": {"start_step": 1, "end_step": 120, "step_interval": 5, "values": {
         str(5 * i): "nan" if i % 3 else x for i, x in enumerate(LOSSES, 1)}},
         "iteration-time": {"values": {"5": 1.0}}}  # fmt: skip
     path.write_text(json.dumps(golden))
     log = read_log(path)
     assert log.format == "Megatron-LM's golden values"
     assert sum(x is None for x in log.losses) == 80  # "nan" is not logged
+    odd = {"lm loss": {"values": {**golden["lm loss"]["values"], "9" * 5000: 1.0}}, "odd": {"values": 3}}
+    path.write_text(json.dumps(odd))
+    assert read_log(path).losses == log.losses
     assert judge(log).verdict != "not back"
 
 

@@ -47,7 +47,8 @@ def spikes_command(
     """Find the loss spikes in anybody's training log, and say what cannot be seen in it.
 
     LOG is the output of a trainer (nanoGPT, llm.c, modded-nanogpt, Megatron-LM, nanochat, torchtitan, OLMo-core ...),
-    JSON lines, a CSV, a trainer_state.json, a folder of TensorBoard's event files or of a run of spikepatch train.
+    JSON lines, a CSV, text of your own ("step 1: loss 7.9"), a trainer_state.json, a folder of TensorBoard's event
+    files, of a Trainer's output or of a run of spikepatch train.
 
     \b
         spikepatch spikes log.txt

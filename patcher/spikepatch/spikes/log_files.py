@@ -99,8 +99,8 @@ def _rows_in(path: Path, content: bytes, keys: Keys) -> Raw:
     document = _document(text)
     if isinstance(document, Mapping) and "log_history" in document:
         return _trainer_state(path, document, keys)
-    if isinstance(document, Mapping) and any(isinstance(v, Mapping) and "values" in v for v in document.values()):
-        return _golden(path, document, keys)
+    if isinstance(document, Mapping) and (series := _series(document)):
+        return _golden(path, series, keys)
     if isinstance(document, list) and document and all(isinstance(row, Mapping) for row in document):
         return _records(path, "a JSON list", document, keys)
     lines = text.splitlines()
@@ -167,13 +167,22 @@ def _trainer_state(path: Path, document: Mapping[str, Any], keys: Keys) -> Raw:
     return Raw(found.format, "mean", found.rows, found.evals, found.notes)
 
 
-def _golden(path: Path, document: Mapping[str, Any], keys: Keys) -> Raw:
+def _series(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Megatron-LM's golden values: {"lm loss": {"values": {"5": 9.1, "10": "nan"}}}, where "nan" is not logged."""
-    series = {name: v["values"] for name, v in document.items() if isinstance(v, Mapping) and "values" in v}
+    return {
+        name: values
+        for name, v in document.items()
+        if isinstance(v, Mapping) and isinstance(values := v.get("values"), Mapping)
+    }
+
+
+def _golden(path: Path, series: Mapping[str, Mapping[str, Any]], keys: Keys) -> Raw:
     loss, norm = chosen(path, series, keys)
-    values, norms = series[loss], series[norm] if norm else {}
+    norms = series[norm] if norm else {}
     found = {
-        int(step): (_number(value), _number(norms.get(step))) for step, value in values.items() if step.isdecimal()
+        int(step): (_number(value), _number(norms.get(step)))
+        for step, value in series[loss].items()
+        if step.isdecimal() and len(step) < 16
     }
     rows = tuple((step, *found[step]) for step in sorted(found))
     return Raw("Megatron-LM's golden values", "one step", rows)
