@@ -233,10 +233,11 @@ class ResidualMap:
     def __str__(self) -> str:
         """The stream and its parts, equal ones of all layers as one: what ``spikepatch inspect`` shows, in short."""
         proof = "proven" if self.proven else f"NOT proven: {'; '.join(self.leaks)}"
+        projections = [p.parameter for p in self.residual_projections]
         parts = {
             "embedding": [e.parameter for e in self.embeddings],
-            "matrix": [m.parameter for m in self.matrices],
-            "residual projection": [p.parameter for p in self.residual_projections],
+            "matrix": [m.parameter for m in self.matrices if m.parameter not in projections],
+            "residual projection": projections,
             "norm": [n.module for n in self.norms],
             "head": [self.head.parameter] if self.head else [],
         }
