@@ -18,10 +18,8 @@ def gate(model: torch.nn.Module, what: str) -> bool:
     """Print the verdict with what it rests on; true where the run may start."""
     report = spikepatch.check(model, tokens=32)
     print(f"{what}: {report.verdict}")  # noqa: T201
-    found = [(finding.severity, finding.what) for finding in report.findings]
-    found += [(fault.severity, fault.what) for fault in report.audit.findings] if report.audit else []
-    for severity, what_is_wrong in found:
-        print(f"  {severity}: {what_is_wrong}")  # noqa: T201
+    for found in (*report.findings, *(report.audit.findings if report.audit else ())):
+        print(f"  {found}")  # noqa: T201
     return report.verdict == "stable"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 import spikepatch
 from spikepatch.auditing.fault import LEVELS
@@ -65,6 +66,27 @@ def test_a_depth_scaled_std_that_is_a_variance_by_chance(width: int, layers: int
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
     spikepatch.patch(model, "scaled-embed", reinit="all", seed=0)
     assert spikepatch.audit(model).findings == ()
+
+
+@pytest.mark.slow
+def test_weights_of_a_patched_model_are_learned_after_some_steps() -> None:
+    """Large weights change slowly, relative to their size: the gains tell with them."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=24, vocab_size=256, tie_word_embeddings=True)
+    )  # fmt: skip
+    spikepatch.patch(model, "scaled-embed", reinit="all", seed=0)
+    assert not spikepatch.audit(model).learned
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    bytes_ = torch.frombuffer(bytearray(Path(__file__).read_bytes()), dtype=torch.uint8).long()
+    for _ in range(100):
+        rows = bytes_.unfold(0, 65, 1)[torch.randint(len(bytes_) - 65, (4,))]
+        model(rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert spikepatch.audit(model).learned
+    assert spikepatch.check(model, tokens=32).verdict == "learned"
 
 
 #: Of different structure; ``python -m tests.auditing.mutations`` runs all.

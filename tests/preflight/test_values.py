@@ -27,7 +27,7 @@ def test_of_a_checkpoint(model_type: str, save_tiny: Callable[..., Path]) -> Non
     folder = save_tiny(model_type, **config)
     subject = of_source(open_source(str(folder), weights=True), seed=0)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert subject.about == f"of {folder}"
+    assert subject.about == f"stored in {folder}"
     names = [name for name, _ in model.named_parameters()]
     assert len(names) > 10
     for name in names:

@@ -18,7 +18,7 @@ from transformers import Dinov2Config, Dinov2Model, T5Config, T5ForConditionalGe
 import spikepatch
 from spikepatch.report.document import Table
 from spikepatch.report.terminal import table_lines
-from spikepatch.residual.map import ResidualMap
+from spikepatch.residual.map import ResidualMap, pattern
 from spikepatch.residual.table import described
 from tests.architectures import tiny_model
 from tests.residual import plain_gpt
@@ -53,6 +53,18 @@ final norm           transformer.ln_f                                layernorm, 
 head                 lm_head.weight                                  tied
 tied                 lm_head.weight                                  is transformer.wte.weight"""
     )
+
+
+def test_a_map_prints_in_short() -> None:
+    """One line for each group of parameters, and whether it is proven; of a map that is not, why."""
+    residual = spikepatch.inspect(tiny_model("qwen2_moe"))
+    first, *others = str(residual).splitlines()
+    assert first.endswith(f"N = {residual.layers} layers, S = {residual.sublayers} sub-layers, proven")
+    named = {line.split()[-1] for line in others}
+    assert {pattern(p.parameter) for p in residual.residual_projections} <= named
+    assert len(others) < 25
+    wrong = dataclasses.replace(residual, proven=False, leaks=("a reason", "another"))
+    assert str(wrong).splitlines()[0].endswith("NOT proven: a reason; another")
 
 
 @pytest.mark.slow

@@ -44,6 +44,10 @@ _BITS = {
 #: Rows and columns of independent draws differ by 1, in units of their sampling error; of trained matrices by more.
 LEARNED_SPREAD = 1.6
 
+#: The same of a model whose gains have been trained too. A tied qwen3 of width 96, patched, has a median of 1.01 when
+#: it is fresh, 1.18 after 40 steps, 1.3 after 100 and 1.6 after 400.
+WITH_GAINS = 1.15
+
 
 @dataclass(frozen=True)
 class Contents:

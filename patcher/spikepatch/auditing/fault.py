@@ -35,6 +35,10 @@ class Fault:
     measured: str
     remedy: str
 
+    def __str__(self) -> str:
+        names = self.patterns
+        return f"{self.severity}: {self.what}: {', '.join(names[:3])}{' ...' if names[3:] else ''}"
+
     @property
     def patterns(self) -> tuple[str, ...]:
         """The parameters, those of all layers as one."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from spikepatch.auditing.contents import LEARNED_SPREAD, Contents
+from spikepatch.auditing.contents import LEARNED_SPREAD, WITH_GAINS, Contents
 from spikepatch.auditing.roles import VectorRole
 from spikepatch.residual.map import Embedding, Matrix, ResidualMap, ResidualProjection, pattern
 
@@ -167,7 +167,10 @@ def _touched(groups: tuple[Group, ...]) -> bool:
 
 
 def _learned(groups: tuple[Group, ...]) -> bool:
-    """Most matrices are not as independent draws are: their rows, or their columns, differ by far more."""
+    """Most matrices are not as independent draws are: their rows, or their columns, differ by far more; by a little
+    more is enough where most gains differ from channel to channel as well.
+    """
+    limit = WITH_GAINS if _touched(groups) else LEARNED_SPREAD
     each = [
         max(m.contents.row_spread, m.contents.column_spread)
         for group in groups
@@ -175,4 +178,4 @@ def _learned(groups: tuple[Group, ...]) -> bool:
         for m in group.members
         if min(m.contents.rows, m.contents.columns) >= 16 and m.contents.std > 0
     ]
-    return 2 * sum(spread > LEARNED_SPREAD for spread in each) > len(each) > 0
+    return 2 * sum(spread > limit for spread in each) > len(each) > 0

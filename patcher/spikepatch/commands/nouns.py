@@ -16,7 +16,6 @@ import click
 from spikepatch.errors import BadSource
 from spikepatch.source.hub import may_be_id, no_folder
 from spikepatch.source.local import local_path
-from spikepatch.spikes.log_files import is_log
 from spikepatch.spikes.trainer_output import trainer_state
 
 Kind = Literal[
@@ -171,7 +170,11 @@ def _file(given: str, path: Path) -> Noun | None:
         return Noun("recipe", given, given)
     if path.suffix in (".json", ".safetensors", ".bin", ".model", ".txt") and (path.parent / "config.json").is_file():
         return Noun("part of a model", parent)
-    return Noun("log" if is_log(path) else "text", given) if path.suffix in _LOGS else None
+    if path.suffix not in _LOGS:
+        return None
+    from spikepatch.spikes.log_files import is_log
+
+    return Noun("log" if is_log(path) else "text", given)
 
 
 def _remedies(command: str, noun: Noun) -> Iterable[str]:

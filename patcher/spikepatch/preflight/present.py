@@ -29,7 +29,7 @@ def summary_table(report: StabilityReport, thresholds: Thresholds, *, details: b
         ("layers run", lambda m: f"{m.shortened.layers} of {m.shortened.of}" if m.shortened else "-"),
         ("stream entering layer 1, std (near 1)", lambda m: number(m.sigma_start)),
         *((f"of it, {', '.join(e)}", partial(_entrance, e)) for e in _inputs(models)),
-        (f"gradient, first over last (below {thresholds.ratio_at_risk:g})", lambda m: number(m.gradient_ratio)),
+        (f"gradient, first over last (below {thresholds.ratio_at_risk:g})", _ratio),
         (f"Eq. 15 excess at layer 1 (below {excess:.2g})", lambda m: number(m.eq15_excess_layer1)),
         ("initial loss (near log V)", _loss),
         ("stream after the last layer", lambda m: number(m.sigma_end)),
@@ -67,6 +67,12 @@ def _entrance(inputs: tuple[str, ...], report: StabilityReport) -> str:
 
 def _gradient(group: str, report: StabilityReport) -> str:
     return number(report.gradients.get(group))
+
+
+def _ratio(report: StabilityReport) -> str:
+    """Where norms on the branches set it, no limit is held against it."""
+    free = any(f.name == "gradient-ratio" and f.limit is None for f in report.findings)
+    return number(report.gradient_ratio) + (" (no limit)" if free else "")
 
 
 def _loss(report: StabilityReport) -> str:

@@ -35,6 +35,9 @@ class Finding:
     equation: str = ""
     remedy: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.what}"
+
 
 @dataclass(frozen=True)
 class EmbeddingReport:

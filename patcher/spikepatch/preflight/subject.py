@@ -90,7 +90,7 @@ def of_source(source: Source, seed: int, *, patched: bool = True) -> Subject:
     match = match_source(source, structure)
     source.fetch_weights()
     load_buffers(structure, match)
-    return Subject(structure, _kept(structure, stored(structure, match)), f"of {source.name}", match=match)
+    return Subject(structure, _kept(structure, stored(structure, match)), f"stored in {source.name}", match=match)
 
 
 def proven(subject: Subject, inputs: Given, name: str) -> Followed:

@@ -199,7 +199,7 @@ def _notes(plan: Plan, fills: dict[str, Fill], e: float | None, scale: ScaleEmbe
             f" {_number(e * scale.factor)} with an untied head starts the stream alike, but Adam's step, relative to a"
             f" row, is {scale.factor:.3g} times smaller"
         )
-    if (scale is not None or plan.select(NormEmbedding)) and not plan.select(Untie):
+    if scale is not None and not plan.select(Untie):
         yield "a tied head makes the initial loss far larger than log V: --untie gives it a matrix of its own"
     yield "the stds are the recipe's; the values that are drawn are Megatron-LM's own"
 

@@ -230,6 +230,21 @@ class ResidualMap:
     conditions: tuple[str, ...] = ()
     towers: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """The stream and its parts, equal ones of all layers as one: what ``spikepatch inspect`` shows, in short."""
+        proof = "proven" if self.proven else f"NOT proven: {'; '.join(self.leaks)}"
+        projections = [p.parameter for p in self.residual_projections]
+        parts = {
+            "embedding": [e.parameter for e in self.embeddings],
+            "matrix": [m.parameter for m in self.matrices if m.parameter not in projections],
+            "residual projection": projections,
+            "norm": [n.module for n in self.norms],
+            "head": [self.head.parameter] if self.head else [],
+        }
+        lines = [f"{what:20} {name}" for what, names in parts.items() for name in dict.fromkeys(map(pattern, names))]
+        size = f"{self.placement}, width d = {self.width}, N = {self.layers} layers, S = {self.sublayers} sub-layers"
+        return "\n".join([f"{self.architecture}: {size}, {proof}", *lines])
+
     def to_json(self) -> str:
         """The whole map as JSON, as ``spikepatch inspect --json`` prints it; ``from_dict`` reads it."""
         return json.dumps(dataclasses.asdict(self), indent=2)

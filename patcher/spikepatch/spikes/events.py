@@ -76,6 +76,9 @@ SETTLED = 16
 EXPLODED = 2.0
 
 
+_PLACES = {"loss": "the loss", "gradient_norm": "the gradient norm", "nonfinite": "a value that is not finite"}
+
+
 @dataclass(frozen=True)
 class Event:
     """One excursion of a series above its level, or one stretch of rows that are not finite.
@@ -110,6 +113,16 @@ class Event:
     trace: bool | None = None
     batch: int | None = None
     origin: Origin | None = None
+
+    def __str__(self) -> str:
+        """As it stands: whether it is a spike or a rise is known when it is over."""
+        at = f"step {self.onset}: {_PLACES[self.kind]}"
+        rose = (
+            "" if self.value is None else f" rose from {self.baseline:.4g} to {self.value:.4g} (score {self.score:.3g})"
+        )
+        rows = f"{self.duration} step{'' if self.duration == 1 else 's'}"
+        end = f"up for {rows}, not back yet" if self.back is None else f"{rows}, back at step {self.back}"
+        return f"{at}{rose}, {end}"
 
     @property
     def height(self) -> float | None:

@@ -17,8 +17,6 @@ from spikepatch.spikes.statistic import WARMUP
 
 _log = logging.getLogger(__name__)
 
-_PLACES = {"loss": "the loss", "gradient_norm": "the gradient norm", "nonfinite": "a value that is not finite"}
-
 
 class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Spikes in your own ``Trainer`` or TRL run, by ``spikepatch.SpikeDetector``.
@@ -77,7 +75,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
         events = self.events
         count = f"{len(events)} event{'' if len(events) == 1 else 's'}" if events else "no spike"
         lines = [f"{count} in {self._seen:,} steps, the first {WARMUP} of which only make the baseline"]
-        lines += [f"  {_line(event)}" for event in events]
+        lines += [f"  {event}" for event in events]
         if self._missed:
             lines.append(f"  not seen: {self._missed:,} steps whose loss was not logged")
         if self._nan_since is not None:
@@ -127,7 +125,7 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._seen, self._last = self._seen + 1, step
         for event in news(before, self.detector):
             if state.is_world_process_zero:
-                _log.warning("%s", _line(event))
+                _log.warning("%s", event)
         if self.on_spike == "stop" and set(self.detector.flags) - {"gradient_norm"}:
             control.should_training_stop = True
         return control
@@ -173,15 +171,3 @@ class SpikeMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
     @_saved.setter
     def _saved(self, data: dict[str, Any]) -> None:
         self.detector = SpikeDetector.from_dict(data)
-
-
-def _line(event: Event) -> str:
-    """An event as it stands, online: whether it is a spike or a rise is known when it is over."""
-    at = f"step {event.onset}: {_PLACES[event.kind]}"
-    rose = (
-        "" if event.value is None else f" rose from {event.baseline:.4g} to {event.value:.4g} (score {event.score:.3g})"
-    )
-    rows = f"{event.duration} step{'' if event.duration == 1 else 's'}"
-    return f"{at}{rose}, " + (
-        f"up for {rows}, not back yet" if event.back is None else f"{rows}, back at step {event.back}"
-    )

@@ -65,7 +65,9 @@ def save(
             what="only a patched transformers model is saved here",
             where=type(model).__name__,
             why="there is no plan to record" if plan is None else "it has no save_pretrained",
-            remedy="call spikepatch.patch first, or use the model's own way of saving",
+            remedy="call spikepatch.patch first"
+            if plan is None
+            else "save its state_dict, as you would without a patch",
         )
     folder = target_path(out)
     check_target(folder, None, overwrite=overwrite)
