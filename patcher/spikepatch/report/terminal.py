@@ -164,6 +164,8 @@ def _padded(text: str, width: int, right: bool) -> str:
 
 
 def _cells(text: str) -> int:
+    if text.isascii():
+        return len(text)
     from rich.cells import cell_len  # letters of some scripts take two columns
 
     return cell_len(text)
