@@ -113,7 +113,7 @@ def test_a_folder_is_checked_with_its_weights(save_tiny: Callable[..., Path]) ->
     folder = save_tiny("gpt2", n_embd=64, n_layer=3, n_head=4, vocab_size=500, bos_token_id=0, eos_token_id=0)
     model = AutoModelForCausalLM.from_pretrained(folder)
     stored, loaded = (spikepatch.check(m, recipes=["scaled-embed"], tokens=16, seed=5) for m in (str(folder), model))
-    assert stored.weights == f"of {folder}"
+    assert stored.weights == f"stored in {folder}"
     assert stored.audit is not None
     assert not stored.audit.learned
     assert _numbers(stored) == _numbers(loaded)
