@@ -29,7 +29,8 @@ MARKED = {block.mark: block.text for block in blocks(TEXT) if block.mark}
 
 def shell(command: str, folder: Path, **more: str) -> str:
     """What it prints, with the interpreter that runs the tests."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **more}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, **more, "PATH": path}
     done = subprocess.run(
         ["bash", "-euc", command], cwd=folder, capture_output=True, text=True, env=environment, check=False
     )

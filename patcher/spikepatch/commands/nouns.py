@@ -132,6 +132,13 @@ def meant_by(command: str, complaint: str) -> str | None:
 
 def recognised(given: str) -> Noun | None:
     """What ``given`` is by its name and place; of a file nothing but its first bytes is read."""
+    try:
+        return _recognised(given)
+    except OSError:  # what may not be read is said by who reads it
+        return None
+
+
+def _recognised(given: str) -> Noun | None:
     if given.startswith("arch:") and "@" not in given:
         return Noun("model", given)
     path = local_path(given)
