@@ -30,6 +30,9 @@ _NEARLY = 0.15
 #: A norm that leaves the stream smaller than this is none that makes a large shortcut.
 _SMALL = 0.5
 
+#: What a table brings to the stream, of all that is there, above which it is taken to be all: two draws differ as much.
+_ALONE = 0.9
+
 #: Elements of what may be factors of a table.
 _FEW = 1 << 16
 
@@ -89,6 +92,10 @@ def measure(trace: Trace, stream: Stream, known: Mapping[Node, torch.Tensor]) ->
         linear &= absent or _size(once) > _ROUNDING * _size(at_one)
         looked_up = table[_rows(trace, lookup, seeds).flatten() % len(table)] if op(lookup) in LOOKUPS else table
         size = _size(at_one)
+        if not linear and len(tables) > 1:  # others may be behind norms of their own, as large whatever they hold
+            redrawn = {**tables, lookup: _table(trace, lookup, seeds, draw=2)}
+            alone = _size(at_one - _start(trace, stream, redrawn, lookup, at, 1.0, values)) / math.sqrt(2)
+            size = float(f"{alone:.2g}") if alone < _ALONE * size else size
         small = size < _SMALL and not weighted  # a gain's value is not known here
         scale = _size(once) / _size(looked_up) if linear else size if small else 1.0
         if linear and known and scale != 1.0 and 1 / _NEAR < scale < _NEAR:
@@ -181,13 +188,13 @@ def _rows(trace: Trace, lookup: Node, seeds: Mapping[Node, int]) -> torch.Tensor
     return ids
 
 
-def _table(trace: Trace, node: Node, seeds: Mapping[Node, int]) -> torch.Tensor:
+def _table(trace: Trace, node: Node, seeds: Mapping[Node, int], draw: int = 0) -> torch.Tensor:
     """Random rows that stand for the table's."""
     *rows, width = shape(table_of(node))
     if op(node) in LOOKUPS:
         few = int(_rows(trace, node, seeds).max()) < ROWS
         rows = [ROWS if few else max(ROWS, min(rows[0], MANY_ROWS))]
-    return torch.randn(*rows, width, generator=torch.Generator().manual_seed(0))
+    return torch.randn(*rows, width, generator=torch.Generator().manual_seed(draw))
 
 
 def _entry(stream: Stream, lookup: Node) -> Node:

@@ -84,9 +84,9 @@ def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
     if name == "pixel_values":
         example = {name: _picture(config)}
     elif name == "input_features":
-        bands = _setting(config, "num_mel_bins", "input_feat_per_channel", "feature_size", otherwise=80)
-        frames = _setting(config, "max_source_positions", otherwise=128)
-        example = {name: torch.zeros(1, _number(bands), 2 * _number(frames))}
+        bands = setting(config, "num_mel_bins", "input_feat_per_channel", "feature_size", otherwise=80)
+        frames = setting(config, "max_source_positions", otherwise=128)
+        example = {name: torch.zeros(1, number(bands), 2 * number(frames))}
     elif name == "input_values":
         example = {name: torch.zeros(1, 8000)}
     if getattr(config, "is_encoder_decoder", False):
@@ -111,20 +111,20 @@ def completed(model: nn.Module, example: Mapping[str, torch.Tensor]) -> dict[str
 
 
 def _picture(config: Any) -> torch.Tensor:
-    size = _setting(config, "image_size", "input_size", otherwise=224)
+    size = setting(config, "image_size", "input_size", otherwise=224)
     sizes = list(size.values()) if isinstance(size, dict) else size if isinstance(size, (list, tuple)) else [size]
-    channels = _setting(config, "num_channels", "in_channels", "in_chans", otherwise=3)
-    return torch.zeros(1, *(_number(each) for each in (channels, sizes[0], sizes[-1])))
+    channels = setting(config, "num_channels", "in_channels", "in_chans", otherwise=3)
+    return torch.zeros(1, *(number(each) for each in (channels, sizes[0], sizes[-1])))
 
 
-def _setting(config: Any, *names: str, otherwise: object) -> Any:
+def setting(config: Any, *names: str, otherwise: object) -> Any:
     """The first of these settings that the config has, or that one inside it has."""
     parts = [config, *(getattr(config, name, None) for name in getattr(type(config), "sub_configs", {}))]
     found = (getattr(part, name, None) for part in parts for name in names)
     return next((value for value in found if value is not None), otherwise)
 
 
-def _number(value: object) -> int:
+def number(value: object) -> int:
     while isinstance(value, (list, tuple)) and value:
         value = value[0]
     return value if isinstance(value, int) else 1

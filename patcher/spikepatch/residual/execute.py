@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from spikepatch.residual.ops import FACTORIES, LIKE_SECOND, LOOKUPS, op, operands, shape
+from spikepatch.residual.ops import FACTORIES, LIKE_SECOND, LOOKUPS, VIEWS, op, operands, shape
 from spikepatch.residual.trace import Trace
 
 #: Rows of a stand-in table: the example's ids are below this, and learned positions start at small offsets.
@@ -77,10 +77,27 @@ def run(
 
     Args:
         values: of nodes that are not computed; parameters that are not among them are gains of one, or random matrices.
-        seeds: for each input, of the random example in its place.
+        seeds: for each input, of the random example in its place. Where the graph does not run on that, whole numbers
+            that are no rows of a table stay as they are: the grid, say, that patches were cut from.
         instead: nodes whose values are those of others.
     """
+    try:
+        return _run(trace, wanted, values, seeds, instead, frozenset())
+    except (IndexError, RuntimeError):
+        whole = (n for n, value in trace.inputs.items() if not value.is_floating_point() and not _looks_up(n))
+        if not (kept := frozenset(whole)):
+            raise
+        return _run(trace, wanted, values, seeds, instead, kept)
 
+
+def _run(
+    trace: Trace,
+    wanted: list[Node],
+    values: Mapping[Node, torch.Tensor],
+    seeds: Mapping[Node, int],
+    instead: Mapping[Node, Node],
+    kept: Collection[Node],
+) -> dict[Node, Any]:
     given: dict[Node, Any] = dict(values)
     needed = needed_for(wanted, given, instead)
     for node in needed - given.keys():
@@ -88,7 +105,8 @@ def run(
             buffer = trace.buffers[node].cpu()
             given[node] = buffer.float() if buffer.is_floating_point() else buffer
         elif node in trace.inputs:
-            given[node] = _input(trace.inputs[node], seeds[node])
+            example = trace.inputs[node]
+            given[node] = example if node in kept else _input(example, seeds[node])
         elif node in trace.parameters:
             given[node] = _parameter(shape(node))
     computed = sorted(needed - given.keys() - instead.keys())  # as they stand in the graph
@@ -113,6 +131,11 @@ def needed_for(wanted: list[Node], given: Mapping[Node, Any], instead: Mapping[N
             needed.add(node)
             todo.extend([instead[node]] if node in instead else [] if node in given else _read(node))
     return needed
+
+
+def _looks_up(node: Node) -> bool:
+    """Its numbers, as they came in, are rows of a table."""
+    return any(op(user) in LOOKUPS or (op(user) in VIEWS and _looks_up(user)) for user in node.users)
 
 
 def _read(node: Node) -> list[Node]:
@@ -144,4 +167,6 @@ def _input(example: torch.Tensor, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     if example.is_floating_point():
         return torch.randn(example.shape, generator=generator)
+    if example.dtype == torch.bool:  # what is there, and what is padding
+        return example
     return torch.randint(5, ROWS, example.shape, generator=generator, dtype=example.dtype)

@@ -160,6 +160,20 @@ class Facts:
         chosen = op(node) == "where" and len(rest) > 1
         return rest if rest and not chosen and all(a in carries for a in rest) else []
 
+    def picking(self, output: Node) -> set[Node]:
+        """What of the cone of ``output`` is computed from real-valued inputs, and only says which rows of a table are
+        looked up: a tokenizer of images or sounds, which no gradient reaches.
+        """
+        read: set[Node] = set()
+        todo = [output]
+        while todo:
+            node = todo.pop()
+            if node not in read:
+                read.add(node)
+                todo.extend(operands(node)[:1] if op(node) in ops.LOOKUPS else operands(node))
+        others = self.behind([output]) - read
+        return {node for node in others if all(map(floating, self.inputs.get(node, ())))}
+
     def behind(self, ends: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
         """Backward cone of ``ends``; nodes in ``stop`` are reached but not entered, and not returned."""
         barrier = set(stop)

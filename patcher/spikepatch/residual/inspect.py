@@ -83,10 +83,11 @@ def followed(model: nn.Module, graph: Trace, source: str) -> Followed:
     """Find and prove the streams of ``model`` in its traced forward pass; see ``inspect``."""
     streams = find(graph)
     if isinstance(streams, str):
+        reads_ids = any(not value.is_floating_point() for value in graph.inputs.values())
         raise Refused(
             what="no residual stream found",
             where=source,
-            why=streams,
+            why=streams if reads_ids else f"{streams}; it reads no token ids: it is no language model",
             remedy="if the model does add sub-layer outputs to a stream, please report its architecture",
         )
     main, *others = (_Naming(model, stream).map(source) for stream in streams)
@@ -173,6 +174,17 @@ class _Naming:
             node = before[0]
         return node
 
+    def _ends(self, node: Node) -> Iterator[Node]:
+        """The additions of sub-layers, and the norms, that ``node`` is a sum of, with whatever factors."""
+        todo, seen = [node], {node}
+        for part in todo:
+            if part in self.facts.norm_at or part in self.stream.additions:
+                yield part
+                continue
+            fresh = [a for a in self.facts.carries.get(part, ()) if a not in seen]
+            todo += fresh
+            seen.update(fresh)
+
     def _layer(self, path: str) -> int | None:
         return next((i for block, i in self.layers.items() if path == block or path.startswith(block + ".")), None)
 
@@ -221,7 +233,8 @@ class _Naming:
     def _norms(self) -> tuple[Norm, ...]:
         stream = self.stream
         features = {node for nodes in stream.entrances.values() for node in nodes}
-        region = set(stream.spine | stream.suffix | self.facts.behind([stream.start], stop=features))
+        before = self.facts.behind([stream.start], stop=features) - self.facts.picking(self.facts.trace.output)
+        region = set(stream.spine | stream.suffix | before)
         region.update(*(term.interior for term in stream.terms))
         found: dict[tuple[str, str], Norm] = {}
         for norm, role in self._roles([norm for node, norm in self.facts.norm_at.items() if node in region]):
@@ -264,8 +277,13 @@ class _Naming:
         reads_normed = {
             s for t, s in terms for n in t.interior if n in norms and behind_views(norms[n].input) in stream
         }
-        normed = {self._behind_gains(norm.input) for output, norm in norms.items() if output in stream}
+        normed = {node for output, norm in norms.items() if output in stream for node in self._ends(norm.input)}
         post = {s for t, s in terms if self._behind_gains(t.reads) in norms or addition(self.stream, t) in normed}
+        behind = {s for t, s in terms if addition(self.stream, t) in normed}
+        if len(behind) > 1 and behind.issuperset(
+            self.sublayer
+        ):  # whatever else is normed, these make the stream's size
+            return "post-norm"
         found: set[Placement] = set()
         for projection in projections:
             s = projection.sublayer
@@ -283,6 +301,8 @@ class _Naming:
         try:
             measured = measure(self.facts.trace, self.stream, self._known())
         except (IndexError, RuntimeError, NotImplementedError) as error:
+            if self.stream.leaks:  # what is wrong is known already
+                return (), ()
             raise Refused(
                 what="the embedding path cannot be run, so the factor that it applies is not known",
                 where=type(self.model).__name__,

@@ -98,7 +98,8 @@ def left_over(
 
     Where an operation on the stream is not understood, what comes behind it looks like the head, or what comes before
     it like an embedding. Either then holds additions of what sub-layers, not understood as such, have computed. What a
-    sub-layer computes is its own only if the output does not read it past the stream, as a second track of it.
+    sub-layer computes is its own only if the output does not read it past the stream, as a second track of it. What
+    only picks rows of a table, as an image's tokenizer does, adds nothing.
     """
     computed = set[Node]().union(*(term.interior for term in terms))
     bypassing = computed & facts.behind([output], stop=spine)
@@ -111,7 +112,7 @@ def left_over(
     inside |= ends
     path = facts.behind([start])
     found: dict[str, None] = {}
-    for node in sorted(facts.behind([output]) - inside, key=facts.order.__getitem__):
+    for node in sorted(facts.behind([output]) - inside - facts.picking(output), key=facts.order.__getitem__):
         if op(node) in ops.ADDS and _adds_what_was_computed(facts, node, convolved=node in path):
             if node in bypassing:
                 found[_second_track(node)] = None

@@ -56,7 +56,7 @@ _SIZES = frozenset(
 )
 
 #: They want all that they are given on one device, before any call of theirs is recorded.
-_RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
+_ON_ONE_DEVICE = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.cdist))
 _NUMBERS = frozenset((torch.tensor, torch.as_tensor, torch.asarray))
 _SPLIT = torch.ops.aten.split_with_sizes.default
 _NONZERO = torch.ops.aten.nonzero.default
@@ -224,7 +224,7 @@ class _Numbers(TorchFunctionMode):
             self.recorder.asked.lengths |= {SHORTEST, LONGEST}  # Python makes it plain: the ends of the range are tried
         if func is torch.Tensor.__len__ and self.recorder.is_sized(args[0]):
             self.recorder.asked.take("control", self.recorder.inputs_of(args[0]))
-        if func in _RECURRENT:  # states that the module begins with, on the device that it was told
+        if func in _ON_ONE_DEVICE:  # states that the module begins with, on the device that it was told; a codebook
             args = to_meta(args)
         result = func(*args, **kwargs)
         if func == _DEVICE:  # not the same object each time

@@ -16,6 +16,8 @@ def no_sum(facts: Facts, output: Node) -> str:
     cone = sorted(facts.behind([output]), key=facts.order.__getitem__)
     if reason := copies(n for n in cone if n in facts.carries) or _mixture(facts, cone) or _gated(facts, cone):
         return reason
+    if not facts.carries:
+        return "nothing in it is an embedding, or a product of its input, that sub-layers add to up to the output"
     ends = [n for n in cone if n in facts.varies and n not in facts.carries and facts.carries.keys() & facts.data(n)]
     others = [n for n in ends if not facts.product(n)]
     of = others if others and not any(facts.product(n) for n in ends[-2:]) else [n for n in ends if facts.product(n)]

@@ -29,6 +29,7 @@ from spikepatch.residual.weights import factors, matrix_weight
 
 #: Possible beginnings that are tried: each takes a proof of the whole graph.
 _ROOTS = 24
+_ACTIVATED = 4
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,10 @@ def _possible_roots(facts: Facts, output: Node) -> list[Node]:
     """Where a stream without a lookup may begin, in execution order.
 
     Products with a weight, computed without attention or additions of their own; and behind them sums with a
-    convolution over positions, a position embedding that is computed from the tokens' neighbours.
+    convolution over positions, a position embedding that is computed from the tokens' neighbours. Last, what a stem of
+    convolutions or layers makes of them by an activation, and vectors that the caller gives.
     """
-    roots = []
+    roots, activated = [], []
     made_by: dict[Node, frozenset[Node]] = {}  # plain node -> the products that it is computed by
     cone = facts.behind([output])
     for node in facts.nodes:
@@ -180,8 +182,11 @@ def _possible_roots(facts: Facts, output: Node) -> list[Node]:
             roots += [node] if added else []
         elif len(data) > 1 and op(node) != "cat":
             continue
+        elif op(node) in ops.ZERO_AT_ZERO and products:
+            activated.append(node)
         made_by[node] = products
-    return roots[:_ROOTS]
+    given = [node for node in facts.trace.inputs if node in facts.varies and node in cone]
+    return [*roots[:_ROOTS], *activated[:_ACTIVATED], *given]
 
 
 def _foreign_output(main: Stream) -> Node | None:

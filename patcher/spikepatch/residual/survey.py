@@ -125,8 +125,9 @@ def _mapped(model_type: str, architecture: str) -> ResidualMap:
     import transformers
 
     from spikepatch.quiet import quiet
+    from spikepatch.residual.forms import NOT_TRACED
     from spikepatch.residual.inspect import inspect
-    from spikepatch.source.meta import build_meta, not_buildable
+    from spikepatch.source.meta import NOT_BUILT, build_meta, not_buildable
 
     where = f"arch:{model_type}"
     with quiet():
@@ -140,9 +141,11 @@ def _mapped(model_type: str, architecture: str) -> ResidualMap:
         keep_one_layer_of_each_kind(part)
     try:
         model = build_meta(model_class, config_of(model_class, short), where=where)
-    except Refused:  # the cut may be what it cannot be built from
-        model = build_meta(model_class, config, where=where)
-    return inspect(model, source=where)
+        return inspect(model, source=where)
+    except Refused as error:  # the cut may be what it cannot be built from, or does not run with
+        if error.what not in {NOT_BUILT, NOT_TRACED}:
+            raise
+    return inspect(build_meta(model_class, config, where=where), source=where)
 
 
 def config_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

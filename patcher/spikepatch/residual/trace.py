@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from spikepatch.errors import Refused, first_line
+from spikepatch.errors import first_line
 from spikepatch.residual.dataflow import follow_data
 from spikepatch.residual.example import Given, completed, example_of, given, offered
 from spikepatch.residual.features import with_features
+from spikepatch.residual.forms import check_forward, forms, not_traced
 from spikepatch.residual.record import Recorder, on_cpu, prepared, record
 from spikepatch.residual.told import Asked, Mode
 from spikepatch.source.private import tree_leaves
@@ -69,36 +70,85 @@ def trace(model: nn.Module, example_inputs: Given = None) -> Trace:
     Raises:
         Refused: its forward pass does not run on them.
     """
-    example = example_of(model) if example_inputs is None else given(example_inputs, model)
-    first = ""
-    try:
+    if example_inputs is not None:
+        example = given(example_inputs, model)
         try:
-            found = recorded(model, example)
+            return recorded(model, example)
         except Exception as error:  # whatever a forward pass raises
-            more = completed(model, example) if example_inputs is None else example
-            if more.keys() == example.keys():
-                raise
-            first = f'{" and ".join(example)} ("{first_line(error)}"), nor on '
-            example = more
-            found = recorded(model, example)
-    except Exception as error:
-        made = " as they are made up from its config" if example_inputs is None else " alone"
-        raise Refused(
-            what="the forward pass cannot be traced, so its residual stream cannot be found",
-            where=type(model).__name__,
-            why=f'it does not run on {first}{" and ".join(example)}{made}: "{first_line(error)}"',
-            remedy="give all that its forward needs: --example-inputs module:NAME (in Python: a dict of tensors as"
-            " example_inputs); where the sizes of a default config do not fit each other, give a real config",
-        ) from error
-    if example_inputs is not None or _read(found) == len(found.parameters):
+            raise not_traced(model, f'on {" and ".join(example)} alone: "{first_line(error)}"') from error
+    found = _first_that_runs(model)
+    if _read(found) == len(found.parameters):
         return found
-    more = full_example(model)
-    return recorded(model, more) if more.keys() != example.keys() else found
+    more = full_example(model, found.example)
+    return recorded(model, more) if more.keys() != found.example.keys() else found
 
 
-def full_example(model: nn.Module) -> dict[str, torch.Tensor]:
+def _first_that_runs(model: nn.Module) -> Trace:
+    """The pass on a model's main input; where it does not run on that alone, on the first others that it runs on.
+
+    Raises:
+        Refused: there are none; with the words of the pass that came furthest.
+    """
+    first = example_of(model)
+    check_forward(model)
+    try:
+        return recorded(model, first)
+    except Exception as error:  # whatever a forward pass raises
+        raised, words, furthest = error, [first_line(error)], 0
+    twin, tried = prepared(model), {_shapes(first)}
+    with _modules_run(twin) as run:
+        for example in _others(model, first):
+            if _shapes(example) in tried:
+                continue
+            run.clear()
+            tried.add(_shapes(example))
+            try:
+                record(twin, example)
+                return recorded(model, example)
+            except Exception as error:
+                if len(run) > furthest:
+                    furthest, words[1:] = len(run), [f"{' and '.join(example)}: {first_line(error)}"]
+    count = f"{len(tried) - 1} other form{'s' * (len(tried) > 2)} of inputs"
+    others = (
+        f', nor on {count}; the furthest ends so: "{words[1]}"' if words[1:] else f", nor on {count}" * (len(tried) > 1)
+    )
+    raise not_traced(model, f'on {" and ".join(first)} as made up from its config: "{words[0]}"{others}') from raised
+
+
+def _others(model: nn.Module, first: Mapping[str, torch.Tensor]) -> Iterator[Mapping[str, torch.Tensor]]:
+    more = completed(model, first)
+    if more.keys() != first.keys():
+        yield more
+    if "input_ids" in more and "input_ids" not in first:  # features take places in a text
+        yield from with_features(model, {"input_ids": more["input_ids"]})
+    yield from forms(model)
+
+
+def _shapes(example: Mapping[str, torch.Tensor]) -> frozenset[tuple[str, torch.Size]]:
+    return frozenset((name, tensor.shape) for name, tensor in example.items())
+
+
+@contextlib.contextmanager
+def _modules_run(model: nn.Module) -> Iterator[list[str]]:
+    """The modules of ``model`` whose forward has begun since the list was last emptied."""
+    begun: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: begun.append(name))
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield begun
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def full_example(model: nn.Module, runs: Mapping[str, torch.Tensor] | None = None) -> Mapping[str, torch.Tensor]:
     """``example_of``, with those further inputs by which the model reads more of its parameters: images and sounds,
     states of an encoder or of an image that some layers wait for, and types of tokens.
+
+    Args:
+        runs: inputs that the model runs on; found, if they are not known.
     """
     example = first = example_of(model)
     count, best = sum(1 for _ in model.parameters()), -1
@@ -107,7 +157,7 @@ def full_example(model: nn.Module) -> dict[str, torch.Tensor]:
             if best < count and (read := _read(recorded(model, tried))) > best:
                 best, example = read, tried
     if best < 0:  # it does not run on these
-        example = completed(model, first)
+        example = dict(_first_that_runs(model).example if runs is None else runs)
     for name, value in offered(model, example).items():
         with contextlib.suppress(Exception):
             tried = {**example, name: value}
@@ -122,10 +172,11 @@ def _read(traced: Trace) -> int:
 
 
 def _output(recorder: Recorder, result: Any) -> torch.Tensor:
-    """The first tensor of floats in what a model returns. In an object whose fields have no order that says anything,
-    the first of those that depend on the most before them.
+    """The first tensor of floats in what a model returns, a single number such as a loss only where there is no other.
+    In an object whose fields have no order that says anything, the first of those that depend on the most before them.
     """
     floats = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    floats = [t for t in floats if t.numel() > 1] or floats
     if not floats:
         fields = [value for leaf in tree_leaves(result) for value in getattr(leaf, "__dict__", {}).values()]
         floats = [t for t in tree_leaves(fields) if isinstance(t, torch.Tensor) and t.is_floating_point()]

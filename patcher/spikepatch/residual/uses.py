@@ -70,11 +70,12 @@ def uses_of(model: nn.Module, streams: Iterable[Stream], unread: Iterable[str]) 
         norms = [facts.norm_at[n] for n in stream.spine if n in facts.norm_at]
         constants += [norm.factor for norm in norms if norm.factor is not None]
         features = {node for nodes in stream.entrances.values() for node in nodes}
-        early = facts.behind([stream.start, *stream.later], stop=features)
+        picking = facts.picking(facts.trace.output)
+        early = facts.behind([stream.start, *stream.later], stop=features) - picking
         projections = {name for term in stream.terms for _, name in term.projections}
         nodes: tuple[tuple[UseRole, Set[Node]], ...] = (
             ("embedding", early),
-            ("entrance", facts.behind(features)),
+            ("entrance", facts.behind(features) | picking),
             ("stream", facts.behind(constants) - early),
             ("sublayer", inside),
             ("head", stream.suffix),

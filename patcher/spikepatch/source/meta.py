@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 #: Elements. Buffers (rotary frequencies, statistics, masks of usual length) stay below, fused experts are above.
 _LARGE = 1 << 24
 
+#: What a default config is refused with.
+NOT_BUILT = "the default config cannot be built"
+
 _FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn))
 
 
@@ -196,7 +199,7 @@ def settings_read() -> Iterator[set[str]]:
 def not_buildable(where: str, error: Exception) -> Refused:
     """The error for a config, default or given, that transformers does not build a model from."""
     return Refused(
-        "the default config cannot be built" if where.startswith("arch:") else "the model cannot be built",
+        NOT_BUILT if where.startswith("arch:") else "the model cannot be built",
         where=where,
         why=on_one_line(error),
         remedy="give a real model: a hub id, or a folder with its config.json"
