@@ -32,6 +32,12 @@ STATES = ("proven", "for some inputs", "refused", "not traced", "cannot be built
 _NOT_TRACED = "the forward pass cannot be traced"
 _NOT_BUILT = "the default config cannot be built"
 
+#: The words of the model: on its main input, and of the pass that came furthest; then what is known besides.
+_TOLD = re.compile(
+    r'as made up from its config: "(?P<first>.*?)"(, nor on \d+ other forms? of inputs'
+    r'(; the furthest ends so: "[\w ]+?: (?P<furthest>.*)")?)?(?P<more>; (nothing tells|it takes no) .*)?$'
+)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -120,8 +126,9 @@ def _pattern(reason: str, *, short: bool) -> str:
         r"^(not proven|no residual stream found|the forward pass[^:]*|the default config[^:]*): ", "", reason
     )
     if short:
-        quoted = re.search(r'"(.*)"$', reason)
-        reason = re.sub(r'"\), nor on [^:]*: "', " / ", quoted[1]) if quoted else reason
+        if told := _TOLD.search(reason):
+            words = dict.fromkeys(filter(None, (told["first"], told["furthest"])))
+            reason = " / ".join(words) + (told["more"] or "")
         return re.sub(r"\[[\d, ]+\]|\b\d+\b", "n", re.sub(r"\w+\.forward\(\)", "forward()", reason))
     return re.sub(r"(, after| in)? ?\b[a-z_]\w*(\.\w+)+\b", lambda found: (found[1] or "") + " ...", reason).strip()
 

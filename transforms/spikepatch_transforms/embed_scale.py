@@ -113,7 +113,7 @@ def check_shortcut(residual: ResidualMap, token: Embedding, *, any_width: bool =
             what="a large shortcut does not apply to a post-norm model",
             where=residual.source,
             why="a norm on the stream itself, after every addition, sets its size anew, whatever the embedding's scale",
-            remedy="use the recipe on a pre-norm model",
+            remedy="use the recipe on a pre-norm model; the recipe vanilla makes the small sub-layers alone",
         )
     if token.normed and token.scale != 1.0:
         raise Refused(

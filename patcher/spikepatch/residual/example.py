@@ -51,7 +51,8 @@ def given(example_inputs: Mapping[str, Any] | str, model: nn.Module) -> Mapping[
             where=where,
             why=f"it {'holds one' if isinstance(found, Mapping) else 'is'} of type {type(odd).__name__}, where a tensor"
             " is wanted for each argument by its name",
-            remedy="pass example_inputs={'name of the argument': tensor}",
+            remedy="pass example_inputs={'name of the argument': tensor}; where an argument is to hold several, give in"
+            " Python a module around the model, whose forward takes them one by one",
         )
     return found
 

@@ -21,7 +21,7 @@ from spikepatch.residual.example import TOKENS, number, setting
 NOT_TRACED = "the forward pass cannot be traced, so its residual stream cannot be found"
 
 #: One argument in one form, and what goes with it.
-Form = dict[str, torch.Tensor]
+Arguments = dict[str, torch.Tensor]
 
 #: Forms that are tried of one model, at most; most fail in their first layer.
 _MOST = 96
@@ -29,13 +29,16 @@ _MOST = 96
 #: Samples of a wave: a multiple of the usual strides of codecs.
 _SAMPLES = 38400
 
+#: Values of a series that is made up.
+_LONGEST = 512
+
 #: Pixels along a side of a picture that is made up.
 _WIDEST = 1024
 
 _IDS = frozenset(("input_ids", "decoder_input_ids", "inputs_embeds"))
 
 
-def forms(model: nn.Module) -> Iterator[Form]:
+def forms(model: nn.Module) -> Iterator[Arguments]:
     """Inputs for ``model.forward``, the barest first: what it must have, then what else it names."""
     parameters = signature(model.forward).parameters
     config: Any = getattr(model, "config", None)
@@ -115,7 +118,7 @@ def _ids() -> torch.Tensor:
     return torch.arange(5, 5 + TOKENS).unsqueeze(0)
 
 
-def _text(config: Any, name: str, asked: Collection[str]) -> Iterator[Form]:
+def _text(config: Any, name: str, asked: Collection[str]) -> Iterator[Arguments]:
     """Tokens; or for each place one of every codebook."""
     ids, beside = _ids(), {"bbox": torch.zeros(1, TOKENS, 4, dtype=torch.long)}
     yield {name: ids, **beside}
@@ -126,7 +129,7 @@ def _text(config: Any, name: str, asked: Collection[str]) -> Iterator[Form]:
         yield {name: of_each}
 
 
-def _pictures(config: Any, name: str, asked: Collection[str]) -> Iterator[Form]:
+def _pictures(config: Any, name: str, asked: Collection[str]) -> Iterator[Arguments]:
     """One picture or clip: cut into patches, where the grid is asked for, or whole."""
     channels = number(setting(config, "num_channels", "in_channels", "in_chans", otherwise=3))
     size = setting(config, "image_size", "crop_size", "max_img_size", "input_size", otherwise=224)
@@ -151,7 +154,7 @@ def _pictures(config: Any, name: str, asked: Collection[str]) -> Iterator[Form]:
         yield {name: torch.zeros(1, channels, 40 * patch, 40 * patch)}
 
 
-def _patches(name: str, channels: int, patch: int, thick: int, merged: int) -> Iterator[Form]:
+def _patches(name: str, channels: int, patch: int, thick: int, merged: int) -> Iterator[Arguments]:
     side = 2 * merged
     grid = torch.tensor([[1, side, side]])
     at = torch.cartesian_prod(torch.arange(side), torch.arange(side))
@@ -169,7 +172,7 @@ def _patches(name: str, channels: int, patch: int, thick: int, merged: int) -> I
     yield {name: torch.zeros(1, side * side, channels * patch * patch + 2)}  # the row and the column come first
 
 
-def _spectra(config: Any, name: str, asked: Collection[str]) -> Iterator[Form]:
+def _spectra(config: Any, name: str, asked: Collection[str]) -> Iterator[Arguments]:
     named = setting(config, *_BANDS, otherwise=80)
     stacked = number(setting(config, "num_stacked_frames", otherwise=1))
     length = 2 * number(setting(config, "max_source_positions", otherwise=400))
@@ -185,21 +188,21 @@ def _spectra(config: Any, name: str, asked: Collection[str]) -> Iterator[Form]:
                 yield {name: sound, **beside}
 
 
-def _waves(config: Any, name: str, asked: Collection[str]) -> Iterator[Form]:
+def _waves(config: Any, name: str, asked: Collection[str]) -> Iterator[Arguments]:
     yield {name: torch.zeros(1, 1, _SAMPLES)}
     yield {name: torch.zeros(1, _SAMPLES)}
     yield from _spectra(config, name, asked)
 
 
-def _series(config: Any, name: str, asked: Collection[str]) -> Iterator[Form]:
-    length = number(setting(config, "context_length", otherwise=64))
+def _series(config: Any, name: str, asked: Collection[str]) -> Iterator[Arguments]:
+    length = min(number(setting(config, "context_length", otherwise=64)), _LONGEST)
     channels = number(setting(config, "num_input_channels", "input_size", otherwise=1))
     for values in (torch.zeros(1, length, channels), torch.zeros(1, length)):
         beside = {"past_values_padding": torch.zeros(1, length, dtype=torch.long), "freq": torch.zeros(1, 1).long()}
         yield {name: values, "past_observed_mask": torch.ones_like(values), **beside}
 
 
-def _vectors(config: Any, name: str, asked: Collection[str]) -> Iterator[Form]:
+def _vectors(config: Any, name: str, asked: Collection[str]) -> Iterator[Arguments]:
     """As wide as the model; states of another model as wide as that one."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     foreign = ("cross_attention_hidden_size", "encoder_hidden_size") if name in _STATES else ("latent_dim", "vae_dim")
@@ -210,7 +213,7 @@ def _vectors(config: Any, name: str, asked: Collection[str]) -> Iterator[Form]:
         yield {name: torch.zeros(1, width, TOKENS)}
 
 
-def _states(config: Any, name: str, asked: Collection[str]) -> Iterator[Form]:
+def _states(config: Any, name: str, asked: Collection[str]) -> Iterator[Arguments]:
     """Whatever the first layer reads: patches, vectors or a wave."""
     yield from itertools.islice(_pictures(config, name, asked), 2)
     yield from _vectors(config, name, asked)
@@ -228,7 +231,7 @@ _STATES = ("encoder_hidden_states", "context_hidden_states")
 #: They stand for another input, and are tried only where the forward must have them.
 _ALONE = (*_VECTORS, "pixel_values_videos", "hidden_states")
 
-_FORMS: Mapping[str, Callable[[Any, str, Collection[str]], Iterator[Form]]] = {
+_FORMS: Mapping[str, Callable[[Any, str, Collection[str]], Iterator[Arguments]]] = {
     **dict.fromkeys(("input_ids", "qformer_input_ids"), _text),
     **dict.fromkeys(("pixel_values", "pixel_values_videos", "flattened_patches"), _pictures),
     **dict.fromkeys(("input_features", "audio_mel"), _spectra),
