@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from examples.spikes_on_a_cpu import ARMS, SEEDS, SHARES, digits, jobs
+from examples.study.picture import draw
 from examples.study.side_by_side import BETAS, EPS, WEIGHT_DECAY, SideBySide
 from examples.study.study import (
     COLUMNS,
@@ -119,7 +120,7 @@ def test_the_results_are_the_studys() -> None:
     assert text(rows) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
-def test_tables() -> None:
+def test_tables(tmp_path: Path) -> None:
     def value(cell: tuple[str, ...]) -> dict[str, str]:
         i = RECIPES.index(cell[2])
         return {
@@ -135,6 +136,9 @@ def test_tables() -> None:
     assert len(lines) == 2 + 2 * len(RECIPES)
     few = list(outcomes([r for r in rows if r["recipe"] != "xavier" or r["lr"] == "0.003"]))
     assert few[4] == "| plateau | gpt2 | xavier |  | 0 of 4 |  | 0 | 3.00 / 3.00 | 0 | 0.00055 |"
+    draw(rows, tmp_path / "x.svg")
+    drawn = (tmp_path / "x.svg").read_text(encoding="utf-8")
+    assert all(drawn.count(f">{name}<") == 1 for name in (*RECIPES, "gpt2, plateau", "llama, plateau"))
     turned = with_turns(
         rows, [r | dict.fromkeys(MEASURED, str(RECIPES.index(r["recipe"]) / 9)) for r in rows if r["seed"] != "301"]
     )

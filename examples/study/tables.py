@@ -1,4 +1,4 @@
-"""results.csv and turns.csv as tables; with --write, in docs/results.md: python examples/study/tables.py [--write]"""
+"""results.csv and turns.csv as tables: python examples/study/tables.py [--write], which also writes page and picture."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
+from examples.study.picture import draw
 from examples.study.study import COLUMNS, RECIPES, RESULTS, TURNS, UNITS, Row, read
 from examples.study.turn import MEASURED
 
@@ -155,10 +156,12 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    found, page = text(with_turns(read(RESULTS), read(TURNS))), RESULTS.parents[2] / "docs" / "results.md"
+    rows = read(RESULTS)
+    found, page = text(with_turns(rows, read(TURNS))), RESULTS.parents[2] / "docs" / "results.md"
     if sys.argv[1:] == ["--write"]:
         before, rest = page.read_text(encoding="utf-8").split(BEGIN)
         page.write_text(before + found + rest.split(f"{END}\n")[1], encoding="utf-8")
+        draw(rows, RESULTS.with_suffix(".svg"))
     print(found, end="")  # noqa: T201
 
 
