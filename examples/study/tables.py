@@ -1,4 +1,4 @@
-"""results.csv and turns.csv as tables: python examples/study/tables.py [--write], which also writes page and picture."""
+"""The study as tables: python examples/study/tables.py [--write], which also writes docs/results.md and the picture."""
 
 from __future__ import annotations
 
