@@ -114,11 +114,15 @@ def correlations(rows: Sequence[Row]) -> Iterator[str]:
     for name, known in PREDICTORS.items():
         chosen, told = (_pairs(halves[on], known) for on in (True, False))
         within = [_pairs([own for own in halves[False] if own[0]["regime"] == regime], known) for regime in regimes]
-        low, high = interval(told)
-        figures = " | ".join(f"{correlation(pairs):.2f}" for pairs in within)
-        yield (
-            f"| {name} | {correlation(chosen):.2f} | {correlation(told):.2f} | {low:.2f} to {high:.2f} | {figures} |"
-        )
+        known_there = not math.isnan(correlation(told))
+        between = " to ".join(map(_number, interval(told))) if known_there else ""
+        figures = [_number(correlation(pairs)) for pairs in (chosen, told, *within)]
+        yield f"| {name} | {' | '.join([*figures[:2], between, *figures[2:]])} |"
+
+
+def _number(value: float) -> str:
+    """Empty where there is none: all were the same, or nothing was known."""
+    return "" if math.isnan(value) else f"{value:.2f}"
 
 
 def _pairs(cells: Sequence[Sequence[Row]], known: Callable[[Row], float | None]) -> list[tuple[float, float]]:
