@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import version
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,12 @@ settings.load_profile("spikepatch")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What is printed is as wide as a pipe takes it, whatever terminal the tests run on.
+# What is printed is as wide as a pipe takes it, whatever terminal the tests run on. Where they run in one process, its
+# debugger imports readline, which tells processes that are started another width, behind the back of `os.environ`.
+with contextlib.suppress(ImportError):
+    import readline  # noqa: F401
 os.environ.pop("COLUMNS", None)
+os.unsetenv("COLUMNS")
 
 # A conversion that is not tested for loading saves a process of its own; the fixture `load_test` brings it back.
 os.environ.setdefault("SPIKEPATCH_LOAD_TEST", "0")
@@ -59,9 +63,11 @@ LIGHT = (
 
 #: Files that take minutes: they begin first, so that no process has one left when the others are through.
 LONG = (
-    "test_versions.py", "residual/test_generated.py", "residual/test_oracle.py", "residual/test_golden.py",
-    "preflight/test_check.py", "apply/disk/test_kill.py", "apply/live/test_initialize.py",
-    "apply/folder/test_convert.py", "training/test_runs.py",
+    "test_versions.py", "residual/test_generated.py", "apply/folder/test_convert.py", "residual/test_golden.py",
+    "preflight/test_check.py", "test_readers.py", "test_cli.py", "source/test_open.py",
+    "apply/own_file/test_codemod.py", "test_docs.py", "training/test_runs.py", "source/test_hub.py",
+    "apply/folder/test_fold.py", "test_readme.py", "apply/disk/test_kill.py", "apply/live/test_initialize.py",
+    "residual/test_oracle.py", "test_sweep.py",
 )  # fmt: skip
 
 
@@ -195,17 +201,22 @@ def floors() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def oldest_python(floors: dict[str, str]) -> Path:
     """The interpreter of an environment with all the floors at once, and pytest. ``SPIKEPATCH_OLDEST_PYTHON`` names one
-    that is there already; else torch is the one of this environment, as old ones come with CUDA, at several GB.
+    that is there already; else torch is the one of this environment, by links, as old ones come with CUDA, at several
+    GB.
     """
     if ready := os.environ.get("SPIKEPATCH_OLDEST_PYTHON"):
         return Path(ready)
-    wanted = [f"{name}=={at}" for name, at in (floors | {"torch": version("torch").partition("+")[0]}).items()]
+    ours = distribution("torch")
+    wanted = [f"{name}=={at}" for name, at in (floors | {"torch": ours.version.partition("+")[0]}).items()]
     wanted += ["pytest", "pytest-xdist", "hypothesis", "pyyaml"]
 
     def build(_: Path, out: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", str(out)], check=True)
+        (packages,) = out.glob("lib/python*/site-packages")
+        for name in {file.parts[0] for file in ours.files or () if file.parts[0] != ".."}:
+            (packages / name).symlink_to(Path(str(ours.locate_file(name))))
         unconstrained = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
-        install = [str(out / "bin/python"), "-m", "pip", "install", "--quiet"]
+        install = [str(out / "bin/python"), "-m", "pip", "install", "--quiet", "--no-compile"]
         subprocess.run([*install, *wanted], env=unconstrained, check=True)
 
     digest = hashlib.sha256(" ".join(wanted).encode()).hexdigest()[:8]

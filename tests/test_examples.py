@@ -5,15 +5,39 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from examples.spikes_on_a_cpu import ARMS, SEEDS, SHARES, digits, jobs
-from examples.study.study import COLUMNS, RATES, RECIPES, RESULTS, TURNS, Row, Unit, read, undone, units, write
+from examples.study.picture import draw
+from examples.study.side_by_side import BETAS, EPS, WEIGHT_DECAY, SideBySide
+from examples.study.study import (
+    COLUMNS,
+    RECIPES,
+    RESULTS,
+    TURNS,
+    UNITS,
+    Curve,
+    Row,
+    Unit,
+    batches,
+    built,
+    inputs,
+    judged,
+    read,
+    windows,
+    write,
+)
+from examples.study.study import (
+    SEEDS as STUDIED,
+)
 from examples.study.tables import correlations, interval, outcomes, spearman, text, with_turns
-from examples.study.turn import turns
+from examples.study.turn import MEASURED, growth, turns
 
+import spikepatch
 from tests import ROOT
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -38,50 +62,95 @@ def test_digits_have_the_entropy_that_is_said() -> None:
         assert abs(found.count(digit) - 100 * share) < 5 * math.sqrt(100 * share)
 
 
-def row(unit: Unit, recipe: str, **values: str) -> Row:
-    key = {"regime": unit.regime, "architecture": unit.architecture, "seed": str(unit.seed), "lr": f"{unit.lr:g}"}
-    return dict.fromkeys(COLUMNS, "0") | key | {"recipe": recipe, "verdict": "healthy"} | values
+def row(cell: tuple[str, ...], **values: str) -> Row:
+    return dict.fromkeys(COLUMNS, "0") | dict(zip(COLUMNS, cell, strict=False)) | {"verdict": "healthy"} | values
 
 
-def test_the_study_goes_on_where_it_was(tmp_path: Path) -> None:
-    every = list(units())
-    assert sum(len(unit.recipes) for unit in every) == 240 + 24
-    assert len(set(every)) == len(every)
+def test_the_study_is_what_it_says(tmp_path: Path) -> None:
+    cells = [cell for unit in UNITS for cell in unit.cells]
+    assert len(cells) == len(set(cells)) == 240 + 24
     assert read(tmp_path / "none.csv") == []
-    rows = [row(unit, recipe) for unit in every[:2] for recipe in unit.recipes][:-1]
+    rows = [row(cell) for cell in cells[:7]]
     write(rows, tmp_path / "x.csv")
     assert read(tmp_path / "x.csv") == rows
-    assert undone(rows, every) == every[1:]
-    assert undone([], every) == every
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_side_by_side_is_one_by_one(tmp_path: Path, clip: float | None) -> None:
+    """Against AdamW and clip_grad_norm_ of torch, on one model after the other."""
+    inputs(tmp_path)
+    rows, seeds, rates = windows(tmp_path / "text.txt"), (1, 2), (3e-3, 1e-2)
+    assert torch.equal(rows[:-1, -1], rows[1:, 0])
+    models = [built(tmp_path, "gpt2", "embed-ln", seed) for seed in seeds]
+    group = SideBySide(models, rates, clip)
+    found = list(group.train(batches(rows, seeds, 6), 4))
+    for i, (model, seed, lr) in enumerate(zip(models, seeds, rates, strict=True)):
+        optimizer = torch.optim.AdamW(spikepatch.param_groups(model, WEIGHT_DECAY), lr=lr, betas=BETAS, eps=EPS)
+        for step, (own,) in enumerate(batches(rows, (seed,), 6), 1):
+            for settings in optimizer.param_groups:
+                settings["lr"] = lr * min(1, step / 4)
+            logits = model(input_ids=own[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), own[:, 1:].flatten())
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+            optimizer.step()
+            assert found[step - 1].losses[i].item() == pytest.approx(loss.item(), rel=1e-4)
+            assert found[step - 1].norms[i].item() == pytest.approx(norm.item(), rel=1e-3)
+    assert found[5].losses[0] < found[0].losses[0] - 0.1
+
+
+def test_what_all_have_is_the_datas() -> None:
+    rng = np.random.default_rng(0)
+    noise, spike = rng.normal(0, 0.1, 400), np.where(np.arange(400) == 300, 5.0, 0.0)
+    mine, others = np.where(np.arange(400) == 200, 4.0, 0.0), [rng.normal(0, 0.01, 400) for _ in range(4)]
+    curves = [Curve(2 + noise + spike + own, np.ones(400), 2.0) for own in (mine, *others)]
+    assert judged(curves[0], [])["loss_events"] == 2
+    assert judged(curves[0], curves[1:])["loss_events"] == 1
+    assert judged(curves[1], curves[:1] + curves[2:])["loss_events"] == 0
+    assert judged(curves[1], curves[2:])["largest_excess"] == pytest.approx(5, abs=0.5)
 
 
 def test_the_results_are_the_studys() -> None:
     rows = with_turns(read(RESULTS), read(TURNS))
-    wanted = {(u.regime, u.architecture, r, f"{u.lr:g}", str(u.seed)) for u in units() for r in u.recipes}
+    wanted = {cell for unit in UNITS for cell in unit.cells}
     found = [tuple(r[key] for key in COLUMNS[:5]) for r in rows]
     assert len(set(found)) == len(found)
-    assert set(found) <= wanted
+    assert set(found) <= wanted == {tuple(r[key] for key in COLUMNS[:5]) for r in read(TURNS)}
     assert text(rows) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
-def test_tables() -> None:
-    rows = [
-        row(Unit("plateau", "gpt2", seed, lr), recipe, loss_events=str(3 * (recipe == RECIPES[0])),
-            largest_excess=str(5 - i), gradient_ratio=str(9 - i), eq15_excess_layer1="", sigma_start="0.5")
-        for seed in range(4) for lr in RATES for i, recipe in enumerate(RECIPES)
-    ]  # fmt: skip
+def test_tables(tmp_path: Path) -> None:
+    def value(cell: tuple[str, ...]) -> dict[str, str]:
+        i = RECIPES.index(cell[2])
+        return {
+            "loss_events": str(3 * (i == 0)), "largest_excess": str(5 - i), "gradient_ratio": str(9 - i),
+            "eq15_excess_layer1": "", "sigma_start": "0.5",
+        }  # fmt: skip
+
+    rows = [row(cell, **value(cell)) for name in ("gpt2", "llama") for cell in Unit("plateau", name).cells]
     lines = list(outcomes(rows))
-    assert lines[2] == "| plateau | gpt2 | 0.003 | vanilla-2304 | 4 of 4 | 12 | 5.00 / 5.00 | 0 |  |"
-    assert lines[3] == "| plateau | gpt2 | 0.003 | vanilla | 0 of 4 | 0 | 4.00 / 4.00 | 0 | 0.029 |"
-    assert len(lines) == 2 + len(RECIPES) * len(RATES)
-    turned = with_turns(rows, [r | {"turn": str(RECIPES.index(r["recipe"]) / 9)} for r in rows[: 3 * 15]])
-    assert sum("turn" in r for r in turned) == 3 * 15
-    flat, ratio, turn = list(correlations(turned))[2:]
-    assert flat.startswith("| 1 / std of the stream | 15 | nan |")
-    assert ratio.startswith("| gradient ratio | 15 | 0.71 |")
-    assert turn.startswith("| turn (the less, the more) | 15 | 0.71 |")
-    assert list(correlations(rows[: 9 * 4]))[2:] != []
-    assert list(correlations(rows[:15]))[2:] == []  # one seed
+    assert lines[0].startswith("| regime | model | recipe | lr 0.001 | lr 0.003 | lr 0.01 | events |")
+    assert lines[2] == "| plateau | gpt2 | vanilla-2304 | 4 of 4 | 4 of 4 | 4 of 4 | 36 | 5.00 / 5.00 | 0 |  |"
+    assert lines[3] == "| plateau | gpt2 | vanilla | 0 of 4 | 0 of 4 | 0 of 4 | 0 | 4.00 / 4.00 | 0 | 7.4e-07 |"
+    assert len(lines) == 2 + 2 * len(RECIPES)
+    few = list(outcomes([r for r in rows if r["recipe"] != "xavier" or r["lr"] == "0.003"]))
+    assert few[4] == "| plateau | gpt2 | xavier |  | 0 of 4 |  | 0 | 3.00 / 3.00 | 0 | 0.00055 |"
+    draw(rows, tmp_path / "x.svg")
+    drawn = (tmp_path / "x.svg").read_text(encoding="utf-8")
+    assert all(drawn.count(f">{name}<") == 1 for name in (*RECIPES, "gpt2, plateau", "llama, plateau"))
+    turned = with_turns(
+        rows, [r | dict.fromkeys(MEASURED, str(RECIPES.index(r["recipe"]) / 9)) for r in rows if r["seed"] != "301"]
+    )
+    assert sum("turn" in r for r in turned) == 2 * 3 * 15
+    head, _, flat, none, ratio, _, turn, _ = correlations(turned)
+    assert head.startswith("| known before training | gpt2, 15 cells | others, 15 cells |")
+    assert flat.startswith("| 1 / std of the stream |  |  |")
+    assert none.startswith("| Eq. 15 excess |  |  |  |")
+    assert ratio.startswith("| gradient ratio | 0.71 | 0.71 |")
+    assert turn.startswith("| turn (the less, the more) | 0.71 | 0.71 |")
+    assert list(correlations(rows[: len(rows) // 2])) == []  # nothing but what it is chosen on
+    assert list(correlations([r for r in rows if r["seed"] == str(STUDIED[0])])) == []  # one seed
 
 
 def test_the_interval_is_around_the_correlation() -> None:
@@ -99,7 +168,9 @@ def test_a_turn() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     ids = torch.randint(20, (2, 6))
     still, turned = turns(model, ids, (0.0, 0.05))
-    assert still == pytest.approx(1)
+    still_at_random, turned_at_random = turns(model, ids, (0.0, 0.05), seed=1)
+    assert still == pytest.approx(1) == still_at_random
+    assert turned_at_random not in (still, turned)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
     seen: list[torch.Tensor] = []
@@ -115,6 +186,23 @@ def test_a_turn() -> None:
     means = [torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in zip(seen[:3], seen[3:], strict=True)]
     assert turned == pytest.approx(min(means), rel=1e-4)
     assert turned < 0.9
+
+
+def test_growth() -> None:
+    """Each block doubles what changes and leaves what does not, which is most of the stream."""
+
+    class Blocks(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(20, 8, dtype=torch.float64)
+
+        def get_input_embeddings(self) -> torch.nn.Embedding:
+            return self.table
+
+        def forward(self, inputs_embeds: torch.Tensor, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(hidden_states=[1e6 + inputs_embeds * 2**i for i in range(7)])
+
+    assert growth(Blocks(), torch.arange(12).view(2, 6), 0) == pytest.approx(2**5, rel=1e-3)
 
 
 def test_spearman() -> None:

@@ -26,6 +26,8 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.repocard import metadata_load
+from markupsafe import Markup
+from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import save
 from tokenizers import Tokenizer
@@ -41,6 +43,8 @@ from spikepatch.data.rows import DocumentPiece
 from spikepatch.errors import SpikepatchError
 from spikepatch.plans.plan import Plan
 from spikepatch.recipes.files import read_recipe
+from spikepatch.report import figures, svg
+from spikepatch.report.figures import Groups
 from spikepatch.report.html import write_page
 from spikepatch.source.checkpoint import read_checkpoint, read_tensor
 from spikepatch.source.open import build_meta, open_source
@@ -367,15 +371,32 @@ def accepted(name: str, reader: Reader, number: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_every_reader(times: int, tmp_path: Path) -> None:
+@pytest.fixture
+def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most cases leave most charts of a page as they were: equal ones are drawn once, as these are the same bytes."""
+    known: dict[tuple[float, float, str], Markup] = {}
+
+    def drawn(draw: Callable[[Figure], Groups], width: float, height: float, content: object) -> Markup:
+        key = (width, height, repr(content))
+        if key not in known:
+            known[key] = figures.drawn(draw, width, height, content)
+        return known[key]
+
+    monkeypatch.setattr(svg, "drawn", drawn)
+
+
+@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.parametrize(("first", "last"), [(0, 1), pytest.param(1, 10, marks=pytest.mark.slow)])
+def test_every_reader(first: int, last: int, tmp_path: Path) -> None:
     known = dict(readers(tmp_path))
     before = set(tmp_path.rglob("*"))
     assert 450 < sum(reader.cases for reader in known.values()) < 550
     outcomes: Counter[bool] = Counter()
     for name, reader in known.items():
         assert accepted(name, reader, 0), name
-        outcomes.update(accepted(name, reader, number) for number in range(1, times * reader.cases + 1))
+        outcomes.update(
+            accepted(name, reader, number) for number in range(first * reader.cases + 1, last * reader.cases + 1)
+        )
     assert min(outcomes[True], outcomes[False]) > sum(outcomes.values()) / 4
     assert {path for path in tmp_path.rglob("*") if path.name not in ("page", "card")} == before
 

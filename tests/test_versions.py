@@ -48,23 +48,16 @@ TESTS = [
 SLOW, TRAINED = ("test_loop.py", "test_callback.py"), "bare_loop or free_of_events"
 LEFT_OUT = "smollm2 or drift or hub or no_warning or switched_on"
 
-#: Run with a folder for every type: a source of each.
-SAVE = """
-import sys
+#: Run with a JSON list: for every type a folder, which becomes a source of it, and the words of a command.
+CONVERT = """
+import json, sys
 from transformers import GenerationConfig
+from spikepatch.cli import main
 from tests.architectures import encoder_decoder, tiny_config
-for folder in sys.argv[1:]:
-    name = folder.rpartition("/")[2]
+for name, folder, words in json.loads(sys.argv[1]):
     (encoder_decoder("t5").config if name == "t5" else tiny_config(name)).save_pretrained(folder)
     tokens = dict(decoder_start_token_id=0, bos_token_id=0, eos_token_id=1, pad_token_id=0)
     GenerationConfig(**tokens).save_pretrained(folder)
-"""
-
-#: Run with a JSON list of commands' words.
-COMMANDS = """
-import json, sys
-from spikepatch.cli import main
-for words in json.loads(sys.argv[1]):
     main(words, standalone_mode=False)
 """
 
@@ -93,7 +86,7 @@ def test_its_tests_pass(oldest_python: Path, floors: dict[str, str]) -> None:
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {[*floors]}}}))"
     found = {name: Version(at).release[:3] for name, at in json.loads(run(oldest_python, "-c", code)).items()}
     other = {name for name, floor in floors.items() if found[name] != (*Version(floor).release, 0, 0)[:3]}
-    options = ["-q", "-n", "2", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"]
+    options = ["-q", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"]
     output = run(oldest_python, "-m", "pytest", *options, *(f"tests/{name}" for name in TESTS))
     run(
         oldest_python,
@@ -115,9 +108,10 @@ def test_folders_go_both_ways(oldest_python: Path, tmp_path: Path) -> None:
     pythons = {"old": oldest_python, "new": Path(sys.executable)}
     for writer, python in pythons.items():
         sources = {name: str(tmp_path / f"{writer}-source" / name) for name, *_ in CASES}
-        run(python, "-c", SAVE, *sources.values())
-        commands = [["convert", sources[t], str(tmp_path / writer / t), *options] for t, _, options, _ in CASES]
-        run(python, "-c", COMMANDS, json.dumps(commands))
+        commands = [
+            (t, sources[t], ["convert", sources[t], str(tmp_path / writer / t), *options]) for t, _, options, _ in CASES
+        ]
+        run(python, "-c", CONVERT, json.dumps(commands))
     loads = [(writer, *case) for writer in pythons for case in CASES]
     for reader, python in pythons.items():
         words = [

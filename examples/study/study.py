@@ -1,41 +1,45 @@
 """Which recipes spike where: 264 trainings of 32 layers of width 16, and what pre-flight had said of each.
 
-    python examples/study/study.py            # goes on with what results.csv has; stop it at any time with Ctrl-C
-    python examples/study/study.py --units 1  # the next five trainings only
+    python examples/study/study.py      # goes on with what --work has; stop it at any time with Ctrl-C
 
 GPT-2 and Llama x five recipes x three learning rates x four seeds, on digits (a plateau, clipped at 1) and on the
-sources of Python's standard library (not clipped); then a parallel-block, a branch-norm and a Mamba type. A unit is the
-arms of one seed and rate, which see the same batches. results.csv beside this file gets a row for each training as soon
-as its unit is done, and is the only thing that it needs to go on; what a stopped unit has trained is in --work. All of
-it takes 5 hours of one CPU core.
+sources of Python's standard library (not clipped); then a parallel-block, a branch-norm and a Mamba type. Models of one
+structure are trained side by side by a loop of plain PyTorch (``vmap`` over models, each with its own rate and its
+seed's batches), so that all of it takes an hour and a half of one CPU core; those of a seed see the same batches.
+spikepatch draws the weights and judges the curves. results.csv beside this file gets the rows of an architecture in a
+regime when all of its recipes are trained.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
-import os
-import subprocess
+import functools
+import itertools
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers import AutoConfig
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import spikepatch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from examples.spikes_on_a_cpu import VANILLA_2304, digits
+from examples.study.side_by_side import SideBySide
 
 #: Declared before the first training.
 SEEDS = (301, 302, 303, 304)
 RECIPES = ("vanilla-2304", "vanilla", "xavier", "scaled-embed", "embed-ln")
 RATES = (3e-3, 1e-2, 1e-3)
-RESULTS, TURNS = Path(__file__).with_name("results.csv"), Path(__file__).with_name("turns.csv")
+STEPS, WARMUP, SEQUENCES, LENGTH = 1500, 20, 4, 32
+RESULTS, TURNS = (Path(__file__).with_name(name) for name in ("results.csv", "turns.csv"))
 
 _IDS = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "tie_word_embeddings": False}
 _SIZE = {"hidden_size": 16, "num_hidden_layers": 32}
@@ -59,40 +63,38 @@ COLUMNS = (
 )  # fmt: skip
 
 Row = dict[str, str]
+Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Trainings on the same batches."""
+class Unit(NamedTuple):
+    """The trainings of an architecture on one kind of text."""
 
     regime: str
     architecture: str
-    seed: int
-    lr: float
     recipes: tuple[str, ...] = RECIPES
+    rates: tuple[float, ...] = RATES
 
     @property
-    def name(self) -> str:
-        return f"{self.regime}-{self.architecture}-{self.seed}-{self.lr:g}"
+    def cells(self) -> list[tuple[str, str, str, str, str]]:
+        """What a row begins with."""
+        return [
+            (self.regime, self.architecture, name, f"{lr:g}", str(seed))
+            for name, lr, seed in itertools.product(self.recipes, self.rates, SEEDS)
+        ]
 
 
-def units() -> Iterator[Unit]:
-    """In the order in which they are run: what is done at any time is balanced over recipes."""
-    for regime in ("plateau", "text"):
-        for architecture in ("gpt2", "llama"):
-            for seed in SEEDS:
-                yield from (Unit(regime, architecture, seed, lr) for lr in RATES)
-    for seed in SEEDS:
-        for architecture in ("gpt_neox", "olmo2", "mamba"):
-            yield Unit("plateau", architecture, seed, 3e-3, ("vanilla-2304", "scaled-embed"))
+UNITS = (
+    *(Unit(regime, architecture) for regime in ("plateau", "text") for architecture in ("gpt2", "llama")),
+    *(Unit("plateau", name, ("vanilla-2304", "scaled-embed"), RATES[:1]) for name in ("gpt_neox", "olmo2", "mamba")),
+)
 
 
-def undone(rows: Sequence[Row], wanted: Sequence[Unit]) -> list[Unit]:
-    """The units that have a training without a row."""
-    done = {tuple(row[key] for key in COLUMNS[:5]) for row in rows}
-    return [
-        u for u in wanted if any((u.regime, u.architecture, r, f"{u.lr:g}", str(u.seed)) not in done for r in u.recipes)
-    ]
+class Curve(NamedTuple):
+    """Of one training: losses and gradient norms (steps,), and the loss on the text that is held out."""
+
+    losses: Array
+    norms: Array
+    held_out: float
 
 
 def inputs(folder: Path) -> None:
@@ -115,44 +117,104 @@ def recipe(folder: Path, name: str) -> str:
     return str(folder / f"{name}.toml") if name == "vanilla-2304" else name
 
 
-def trained(unit: Unit, folder: Path, work: Path) -> dict[str, dict[str, Any]]:
-    """Recipe -> its run, by ``spikepatch train``."""
-    out = work / unit.name
-    command = [
-        sys.executable, "-m", "spikepatch", "train",
-        *(f"{name}={folder / unit.architecture}@{recipe(folder, name)}" for name in unit.recipes),
-        "--data", str(folder / f"{unit.regime}.txt"), "--eval-data", str(folder / f"{unit.regime}-held-out.txt"),
-        "--out", str(out), "--seeds", str(unit.seed), "--lr", f"{unit.lr:g}", "--steps", "1500", "--warmup", "20",
-        "--schedule", "constant", "--seq-len", "32", "--batch-tokens", "128", "--watch-every", "0",
-        "--checkpoint-every", "0", "--grad-clip", "1" if unit.regime == "plateau" else "0", "--json",
-        *(["--resume"] if (out / "run.json").exists() else []),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=environment)
-    if done.returncode not in (0, 1):  # 1: something spiked
-        raise SystemExit(done.returncode)
-    return {run["name"]: run for run in json.loads(done.stdout)["runs"]}
+def built(folder: Path, architecture: str, name: str, seed: int) -> nn.Module:
+    """The model with fresh weights."""
+    model: nn.Module = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder / architecture), attn_implementation="eager"
+    )
+    spikepatch.patch(model, spikepatch.plan(model, recipe(folder, name), reinit="all", seed=seed))
+    return model
 
 
-def preflight(unit: Unit, folder: Path) -> dict[str, spikepatch.StabilityReport]:
-    """Recipe -> what ``check`` says of the weights that are trained."""
-    recipes = [recipe(folder, name) for name in unit.recipes]
-    report = spikepatch.check(str(folder / unit.architecture), recipes=recipes, tokens=32, batch=4, seed=unit.seed)
-    return dict(zip(unit.recipes, report.models, strict=True))
+def windows(path: Path) -> torch.Tensor:
+    """All of a text, (windows, T + 1): a token is a byte, and the last one of a window begins the next."""
+    data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).long()
+    return data.unfold(0, LENGTH + 1, LENGTH)
 
 
-def row(unit: Unit, name: str, run: dict[str, Any], before: spikepatch.StabilityReport) -> Row:
-    loss = [event for event in run["events"] if event["kind"] != "gradient_norm" and event["origin"] != "data"]
-    norms = [event for event in run["events"] if event["kind"] == "gradient_norm"]
-    ratios = [event["value"] / event["baseline"] for event in norms if event["value"] and event["baseline"]]
-    values = {
-        "regime": unit.regime, "architecture": unit.architecture, "recipe": name, "lr": unit.lr, "seed": unit.seed,
-        "verdict": run["verdict"], "loss_events": len(loss), "gradient_events": len(norms),
-        "largest_excess": run["largest_excess"], "largest_gradient_ratio": max(ratios, default=None),
-        "final_loss": run["final_loss"], "held_out_loss": run["eval_loss"],
-        **{field: getattr(before, field) for field in PREFLIGHT},
+def batches(rows: torch.Tensor, seeds: Sequence[int], steps: int) -> Iterator[torch.Tensor]:
+    """(n, B, T + 1): the windows in an order that hangs on the seed alone."""
+    orders = np.stack([np.random.default_rng(seed).permutation(len(rows))[: steps * SEQUENCES] for seed in seeds])
+    for step in range(steps):
+        yield rows[torch.from_numpy(orders[:, step * SEQUENCES : (step + 1) * SEQUENCES])]
+
+
+def trained(unit: Unit, name: str, folder: Path, steps: int = STEPS) -> list[Curve]:
+    """A recipe at all rates with all seeds."""
+    members = list(itertools.product(unit.rates, SEEDS))
+    models = [built(folder, unit.architecture, name, seed) for _, seed in members]
+    group = SideBySide(models, [lr for lr, _ in members], 1.0 if unit.regime == "plateau" else None)
+    found = []
+    for step in group.train(batches(windows(folder / f"{unit.regime}.txt"), [s for _, s in members], steps), WARMUP):
+        found.append(step)
+        if len(found) % 100 == 0:
+            low, high = step.losses.min(), step.losses.max()
+            print(f"  step {len(found)} of {steps}: losses {low:.3f} to {high:.3f}", file=sys.stderr)  # noqa: T201
+    with torch.no_grad():
+        held_out = group.losses(windows(folder / f"{unit.regime}-held-out.txt").expand(len(members), -1, -1))
+    losses, norms = (torch.stack(values, dim=1).numpy() for values in zip(*found, strict=True))
+    return [Curve(*curve) for curve in zip(losses, norms, held_out.tolist(), strict=True)]
+
+
+def curves(unit: Unit, name: str, folder: Path, work: Path) -> list[Curve]:
+    """As ``trained``; from ``work``, where they are there already."""
+    path = work / f"{unit.regime}-{unit.architecture}-{name}.npz"
+    if not path.exists():
+        print(path.stem, file=sys.stderr)  # noqa: T201
+        found = trained(unit, name, folder)
+        new = path.with_name(f"new-{path.name}")
+        losses, norms, held_out = (np.array(values) for values in zip(*found, strict=True))
+        np.savez(new, losses=losses, norms=norms, held_out=held_out)
+        new.replace(path)
+    kept = np.load(path)
+    return [Curve(*curve) for curve in zip(*(kept[key] for key in Curve._fields), strict=True)]
+
+
+def judged(curve: Curve, others: Sequence[Curve]) -> dict[str, Any]:
+    """What is seen in a curve. An event that at least half of the other recipes have at that batch is the data's."""
+    log, *twins = [
+        spikepatch.TrainingLog(
+            tuple(range(1, len(c.losses) + 1)), tuple(map(float, c.losses)), tuple(map(float, c.norms))
+        )
+        for c in (curve, *others)
+    ]
+    report = spikepatch.judge(log)
+    told = [spikepatch.judge(log, against=twin).events for twin in twins] if report.events else []
+    loss = []
+    for i, event in enumerate(report.events):
+        origins = [own[i].origin for own in told if own[i].origin is not None]
+        if event.kind != "gradient_norm" and not (origins and 2 * origins.count("data") >= len(origins)):
+            loss.append(event)
+    norms = [event for event in report.events if event.kind == "gradient_norm"]
+    return {
+        "verdict": report.verdict, "loss_events": len(loss), "gradient_events": len(norms),
+        "largest_excess": report.conclusion.largest,
+        "largest_gradient_ratio": max((e.value / e.baseline for e in norms if e.value and e.baseline), default=None),
+        "final_loss": float(curve.losses[-50:].mean()), "held_out_loss": float(curve.held_out),
     }  # fmt: skip
-    return {key: "" if v is None else f"{v:.5g}" if isinstance(v, float) else str(v) for key, v in values.items()}
+
+
+@functools.cache
+def preflight(folder: Path, architecture: str, recipes: tuple[str, ...], seed: int) -> dict[str, dict[str, Any]]:
+    """Recipe -> what ``check`` says of the weights that are trained."""
+    names = [recipe(folder, name) for name in recipes]
+    report = spikepatch.check(str(folder / architecture), recipes=names, tokens=LENGTH, batch=SEQUENCES, seed=seed)
+    models = zip(recipes, report.models, strict=True)
+    return {name: {field: getattr(model, field) for field in PREFLIGHT} for name, model in models}
+
+
+def rows(unit: Unit, folder: Path, work: Path) -> list[Row]:
+    """Of all trainings of a unit."""
+    found = {name: curves(unit, name, folder, work) for name in unit.recipes}
+    members = len(unit.rates) * len(SEEDS)
+    made = []
+    for i, cell in enumerate(unit.cells):
+        name, seed = cell[2], int(cell[4])
+        others = [own[i % members] for other, own in found.items() if other != name]
+        known = preflight(folder, unit.architecture, unit.recipes, seed)[name]
+        values = dict(zip(COLUMNS[:5], cell, strict=True)) | judged(found[name][i % members], others) | known
+        made.append({k: "" if v is None else f"{v:.5g}" if isinstance(v, float) else str(v) for k, v in values.items()})
+    return made
 
 
 def read(path: Path) -> list[Row]:
@@ -174,21 +236,16 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="where trainings lie  [%(default)s]")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="where curves lie  [%(default)s]")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table  [%(default)s]")
-    parser.add_argument("--units", type=int, help="stop after so many")
     arguments = parser.parse_args()
-    rows, every = read(arguments.results), list(units())
-    left = undone(rows, every)
+    torch.set_num_threads(1)  # the operations are small; and a sum over threads is another one
     folder = arguments.work / "inputs"
     inputs(folder)
-    for unit in left[: arguments.units]:
-        print(f"{unit.name}: {len(undone(rows, every))} of {len(every)} units are left", file=sys.stderr)  # noqa: T201
-        runs, before = trained(unit, folder, arguments.work), preflight(unit, folder)
-        new = [row(unit, name, runs[name], before[name]) for name in unit.recipes]
-        kept = {tuple(r[key] for key in COLUMNS[:5]): r for r in (*rows, *new)}
-        rows = list(kept.values())
-        write(rows, arguments.results)
+    done: list[Row] = []
+    for unit in UNITS:
+        done += rows(unit, folder, arguments.work)
+        write(done, arguments.results)
 
 
 if __name__ == "__main__":

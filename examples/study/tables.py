@@ -1,4 +1,4 @@
-"""results.csv and turns.csv as tables; with --write, in docs/results.md: python examples/study/tables.py [--write]"""
+"""The study as tables: python examples/study/tables.py [--write], which also writes docs/results.md and the picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from examples.study.study import COLUMNS, RECIPES, RESULTS, TURNS, Row, read, units
+from examples.study.picture import draw
+from examples.study.study import COLUMNS, RECIPES, RESULTS, TURNS, UNITS, Row, read
+from examples.study.turn import MEASURED
 
 from spikepatch.training.arms import fisher
 
@@ -28,8 +30,13 @@ PREDICTORS: dict[str, Callable[[Row], float | None]] = {
     "1 / std of the stream": lambda row: 1 / float(row["sigma_start"]),
     "Eq. 15 excess": lambda row: float(row["eq15_excess_layer1"]) if row["eq15_excess_layer1"] else None,
     "gradient ratio": lambda row: float(row["gradient_ratio"]),
+    "growth": lambda row: float(row["growth"]) if "growth" in row else None,
     "turn (the less, the more)": lambda row: -float(row["turn"]) if "turn" in row else None,
+    "random turn (the less, the more)": lambda row: -float(row["random_turn"]) if "random_turn" in row else None,
 }
+
+#: A predictor is chosen on the cells of this architecture, and what it is worth is told by those of all others.
+CHOSEN_ON = "gpt2"
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
@@ -58,68 +65,107 @@ def groups(rows: Sequence[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
 
 
 def outcomes(rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each recipe in each regime, architecture and rate, over seeds."""
-    yield "| regime | model | lr | recipe | runs with a loss event | events | excess, median / largest, nats |" + (
-        " runs with a gradient event | p |"
+    """A line for each recipe in each regime and architecture: runs with a loss event by rate, the rest over all."""
+    rates = sorted({row["lr"] for row in rows}, key=float)
+    yield (
+        f"| regime | model | recipe | {' | '.join(f'lr {lr}' for lr in rates)} | events |"
+        " excess, median / largest, nats | runs with a gradient event | p |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for (regime, architecture, lr), cell in groups(rows, "regime", "architecture", "lr").items():
+    yield f"|{'---|' * (7 + len(rates))}"
+    for (regime, architecture), cell in groups(rows, "regime", "architecture").items():
         by_recipe = groups(cell, "recipe")
-        base = [int(row["loss_events"]) > 0 for row in by_recipe.get((RECIPES[0],), ())]
+        base = by_recipe.get((RECIPES[0],), [])
         for (recipe,), own in sorted(by_recipe.items(), key=lambda item: RECIPES.index(item[0][0])):
-            hit = [int(row["loss_events"]) > 0 for row in own]
+            by_rate = groups(own, "lr")
+            shares = [f"{_hit(by_rate[lr,])} of {len(by_rate[lr,])}" if (lr,) in by_rate else "" for lr in rates]
             sizes = [excess(row) for row in own]
-            p = f"{fisher(sum(hit), len(hit), sum(base), len(base)):.2g}" if base and recipe != RECIPES[0] else ""
+            p = f"{fisher(_hit(own), len(own), _hit(base), len(base)):.2g}" if base and recipe != RECIPES[0] else ""
             yield (
-                f"| {regime} | {architecture} | {lr} | {recipe} | {sum(hit)} of {len(hit)} |"
+                f"| {regime} | {architecture} | {recipe} | {' | '.join(shares)} |"
                 f" {sum(int(row['loss_events']) for row in own)} |"
                 f" {statistics.median(sizes):.2f} / {max(sizes):.2f} |"
                 f" {sum(int(row['gradient_events']) > 0 for row in own)} | {p} |"
             )
 
 
+def _hit(rows: Sequence[Row]) -> int:
+    """Runs with a loss event."""
+    return sum(int(row["loss_events"]) > 0 for row in rows)
+
+
 def correlations(rows: Sequence[Row]) -> Iterator[str]:
-    """Spearman's correlation of each predictor, averaged over seeds, with the share of runs with a loss event."""
+    """Spearman's correlation of each predictor, averaged over seeds, with the share of runs with a loss event.
+
+    Over the cells of the architecture that a predictor is chosen on, over those of the others, with the interval of
+    the latter, and within each regime of the others alone: whether spikes come hangs on the regime, which none knows.
+    """
     cells = [own for own in groups(rows, "regime", "architecture", "recipe", "lr").values() if len(own) >= _SEEDS]
-    yield "| known before training | cells | correlation with the share of runs with a loss event | 95 % interval |"
-    yield "|---|---|---|---|"
+    halves = {
+        first: [own for own in cells if (own[0]["architecture"] == CHOSEN_ON) is first] for first in (True, False)
+    }
+    if min(map(len, halves.values())) < _LEAST:
+        return
+    regimes = sorted({own[0]["regime"] for own in halves[False]})
+    yield (
+        f"| known before training | {CHOSEN_ON}, {len(halves[True])} cells | others, {len(halves[False])} cells |"
+        f" 95 % interval | {' | '.join(f'others, {regime}' for regime in regimes)} |"
+    )
+    yield f"|---|{'---|' * (3 + len(regimes))}"
     for name, known in PREDICTORS.items():
-        pairs = []
-        for own in cells:
-            values = [value for row in own if (value := known(row)) is not None]
-            if values:
-                share = statistics.fmean(int(row["loss_events"]) > 0 for row in own)
-                pairs.append((statistics.fmean(values), share))
-        if len(pairs) >= _LEAST:
-            low, high = interval(pairs)
-            yield f"| {name} | {len(pairs)} | {spearman(*zip(*pairs, strict=True)):.2f} | {low:.2f} to {high:.2f} |"
+        chosen, told = (_pairs(halves[on], known) for on in (True, False))
+        within = [_pairs([own for own in halves[False] if own[0]["regime"] == regime], known) for regime in regimes]
+        known_there = not math.isnan(correlation(told))
+        between = " to ".join(map(_number, interval(told))) if known_there else ""
+        figures = [_number(correlation(pairs)) for pairs in (chosen, told, *within)]
+        yield f"| {name} | {' | '.join([*figures[:2], between, *figures[2:]])} |"
+
+
+def _number(value: float) -> str:
+    """Empty where there is none: all were the same, or nothing was known."""
+    return "" if math.isnan(value) else f"{value:.2f}"
+
+
+def _pairs(cells: Sequence[Sequence[Row]], known: Callable[[Row], float | None]) -> list[tuple[float, float]]:
+    """Of each cell, what was known and the share of runs with a loss event; without those where nothing was known."""
+    found = []
+    for own in cells:
+        values = [value for row in own if (value := known(row)) is not None]
+        if values:
+            found.append((statistics.fmean(values), statistics.fmean(int(row["loss_events"]) > 0 for row in own)))
+    return found
+
+
+def correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    return spearman(*zip(*pairs, strict=True)) if pairs else math.nan
 
 
 def interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Of Spearman's correlation, 95 %, by the bootstrap over pairs; draws without one say nothing."""
     rng = random.Random(0)
-    drawn = [spearman(*zip(*rng.choices(pairs, k=len(pairs)), strict=True)) for _ in range(_DRAWS)]
+    drawn = [correlation(rng.choices(pairs, k=len(pairs))) for _ in range(_DRAWS if pairs else 0)]
     found = sorted(value for value in drawn if not math.isnan(value)) or [math.nan]
     return found[int(0.025 * len(found))], found[int(0.975 * len(found))]
 
 
 def with_turns(rows: Sequence[Row], turns: Sequence[Row]) -> list[Row]:
-    """Each training with its turn, where one was measured."""
-    known = {tuple(row[key] for key in COLUMNS[:5]): row["turn"] for row in turns}
-    return [row | {"turn": known[key]} if (key := tuple(row[k] for k in COLUMNS[:5])) in known else row for row in rows]
+    """Each training with what was measured before it, where it was."""
+    known = {tuple(row[key] for key in COLUMNS[:5]): {name: row[name] for name in MEASURED} for row in turns}
+    return [row | known.get(tuple(row[key] for key in COLUMNS[:5]), {}) for row in rows]
 
 
 def text(rows: Sequence[Row]) -> str:
-    wanted = sum(len(unit.recipes) for unit in units())
+    wanted = sum(len(unit.cells) for unit in UNITS)
     tables = ["", *outcomes(rows), "", *correlations(rows)] if rows else []
     return "\n".join([BEGIN, f"{len(rows)} of {wanted} trainings are done.", *tables, END, ""])
 
 
 def main() -> None:
-    found, page = text(with_turns(read(RESULTS), read(TURNS))), RESULTS.parents[2] / "docs" / "results.md"
+    rows = read(RESULTS)
+    found, page = text(with_turns(rows, read(TURNS))), RESULTS.parents[2] / "docs" / "results.md"
     if sys.argv[1:] == ["--write"]:
         before, rest = page.read_text(encoding="utf-8").split(BEGIN)
         page.write_text(before + found + rest.split(f"{END}\n")[1], encoding="utf-8")
+        draw(rows, RESULTS.with_suffix(".svg"))
     print(found, end="")  # noqa: T201
 
 

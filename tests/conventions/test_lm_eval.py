@@ -18,24 +18,30 @@ import spikepatch
 pytest.importorskip("lm_eval", reason="needs the extra 'conventions'")
 
 TASKS = Path(__file__).with_name("tasks")
+#: Run with a JSON list of commands' words.
 EVALUATE = """
-import sys
+import json, sys
 for absent in ("spikepatch", "spikepatch_transforms"):
     sys.modules[absent] = None
 from lm_eval.__main__ import cli_evaluate
-cli_evaluate()
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    cli_evaluate()
 """
 
 
-def evaluated(folder: Path, home: Path, *arguments: str) -> tuple[float, list[list[float]]]:
-    """Accuracy, and the log-likelihood of each choice of each question."""
-    out = home / f"{folder.name}-scores"
-    command = ["run", "--model", "hf", "--model_args", f"pretrained={folder}", "--tasks", "spikepatch_capitals"]
-    command += ["--include_path", str(TASKS), "--device", "cpu", "--batch_size", "1", "--output_path", str(out)]
+def evaluated(home: Path, *models: tuple[Path, list[str]]) -> list[tuple[float, list[list[float]]]]:
+    """Of each folder, with options of its own: accuracy, and the log-likelihood of each choice of each question."""
+    same = ["--tasks", "spikepatch_capitals", "--include_path", str(TASKS), "--device", "cpu", "--batch_size", "1"]
+    commands = [
+        ["run", "--model", "hf", "--model_args", f"pretrained={folder}", *same, "--log_samples",
+         "--output_path", str(home / f"{folder.name}-scores"), *options]
+        for folder, options in models
+    ]  # fmt: skip
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment = kept | {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", EVALUATE, *command, "--log_samples", *arguments],
+        [sys.executable, "-c", EVALUATE, json.dumps(commands)],
         cwd=TASKS,
         env=environment,
         capture_output=True,
@@ -43,6 +49,10 @@ def evaluated(folder: Path, home: Path, *arguments: str) -> tuple[float, list[li
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return [scores_in(home / f"{folder.name}-scores") for folder, _ in models]
+
+
+def scores_in(out: Path) -> tuple[float, list[list[float]]]:
     (results,), (samples,) = out.rglob("results_*.json"), out.rglob("samples_*.jsonl")
     rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
     scores = [[float(score) for ((score, _),) in row["resps"]] for row in rows]
@@ -52,12 +62,12 @@ def evaluated(folder: Path, home: Path, *arguments: str) -> tuple[float, list[li
 def test_a_converted_and_a_folded_smollm2(smollm2: Path, tmp_path: Path) -> None:
     converted = spikepatch.convert(str(smollm2), tmp_path / "converted", reinit="none", factor=2.0).out
     folded = spikepatch.fold(str(converted), tmp_path / "folded").out
-    accuracy, scores = evaluated(converted, tmp_path, "--trust_remote_code")
+    of_folded, (accuracy, scores) = evaluated(tmp_path, (folded, []), (converted, ["--trust_remote_code"]))
     questions = [json.loads(line) for line in (TASKS / "capitals.jsonl").read_text().splitlines()]
     model: Any = AutoModelForCausalLM.from_pretrained(folded)
     tokenizer: Any = AutoTokenizer.from_pretrained(folded)
 
-    assert evaluated(folded, tmp_path) == (accuracy, scores)
+    assert of_folded == (accuracy, scores)
     assert accuracy > 1 / 3  # chance
     eps = torch.finfo(model.dtype).eps
     assert len(scores) == len(questions) > 0

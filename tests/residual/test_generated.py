@@ -80,8 +80,9 @@ class Tally:
     features: Counter[str] = field(default_factory=Counter)
 
     def add(self, spec: Spec) -> None:
-        true = truth(spec)
-        found, why = verdict(spec)
+        true, model = truth(spec), Model(spec)
+        names = {name for name, _ in model.named_parameters()}
+        found, why = verdict(spec, model)
         is_sum = true.is_sum and true.always and not true.spare
         self.features.update(features(spec))
         if found is None:
@@ -92,22 +93,22 @@ class Tally:
         right = is_sum and found.sublayers == true.sublayers and projections == true.projections
         self.proven += right
         self.wrong += [] if right else [(spec, true, f"S = {found.sublayers}, {sorted(projections)}")]
-        covered(spec, found)
+        covered(names, found)
 
 
-def verdict(spec: Spec) -> tuple[spikepatch.ResidualMap | None, str]:
-    """The map, if it is proven for every input; else why not."""
+def verdict(spec: Spec, model: Model | None = None) -> tuple[spikepatch.ResidualMap | None, str]:
+    """The map of ``Model(spec)``, if it is proven for every input; else why not."""
     try:
-        found = spikepatch.inspect(Model(spec), example_inputs=example())
+        found = spikepatch.inspect(model or Model(spec), example_inputs=example())
     except Refused as error:
         return None, error.why
     reasons = (*found.leaks, *found.conditions)
     return (None, reasons[0]) if reasons else (found, "")
 
 
-def covered(spec: Spec, found: spikepatch.ResidualMap) -> None:
+def covered(names: set[str], found: spikepatch.ResidualMap) -> None:
     """Every parameter has a use, and only projections are said to be some."""
-    assert {use.parameter for use in found.uses} == {name for name, _ in Model(spec).named_parameters()}
+    assert {use.parameter for use in found.uses} == names
     projections = {use.parameter for use in found.uses if use.role == "projection"}
     assert projections == {p.parameter for p in found.residual_projections}
 

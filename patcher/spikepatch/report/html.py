@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -119,6 +120,7 @@ def _is_ours(path: Path) -> bool:
     return not head or MARK.encode() in head
 
 
+@functools.cache  # its templates are compiled once
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

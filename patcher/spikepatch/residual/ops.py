@@ -83,7 +83,11 @@ def op(node: object) -> str:
     """The op's bare name: ``aten.add_.Tensor`` -> ``add``; empty for anything that is not a call."""
     if not isinstance(node, Node) or node.op != "call_function":
         return ""
-    target = node.target
+    return op_name(node.target)
+
+
+def op_name(target: object) -> str:
+    """The bare name of what a node calls."""
     found = _NAMES.get(id(target))
     if found is None:
         found = _NAMES[id(target)] = (target, "getitem" if target is operator.getitem else _name(target))

@@ -33,12 +33,13 @@ from spikepatch.residual.on_meta import (
     to_meta,
     without_out,
 )
+from spikepatch.residual.ops import op_name
 from spikepatch.residual.told import LONGEST, SHORTEST, Asked, Mode, TakenFrom, Told, asking_line, told
 from spikepatch.source.meta import skeleton
 from spikepatch.source.private import TAKE_NUMBER, TorchDispatchMode, is_batched, memory, own_buffers, schema
 
 #: They answer a question about values with a truth value.
-_ASK = frozenset((torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.allclose.default))
+_ASK = (torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.allclose.default)
 #: They take numbers out of a tensor that remember where they are from; that Python makes plain; sizes.
 _TOLD = frozenset((torch.Tensor.item, torch.Tensor.tolist))
 _PLAIN = frozenset(
@@ -63,6 +64,13 @@ _NONZERO = torch.ops.aten.nonzero.default
 #: Where data says that it is, for code that asks, as for autocast.
 _CPU = torch.device("cpu")
 _DEVICE = torch.Tensor.device.__get__
+#: All that ``_Numbers`` does not just call.
+_WATCHED = frozenset(
+    (
+        *_PLAIN, *_SIZES, *_TOLD, *_ON_ONE_DEVICE, *_NUMBERS, _DEVICE, torch.Tensor.__getitem__,
+        torch.Tensor.__format__, torch.Tensor.__len__, torch.Tensor.type,
+    )
+)  # fmt: skip
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -116,7 +124,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         as_data = any(map(self.is_data, tensors))
         fed = as_data or any(map(self.is_fed, tensors)) or torch.Tag.nondeterministic_seeded in func.tags
-        if fed and (func in _ASK or (func is TAKE_NUMBER and args[0].dtype == torch.bool)):
+        if fed and (any(func is each for each in _ASK) or (func is TAKE_NUMBER and args[0].dtype == torch.bool)):
             return self.asked.answer(True if as_data else func(*args, **kwargs))
         if func is TAKE_NUMBER and as_data:
             return 1.0 if args[0].is_floating_point() else 1
@@ -182,17 +190,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _append(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if len(self.graph.nodes) > self.most:
             raise RuntimeError(f"the pass makes more than {self.most:g} calls")
-        node = self.graph.call_function(func, *mapped(self.node, (args, kwargs)))
+        node = self._call(func, *mapped(self.node, (args, kwargs)))
         node.meta["nn_module_stack"] = {self.path[-1]: (self.path[-1], nn.Module)}
         parts = enumerate(result) if isinstance(result, (tuple, list)) else ()
         for i, item in parts:
             if isinstance(item, torch.Tensor):
-                part = self.graph.call_function(operator.getitem, (node, i))
+                part = self._call(operator.getitem, (node, i), {})
                 part.meta.update(node.meta, val=item)
                 self._known[id(item)] = (item, part)
         if isinstance(result, torch.Tensor):
             node.meta["val"] = result
             self._known[id(result)] = (result, node)
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        """A node; its arguments come later, as fx would look for symbolic numbers in them, and there are none."""
+        node = self.graph.create_node("call_function", func, name=op_name(func))
+        node.args, node.kwargs = args, kwargs
+        return node
 
 
 class _Numbers(TorchFunctionMode):
@@ -209,6 +223,8 @@ class _Numbers(TorchFunctionMode):
         for value in (*args, *kwargs.values()):
             if isinstance(value, Told) and value.origin == "data":  # a product with it, say, is one with a constant
                 value.asked.take("data")
+        if func not in _WATCHED:
+            return func(*args, **kwargs)
         if func is torch.Tensor.__getitem__:
             tensor, index = args
             parts = index if isinstance(index, tuple) else (index,)

@@ -33,6 +33,7 @@ from spikepatch.source.tokenizer import PROBE, SAMPLE
 from spikepatch_transforms.embed_scale import EmbedScale
 from spikepatch_transforms.small_init import SmallInit
 from tests.architectures import tiny_config, tiny_model
+from tests.elsewhere import run_elsewhere
 from tests.folders import hashes
 
 if TYPE_CHECKING:
@@ -45,10 +46,7 @@ CODE = {"modeling_spikepatch_gpt2.py", "spikepatch_embedding.py", "spikepatch_fr
 
 def load_elsewhere(folder: Path) -> dict[str, Any]:
     """The report of ``load_converted.py``, run where spikepatch cannot be imported."""
-    script = Path(__file__).parent / "load_converted.py"
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
+    return dict(json.loads(run_elsewhere(Path(__file__).parent / "load_converted.py", str(folder))))
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
