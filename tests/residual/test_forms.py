@@ -126,3 +126,23 @@ def test_a_stream_that_begins_with_an_activation() -> None:
     example = {"sound": torch.randn(1, 8, 11), "heard": torch.ones(1, 11, dtype=torch.bool)}
     found = spikepatch.inspect(Stem().eval(), example_inputs=example)
     assert (found.proven, found.sublayers) == (True, 4)
+
+
+class Compared(nn.Module):
+    """Two texts and how alike they are: one number, of which no single tower is all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.one = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.other = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mine = self.one(one)
+        return mine.mean(1) @ self.other(other).mean(1).T, mine
+
+
+def test_the_output_of_two_towers_is_what_compares_them() -> None:
+    example = {"one": torch.randn(1, 11, 32), "other": torch.randn(1, 11, 32)}
+    traced = trace(Compared().eval(), example)
+    assert traced.output.meta["val"].shape == (1, 1)

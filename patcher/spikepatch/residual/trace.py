@@ -176,7 +176,7 @@ def _output(recorder: Recorder, result: Any) -> torch.Tensor:
     In an object whose fields have no order that says anything, the first of those that depend on the most before them.
     """
     floats = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    floats = [t for t in floats if t.numel() > 1] or floats
+    floats = [t for t in floats if t.numel() > 1 or t.ndim > 1] or floats  # one image against one text is (1, 1)
     if not floats:
         fields = [value for leaf in tree_leaves(result) for value in getattr(leaf, "__dict__", {}).values()]
         floats = [t for t in tree_leaves(fields) if isinstance(t, torch.Tensor) and t.is_floating_point()]
