@@ -125,17 +125,22 @@ def test_tables(tmp_path: Path) -> None:
         i = RECIPES.index(cell[2])
         return {
             "loss_events": str(3 * (i == 0)), "largest_excess": str(5 - i), "gradient_ratio": str(9 - i),
-            "eq15_excess_layer1": "", "sigma_start": "0.5",
+            "eq15_excess_layer1": "", "sigma_start": "0.5", "largest_gradient_ratio": "7" if i == 0 else "",
         }  # fmt: skip
 
     rows = [row(cell, **value(cell)) for name in ("gpt2", "llama") for cell in Unit("plateau", name).cells]
     lines = list(outcomes(rows))
     assert lines[0].startswith("| regime | model | recipe | lr 0.001 | lr 0.003 | lr 0.01 | events |")
-    assert lines[2] == "| plateau | gpt2 | vanilla-2304 | 4 of 4 | 4 of 4 | 4 of 4 | 36 | 5.00 / 5.00 | 0 |  |"
-    assert lines[3] == "| plateau | gpt2 | vanilla | 0 of 4 | 0 of 4 | 0 of 4 | 0 | 4.00 / 4.00 | 0 | 7.4e-07 |"
+    assert (
+        lines[2] == "| plateau | gpt2 | vanilla-2304 | 4 of 4 | 4 of 4 | 4 of 4 | 36 | 5.00 / 5.00 | 7 / 7 | 0.000 |  |"
+    )
+    assert (
+        lines[3]
+        == "| plateau | gpt2 | vanilla | 0 of 4 | 0 of 4 | 0 of 4 | 0 | 4.00 / 4.00 | 1 / 1 | 0.000 | 7.4e-07 |"
+    )
     assert len(lines) == 2 + 2 * len(RECIPES)
     few = list(outcomes([r for r in rows if r["recipe"] != "xavier" or r["lr"] == "0.003"]))
-    assert few[4] == "| plateau | gpt2 | xavier |  | 0 of 4 |  | 0 | 3.00 / 3.00 | 0 | 0.00055 |"
+    assert few[4] == "| plateau | gpt2 | xavier |  | 0 of 4 |  | 0 | 3.00 / 3.00 | 1 / 1 | 0.000 | 0.00055 |"
     draw(rows, tmp_path / "x.svg")
     drawn = (tmp_path / "x.svg").read_text(encoding="utf-8")
     assert all(drawn.count(f">{name}<") == 1 for name in (*RECIPES, "gpt2, plateau", "llama, plateau"))

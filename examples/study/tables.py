@@ -69,9 +69,9 @@ def outcomes(rows: Sequence[Row]) -> Iterator[str]:
     rates = sorted({row["lr"] for row in rows}, key=float)
     yield (
         f"| regime | model | recipe | {' | '.join(f'lr {lr}' for lr in rates)} | events |"
-        " excess, median / largest, nats | runs with a gradient event | p |"
+        " excess, median / largest, nats | gradient peak, median / largest | held-out loss | p |"
     )
-    yield f"|{'---|' * (7 + len(rates))}"
+    yield f"|{'---|' * (8 + len(rates))}"
     for (regime, architecture), cell in groups(rows, "regime", "architecture").items():
         by_recipe = groups(cell, "recipe")
         base = by_recipe.get((RECIPES[0],), [])
@@ -79,12 +79,14 @@ def outcomes(rows: Sequence[Row]) -> Iterator[str]:
             by_rate = groups(own, "lr")
             shares = [f"{_hit(by_rate[lr,])} of {len(by_rate[lr,])}" if (lr,) in by_rate else "" for lr in rates]
             sizes = [excess(row) for row in own]
+            peaks = [float(row["largest_gradient_ratio"] or 1) for row in own]
             p = f"{fisher(_hit(own), len(own), _hit(base), len(base)):.2g}" if base and recipe != RECIPES[0] else ""
             yield (
                 f"| {regime} | {architecture} | {recipe} | {' | '.join(shares)} |"
                 f" {sum(int(row['loss_events']) for row in own)} |"
                 f" {statistics.median(sizes):.2f} / {max(sizes):.2f} |"
-                f" {sum(int(row['gradient_events']) > 0 for row in own)} | {p} |"
+                f" {statistics.median(peaks):.3g} / {max(peaks):.3g} |"
+                f" {statistics.fmean(float(row['held_out_loss']) for row in own):.3f} | {p} |"
             )
 
 

@@ -280,10 +280,8 @@ class _Naming:
         normed = {node for output, norm in norms.items() if output in stream for node in self._ends(norm.input)}
         post = {s for t, s in terms if self._behind_gains(t.reads) in norms or addition(self.stream, t) in normed}
         behind = {s for t, s in terms if addition(self.stream, t) in normed}
-        if len(behind) > 1 and behind.issuperset(
-            self.sublayer
-        ):  # whatever else is normed, these make the stream's size
-            return "post-norm"
+        if len(behind) > 1 and behind >= {*self.sublayer}:
+            return "post-norm"  # whatever else is normed, these make the stream's size
         found: set[Placement] = set()
         for projection in projections:
             s = projection.sublayer
