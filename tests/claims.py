@@ -167,7 +167,7 @@ CLAIMS = (
 #: Figures that take longer, or another machine.
 LONGER = {
     "spikes of the demonstration (README, docs/results.md)": "python examples/spikes_on_a_cpu.py",
-    "the study (docs/results.md)": "python examples/study/study.py, then python examples/study/tables.py",
+    "the study (docs/study.md)": "python examples/study/study.py, then python examples/study/tables.py",
     "what loads (docs/loads.md)": "python -m tests.sweep",
     "drawn architectures (docs/architectures.md)": "python -m tests.residual.test_generated 2000 1000",
     "training against a bare loop (docs/benchmarks.md)": "python -m tests.benchmarks.bench_train small large bf16",

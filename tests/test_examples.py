@@ -117,7 +117,7 @@ def test_the_results_are_the_studys() -> None:
     found = [tuple(r[key] for key in COLUMNS[:5]) for r in rows]
     assert len(set(found)) == len(found)
     assert set(found) <= wanted == {tuple(r[key] for key in COLUMNS[:5]) for r in read(TURNS)}
-    assert text(rows) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert text(rows) in (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
 
 
 def test_tables(tmp_path: Path) -> None:

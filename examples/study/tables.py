@@ -1,4 +1,4 @@
-"""The study as tables: python examples/study/tables.py [--write], which also writes docs/results.md and the picture."""
+"""The study as tables: python examples/study/tables.py [--write], which also writes docs/study.md and the picture."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def text(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     rows = read(RESULTS)
-    found, page = text(with_turns(rows, read(TURNS))), RESULTS.parents[2] / "docs" / "results.md"
+    found, page = text(with_turns(rows, read(TURNS))), RESULTS.parents[2] / "docs" / "study.md"
     if sys.argv[1:] == ["--write"]:
         before, rest = page.read_text(encoding="utf-8").split(BEGIN)
         page.write_text(before + found + rest.split(f"{END}\n")[1], encoding="utf-8")
