@@ -149,11 +149,11 @@ def test_tables(tmp_path: Path) -> None:
     )
     assert sum("turn" in r for r in turned) == 2 * 3 * 15
     head, _, flat, none, ratio, _, turn, _ = correlations(turned)
-    assert head.startswith("| known before training | gpt2, 15 cells | others, 15 cells |")
+    assert head.startswith("| known before training | gpt2, 15 cells | gpt2, plateau | others, 15 cells |")
     assert flat.startswith("| 1 / std of the stream |  |  |")
     assert none.startswith("| Eq. 15 excess |  |  |  |")
-    assert ratio.startswith("| gradient ratio | 0.71 | 0.71 |")
-    assert turn.startswith("| turn (the less, the more) | 0.71 | 0.71 |")
+    assert ratio.startswith("| gradient ratio | 0.71 | 0.71 | 0.71 |")
+    assert turn.startswith("| turn (the less, the more) | 0.71 | 0.71 | 0.71 |")
     assert list(correlations(rows[: len(rows) // 2])) == []  # nothing but what it is chosen on
     assert list(correlations([r for r in rows if r["seed"] == str(STUDIED[0])])) == []  # one seed
 

@@ -5,7 +5,7 @@
 GPT-2 and Llama x five recipes x three learning rates x four seeds, on digits (a plateau, clipped at 1) and on the
 sources of Python's standard library (not clipped); then a parallel-block, a branch-norm and a Mamba type. Models of one
 structure are trained side by side by a loop of plain PyTorch (``vmap`` over models, each with its own rate and its
-seed's batches), so that all of it takes an hour and a half of one CPU core; those of a seed see the same batches.
+seed's batches), so that all of it takes two hours of one CPU core; those of a seed see the same batches.
 spikepatch draws the weights and judges the curves. results.csv beside this file gets the rows of an architecture in a
 regime when all of its recipes are trained.
 """

@@ -85,9 +85,13 @@ def outcomes(rows: Sequence[Row]) -> Iterator[str]:
                 f"| {regime} | {architecture} | {recipe} | {' | '.join(shares)} |"
                 f" {sum(int(row['loss_events']) for row in own)} |"
                 f" {statistics.median(sizes):.2f} / {max(sizes):.2f} |"
-                f" {statistics.median(peaks):.3g} / {max(peaks):.3g} |"
+                f" {_times(statistics.median(peaks))} / {_times(max(peaks))} |"
                 f" {statistics.fmean(float(row['held_out_loss']) for row in own):.3f} | {p} |"
             )
+
+
+def _times(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _hit(rows: Sequence[Row]) -> int:
@@ -102,24 +106,21 @@ def correlations(rows: Sequence[Row]) -> Iterator[str]:
     the latter, and within each regime of the others alone: whether spikes come hangs on the regime, which none knows.
     """
     cells = [own for own in groups(rows, "regime", "architecture", "recipe", "lr").values() if len(own) >= _SEEDS]
-    halves = {
-        first: [own for own in cells if (own[0]["architecture"] == CHOSEN_ON) is first] for first in (True, False)
-    }
+    halves = {on: [own for own in cells if (own[0]["architecture"] == CHOSEN_ON) is on] for on in (True, False)}
     if min(map(len, halves.values())) < _LEAST:
         return
-    regimes = sorted({own[0]["regime"] for own in halves[False]})
-    yield (
-        f"| known before training | {CHOSEN_ON}, {len(halves[True])} cells | others, {len(halves[False])} cells |"
-        f" 95 % interval | {' | '.join(f'others, {regime}' for regime in regimes)} |"
-    )
-    yield f"|---|{'---|' * (3 + len(regimes))}"
+    parts = {}
+    for on, name in ((True, CHOSEN_ON), (False, "others")):
+        parts[f"{name}, {len(halves[on])} cells"] = halves[on]
+        for (regime,), own in groups([row for cell in halves[on] for row in cell], "regime").items():
+            parts[f"{name}, {regime}"] = [*groups(own, "architecture", "recipe", "lr").values()]
+    yield f"| known before training | {' | '.join(parts)} | 95 % interval, others |"
+    yield f"|{'---|' * (2 + len(parts))}"
     for name, known in PREDICTORS.items():
-        chosen, told = (_pairs(halves[on], known) for on in (True, False))
-        within = [_pairs([own for own in halves[False] if own[0]["regime"] == regime], known) for regime in regimes]
-        known_there = not math.isnan(correlation(told))
-        between = " to ".join(map(_number, interval(told))) if known_there else ""
-        figures = [_number(correlation(pairs)) for pairs in (chosen, told, *within)]
-        yield f"| {name} | {' | '.join([*figures[:2], between, *figures[2:]])} |"
+        figures = [_number(correlation(_pairs(part, known))) for part in parts.values()]
+        told = _pairs(halves[False], known)
+        between = " to ".join(map(_number, interval(told))) if not math.isnan(correlation(told)) else ""
+        yield f"| {name} | {' | '.join(figures)} | {between} |"
 
 
 def _number(value: float) -> str:
