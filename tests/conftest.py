@@ -216,7 +216,7 @@ def oldest_python(floors: dict[str, str]) -> Path:
         for name in {file.parts[0] for file in ours.files or () if file.parts[0] != ".."}:
             (packages / name).symlink_to(Path(str(ours.locate_file(name))))
         unconstrained = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
-        install = [str(out / "bin/python"), "-m", "pip", "install", "--quiet", "--no-compile"]
+        install = [str(out / "bin/python"), "-m", "pip", "install", "--quiet"]
         subprocess.run([*install, *wanted], env=unconstrained, check=True)
 
     digest = hashlib.sha256(" ".join(wanted).encode()).hexdigest()[:8]

@@ -335,6 +335,16 @@ def gradients(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> set
     return {name for name, grad in found.items() if bool(grad.ne(0).any())}
 
 
+def must_have(model: PreTrainedModel) -> set[str]:
+    """What the made-up inputs hold where ids alone do not do."""
+    ids = torch.arange(5, 9).unsqueeze(0)
+    try:
+        model(input_ids=ids)
+    except Exception:  # whatever a forward pass raises
+        return set(full_example(model))
+    return set()
+
+
 def example(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     config = model.config.get_text_config()
     shape = (getattr(config, "num_codebooks", 1), 12)
@@ -343,7 +353,8 @@ def example(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(1)
     whole = full_example(model)  # what the map was made with, in values of our own
-    if any(given.is_floating_point() and given.ndim != 3 for given in whole.values()):  # patches: the ids have places
+    own = [name for name, given in whole.items() if given.is_floating_point() and not name.endswith("states")]
+    if any(whole[name].ndim != 3 or name in must_have(model) for name in own):  # patches: the ids have places
         drawn = torch.Generator().manual_seed(2)
         return {
             name: torch.randn(given.shape, generator=drawn).to(model.dtype) if given.is_floating_point() else given

@@ -55,16 +55,21 @@ def forms(model: nn.Module) -> Iterator[Arguments]:
         *([*needed, n] for n in others),
         [*needed, *others],
     ]
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     count = 0
     for names in dict.fromkeys(map(tuple, choices)):
         for parts in itertools.product(*(_FORMS[name](config, name, parameters.keys()) for name in names)):
             joined = both | {name: value for part in parts for name, value in part.items()}
-            every = {name: value for name, value in joined.items() if name in parameters}
+            every = {name: _as(value, dtype) for name, value in joined.items() if name in parameters}
             bare = {name: value for name, value in every.items() if name in must or name in names or name in both}
             for inputs in [bare] if bare.keys() == every.keys() else [bare, every]:
                 if inputs and must <= inputs.keys() and count < _MOST:
                     count += 1
                     yield inputs
+
+
+def _as(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def check_forward(model: nn.Module) -> None:

@@ -277,9 +277,11 @@ class _Naming:
         reads_normed = {
             s for t, s in terms for n in t.interior if n in norms and behind_views(norms[n].input) in stream
         }
-        normed = {node for output, norm in norms.items() if output in stream for node in self._ends(norm.input)}
+        ends = [set(self._ends(norm.input)) for output, norm in norms.items() if output in stream]
+        normed = set[Node]().union(*ends)
         post = {s for t, s in terms if self._behind_gains(t.reads) in norms or addition(self.stream, t) in normed}
-        behind = {s for t, s in terms if addition(self.stream, t) in normed}
+        each = ({s for t, s in terms if addition(self.stream, t) in end} for end in ends)
+        behind = {s for own in each if len(own) == 1 for s in own}
         if len(behind) > 1 and behind >= {*self.sublayer}:
             return "post-norm"  # whatever else is normed, these make the stream's size
         found: set[Placement] = set()
