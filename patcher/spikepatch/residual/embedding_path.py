@@ -169,8 +169,8 @@ def _check_buffers(trace: Trace, stream: Stream) -> None:
 
 def _size(values: torch.Tensor) -> float:
     """Root mean square of what is not zero: rows of padding are no part of an embedding."""
-    held = values[values != 0]
-    return float(held.square().mean().sqrt()) if held.numel() else 0.0
+    count = int(torch.count_nonzero(values))
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) / math.sqrt(count) if count else 0.0
 
 
 def _kind(trace: Trace, table: Node) -> Literal["token", "position", "type"]:

@@ -5,6 +5,7 @@ values carry the residual stream. Each is computed in a single pass in execution
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -27,6 +28,7 @@ class Facts:
         inputs: of these nodes -> the inputs that they are computed from, as data.
         forms: what parts of the graph compute, as far as it was measured; another pass of the model may know it.
         norm_at: nodes that are a norm's output -> the norm.
+        normed: what norms read -> their outputs.
         carries: nodes that carry the stream -> the operands through which they do.
     """
 
@@ -41,6 +43,9 @@ class Facts:
         self._data: dict[Node, list[Node]] = {}
         self.inputs: dict[Node, frozenset[Node]] = self._inputs_of_data()
         self.norm_at: dict[Node, NormNode] = norms(trace, self.data, self.varies, self.weight, self.forms)
+        self.normed: dict[Node, list[Node]] = defaultdict(list)
+        for output, norm in self.norm_at.items():
+            self.normed[norm.input].append(output)
         self.carries: dict[Node, list[Node]] = self._carriers(None)
 
     def rooted(self, root: Node) -> Facts:

@@ -86,16 +86,29 @@ def _run(model: nn.Module, graph: Trace, stream: Stream, wanted: torch.fx.Node, 
 
 
 def own_values(model: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """What the architecture's own initialiser makes of these parameters, as far as it writes them; in float32."""
+    """What the architecture's own initialiser makes of these parameters, as far as it writes them; in float32.
+
+    A gain may stand beside a table of gigabytes: only what is asked for gets memory, unless others of its module are
+    needed for it.
+    """
     if not names:
         return {}
+    try:
+        return _made(model, names, names)
+    except RuntimeError:  # it is made of what has no values
+        modules = {name.rpartition(".")[0] for name in names}
+        return _made(model, names, [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in modules])
+
+
+def _made(model: nn.Module, names: Collection[str], held: Collection[str]) -> dict[str, torch.Tensor]:
+    """The same; ``held`` have memory while it runs."""
     twin: Any = skeleton(model).float()
     for module in twin.modules():
         unmark_initialised(module)
-    for module in {twin.get_submodule(name.rpartition(".")[0]) for name in names}:
-        module.to_empty(device="cpu", recurse=False)
-        for parameter in module.parameters(recurse=False):
-            nn.init.constant_(parameter, float("nan"))
+    for name in held:
+        path, _, leaf = name.rpartition(".")
+        empty = torch.full_like(twin.get_parameter(name), float("nan"), device="cpu")
+        twin.get_submodule(path).register_parameter(leaf, nn.Parameter(empty))
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if hasattr(twin, "initialize_weights"):

@@ -39,15 +39,15 @@ def redirect_writes(graph: Graph) -> None:
 
 
 class _Memory:
-    """``view_of``: of a node, the first one that had its memory. ``held``: of that, all that have had it since; the
-    last holds its value. ``family``: all views of one tensor, each behind what it is a view of.
+    """``view_of``: of a node, the first one that had its memory. ``held``: of that, the last one, which holds its value
+    and which all that stands behind reads. ``family``: all views of one tensor, each behind what it is a view of.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.order = {node: float(i) for i, node in enumerate(graph.nodes)}
         self.view_of: dict[Node, Node] = {}
-        self.held: dict[Node, list[Node]] = defaultdict(list)
+        self.held: dict[Node, Node] = {}
         self.family: dict[Node, list[Node]] = defaultdict(list)
         self.made: list[Node] = []
 
@@ -61,7 +61,7 @@ class _Memory:
             elif _is_view(node):
                 self.known(first)
                 self.view_of[node] = node
-                self.held[node].append(node)
+                self.held[node] = node
                 self.family[self.root(node)].append(node)
         for node in reversed(self.made):
             if not node.users:
@@ -72,8 +72,7 @@ class _Memory:
 
     def known(self, node: Node) -> Node:
         if node not in self.view_of:
-            self.view_of[node] = node
-            self.held[node].append(node)
+            self.view_of[node] = self.held[node] = node
             self.family[node].append(node)
         return self.view_of[node]
 
@@ -98,22 +97,39 @@ class _Memory:
             latest = self._put_back(node, inner, target, changed[inner])
             changed[target] = latest
             inner = target
-        for other in self.family[self.root(written)]:
+        family = self.family[self.root(written)]
+        wanted = self._read_behind(node, family)
+        for other in family:
+            if other in changed or other not in wanted:
+                continue
             around = self.parent(other)
-            if other not in changed and around in changed and not self._apart(other, written):
+            if around in changed and not self._apart(other, written):
                 again: tuple[Any, Any, Any] = (other.target, (changed[around], *other.args[1:]), other.kwargs)
                 if op(other) == "as_strided":  # by places in memory, which is another one now
-                    again = (overwritten, (self.held[other][-1], changed[around]), {})
+                    again = (overwritten, (self.held[other], changed[around]), {})
                 changed[other] = self._insert(node, *again, like=other)
         own = {node, *self.made[before:]}
         for other, value in changed.items():
-            for alias in self.held[other]:
-                for user in [u for u in alias.users if self.order.get(u, -1.0) > self.order[node]]:
-                    if user not in own:
-                        user.replace_input_with(alias, value)
-            self.held[other].append(value)
+            for user in self._behind(node, other):
+                if user not in own:
+                    user.replace_input_with(self.held[other], value)
+            self.held[other] = value
             self.view_of[value] = other
         _make_functional(self.graph, node)
+
+    def _behind(self, write: Node, view: Node) -> list[Node]:
+        """What stands behind the write and reads the view."""
+        return [user for user in self.held[view].users if self.order.get(user, -1.0) > self.order[write]]
+
+    def _read_behind(self, write: Node, family: list[Node]) -> set[Node]:
+        """The views that are read behind the write, and what they are views of: no other needs its new value."""
+        found: set[Node] = set()
+        for view in reversed(family):
+            if view in found or self._behind(write, view):
+                found.add(view)
+                if (parent := self.parent(view)) is not None:
+                    found.add(parent)
+        return found
 
     def _insert(self, write: Node, target: Any, args: tuple[Any, ...], kwargs: Any = None, *, like: Node) -> Node:
         """A call behind ``write`` and what was inserted there before; its value is of the shape of ``like``'s."""
@@ -127,7 +143,7 @@ class _Memory:
 
     def _put_back(self, write: Node, inner: Node, outer: Node, value: Node) -> Node:
         """The value of ``outer``, where its view ``inner`` is ``value``."""
-        before, name, args = self.held[outer][-1], op(inner), inner.args[1:]
+        before, name, args = self.held[outer], op(inner), inner.args[1:]
         if (name in _IN_ORDER or name == "getitem") and math.prod(shape(inner)) == math.prod(shape(outer)):
             return self._insert(write, _ATEN.reshape.default, (value, list(shape(outer))), like=outer)
         inverse = {"transpose": _ATEN.transpose.int, "t": _ATEN.t.default, "permute": _ATEN.permute.default}

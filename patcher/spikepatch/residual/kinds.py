@@ -90,20 +90,19 @@ def steps(facts: Facts, term: Node, matmul: Node) -> list[Node]:
         norm = facts.norm_at.get(node)
         return [norm.input] if norm is not None else facts.data(node)
 
-    behind: set[Node] = set()
-    todo = [term]
+    behind, todo = {matmul}, [matmul]
     while todo:
         node = todo.pop()
-        if node not in behind and facts.order[node] > facts.order[matmul]:
-            behind.add(node)
-            todo.extend(before(node))
-    found = [matmul]
-    on_way = {matmul}
-    for node in sorted(behind, key=facts.order.__getitem__):
-        if any(a in on_way for a in before(node)):
-            on_way.add(node)
-            found.append(node)
-    return found[1:]
+        for reader in (*node.users, *facts.normed.get(node, ())):
+            if reader not in behind and facts.order[reader] <= facts.order[term] and node in before(reader):
+                behind.add(reader)
+                todo.append(reader)
+    on_way, todo = {term} & behind, [term]
+    while todo:
+        more = behind.intersection(before(todo.pop())) - on_way
+        on_way |= more
+        todo.extend(more)
+    return sorted(on_way - {matmul}, key=facts.order.__getitem__)
 
 
 def between(stream: Stream, term: Term, matmul: Node, times: float) -> tuple[Between, ...]:

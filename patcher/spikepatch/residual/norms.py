@@ -94,7 +94,7 @@ def norms(
         ):  # a cast or a gain before the norm is no part of it
             key = _form(part, weight, trace.asked.length)
             if key not in known:
-                known[key] = _measured(trace, part)
+                known[key] = None if _is_polynomial(part) else _measured(trace, part)
             nearer = found.get(node)
             if (result := known[key]) is not None and (nearer is None or part.further or result[0] != nearer.kind):
                 found[node] = NormNode(node, part.x, *result, _factor(part, weight))
@@ -133,6 +133,12 @@ def _is_closed(part: _Part, varies: Set[Node]) -> bool:
     own = {part.x, *part.nodes}
     read = (operands(node)[:1] if op(node) in ops.LIKE_SECOND else operands(node) for node in part.nodes)
     return all(a in own or a not in varies for arguments in read for a in arguments)
+
+
+def _is_polynomial(part: _Part) -> bool:
+    """It divides by nothing that hangs on ``x``. So it is no norm, which is as large for 100 ``x`` as for ``x``."""
+    own = {part.x, *part.nodes}
+    return all(op(n) in ops.POLYNOMIAL or (op(n) == "div" and n.args[1] not in own) for n in part.nodes)
 
 
 def _axes(x: Node) -> tuple[int, ...]:

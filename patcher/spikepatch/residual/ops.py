@@ -47,6 +47,8 @@ MATMULS = frozenset(
     "linear addmm mm matmul bmm baddbmm mv dot einsum _grouped_mm grouped_mm grouped_mm_fallback".split()
 )
 CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution conv_transpose1d".split())
+# Polynomials of all tensor arguments taken together.
+POLYNOMIAL = (LINEAR_FIRST | JOINS | MATMULS | CONVOLUTIONS | {"mul", "square"}) - {"scatter_reduce"}
 # They read their second tensor's shape or dtype only.
 LIKE_SECOND = frozenset("type_as view_as expand_as".split())
 # Rows of the first tensor are replaced by other values.
@@ -83,7 +85,8 @@ def op(node: object) -> str:
     """The op's bare name: ``aten.add_.Tensor`` -> ``add``; empty for anything that is not a call."""
     if not isinstance(node, Node) or node.op != "call_function":
         return ""
-    return op_name(node.target)
+    found = _NAMES.get(id(node.target))
+    return found[1] if found is not None else op_name(node.target)
 
 
 def op_name(target: object) -> str:

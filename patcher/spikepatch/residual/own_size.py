@@ -8,6 +8,7 @@ running what stands between on random products and on larger ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -33,6 +34,12 @@ _TOLERANCE, _SHARE = 1e-2, 0.01
 #: Of the largest value: the rounding of a few products in float32.
 _EXACT = 1e-5
 
+#: Values that a factor is taken from; all the others are compared with it.
+_ENOUGH = 1 << 20
+
+#: Numbers that are drawn at most; a prime, so that no width divides it.
+_DRAWN = 1_000_003
+
 
 def product_with_itself(facts: Facts, term: Term) -> Node | None:
     """The first place where a projection's product is multiplied with, or divided by, something computed from it."""
@@ -56,19 +63,26 @@ def _runs(facts: Facts, term: Term) -> Callable[[float], tuple[torch.Tensor, tor
             if op(node) in ops.ADDS and operand not in facts.varies and shape(operand):
                 held[operand] = torch.zeros(shape(operand))  # a bias
             elif operand in facts.varies and floating(operand):
-                held[operand] = torch.randn(shape(operand), generator=generator)
+                held[operand] = _drawn(operand, generator)
             elif isinstance(value := operand.meta.get("val"), torch.Tensor) and not value.is_meta:
                 held[operand] = value
     in_order = sorted(matmuls, key=facts.order.__getitem__)
-    products = {node: torch.randn(shape(node), generator=generator) for node in in_order}
+    products = {node: _drawn(node, generator) for node in in_order}
     seeds = dict.fromkeys(facts.trace.inputs, 0)
 
     def added(size: float) -> tuple[torch.Tensor, torch.Tensor]:
-        values = held | {node: size * product for node, product in products.items()}
+        values = held | {node: size * product if size != 1 else product for node, product in products.items()}
         result: torch.Tensor = run(facts.trace, [term.node], values, seeds)[term.node]
         return products[in_order[0]], result
 
     return added
+
+
+def _drawn(node: Node, generator: torch.Generator) -> torch.Tensor:
+    """Numbers for a node; where they are very many, the first ones come again, and not at the same places of a row."""
+    count = math.prod(shape(node))
+    few = torch.randn(min(count, _DRAWN), generator=generator)
+    return few.repeat(-(-count // _DRAWN))[:count].reshape(shape(node))
 
 
 def growth(facts: Facts, term: Term) -> Growth:
@@ -111,9 +125,10 @@ def constant_factor(facts: Facts, term: Term) -> float | None:
         return None
     if product.numel() != added.numel() or not product.numel():  # an expert that no token chose has no rows
         return None
-    product, added = product.flatten().double(), added.flatten().double()
-    factor = float(product @ added / (product @ product))
-    difference = float((added - factor * product).abs().max())
+    product, added = product.flatten(), added.flatten().float()
+    first, then = product[:_ENOUGH].double(), added[:_ENOUGH].double()
+    factor = float(first @ then / (first @ first))
+    difference = float((added - factor * product).abs_().max())
     return factor if difference <= _EXACT * float(added.abs().max()) else None
 
 

@@ -163,6 +163,10 @@ for _kind, _base in ((ToldInt, int), (ToldFloat, float)):
         setattr(_kind, _name, _asking)
 
 
+#: Where this package and torch are.
+_OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+
+
 def asking_line() -> str:
     """Where the innermost code stands that is no part of torch or of this package."""
     frame: FrameType | None = sys._getframe(1)
@@ -173,4 +177,4 @@ def asking_line() -> str:
 
 def is_ours(file: str) -> bool:
     """The file is torch's or this package's, and no part of a model."""
-    return file.startswith((str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)))
+    return file.startswith(_OURS)
