@@ -1,6 +1,6 @@
 """Loss spikes on two CPU cores, and a patch that they do not come with.
 
-    python examples/spikes_on_a_cpu.py            # 15 trainings, two at a time; 16 minutes of processor
+    python examples/spikes_on_a_cpu.py            # 15 trainings, two at a time: 6 to 10 minutes
     python examples/spikes_on_a_cpu.py --arms vanilla-2304,vanilla,xavier,scaled-embed,embed-ln
     python examples/spikes_on_a_cpu.py --smoke    # seconds: does it run?
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -45,6 +45,10 @@ WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
 }
 
 
+#: Seeds that write into windows of transposed views.
+WINDOWS = (2184, 2492)
+
+
 class Written(nn.Module):
     """Views of one tensor, each maybe a view of another, written and read in an order that is drawn."""
 
@@ -78,10 +82,10 @@ class Written(nn.Module):
         return torch.stack([*read, *(view.sum() for view in views), x.square().sum()])
 
 
-@pytest.mark.parametrize("block", range(4))
-def test_the_same_values(block: int) -> None:
+@pytest.mark.parametrize("seeds", [range(block, block + 25) for block in range(0, 100, 25)] + [WINDOWS])
+def test_the_same_values(seeds: Sequence[int]) -> None:
     wrote = 0
-    for seed in range(block * 25, block * 25 + 25):
+    for seed in seeds:
         torch.manual_seed(seed)
         model, ids = Written(seed), torch.arange(6)[None]
         wanted = model(ids)
@@ -90,7 +94,7 @@ def test_the_same_values(block: int) -> None:
         values = _values(model, graph, ids)
         torch.testing.assert_close(values, wanted, rtol=1e-6, atol=1e-6, msg=f"seed {seed}: {model.plan}")
         wrote += any(kind == "write" for kind, _, _ in model.plan)
-    assert wrote > 15
+    assert wrote > len(seeds) / 2
 
 
 def _values(model: nn.Module, graph: torch.fx.Graph, ids: Tensor) -> Tensor:

@@ -159,12 +159,9 @@ class _Memory:
         if name == "getitem" and isinstance(cut := inner.args[0], Node) and op(cut) in _CUTS:
             return self._insert(write, *_into_cut(cut, args[0], before, value, shape(outer)), like=outer)
         whole, part = (node.meta.get("val") for node in (outer, inner))
-        if isinstance(whole, torch.Tensor) and isinstance(part, torch.Tensor) and whole.is_contiguous():
-            place = (part.shape, part.stride(), part.storage_offset() - whole.storage_offset())
-            rows = torch.arange(whole.numel()).as_strided(*place).flatten()
-            if int(rows.bincount().max()) == 1:  # no element is written twice
-                alone = self._insert(write, _ATEN.clone.default, (before,), _ALONE, like=outer)
-                return self._insert(write, _ATEN.as_strided_scatter.default, (alone, value, *place), like=outer)
+        if isinstance(whole, torch.Tensor) and isinstance(part, torch.Tensor) and (place := _place(whole, part)):
+            alone = self._insert(write, _ATEN.clone.default, (before,), _ALONE, like=outer)
+            return self._insert(write, _ATEN.as_strided_scatter.default, (alone, value, *place), like=outer)
         return self._insert(write, overwritten, (before, value), like=outer)
 
     def _apart(self, view: Node, written: Node) -> bool:
@@ -186,6 +183,31 @@ def _is_view(node: Node) -> bool:
         return op(node.args[0]) in _CUTS
     known = schema(node.target)
     return known is not None and any(part.alias_info is not None for part in known.returns)
+
+
+def _place(whole: torch.Tensor, part: torch.Tensor) -> tuple[list[int], list[int], int] | None:
+    """Shape, strides and offset of ``part``, a view of ``whole``, in a copy of that in the order of its elements; None
+    where there are none, or an element is in ``part`` or in ``whole`` twice.
+    """
+    count = torch.arange(whole.numel())
+    places = torch.empty_strided(whole.shape, whole.stride(), dtype=count.dtype).copy_(count.reshape(whole.shape))
+    rows = places.as_strided(part.shape, part.stride(), part.storage_offset() - whole.storage_offset())
+    if not rows.numel() or not torch.equal(places.flatten(), count):
+        return None
+    first, *seconds = (int(rows[at]) for at in _corner_and_next(rows.shape))
+    strides = [second - first for second in seconds]
+    last = first + sum(stride * (size - 1) for stride, size in zip(strides, rows.shape, strict=True))
+    if min(strides, default=0) < 0 or last >= len(count):
+        return None
+    steady = torch.equal(rows, count.as_strided(rows.shape, strides, first))
+    return (list(rows.shape), strides, first) if steady and int(rows.flatten().bincount().max()) == 1 else None
+
+
+def _corner_and_next(size: torch.Size) -> Iterator[tuple[int, ...]]:
+    """The first place, and along each axis the second one, if there is one."""
+    yield (0,) * len(size)
+    for axis, count in enumerate(size):
+        yield tuple(int(at == axis and count > 1) for at in range(len(size)))
 
 
 def _into_cut(cut: Node, part: Any, before: Node, value: Node, outer: tuple[int, ...]) -> tuple[Any, tuple[Any, ...]]:
