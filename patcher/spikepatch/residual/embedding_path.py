@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from spikepatch.errors import Refused
 from spikepatch.residual.execute import ROWS, needed_for, run
+from spikepatch.residual.multipliers import times_parameter
 from spikepatch.residual.ops import LOOKUPS, op, operands, place, shape, table_of
 from spikepatch.residual.stream import Stream
 from spikepatch.residual.trace import Trace
@@ -108,6 +109,7 @@ def measure(trace: Trace, stream: Stream, known: Mapping[Node, torch.Tensor]) ->
         )
         if not linear and not normed and math.isclose(_size(at_three), 3 * size, rel_tol=_NEARLY):
             linear, scale = True, size / _size(looked_up)
+        scale *= times_parameter(stream.facts, table_of(lookup)) if linear else 1.0
         result[lookup] = Measured(kind, float(f"{scale:.6g}"), not linear, linear or normed)
     return result
 

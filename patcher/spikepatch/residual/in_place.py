@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from spikepatch.residual.on_meta import functional
 from spikepatch.residual.ops import op, shape, writes
 from spikepatch.source.private import schema
 
@@ -23,7 +24,7 @@ _ATEN = torch.ops.aten
 #: Views that keep the order of the elements, where they keep all; and those whose result is a list of parts.
 _IN_ORDER = frozenset("view _unsafe_view unsqueeze squeeze flatten unflatten slice narrow alias detach".split())
 #: With memory of its own, in the order of the elements.
-_ALONE = {"memory_format": torch.contiguous_format}
+_ALONE: dict[str, Any] = {"memory_format": torch.contiguous_format}
 _CUTS = frozenset("split split_with_sizes chunk unbind".split())
 
 
@@ -69,6 +70,8 @@ class _Memory:
         for node in self.graph.nodes:
             if node.target is _ATEN.view.default:  # what it reads may lie in memory in another order now
                 node.target = _ATEN.reshape.default
+            elif node.target is _ATEN.as_strided.default:
+                _take_from_a_copy(self.graph, node)
 
     def known(self, node: Node) -> Node:
         if node not in self.view_of:
@@ -104,9 +107,7 @@ class _Memory:
                 continue
             around = self.parent(other)
             if around in changed and not self._apart(other, written):
-                again: tuple[Any, Any, Any] = (other.target, (changed[around], *other.args[1:]), other.kwargs)
-                if op(other) == "as_strided":  # by places in memory, which is another one now
-                    again = (overwritten, (self.held[other], changed[around]), {})
+                again = (other.target, (changed[around], *other.args[1:]), other.kwargs)
                 changed[other] = self._insert(node, *again, like=other)
         own = {node, *self.made[before:]}
         for other, value in changed.items():
@@ -160,8 +161,10 @@ class _Memory:
             return self._insert(write, *_into_cut(cut, args[0], before, value, shape(outer)), like=outer)
         whole, part = (node.meta.get("val") for node in (outer, inner))
         if isinstance(whole, torch.Tensor) and isinstance(part, torch.Tensor) and (place := _place(whole, part)):
-            alone = self._insert(write, _ATEN.clone.default, (before,), _ALONE, like=outer)
-            return self._insert(write, _ATEN.as_strided_scatter.default, (alone, value, *place), like=outer)
+            rows = torch.arange(whole.numel()).as_strided(*place)
+            if int(rows.flatten().bincount().max()) == 1:  # no element is written twice
+                alone = self._insert(write, _ATEN.clone.default, (before,), _ALONE, like=outer)
+                return self._insert(write, _ATEN.as_strided_scatter.default, (alone, value, *place), like=outer)
         return self._insert(write, overwritten, (before, value), like=outer)
 
     def _apart(self, view: Node, written: Node) -> bool:
@@ -187,20 +190,36 @@ def _is_view(node: Node) -> bool:
 
 def _place(whole: torch.Tensor, part: torch.Tensor) -> tuple[list[int], list[int], int] | None:
     """Shape, strides and offset of ``part``, a view of ``whole``, in a copy of that in the order of its elements; None
-    where there are none, or an element is in ``part`` or in ``whole`` twice.
+    where there are none, ``part`` reaches beyond it, or an element is in ``whole`` twice.
     """
     count = torch.arange(whole.numel())
     places = torch.empty_strided(whole.shape, whole.stride(), dtype=count.dtype).copy_(count.reshape(whole.shape))
-    rows = places.as_strided(part.shape, part.stride(), part.storage_offset() - whole.storage_offset())
-    if not rows.numel() or not torch.equal(places.flatten(), count):
+    begin = part.storage_offset() - whole.storage_offset()
+    end = begin + sum(stride * (size - 1) for stride, size in zip(part.stride(), part.shape, strict=True))
+    if not part.numel() or not 0 <= begin <= end < places.untyped_storage().nbytes() // count.element_size():
+        return None
+    rows = places.as_strided(part.shape, part.stride(), begin)
+    if not torch.equal(places.flatten(), count):
         return None
     first, *seconds = (int(rows[at]) for at in _corner_and_next(rows.shape))
     strides = [second - first for second in seconds]
     last = first + sum(stride * (size - 1) for stride, size in zip(strides, rows.shape, strict=True))
     if min(strides, default=0) < 0 or last >= len(count):
         return None
-    steady = torch.equal(rows, count.as_strided(rows.shape, strides, first))
-    return (list(rows.shape), strides, first) if steady and int(rows.flatten().bincount().max()) == 1 else None
+    place = list(rows.shape), strides, first
+    return place if torch.equal(rows, count.as_strided(*place)) else None
+
+
+def _take_from_a_copy(graph: Graph, node: Node) -> None:
+    """A view by places in memory, where that is another one now: by the same elements' places in a copy."""
+    viewed = node.args[0]
+    assert isinstance(viewed, Node)
+    whole, part = viewed.meta.get("val"), node.meta.get("val")
+    if isinstance(whole, torch.Tensor) and isinstance(part, torch.Tensor) and (place := _place(whole, part)):
+        with graph.inserting_before(node):
+            alone = graph.call_function(_ATEN.clone.default, (viewed,), _ALONE)
+        alone.meta = {**node.meta, "val": torch.empty(whole.shape, dtype=whole.dtype, device="meta")}
+        node.args = (alone, *place)
 
 
 def _corner_and_next(size: torch.Size) -> Iterator[tuple[int, ...]]:
@@ -228,7 +247,9 @@ def _axis(cut: Node, place: int) -> Any:
 
 
 def _make_functional(graph: Graph, node: Node) -> None:
-    """``mul_`` becomes ``mul``, where there is such an operation; ``copy_`` and ``zero_`` what has derivatives."""
+    """``mul_`` becomes ``mul``, or writes into a copy where there is no such operation; ``copy_`` and ``zero_`` become
+    what has derivatives.
+    """
     if op(node) == "zero":
         node.target = _ATEN.zeros_like.default
         return
@@ -240,8 +261,11 @@ def _make_functional(graph: Graph, node: Node) -> None:
             spread.meta = {**node.meta, "val": node.meta.get("val")}
             node.target, node.args, node.kwargs = _ATEN._to_copy.default, (spread,), {"dtype": node.meta["val"].dtype}
         return
-    namespace, _, rest = str(node.target).partition(".")
-    name, _, overload = rest.partition(".")
-    functional = getattr(getattr(_ATEN, name.removesuffix("_"), None), overload, None)
-    if namespace == "aten" and name.endswith("_") and functional is not None:
-        node.target = functional
+    if (other := functional(node.target)) is not None:
+        node.target = other
+        return
+    written, *others = node.args
+    with graph.inserting_before(node):
+        alone = graph.call_function(_ATEN.clone.default, (written,))
+    alone.meta = {**node.meta, "val": written.meta.get("val")}  # type: ignore[union-attr]
+    node.args = (alone, *others)

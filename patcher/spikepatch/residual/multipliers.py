@@ -73,11 +73,15 @@ def _added_times(facts: Facts, addition: Node, term: Node) -> float:
 
 
 def _of_weight(facts: Facts, matmul: Node) -> float:
-    """The constant factors that the parameter is multiplied with before it multiplies anything."""
     before = facts.data(matmul) if op(matmul) in ops.ADDS else [matmul]
-    node = matrix_weight(facts, behind_views(before[0]))
+    weight = matrix_weight(facts, behind_views(before[0]))
+    return 1.0 if weight is None else times_parameter(facts, weight)
+
+
+def times_parameter(facts: Facts, node: Node) -> float:
+    """The constant factors that a parameter is multiplied with before it is ``node``."""
     factor = 1.0
-    while node is not None and node not in facts.trace.parameters:
+    while node in facts.weight and node not in facts.trace.parameters:
         factor *= _times(facts, node)
         node = next(a for a in operands(node) if a in facts.weight)
     return factor

@@ -119,16 +119,30 @@ def without_out(func: Any) -> Any:
     Raises:
         NotImplementedError: there is none.
     """
-
-    def taken(operation: Any) -> list[tuple[str, str]]:
-        arguments = schema(operation).arguments
-        return [(part.name, str(part.type)) for part in arguments if part.alias_info is None]
-
-    others = (getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads())
-    found = (other for other in others if not schema(other).is_mutable and taken(other) == taken(func))
-    if (first := next(found, None)) is None:
+    taken = [(part.name, str(part.type)) for part in schema(func).arguments if part.alias_info is None]
+    if (found := _taking(func.overloadpacket, taken)) is None:
         raise NotImplementedError(f"{func} has no form without out")
-    return first
+    return found
+
+
+@functools.cache
+def functional(func: Any) -> Any:
+    """The operation that returns what ``func`` writes into its first argument, as ``pow.Tensor_Scalar`` does for
+    ``pow_.Scalar``; None if there is none.
+    """
+    namespace, name, _ = str(func).split(".")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
+    taken = [(part.name, str(part.type)) for part in schema(func).arguments]
+    return _taking(packet, taken) if packet is not None else None
+
+
+def _taking(packet: Any, taken: list[tuple[str, str]]) -> Any:
+    """Of its operations, the one that takes these arguments and writes none; None if there is none."""
+    for operation in (getattr(packet, name) for name in packet.overloads()):
+        arguments = [(part.name, str(part.type)) for part in schema(operation).arguments]
+        if not schema(operation).is_mutable and arguments == taken:
+            return operation
+    return None
 
 
 @functools.cache

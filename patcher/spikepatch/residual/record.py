@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from spikepatch.residual.flex import flex_attention
 from spikepatch.residual.on_meta import (
     INDEX,
     META,
+    functional,
     mapped,
     outcome,
     placed,
@@ -36,7 +37,15 @@ from spikepatch.residual.on_meta import (
 from spikepatch.residual.ops import op_name
 from spikepatch.residual.told import LONGEST, SHORTEST, Asked, Mode, TakenFrom, Told, asking_line, told
 from spikepatch.source.meta import skeleton
-from spikepatch.source.private import TAKE_NUMBER, TorchDispatchMode, is_batched, memory, own_buffers, schema
+from spikepatch.source.private import (
+    TAKE_NUMBER,
+    TorchDispatchMode,
+    is_batched,
+    memory,
+    own_buffers,
+    schema,
+    without_modes,
+)
 
 #: They answer a question about values with a truth value.
 _ASK = (torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.allclose.default)
@@ -64,10 +73,12 @@ _NONZERO = torch.ops.aten.nonzero.default
 #: Where data says that it is, for code that asks, as for autocast.
 _CPU = torch.device("cpu")
 _DEVICE = torch.Tensor.device.__get__
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 #: All that ``_Numbers`` does not just call.
 _WATCHED = frozenset(
     (
-        *_PLAIN, *_SIZES, *_TOLD, *_ON_ONE_DEVICE, *_NUMBERS, _DEVICE, torch.Tensor.__getitem__,
+        *_PLAIN, *_SIZES, *_TOLD, *_ON_ONE_DEVICE, *_NUMBERS, _DEVICE, _SET_DATA,
+        torch.Tensor.__getitem__,
         torch.Tensor.__format__, torch.Tensor.__len__, torch.Tensor.type,
     )
 )  # fmt: skip
@@ -76,8 +87,8 @@ _WATCHED = frozenset(
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Appends every ATen call to ``graph``. Tensors that no recorded call made become placeholders: ``constants``.
 
-    ``asked``: what Python asked of the values. ``path``: of the module whose forward is running. ``most``: calls, after
-    which it gives up.
+    ``inputs``: their nodes, by name. ``asked``: what Python asked of the values. ``path``: of the module whose forward
+    is running. ``most``: calls, after which it gives up.
     """
 
     supports_higher_order_operators = True
@@ -92,21 +103,27 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.lengths: frozenset[int] = frozenset(n for t in inputs for n in t.shape[-1:] if not t.is_floating_point())
         self.asked.length = max(self.lengths, default=0)
         self.path: list[str] = [""]
+        self.inputs: dict[str, Node] = {}
         self.constants: dict[Node, torch.Tensor] = {}
         self._known: dict[int, tuple[torch.Tensor, Node]] = {}  # holds the tensors, so that their ids stay theirs
+        self._given: dict[int, tuple[torch.Tensor, Node]] = {}
         # Memory of control that the inputs, data or chance decide -> the inputs' numbers.
         self._fed: dict[int, frozenset[int]] = {memory(t): frozenset([i]) for i, t in enumerate(inputs)}
         self._data: set[int] = set()  # memory of tensors that were control until data was written into them
         self.counted: bool = False  # numbers were taken out of stand-ins, which may not add up
         self._sized: set[int] = set()  # memory of tensors whose shapes they decide
         for name, tensor in named.items():
-            self._introduce(tensor, name)
+            self._given[id(tensor)] = (tensor, self._introduce(tensor, name))
 
     def node(self, tensor: torch.Tensor) -> Node:
         """The node whose value ``tensor`` is."""
         if id(tensor) not in self._known:
             self.constants[self._introduce(tensor, f"constant_{len(self.constants)}")] = tensor
         return self._known[id(tensor)][1]
+
+    def given(self, tensor: torch.Tensor) -> Node:
+        """The node of a parameter, buffer or input as it was given, whatever has been written into it since."""
+        return self._given[id(tensor)][1] if id(tensor) in self._given else self.node(tensor)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -119,7 +136,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:  # as a value, and a write
                 value = without_out(func)(*args, **{name: each for name, each in kwargs.items() if name != "out"})
                 return kwargs["out"].copy_(value)
+        if schema(func).is_mutable and args and isinstance(args[0], (list, tuple)):
+            with self:  # each as a value, and a write
+                for written, value in zip(args[0], functional(func)(*args, **kwargs), strict=True):
+                    written.copy_(value)
+            return None
         tensors = tensors_in((args, kwargs))
+        if torch.Tag.inplace_view in func.tags:
+            return self._turned(func, args, kwargs)
         if any(map(is_batched, tensors)):  # inside vmap, which makes masks
             return func(*args, **kwargs)
         as_data = any(map(self.is_data, tensors))
@@ -158,6 +182,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._sized.update(memory(t) for t in tensors_in(result) if sized or t.shape not in fixed)
         self._append(func, args, kwargs, result)
         return result
+
+    def kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` as it is, for its nodes, before it is given another shape or memory."""
+        node, now = self.node(tensor), cast(torch.Tensor, torch.ops.aten.alias.default(tensor))
+        for earlier in self.graph.nodes:
+            if earlier.meta.get("val") is tensor:
+                earlier.meta["val"] = now
+        self._known[id(now)] = (now, node)
+        return now
+
+    def renew(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
+        """``tensor`` is given the memory of ``other``."""
+        with without_modes():
+            self.kept(tensor)
+        self._known[id(tensor)] = (tensor, self.node(other))
 
     def is_data(self, tensor: torch.Tensor) -> bool:
         """It is computed from weights, or such values have been written into it."""
@@ -202,6 +241,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node.meta["val"] = result
             self._known[id(result)] = (result, node)
 
+    def _turned(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A tensor is given another shape in place: a view of what it was is what it is."""
+        if (view := functional(func)) is None:
+            raise NotImplementedError(f"{func} gives a tensor other memory, which cannot be followed")
+        before = self.kept(args[0])
+        func(*args, **kwargs)
+        self._append(view, (before, *args[1:]), kwargs, args[0])
+        return args[0]
+
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         """A node; its arguments come later, as fx would look for symbolic numbers in them, and there are none."""
         node = self.graph.create_node("call_function", func, name=op_name(func))
@@ -242,8 +290,10 @@ class _Numbers(TorchFunctionMode):
             self.recorder.asked.take("control", self.recorder.inputs_of(args[0]))
         if func in _ON_ONE_DEVICE:  # states that the module begins with, on the device that it was told; a codebook
             args = to_meta(args)
+        if func == _SET_DATA:  # not the same object each time
+            self.recorder.renew(*args)
         result = func(*args, **kwargs)
-        if func == _DEVICE:  # not the same object each time
+        if func == _DEVICE:
             return _CPU if result == META else result
         if func is torch.Tensor.type and isinstance(result, str):
             return result.replace("torch.meta.", "torch.")
@@ -285,8 +335,8 @@ def prepared(model: nn.Module) -> nn.Module:
 
 
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """Its values on the CPU; one without values as it is."""
-    return tensor.detach() if tensor.is_meta else tensor.detach().cpu()
+    """A copy of its values on the CPU, which a forward pass may write into; one without values as it is."""
+    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 
 def _prefer_traceable_kernels(model: nn.Module) -> None:
@@ -310,10 +360,14 @@ def _prefer_traceable_kernels(model: nn.Module) -> None:
 def record(
     model: nn.Module, example: Mapping[str, Any], mode: Mode = "example", most: float = math.inf
 ) -> tuple[Recorder, Any]:
-    """Run ``model``, as ``prepared`` makes it, once on a real ``example``: the recorder, and the output."""
+    """Run ``model``, as ``prepared`` makes it, once on a copy of a real ``example``, which it may write into: the
+    recorder, and the output.
+    """
+    example = {name: on_cpu(value) if isinstance(value, torch.Tensor) else value for name, value in example.items()}
     inputs = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
     named = {**dict(model.named_parameters()), **dict(model.named_buffers()), **inputs}
     recorder = Recorder(named, inputs.values(), mode, most)
+    recorder.inputs = {name: recorder.given(value) for name, value in inputs.items()}
     drawing = torch.random.fork_rng(devices=[])  # the run is real where it does not depend on weights
     eagerly = torch.compiler.set_stance("force_eager")
     with quiet(), drawing, eagerly, torch.no_grad(), _paths(model, recorder), _Numbers(recorder), recorder:

@@ -207,16 +207,17 @@ def recorded(model: nn.Module, example: Mapping[str, Any], mode: Mode = "example
     """
     twin = prepared(model)
     example = {name: on_cpu(t) if isinstance(t, torch.Tensor) else t for name, t in example.items()}
-    buffers = list(twin.buffers())  # the run may replace them
+    parameters = dict(twin.named_parameters())  # the run may replace them, and write into the others
+    buffers = {name: (buffer, model.get_buffer(name).detach()) for name, buffer in twin.named_buffers()}
     recorder, result = record(twin, example, mode, most)
     output = _output(recorder, result)
     recorder.graph.output(recorder.node(output))
-    inputs = {recorder.node(t): t for t in example.values() if isinstance(t, torch.Tensor)}
+    inputs = {recorder.inputs[name]: t for name, t in example.items() if isinstance(t, torch.Tensor)}
     follow_data(recorder.graph, inputs)
     return Trace(
         graph=recorder.graph,
-        parameters={recorder.node(p): name for name, p in twin.named_parameters()},
-        buffers={recorder.node(b): b for b in buffers} | recorder.constants,
+        parameters={recorder.given(p): name for name, p in parameters.items()},
+        buffers={recorder.given(b): v if v.is_meta else v.cpu() for b, v in buffers.values()} | recorder.constants,
         inputs=inputs,
         output=recorder.node(output),
         example=example,

@@ -28,6 +28,12 @@ _BELIEVED = 10
 #: Units that medians of 8 rows may lie above the lowest one before without an event.
 _CREPT = 10.0
 
+#: A last quarter of the rows that lies so far above the first 8, relative to them, and so many standard errors.
+_LOST, _SURE = 0.25, 4.0
+
+#: Standard error of a median of many values, over that of their mean.
+_OF_MEDIAN = math.sqrt(math.pi / 2)
+
 #: Rows in which a loss rises at once, and after which a spike is a long one.
 _AT_ONCE, _LONG = 8, WINDOW
 
@@ -55,7 +61,8 @@ def with_hindsight(rows: Curve) -> tuple[Event, ...]:
       events, and the first one is back in the valley;
     - at the end of the log fewer rows at the level are enough for it to be back;
     - what crept up so slowly, or within so few rows, that the baseline went with it is an event: medians of 8 rows more
-      than 10 units above the lowest one before;
+      than 10 units above the lowest one before; or, in however much noise, a last quarter that lies a quarter above the
+      first 8 rows and four standard errors;
     - rows that stand 5 units above the levels on both sides of them are events too, where the curve has ten of them for
       each stretch that lies as far below its levels, and one more: noise falls as often as it rises, so that at most a
       tenth of them is noise (the target-decoy estimate; Barber and Candes 2015, arXiv 1404.5609).
@@ -70,6 +77,7 @@ def with_hindsight(rows: Curve) -> tuple[Event, ...]:
     losses = [e for e in losses if not any(_within(curve, e, other) for other in losses)]
     losses += _faint(curve, losses)
     losses += _crept(curve, losses)
+    losses += _risen(curve, losses)
     losses = [_named(curve, e) for e in losses]
     norms = [_traced(e, losses, rows.steps) for e in detector.events if e.kind == "gradient_norm"]
     broken = [dataclasses.replace(e, form="non-finite") for e in detector.events if e.kind == "nonfinite"]
@@ -187,6 +195,25 @@ def _crept(curve: _FiniteRows, found: Sequence[Event]) -> Iterator[Event]:
             yield _between(curve, event, first, end, back)
             i = end // LEVEL_OF
         i += 1
+
+
+def _risen(curve: _FiniteRows, found: Sequence[Event]) -> Iterator[Event]:
+    """A curve that ends far above where it began, though no row stands out of the noise: what was learned is lost."""
+    tail = max(2 * LEVEL_OF, len(curve.x) // 4)
+    if len(curve.x) < 2 * tail or any(curve.span(event)[1] == len(curve.x) for event in found):
+        return
+    begin, end = float(np.median(curve.x[:LEVEL_OF])), float(np.median(curve.x[-tail:]))
+    unit = max(noise(curve.x[:WINDOW].tolist()), noise(curve.x[-tail:].tolist()), RESOLUTION * abs(begin))
+    error = _OF_MEDIAN * unit * math.sqrt(1 / LEVEL_OF + 1 / tail)
+    if begin < 2 * unit or end - begin < max(_LOST * begin, _SURE * error):  # the first: near 0, as rewards are
+        return
+    low = begin + _LOST * begin
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(curve.x, LEVEL_OF), axis=1)
+    below = np.flatnonzero(medians <= low)
+    first = int(below[-1]) + LEVEL_OF if len(below) else LEVEL_OF
+    top = float(curve.x[first:].max())
+    event = Event("loss", 0, 0, top, begin, (top - begin) / unit, LEVEL_OF)
+    yield _between(curve, event, first, len(curve.x), None)
 
 
 def _within(curve: _FiniteRows, event: Event, other: Event) -> bool:

@@ -69,6 +69,8 @@ def twin_of(rows: Curve, events: Sequence[Event], other: Curve, name: str) -> Tw
     origins: dict[int, Origin] = {}
     for event in events:
         at = int(np.searchsorted(steps, event.peak))
+        if event.form == "slow rise":  # no batch does that
+            continue
         if event.kind == "loss" and at < len(steps) and steps[at] == event.peak and event.height is not None:
             origins[event.onset] = "data" if _excess(both, at) > _SHARED * event.height else "run"
     return Twin(name, correlation, quieter, origins)
