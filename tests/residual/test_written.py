@@ -80,6 +80,23 @@ def _inspected(model: nn.Module) -> spikepatch.ResidualMap:
     return found
 
 
+class Replacing(nn.Linear):
+    """A parameter is replaced by another one in each pass."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        self.weight = nn.Parameter(F.normalize(self.weight, dim=-1))
+        return super().forward(input)
+
+
+def test_a_parameter_that_each_pass_replaces_is_not_proven() -> None:
+    model = Writing("", lambda _: None)
+    for block in model.blocks:
+        block.add_module("2", Replacing(64, WIDTH))
+    found = _inspected(model)
+    assert not found.proven
+    assert "weight" in found.leaks[0]
+
+
 def test_buffers_and_inputs_are_left_alone() -> None:
     found = _inspected(Writing("", lambda _: None))
     assert (found.proven, found.sublayers) == (True, 2), found.leaks

@@ -212,11 +212,13 @@ def recorded(model: nn.Module, example: Mapping[str, Any], mode: Mode = "example
     recorder, result = record(twin, example, mode, most)
     output = _output(recorder, result)
     recorder.graph.output(recorder.node(output))
+    # A table of fixed positions that a longer input needs anew, made of no weight, is that parameter still.
+    anew = {n: p for n, p in twin.named_parameters() if p is not parameters.get(n) and not p.is_meta}
     inputs = {recorder.inputs[name]: t for name, t in example.items() if isinstance(t, torch.Tensor)}
     follow_data(recorder.graph, inputs)
     return Trace(
         graph=recorder.graph,
-        parameters={recorder.given(p): name for name, p in parameters.items()},
+        parameters={recorder.given(p): name for name, p in (*parameters.items(), *anew.items())},
         buffers={recorder.given(b): v if v.is_meta else v.cpu() for b, v in buffers.values()} | recorder.constants,
         inputs=inputs,
         output=recorder.node(output),
