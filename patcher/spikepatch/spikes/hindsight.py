@@ -203,8 +203,8 @@ def _risen(curve: _FiniteRows, found: Sequence[Event]) -> Iterator[Event]:
     if len(curve.x) < 2 * tail or any(curve.span(event)[1] == len(curve.x) for event in found):
         return
     begin, end = float(np.median(curve.x[:LEVEL_OF])), float(np.median(curve.x[-tail:]))
-    unit = max(noise(curve.x[:WINDOW].tolist()), noise(curve.x[-tail:].tolist()), RESOLUTION * abs(begin))
-    error = _OF_MEDIAN * unit * math.sqrt(1 / LEVEL_OF + 1 / tail)
+    before, after = (max(noise(x.tolist()), RESOLUTION * abs(begin)) for x in (curve.x[:WINDOW], curve.x[-tail:]))
+    unit, error = max(before, after), _OF_MEDIAN * math.hypot(before / math.sqrt(LEVEL_OF), after / math.sqrt(tail))
     if begin < 2 * unit or end - begin < max(_LOST * begin, _SURE * error):  # the first: near 0, as rewards are
         return
     low = begin + _LOST * begin
