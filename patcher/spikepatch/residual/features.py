@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spikepatch.residual.record import prepared, record
+from spikepatch.residual.record import record
+from spikepatch.residual.recordable import prepared
 from spikepatch.source.private import tree_leaves
 
 #: What transformers calls the method that makes features, and the config's token whose places they take.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -35,14 +35,13 @@ from spikepatch.residual.on_meta import (
     without_out,
 )
 from spikepatch.residual.ops import op_name
+from spikepatch.residual.recordable import on_cpu
 from spikepatch.residual.told import LONGEST, SHORTEST, Asked, Mode, TakenFrom, Told, asking_line, told
-from spikepatch.source.meta import skeleton
 from spikepatch.source.private import (
     TAKE_NUMBER,
     TorchDispatchMode,
     is_batched,
     memory,
-    own_buffers,
     schema,
     without_modes,
 )
@@ -321,40 +320,6 @@ def _origin(tensor: torch.Tensor) -> TakenFrom:
 
 def _each(values: Any, change: Callable[[Any], Any]) -> Any:
     return [_each(value, change) for value in values] if isinstance(values, list) else change(values)
-
-
-def prepared(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` to be recorded: parameters on meta, buffers real, its kernels those that can be followed."""
-    twin = skeleton(model)
-    _prefer_traceable_kernels(twin)
-    real: dict[int, torch.Tensor] = {}
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        owner, _, own = name.rpartition(".")
-        own_buffers(twin.get_submodule(owner))[own] = real.setdefault(id(buffer), on_cpu(buffer))
-    return twin
-
-
-def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of its values on the CPU, which a forward pass may write into; one without values as it is."""
-    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
-
-
-def _prefer_traceable_kernels(model: nn.Module) -> None:
-    """On the meta twin only: no cache, fused attention, and no loop over the experts that data chose."""
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        parts: tuple[Any, ...] = (config, getattr(config, "text_config", None))
-        for part in parts:
-            if getattr(part, "use_cache", False):
-                part.use_cache = False
-    kernels = {"set_attn_implementation": ("sdpa", "eager"), "set_experts_implementation": ("batched_mm",)}
-    with quiet():
-        for method, choices in kernels.items():
-            setter: Any = getattr(model, method, None)
-            for choice in choices if setter is not None else ():
-                with suppress(ValueError):
-                    setter(choice)
-                    break
 
 
 def record(

@@ -18,7 +18,8 @@ from spikepatch.residual.dataflow import follow_data
 from spikepatch.residual.example import Given, completed, example_of, given, offered
 from spikepatch.residual.features import with_features
 from spikepatch.residual.forms import check_forward, forms, not_traced
-from spikepatch.residual.record import Recorder, on_cpu, prepared, record
+from spikepatch.residual.record import Recorder, record
+from spikepatch.residual.recordable import on_cpu, prepared
 from spikepatch.residual.told import Asked, Mode
 from spikepatch.source.private import tree_leaves
 
