@@ -192,3 +192,17 @@ class IntoABuffer(nn.Module):
 def test_a_sum_into_a_buffer_is_one() -> None:
     residual = spikepatch.inspect(IntoABuffer(), example_inputs={"ids": torch.arange(6)[None]})
     assert (residual.proven, residual.sublayers) == (True, 3), residual.leaks
+
+
+def test_one_tensor_twice_in_a_list_is_refused() -> None:
+    """It would be written twice, of which the functional form knows nothing."""
+    model = nn.Sequential(nn.Embedding(16, 8), Twice(), nn.Linear(8, 16))
+    with pytest.raises(spikepatch.Refused, match="writes into a list of tensors in a way that cannot be followed"):
+        trace(model, {"input": torch.arange(6)[None]})
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        torch._foreach_mul_([x, x], 2.0)
+        return x

@@ -136,8 +136,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 value = without_out(func)(*args, **{name: each for name, each in kwargs.items() if name != "out"})
                 return kwargs["out"].copy_(value)
         if schema(func).is_mutable and args and isinstance(args[0], (list, tuple)):
+            if (plain := functional(func)) is None or len(set(map(id, args[0]))) < len(args[0]):
+                raise NotImplementedError(f"{func} writes into a list of tensors in a way that cannot be followed")
             with self:  # each as a value, and a write
-                for written, value in zip(args[0], functional(func)(*args, **kwargs), strict=True):
+                for written, value in zip(args[0], plain(*args, **kwargs), strict=True):
                     written.copy_(value)
             return None
         tensors = tensors_in((args, kwargs))
